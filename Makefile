@@ -1,0 +1,52 @@
+# Every target makes the environment first if it is missing, so `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+ARGS ?=
+
+python := .venv/bin/python
+stamp := .venv/.installed
+pip := $(python) -m pip --disable-pip-version-check --no-input
+linted := dspark tests notebooks
+
+.DEFAULT_GOAL := help
+.PHONY: help demo lab test train bench lint clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(stamp)  ## decode with DSpark and plainly, show the text, the speedup and the notebook that did it
+	$(python) -m dspark.demo
+
+lab: $(stamp)  ## open the notebooks in JupyterLab
+	$(python) -m jupyter lab notebooks/00_start.ipynb
+
+test: $(stamp)  ## run the tests
+	$(python) -m pytest -q
+
+train: $(stamp)  ## train a drafter; ARGS="--help" lists the options
+	$(python) -m dspark.train $(ARGS)
+
+bench: $(stamp)  ## measure policies against each other; ARGS="--help" lists the options
+	$(python) -m dspark.bench $(ARGS)
+
+lint: $(stamp)  ## check style and formatting
+	$(python) -m ruff check $(linted)
+	$(python) -m ruff format --check $(linted)
+
+clean:  ## remove caches and build leftovers (.venv and runs/ stay)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find $(linted) -depth \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+
+# The stamp is written last and dropped first: an interrupted install is picked up again, never taken for a finished one.
+# An environment is only thrown away where its pip does not run, as others may be working in it.
+# PyTorch first and by itself: it is most of the download, and the reader of a slow line should see what they wait for.
+$(stamp): pyproject.toml constraints.txt
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "dspark needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null || echo missing): try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "[1/3] making .venv with $$($(PYTHON) --version)"
+	@$(pip) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "[2/3] installing PyTorch, the largest download"
+	@$(pip) install --quiet -c constraints.txt torch
+	@echo "[3/3] installing dspark, JupyterLab and the test tools"
+	@$(pip) install --quiet -c constraints.txt -e '.[lab,train,test]'
+	@touch $@

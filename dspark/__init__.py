@@ -1,0 +1,35 @@
+"""dspark: speculative decoding by DSpark, with the target's law kept exactly.
+
+One round, in the notation used everywhere:
+    x_0 ``anchor``          the last committed token, not yet in the target's KV cache
+    x_1..x_γ ``draft_tokens`` proposed in one parallel pass and a tiny sequential head; γ is ``block_size``
+    c_k ``confidence``      P(x_k survives, given x_<k survived);  a_k ``survival`` = Π_{i≤k} c_i
+    ℓ ``verify_length``     how many drafts the policy sends to the target
+    p_t, p_d                ``target_probs``, ``draft_probs``: float32, after temperature, top-k and top-p
+    τ ``tokens_per_round``  accepted drafts + 1 (correction or bonus)
+"""
+
+from dspark.checkpoint import load_drafter, save_drafter
+from dspark.decode import Output, Round, decode, generate
+from dspark.lookup import ContextLookup
+from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, PrefixScheduler
+from dspark.target import Target, load_target
+
+__version__ = "0.1.0"
+__all__ = [
+    "MTP1",
+    "AdaptiveWindow",
+    "Autoregressive",
+    "ConfidenceThreshold",
+    "ContextLookup",
+    "FixedWindow",
+    "Output",
+    "PrefixScheduler",
+    "Round",
+    "Target",
+    "decode",
+    "generate",
+    "load_drafter",
+    "load_target",
+    "save_drafter",
+]

@@ -1,0 +1,1 @@
+"""Paired measurement of decoding policies on fixed prompt sets."""

@@ -1,0 +1,170 @@
+"""One arm, one prompt: decode it, and say in numbers what happened. The prefill and its token are left out of every rate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from dspark.decode import DraftSource, Round, decode
+from dspark.profile import is_packed
+from dspark.schedule import Policy
+from dspark.target import Target
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is the same for every arm."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one arm made of one prompt. rounds: without the prefill · seconds: wall clock behind the first token."""
+
+    token_ids: list[int]
+    rounds: list[Round]
+    prefill_seconds: float
+    seconds: float
+
+
+Decoder = Callable[[list[int], int], Trial]  # prompt ids, seed → trial
+
+
+def by_dspark(target: Target, source: DraftSource | None, policy: Policy | None, settings: Settings) -> Decoder:
+    """The loop of :mod:`dspark.decode`; without a source it is plain decoding."""
+
+    def decoder(prompt_ids: list[int], seed: int) -> Trial:
+        start = time.perf_counter()
+        stream = decode(target, source, prompt_ids, policy=policy, seed=seed, **asdict(settings))
+        prefill = next(stream)
+        first = time.perf_counter()
+        rounds = list(stream)
+        seconds = time.perf_counter() - first
+        token_ids = [token for r in (prefill, *rounds) for token in r.committed]
+        return Trial(token_ids, rounds, first - start, seconds)
+
+    return decoder
+
+
+def by_transformers(target: Target, settings: Settings) -> Decoder:
+    """``model.generate`` as a user has it today: its own cache and loop, the same law, length and end-of-text tokens.
+
+    Only whole steps can be seen from outside, so the time of the model inside them is NaN. Raises ValueError for a target whose
+    weights were rearranged for speed, which is nothing that a user has.
+    """
+    if is_packed(target):
+        raise ValueError(f"{target.name} is packed, and generate is to measure transformers alone: load_target(…, pack=False)")
+    eos = sorted(target.eos_token_ids)
+    greedy = settings.temperature == 0
+    law = {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+
+    def decoder(prompt_ids: list[int], seed: int) -> Trial:
+        ids = torch.tensor([prompt_ids], device=target.device)
+        stamps = _Stamps()
+        with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            start = time.perf_counter()
+            out = target.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=not greedy,
+                repetition_penalty=1.0,
+                max_new_tokens=min(settings.max_new_tokens, target.max_context - len(prompt_ids)),
+                eos_token_id=eos or None,
+                pad_token_id=eos[0] if eos else 0,
+                use_cache=True,
+                streamer=stamps,
+                **law,
+            )
+            end = time.perf_counter()
+        token_ids = out[0, len(prompt_ids) :].tolist()
+        _prompt, first, *_ = stamps.times
+        steps = zip(token_ids, token_ids[1:], pairwise(stamps.times[1:]), strict=False)
+        rounds = [_opaque_step(i, anchor, token, b - a) for i, (anchor, token, (a, b)) in enumerate(steps, 1)]
+        return Trial(token_ids, rounds, first - start, end - first)
+
+    return decoder
+
+
+class _Stamps:
+    """A streamer that notes when each token came; ``generate`` shows it the prompt first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _opaque_step(index: int, anchor: int, token: int, seconds: float) -> Round:
+    return Round(index, anchor, 0, (), (), (), 0, 0, (token,), (), (), "", 0.0, math.nan, seconds)
+
+
+def summary(trial: Trial) -> dict[str, object]:
+    """The columns that one trial fills. Times per round are medians in milliseconds; NaN where nothing was measured."""
+    rounds = trial.rounds
+    tokens = sum(len(r.committed) for r in rounds)
+    reached, accepted = positions(rounds)
+    model = math.fsum(r.draft_seconds + r.verify_seconds for r in rounds)
+    return {
+        "tokens": len(trial.token_ids),
+        "decoded_tokens": tokens,
+        "rounds": len(rounds),
+        "tokens_per_round": _ratio(tokens, len(rounds)),
+        "prefill_seconds": trial.prefill_seconds,
+        "seconds": trial.seconds,
+        "latency_ms": 1e3 * _ratio(trial.seconds, tokens),
+        "draft_ms": 1e3 * _median([r.draft_seconds for r in rounds if r.draft_tokens]),
+        "verify_ms": 1e3 * _median([r.verify_seconds for r in rounds]),
+        "round_ms": 1e3 * _median([r.seconds for r in rounds]),
+        "model_seconds": model,
+        "other_share": 1 - _ratio(model, trial.seconds) if rounds else math.nan,
+        "drafted": sum(len(r.draft_tokens) for r in rounds),
+        "checked": sum(r.verify_length for r in rounds),
+        "accepted": sum(accepted),
+        "copied_rounds": sum(r.source == "copy" for r in rounds),
+        "reached_at": reached,
+        "accepted_at": accepted,
+        "acceptance_at": [_ratio(a, r) for a, r in zip(accepted, reached, strict=True)],
+    }
+
+
+def positions(rounds: Sequence[Round]) -> tuple[list[int], list[int]]:
+    """For position k = 1, 2, …: rounds that reached it (everything before was accepted, k was checked), and that accepted it.
+
+    Their ratio is the conditional acceptance. Drafts behind an end-of-text token are not counted.
+    """
+    reached = [min(r.verify_length, len(r.committed)) for r in rounds]
+    accepted = [min(r.accepted, n) for r, n in zip(rounds, reached, strict=True)]
+    last = max(reached, default=0)
+    return tuple([sum(n >= k for n in counts) for k in range(1, last + 1)] for counts in (reached, accepted))
+
+
+def first_divergence(a: Sequence[int], b: Sequence[int]) -> int:
+    """Index of the first token that differs (or that only one has); −1 if the sequences are equal."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return -1 if len(a) == len(b) else min(len(a), len(b))
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan
+
+
+def _median(values: Sequence[float]) -> float:
+    return median(values) if values else math.nan

@@ -1,0 +1,152 @@
+"""What is to be measured: one configuration, checked before anything is loaded, and its prompts in order."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TypeVar
+
+from dspark.bench.arms import Arm, Models, parse_arms
+from dspark.bench.measure import Settings
+from dspark.bench.prompts import DOMAINS, PromptItem, load_prompts
+from dspark.bench.provenance import cores, drafter_columns
+from dspark.checkpoint import load_drafter
+from dspark.draft import Drafter
+from dspark.profile import cpu_name, is_packed
+from dspark.sampling import Sampling
+from dspark.target import DTYPES, load_target
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+def _option(default: T, text: str) -> T:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every field is an option of ``python -m dspark.bench``. Raises ValueError for a value that cannot be measured."""
+
+    arms: str = _option("plain,generate,fixed:5", "ways to decode, separated by commas")
+    baseline: str = _option("plain", "the arm that speed and memory are compared with")
+    target: str = _option("default", "default, a folder, a .gguf file or a hub id")
+    drafter: str = _option("default", "default, a folder or a hub id")
+    domains: str = _option(",".join(DOMAINS), "prompt sets, separated by commas")
+    split: str = _option("test", "dev (to tune on) or test (to report)")
+    prompts: int = _option(20, "prompts of each domain")
+    tokens: int = _option(128, "new tokens at most")
+    temperature: float = _option(0.0, "0 is greedy")
+    top_p: float = _option(1.0, "nucleus; 1 keeps every token")
+    top_k: int = _option(0, "0 keeps every token")
+    dtype: str = _option("bfloat16", ", ".join(DTYPES))
+    device: str = _option("cpu", "cpu, cuda, cuda:1")
+    threads: int = _option(2, "CPU threads of the models")
+    seed: int = _option(0, "of the sampled tokens; each prompt and repeat draws its own from it")
+    repeats: int = _option(1, "times everything is measured; medians are taken over them")
+
+    def __post_init__(self) -> None:
+        Sampling(self.temperature, self.top_k, self.top_p)
+        for name in ("prompts", "tokens", "threads", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+        _ = self.parsed_arms, self.units  # read now: a misspelt arm or domain must not wait for the models
+
+    @cached_property
+    def parsed_arms(self) -> tuple[Arm, ...]:
+        return parse_arms(self.arms)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.tokens, self.temperature, self.top_p, self.top_k)
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """Every prompt once per repeat. Domains take turns, so that an unfinished run covers all of them."""
+        sets = [load_prompts(domain.strip(), self.split, self.prompts) for domain in self.domains.split(",")]
+        return tuple(
+            Unit(items[i], repeat, turn=i + d + repeat, seed=zlib.crc32(f"{self.seed}/{repeat}/{items[i].id}".encode()))
+            for repeat in range(self.repeats)
+            for i in range(self.prompts)
+            for d, items in enumerate(sets)
+        )
+
+    def warm_up_prompt(self) -> PromptItem:
+        """One prompt of the split that is not measured."""
+        return load_prompts(self.units[0].item.domain, "test" if self.split == "dev" else "dev", 1)[0]
+
+    def check(self, mode: str) -> None:
+        """Raises ValueError if this plan cannot be run as "speed", "memory" or "identity"."""
+        if mode == "identity":
+            if self.temperature != 0:
+                raise ValueError(f"identity compares greedy text, but temperature is {self.temperature}: leave it at 0")
+        elif self.baseline not in [arm.name for arm in self.parsed_arms]:
+            raise ValueError(f"the baseline {self.baseline!r} is not among the arms {self.arms}: add it, or choose --baseline from them")
+
+    def load(self, stock: bool = False) -> Models:
+        """What the arms need. stock: the target as transformers loads it, too, although no arm asks for it."""
+        load = partial(load_target, self.target, dtype=self.dtype, device=self.device)
+        names = {arm.name for arm in self.parsed_arms}
+        if names == {"generate"}:
+            target = load(pack=False)
+            return Models(target, stock=target)
+        target = load()
+        drafter = load_drafter(self.drafter, target) if any(arm.drafts for arm in self.parsed_arms) else None
+        if not (stock or "generate" in names):
+            return Models(target, drafter)
+        return Models(target, drafter, stock=load(pack=False) if is_packed(target) else target)
+
+    @property
+    def drafter_name(self) -> str:
+        return _without_path(self.drafter)
+
+    def configuration(self, mode: str, target_digest: str, drafter: Drafter | None) -> dict[str, object]:
+        """All that must be equal for two runs to share a file. Folders by name and digest: paths mean nothing elsewhere."""
+        models = {
+            "target": _without_path(self.target),
+            "target_digest": target_digest,
+            "drafter": self.drafter_name,
+            "drafter_digest": drafter_columns(drafter)["drafter_digest"],
+        }
+        place = {"machine": cpu_name(), "cores": cores()}
+        return {"mode": mode, "schema_version": SCHEMA_VERSION} | asdict(self) | models | place
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One prompt in one repeat. turn: which arm goes first."""
+
+    item: PromptItem
+    repeat: int
+    turn: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.repeat}/{self.item.id}"
+
+    def columns(self) -> dict[str, object]:
+        return {
+            "domain": self.item.domain,
+            "prompt_id": self.item.id,
+            "theme": self.item.theme,
+            "repeat": self.repeat,
+            "prompt_seed": self.seed,
+        }
+
+
+def _without_path(name: str) -> str:
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
+
+
+def rotated(names: Sequence[T], turn: int) -> list[T]:
+    """A B C, B C A, C A B, …"""
+    first = turn % len(names)
+    return [*names[first:], *names[:first]]

@@ -1,0 +1,90 @@
+"""Where a row comes from: machine, versions, git revision, models. Enough to repeat the measurement or to distrust it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+
+import dspark
+from dspark.draft import Drafter
+from dspark.profile import cpu_name, device_name, is_packed
+from dspark.target import Target
+
+
+def environment(target: Target) -> dict[str, object]:
+    """What every row of a process has in common."""
+    return {
+        "target": target.name,
+        "target_digest": target.digest,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "packed": is_packed(target),
+        "device": device_name(target.device),
+        "machine": cpu_name(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dspark": dspark.__version__,
+        "revision": revision(),
+    }
+
+
+def drafter_columns(drafter: Drafter | None) -> dict[str, object]:
+    """What the drafter is; empty for arms that do without."""
+    config = drafter.config if drafter else None
+    return {
+        "drafter_digest": drafter_digest(drafter) if drafter else "",
+        "drafter_block_size": config.block_size if config else 0,
+        "drafter_layers": config.num_hidden_layers if config else 0,
+        "drafter_head": f"{config.markov_head_type}-{config.markov_rank}" if config else "",
+        "drafter_vocab": config.draft_vocab_size if config else 0,
+    }
+
+
+def drafter_digest(drafter: Drafter) -> str:
+    """16 hex digits that change with training or calibration: SHA-256 over strided samples of every weight, in bfloat16."""
+    sha = hashlib.sha256(repr(drafter.sts_temperatures).encode())
+    for name, weight in sorted(drafter.named_parameters()):
+        flat = weight.detach().reshape(-1)
+        part = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).contiguous()
+        sha.update(name.encode() + part.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def revision() -> str:
+    """Short git hash of the code that runs, "-dirty" behind it if tracked files were changed; "unknown" outside git."""
+    folder = Path(dspark.__file__).parent
+    # An installed copy may lie inside somebody else's repository: only a tracked file has a revision.
+    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return "unknown"
+    return _git(folder, "describe", "--always", "--dirty", "--exclude=*") or "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def peak_rss_mib() -> float:
+    """Most memory this process ever held, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)

@@ -1,0 +1,118 @@
+"""Result files: whole or not at all, and a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Row = dict[str, object]
+
+
+class Ledger:
+    """Rows of one run. Each finished unit is one line of ``<out>.partial.jsonl`` beside the output, so it is there or it is not;
+    :meth:`finish` turns the lines into the Parquet file.
+
+    ``done``: key of a unit → its rows, those of earlier processes included. Raises ValueError if the output or the partial file
+    holds another configuration.
+    """
+
+    def __init__(self, out: Path, configuration: Row) -> None:
+        self.out, self.configuration = out, configuration
+        self.partial = out.with_name(out.name + ".partial.jsonl")
+        self.done: dict[str, list[Row]] = {}
+        self.complete = out.exists()
+        if self.complete:
+            _check_same(out, read_results(out).attrs.get("configuration", {}), configuration)
+            self.partial.unlink(missing_ok=True)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._resume()
+
+    def add(self, key: str, rows: Sequence[Row]) -> None:
+        """Keep the rows of a finished unit."""
+        self._append({"unit": key, "rows": list(rows)})
+        self.done[key] = list(rows)
+
+    def finish(self) -> pd.DataFrame:
+        """All rows, in the file and returned."""
+        if not self.complete:
+            frame = pd.DataFrame([row for rows in self.done.values() for row in rows])
+            frame.attrs["configuration"] = self.configuration
+            write_results(frame, self.out)
+            self.partial.unlink(missing_ok=True)
+            self.complete = True
+        return read_results(self.out)
+
+    def _resume(self) -> None:
+        lines, whole = _whole_lines(self.partial)
+        if not lines:
+            self.partial.unlink(missing_ok=True)
+            self._append({"configuration": self.configuration})
+            return
+        _check_same(self.partial, lines[0]["configuration"], self.configuration)
+        os.truncate(self.partial, whole)  # a line that a kill cut in two
+        self.done = {line["unit"]: line["rows"] for line in lines[1:]}
+
+    def _append(self, entry: Row) -> None:
+        with self.partial.open("ab") as file:
+            file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _whole_lines(path: Path) -> tuple[list[Row], int]:
+    """The entries but for a last line that was cut, and how many bytes they take."""
+    entries, whole = [], 0
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    entries.append(json.loads(line))
+                except ValueError:
+                    raise ValueError(f"{path} is damaged in line {len(entries) + 1}: delete it and measure again") from None
+                whole += len(line)
+    return entries, whole
+
+
+def _check_same(path: Path, theirs: Row, ours: Row) -> None:
+    ours = json.loads(json.dumps(ours))
+    differing = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+    if differing:
+        held, asked = (", ".join(f"{name}={side.get(name)}" for name in differing) for side in (theirs, ours))
+        raise ValueError(f"{path} holds a run with {held}, but this one has {asked}: choose another --out, or delete that file")
+
+
+def write_results(frame: pd.DataFrame, path: Path) -> None:
+    """Parquet by way of a temporary file in the same folder: a reader sees the old file or the new one. Keeps ``frame.attrs``."""
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    for i, column in enumerate(table.schema):  # lists that are empty in every row have no type of their own
+        if pa.types.is_list(column.type) and pa.types.is_null(column.type.value_type):
+            table = table.set_column(i, column.name, table[column.name].cast(pa.list_(pa.float64())))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+        scratch = Path(file.name)
+    try:
+        pq.write_table(table, scratch)
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """Raises ValueError if there is no such file or it is not Parquet."""
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError:
+        raise ValueError(f"no results at {path}: run python -m dspark.bench first") from None
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file ({str(error).splitlines()[0]}): delete it and measure again") from error

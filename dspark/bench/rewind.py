@@ -1,0 +1,61 @@
+"""What forgetting costs: the time of one ``cache.rewind`` at several context lengths. It should not depend on them."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+import torch
+
+from dspark.bench.plan import Plan
+from dspark.bench.provenance import environment
+from dspark.bench.results import write_results
+from dspark.target import Target, load_target
+
+LENGTHS = (100, 1_000, 8_000)
+BLOCK = 8  # tokens rejected each time
+REPEATS = 500
+
+
+def measure_rewind(plan: Plan, out: Path) -> pd.DataFrame:
+    """One row per context length: the median and the 95th percentile of one rewind, µs."""
+    target = load_target(plan.target, dtype=plan.dtype, device=plan.device)
+    frame = pd.DataFrame([{"context": n} | rewind_microseconds(target, n) for n in LENGTHS])
+    frame = frame.assign(utc=datetime.now(UTC).isoformat(timespec="seconds"), **environment(target))
+    write_results(frame, out)
+    return frame
+
+
+def rewind_microseconds(target: Target, context: int) -> dict[str, float]:
+    """Fill a cache of the target's shape with zeros, then extend by a block and rewind past it, again and again."""
+    text = target.config
+    heads = text.num_key_value_heads
+    width = getattr(text, "head_dim", None) or target.hidden_size // text.num_attention_heads
+    cache = target.new_cache()
+    seconds = []
+    with torch.inference_mode():
+        _extend(cache, torch.zeros(1, heads, context, width, dtype=target.dtype, device=target.device))
+        block = torch.zeros(1, heads, BLOCK, width, dtype=target.dtype, device=target.device)
+        for _ in range(REPEATS):
+            _extend(cache, block)
+            start = time.perf_counter()
+            cache.rewind(context)
+            seconds.append(time.perf_counter() - start)
+    return {"rewind_us": 1e6 * median(seconds), "rewind_p95_us": 1e6 * sorted(seconds)[int(0.95 * REPEATS)], "repeats": REPEATS}
+
+
+def _extend(cache: object, states: torch.Tensor) -> None:
+    for i in range(len(cache.layers)):
+        cache.update(states, states, i)
+
+
+def rewind_table(frame: pd.DataFrame) -> str:
+    """For the terminal."""
+    lines = [f"one rewind, median of {frame.iloc[0]['repeats']}, {frame.iloc[0]['target']} on {frame.iloc[0]['machine']}"]
+    lines += [
+        f"{row.context:6d} tokens of context  {row.rewind_us:6.1f} µs  (95 % below {row.rewind_p95_us:.1f})" for row in frame.itertuples()
+    ]
+    return "\n".join(lines)

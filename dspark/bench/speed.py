@@ -1,0 +1,89 @@
+"""The paired measurement: on every prompt all arms run one after the other, and a different one goes first each time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from dspark.bench.arms import Models
+from dspark.bench.measure import Decoder, Trial, first_divergence, summary
+from dspark.bench.plan import SCHEMA_VERSION, Plan, rotated
+from dspark.bench.provenance import drafter_columns, environment, peak_rss_mib
+from dspark.bench.results import Ledger, Row
+from dspark.target import Target
+
+
+def measure_speed(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
+    """One row per prompt, arm and repeat, in ``out`` and returned. Goes on where a killed run of the same plan stopped."""
+    plan.check("speed")
+    ledger = Ledger(out, plan.configuration("speed", models.target.digest, models.drafter))
+    todo = [] if ledger.complete else [unit for unit in plan.units if unit.key not in ledger.done]
+    if todo:
+        decoders = {arm.name: models.decoder(arm, plan.settings) for arm in plan.parsed_arms}
+        constant = constant_columns(plan, models)
+        warm_up(plan, models.target, decoders)
+        for unit in tqdm(todo, desc="prompts", unit="prompt", initial=len(ledger.done), total=len(plan.units)):
+            ids = models.target.encode(unit.item.messages)
+            trials = {name: decoders[name](ids, unit.seed) for name in rotated(list(decoders), unit.turn)}
+            ledger.add(unit.key, rows(unit.columns() | {"prompt_tokens": len(ids)}, trials, plan.baseline, models.target, constant))
+    return ledger.finish()
+
+
+def warm_up(plan: Plan, target: Target, decoders: dict[str, Decoder]) -> None:
+    """Each arm once on a prompt that is not measured: the first pass pays for memory and caches."""
+    ids = target.encode(plan.warm_up_prompt().messages)
+    for decoder in tqdm(decoders.values(), desc="warm-up", unit="arm", leave=False):
+        decoder(ids, plan.seed)
+
+
+def rows(about: Row, trials: dict[str, Trial], baseline: str, target: Target, constant: dict[str, Row]) -> list[Row]:
+    """One row per arm, in the order in which they ran. about: columns of the prompt."""
+    reference = trials[baseline].token_ids
+    result = []
+    for place, (name, trial) in enumerate(trials.items()):
+        divergence = first_divergence(trial.token_ids, reference)
+        result.append(
+            about
+            | {"arm": name, "place": place}
+            | summary(trial)
+            | {
+                "text_sha256": hashlib.sha256(target.decode(trial.token_ids).encode()).hexdigest()[:16],
+                "equals_baseline": divergence < 0,
+                "first_divergence": divergence,
+                "peak_rss_mib": peak_rss_mib(),
+                "load_average": os.getloadavg()[0],
+                "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            | constant[name]
+        )
+    return result
+
+
+def constant_columns(plan: Plan, models: Models) -> dict[str, Row]:
+    """Name of an arm → what all its rows say alike."""
+    chosen = {
+        "baseline": plan.baseline,
+        "prompt_set": plan.domains,
+        "split": plan.split,
+        "n": plan.prompts,
+        "max_new_tokens": plan.tokens,
+        "temperature": plan.temperature,
+        "top_p": plan.top_p,
+        "top_k": plan.top_k,
+        "seed": plan.seed,
+        "repeats": plan.repeats,
+        "schema_version": SCHEMA_VERSION,
+    }
+    ours = environment(models.target)
+    stock = {"packed": False}  # what generate runs on, whatever our loop does
+    without = {"drafter": ""} | drafter_columns(None)
+    with_drafter = {"drafter": plan.drafter_name} | drafter_columns(models.drafter)
+    return {
+        arm.name: (with_drafter if arm.drafts else without) | chosen | ours | (stock if arm.name == "generate" else {})
+        for arm in plan.parsed_arms
+    }

@@ -1,0 +1,228 @@
+"""The round: draft → schedule → verify → rewind. One loop for every mode; everything else consumes its stream of Rounds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dspark.draft import NOTHING, Draft
+from dspark.sampling import Sampling, sample
+from dspark.schedule import Autoregressive, FixedWindow, Policy
+from dspark.target import Prompt, Target
+from dspark.verify import accept
+
+
+class DraftSource(Protocol):
+    """Whatever proposes blocks: the trained drafter, copying from the context, a baseline."""
+
+    block_size: int
+    target_layer_ids: tuple[int, ...]
+    has_confidence: bool
+
+    def new_state(self, prompt: Sequence[int]) -> object:
+        """What this source remembers of one request."""
+
+    def extend(self, state: object, token_ids: Sequence[int], taps: Tensor | None) -> None:
+        """The target has processed these committed tokens; taps [1, tokens, m·hidden] stand for the same positions."""
+
+    def draft(self, state: object, anchor: int, window: int, sampling: Sampling, generator: torch.Generator | None) -> Draft:
+        """Propose at most ``window`` tokens behind the anchor."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One trip round the loop. Round 0 is the prefill: it drafts nothing and commits the first token.
+
+    anchor: x_0, the last committed token before this round (None in the prefill) · window: tokens the policy asked for ·
+    draft_tokens: x_1..x_w · confidence, survival: c_k and a_k · verify_length: ℓ ≤ w, how many the target checked ·
+    accepted ≤ ℓ · committed: the accepted drafts and one correction or bonus, nothing behind an end-of-text token ·
+    target_probs_of_drafts: ℓ numbers, what the target gave the checked drafts (at temperature 1 when decoding is greedy) ·
+    draft_probs_of_drafts: w numbers, the probabilities they were drawn with · source: who drafted ("" if nobody) ·
+    draft_seconds, verify_seconds: the two models' time; seconds: the whole round. Host clock.
+    """
+
+    index: int
+    anchor: int | None
+    window: int
+    draft_tokens: tuple[int, ...]
+    confidence: tuple[float, ...]
+    survival: tuple[float, ...]
+    verify_length: int
+    accepted: int
+    committed: tuple[int, ...]
+    target_probs_of_drafts: tuple[float, ...]
+    draft_probs_of_drafts: tuple[float, ...]
+    source: str
+    draft_seconds: float
+    verify_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished generation. token_ids: the new tokens, an end-of-text token included; seconds: prefill included."""
+
+    text: str
+    token_ids: list[int]
+    rounds: list[Round]
+    seconds: float
+
+    @property
+    def tokens_per_round(self) -> float:
+        """τ: committed tokens per round; the prefill and its token are left out. NaN if the prefill ended the text."""
+        rounds = self.rounds[1:]
+        return sum(len(r.committed) for r in rounds) / len(rounds) if rounds else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Committed tokens per second of decoding, the prefill left out."""
+        seconds = sum(r.seconds for r in self.rounds[1:])
+        return sum(len(r.committed) for r in self.rounds[1:]) / seconds if seconds else math.nan
+
+
+def generate(target: Target, drafter: DraftSource | None, prompt: Prompt, **options: object) -> Output:
+    """Decode to the end and return the text. Takes the options of :func:`decode`; ``drafter`` None is plain decoding."""
+    start = time.perf_counter()
+    rounds = list(decode(target, drafter, prompt, **options))
+    token_ids = [token for r in rounds for token in r.committed]
+    return Output(target.decode(token_ids), token_ids, rounds, time.perf_counter() - start)
+
+
+def decode(
+    target: Target,
+    drafter: DraftSource | None,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 128,
+    policy: Policy | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> Iterator[Round]:
+    """Speculative decoding as a stream of rounds; the tokens follow the target's own law exactly.
+
+    prompt: a string (one user turn), chat messages, or token ids. policy: how far to look ahead, default the drafter's whole
+    block. temperature 0 is greedy. Ends behind an end-of-text token, after ``max_new_tokens``, or at the context's end.
+    Raises ValueError, before anything runs, for an empty or too long prompt, a bad option, or a policy the drafter cannot serve.
+    """
+    policy = _checked_policy(policy, drafter)
+    sampling = Sampling(temperature, top_k, top_p)
+    prompt_ids = target.encode(prompt)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    limit = min(max_new_tokens, target.max_context - len(prompt_ids))
+    return _rounds(target, drafter, prompt_ids, limit, policy, sampling, seed)
+
+
+def _checked_policy(policy: Policy | None, drafter: DraftSource | None) -> Policy:
+    if drafter is None:
+        if policy is not None and not isinstance(policy, Autoregressive):
+            raise ValueError(f"{policy} needs a drafter: pass one, or leave the policy out for plain decoding")
+        return Autoregressive()
+    policy = FixedWindow() if policy is None else policy
+    policy.check(drafter.block_size, drafter.has_confidence)
+    return policy
+
+
+def _rounds(
+    target: Target, drafter: DraftSource | None, prompt: list[int], limit: int, policy: Policy, sampling: Sampling, seed: int
+) -> Iterator[Round]:
+    generator = torch.Generator(target.device).manual_seed(seed)
+    drafting = drafter is not None and not isinstance(policy, Autoregressive)
+    layer_ids = drafter.target_layer_ids if drafting else ()
+    state = drafter.new_state(prompt) if drafting else None
+    cache = target.new_cache()
+
+    clock = _Clock(target.device)
+    logits, taps = target.forward(_row(prompt, target), cache, layer_ids, logits_to_keep=1)
+    verified = clock.lap()
+    if drafting:
+        drafter.extend(state, prompt, taps)
+    anchor = sample(sampling.probs(logits[0, -1]), generator)
+    yield Round(0, None, 0, (), (), (), 0, 0, (anchor,), (), (), "", 0.0, verified, clock.total())
+    done, index, last = 1, 0, None
+
+    while done < limit and anchor not in target.eos_token_ids:
+        clock = _Clock(target.device)
+        # 1 draft. The round's last token is never a draft, so more than limit − done − 1 of them could not be kept.
+        window = policy.window(last, drafter.block_size) if drafting else 0
+        room = min(window, limit - done - 1)
+        draft = drafter.draft(state, anchor, room, sampling, generator) if room > 0 else NOTHING
+        drafted = clock.lap()
+        # 2 schedule
+        length = policy.lengths([draft.confidence])[0] if draft.tokens else 0
+        # 3 verify
+        checked = draft.tokens[:length]
+        before = cache.length
+        logits, taps = target.forward(_row([anchor, *checked], target), cache, layer_ids)
+        verified = clock.lap()
+        p_target = sampling.probs(logits[0])  # [ℓ+1, vocab]
+        accepted, next_token = accept(checked, draft.probs, p_target, generator)
+        # 4 rewind: the cache keeps the anchor and the accepted drafts
+        cache.rewind(before + 1 + accepted)
+        if drafting:
+            drafter.extend(state, [anchor, *checked[:accepted]], taps[:, : 1 + accepted])
+
+        committed = _until_end([*checked[:accepted], next_token], target.eos_token_ids)
+        last = Round(
+            index := index + 1,
+            anchor,
+            window,
+            tuple(draft.tokens),
+            tuple(draft.confidence.tolist()),
+            tuple(draft.confidence.cumprod(-1).tolist()),
+            length,
+            accepted,
+            committed,
+            _of_tokens(p_target if sampling.temperature else logits[0].float().softmax(-1), checked),
+            _of_tokens(draft.probs, draft.tokens),
+            draft.source,
+            drafted,
+            verified,
+            clock.total(),
+        )
+        yield last
+        done += len(committed)
+        anchor = committed[-1]
+
+
+def _row(token_ids: Sequence[int], target: Target) -> Tensor:
+    return torch.tensor([token_ids], device=target.device)
+
+
+def _until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> tuple[int, ...]:
+    """Cut behind the first end-of-text token."""
+    for i, token in enumerate(tokens):
+        if token in eos_token_ids:
+            return tuple(tokens[: i + 1])
+    return tuple(tokens)
+
+
+def _of_tokens(probs: Tensor, tokens: Sequence[int]) -> tuple[float, ...]:
+    """probs [≥ n, vocab], n tokens → the probability of each."""
+    return tuple(probs[torch.arange(len(tokens)), list(tokens)].tolist()) if tokens else ()
+
+
+class _Clock:
+    """Host seconds; waits for a GPU, whose calls return before the work is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start = self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
+
+    def total(self) -> float:
+        return time.perf_counter() - self.start

@@ -1,0 +1,150 @@
+"""``python -m dspark.demo``: run the first notebook in batch on this machine and print what came out of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import papermill
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from dspark.fetch import default_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "notebooks" / "00_start.ipynb"
+
+
+def notebook_parameters(notebook: Path) -> dict[str, dict[str, str]]:
+    """Name → {"inferred_type_name", "default", "help"} of the cell tagged ``parameters``. ValueError if the file is missing."""
+    if not notebook.is_file():
+        raise ValueError(f"no notebook at {notebook}: run the demo from a clone of the repository")
+    return papermill.inspect_notebook(str(notebook))
+
+
+def checked_parameters(pairs: Sequence[tuple[str, str]], notebook: Path) -> dict[str, object]:
+    """``name value`` pairs as typed parameters. Papermill would only log an unknown name; here it is a ValueError."""
+    known, chosen = notebook_parameters(notebook), {}
+    for name, text in pairs:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+            raise ValueError(f"{notebook.name} has no parameter {name!r}: {hint}")
+        kind = known[name]["inferred_type_name"]
+        try:
+            chosen[name] = _converted(text, kind)
+        except ValueError:
+            raise ValueError(f"parameter {name} needs {kind}, got {text!r}; its default is {known[name]['default']}") from None
+    return chosen
+
+
+def _converted(text: str, kind: str) -> object:
+    if kind == "str":
+        return text
+    if kind in ("int", "float"):
+        return {"int": int, "float": float}[kind](text)
+    value = json.loads(text)
+    if kind == "list[str]" and not (isinstance(value, list) and value and all(isinstance(part, str) for part in value)):
+        raise ValueError(kind)
+    return value
+
+
+def run(notebook: Path, executed: Path, parameters: Mapping[str, object]) -> dict[str, object]:
+    """Run the notebook with these parameters, keep it at ``executed``, and return the summary that it saved beside it.
+
+    Raises ValueError with the cell's own message if a cell fails.
+    """
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    saved = executed.with_suffix(".json")
+    saved.unlink(missing_ok=True)
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(executed),
+            {**parameters, "out": str(saved)},
+            kernel_name="python3",
+            cwd=str(notebook.parent),
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # its remarks would break into the progress bar
+        )
+    except (PapermillExecutionError, CellExecutionError) as error:
+        what = f"{error.ename}: {error.evalue}".splitlines()[0]
+        raise ValueError(f"{what} (the notebook up to there: {shown(executed)})") from None
+    except DeadKernelError:
+        raise ValueError(f"the notebook's kernel died, perhaps for want of memory (the notebook up to there: {shown(executed)})") from None
+    return json.loads(saved.read_text(encoding="utf-8"))
+
+
+def report(summary: Mapping[str, object], executed: Path) -> str:
+    """What the demo prints."""
+    s = summary
+    with_drafts = f"DSpark, {s['policy']}"
+    width = max(len(with_drafts), len("plain decoding"))
+    threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''}"
+    decoding = "greedy" if s["temperature"] == 0 else f"temperature {s['temperature']:g}"
+    lines = [
+        f"{'prompt':{width}}  {s['prompt']}",
+        "",
+        f"--- the text, {with_drafts}",
+        str(s["text"]),
+        "",
+        f"--- the same text, plain decoding ({s['comparison']})",
+        str(s["plain_text"]),
+        "",
+        f"{'plain decoding':{width}}  {s['plain_tokens_per_second']:.1f} tokens/s",
+        f"{with_drafts:{width}}  {s['tokens_per_second']:.1f} tokens/s",
+        f"{'speedup':{width}}  {s['speedup']:.2f}× (95 % interval over {s['n']} prompts: {s['low']:.2f} to {s['high']:.2f})",
+        f"{'τ':{width}}  {s['tokens_per_round']:.2f} tokens per round",
+        f"{'measured with':{width}}  {s['target']}, {decoding}, {s['max_new_tokens']} new tokens, {s['dtype']}, {threads}",
+        f"{'notebook':{width}}  {shown(executed)}",
+    ]
+    return "\n".join(lines)
+
+
+def shown(path: Path) -> str:
+    """A path as the reader would type it."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dspark.demo", description=__doc__)
+    parser.add_argument(
+        "-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a notebook parameter"
+    )
+    parser.add_argument("--list", action="store_true", help="show the notebook's parameters and stop")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / NOTEBOOK.name, help=f"the executed notebook; default runs/{NOTEBOOK.name}"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 1 for anything that went wrong, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    for noisy in ("papermill", "traitlets", "asyncio"):  # on Ctrl-C each tells at length that the kernel is gone
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    try:
+        if options.list:
+            for name, about in notebook_parameters(NOTEBOOK).items():
+                print(f"{name}: {about['inferred_type_name']} = {about['default']}  # {about['help']}")
+            return 0
+        parameters = checked_parameters(options.pairs, NOTEBOOK)
+        if parameters.get("target", "default") == "default":
+            default_folder()  # the first fetch shows its progress here; inside the notebook nobody would see it
+        print(report(run(NOTEBOOK, options.out.resolve(), parameters), options.out.resolve()))
+    except (ValueError, OSError) as error:
+        print(f"dspark.demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dspark.demo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

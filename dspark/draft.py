@@ -1,0 +1,233 @@
+"""The drafter M_d: a parallel backbone proposes a block, a tiny sequential head ties its tokens together, a confidence head
+says how likely each is to survive (the paper's §3: semi-autoregressive generation)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dspark.backbone import Context, DrafterConfig, Layer, RMSNorm, Rope
+from dspark.packed import PackedLinear, can_pack, pack_linears
+from dspark.rewind import GrowingKV
+from dspark.sampling import Sampling, sample
+from dspark.target import Target
+
+
+class SequentialHead(nn.Module):
+    """B_k = W2 · latent_k: what the token just drawn says about the next one.
+
+    vanilla: latent = e = W1[x_{k−1}] · gated: σ(G[h_k; e]) ⊙ e · rnn: a state s runs along the block,
+    [g, c, o] = J[s; e; h_k], s' = σ(g)⊙s + (1−σ(g))⊙tanh(c), latent = tanh(o), s_0 = 0.
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.kind, self.rank = config.markov_head_type, config.markov_rank
+        self.markov_w1 = nn.Embedding(config.vocab_size, self.rank)
+        self.markov_w2 = nn.Linear(self.rank, config.draft_vocab_size, bias=False)
+        if self.kind == "gated":
+            self.gate_proj = nn.Linear(config.hidden_size + self.rank, self.rank)
+        if self.kind == "rnn":
+            self.joint_proj = nn.Linear(2 * self.rank + config.hidden_size, 3 * self.rank)
+
+    def step(self, hidden: Tensor, embedded: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One position. hidden: [..., hidden]; embedded W1[x_{k−1}]: [..., rank]. Returns the latent [..., rank] and the state."""
+        if self.kind == "vanilla":
+            return embedded, None
+        if self.kind == "gated":
+            return torch.sigmoid(self.gate_proj(torch.cat([hidden, embedded], -1))) * embedded, None
+        state = torch.zeros_like(embedded) if state is None else state
+        gate, candidate, output = self.joint_proj(torch.cat([state, embedded, hidden], -1)).chunk(3, -1)
+        keep = torch.sigmoid(gate)
+        return torch.tanh(output), keep * state + (1 - keep) * torch.tanh(candidate)
+
+    def latents(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """All positions of known blocks. hidden [..., γ, hidden], embedded [..., γ, rank] → [..., γ, rank]."""
+        if self.kind == "vanilla":
+            return embedded
+        state, out = None, []
+        for k in range(embedded.shape[-2]):
+            latent, state = self.step(hidden[..., k, :], embedded[..., k, :], state)
+            out.append(latent)
+        return torch.stack(out, dim=-2)
+
+
+class ConfidenceHead(nn.Module):
+    """c_k = σ(w · [h_k; W1[x_{k−1}]] + b). It never sees x_k."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.with_markov = config.confidence_head_with_markov and config.markov_rank > 0
+        self.proj = nn.Linear(config.hidden_size + self.with_markov * config.markov_rank, 1)
+
+    def forward(self, hidden: Tensor, embedded: Tensor | None) -> Tensor:
+        """hidden: [..., hidden], embedded: [..., rank] → logits of c_k [...]."""
+        x = torch.cat([hidden, embedded], -1) if self.with_markov else hidden
+        return self.proj(x).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A proposed block of w tokens.
+
+    tokens: w ids of the target's vocabulary · probs: [w, vocab] float32, exactly the distributions they were drawn from ·
+    confidence: [w] float32, c_k (calibrated if the drafter carries temperatures) · source: who proposed it.
+    """
+
+    tokens: list[int]
+    probs: Tensor
+    confidence: Tensor
+    source: str = "drafter"
+
+
+NOTHING = Draft([], torch.empty(0, 0), torch.empty(0), "")
+
+
+@dataclass
+class DraftState:
+    """The drafter's own cache: keys and values of the context only, plus taps that no draft needed yet."""
+
+    layers: list[GrowingKV]
+    pending: list[Tensor] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of context, pending ones included."""
+        return self.layers[0].length + sum(taps.shape[1] for taps in self.pending)
+
+
+class Drafter(nn.Module):
+    """Backbone, sequential head and confidence head; embedding and LM head are the target's, frozen."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+        h = config.hidden_size
+        self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
+        self.hidden_norm = RMSNorm(h, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(h, eps=config.rms_norm_eps)
+        self.markov_head = SequentialHead(config) if config.markov_rank else None
+        self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
+        self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
+        self.register_buffer("head_weight", torch.empty(0), persistent=False)  # [draft_vocab, hidden], rows of the target's
+        self.sts_temperatures: tuple[float, ...] = ()
+
+    @property
+    def block_size(self) -> int:
+        return self.config.block_size
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]:
+        return self.config.target_layer_ids
+
+    @property
+    def has_confidence(self) -> bool:
+        return self.confidence_head is not None
+
+    def attach(self, target: Target) -> Drafter:
+        """Borrow the target's embedding and LM head. Raises ValueError if the drafter was made for another shape of target."""
+        for name, mine, theirs in (
+            ("hidden_size", self.config.hidden_size, target.hidden_size),
+            ("vocab_size", self.config.vocab_size, target.vocab_size),
+        ):
+            if mine != theirs:
+                raise ValueError(f"the drafter's {name} is {mine}, but {target.name} has {theirs}: it was made for another target")
+        target.check_taps(self.config.target_layer_ids)
+        self.to(device=target.device)
+        self.head_weight = target.head_weight[self.d2t].to(target.dtype)
+        # Borrowed, not submodules: never saved, never trained.
+        object.__setattr__(self, "embed", target.embedding)
+        object.__setattr__(self, "head", partial(F.linear, weight=self.head_weight))
+        return self
+
+    def pack(self) -> Drafter:
+        """Lay the weights out for fast CPU passes where that is possible; for drafting only, not for training."""
+        pack_linears(self, keep_weights=True)
+        if can_pack(self.head_weight):
+            object.__setattr__(self, "head", PackedLinear(self.head_weight))
+        return self
+
+    # ---- the parallel backbone
+
+    def context(self, taps: Tensor, first: Tensor | int = 0) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's keys and values of context tokens. taps: [batch, tokens, m·hidden], at positions first, first+1, …"""
+        x = self.hidden_norm(self.fc(taps))
+        positions = first + torch.arange(taps.shape[1], device=taps.device).expand(taps.shape[0], -1)
+        rope = self._rope(positions, x.dtype)
+        return [layer.self_attn.keys_values(x, rope) for layer in self.layers]
+
+    def backbone(self, tokens: Tensor, positions: Tensor, contexts: Sequence[GrowingKV | Context], mask: Tensor | None = None) -> Tensor:
+        """[anchor, mask × (γ−1)] → hidden states. tokens, positions: [batch, n]; returns [batch, n, hidden] after the norm."""
+        x = self.embed(tokens)
+        rope = self._rope(positions, x.dtype)
+        for layer, context in zip(self.layers, contexts, strict=True):
+            x = layer(x, rope, context, mask)
+        return self.norm(x)
+
+    def _rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
+        return Rope.at(positions, self.config.head_dim, self.config.rope_theta, dtype)
+
+    # ---- drafting
+
+    def new_state(self, prompt: Sequence[int] = ()) -> DraftState:
+        return DraftState([GrowingKV() for _ in self.layers])
+
+    def extend(self, state: DraftState, token_ids: Sequence[int], taps: Tensor) -> None:
+        """Add committed tokens to the context. taps: [1, tokens, m·hidden]; the drafter reads no token ids but the anchor's."""
+        state.pending.append(taps)
+
+    def _absorb(self, state: DraftState) -> None:
+        first = state.layers[0].length
+        for kv, (keys, values) in zip(state.layers, self.context(torch.cat(state.pending, 1), first), strict=True):
+            kv.append(keys, values)
+        state.pending.clear()
+
+    @torch.inference_mode()
+    def draft(self, state: DraftState, anchor: int, window: int, sampling: Sampling, generator: torch.Generator | None) -> Draft:
+        """Propose ``window`` tokens behind the anchor, whose position is the length of the context (Algorithm of §3.1–3.2)."""
+        if not 1 <= window <= self.block_size:
+            raise ValueError(f"window {window} must lie in 1..{self.block_size}, the drafter's block size")
+        self._absorb(state)
+        start, device = state.layers[0].length, self.head_weight.device
+        block = torch.full((1, self.block_size), self.config.mask_token_id, device=device)
+        block[0, 0] = anchor
+        positions = torch.arange(start, start + self.block_size, device=device)[None]
+        hidden = self.backbone(block, positions, state.layers)[0, :window]  # [w, hidden]
+        for kv in state.layers:
+            kv.rewind(start)  # the block's own keys and values are dropped; only context stays
+        base = self.head(hidden).float()  # U: [w, draft_vocab]
+
+        tokens, previous, rows, embedded, latent_state = [], anchor, [], [], None
+        for k in range(window):
+            logits = base[k]
+            if self.markov_head is not None:
+                embedded.append(self.markov_head.markov_w1.weight[previous])
+                latent, latent_state = self.markov_head.step(hidden[k], embedded[-1], latent_state)
+                logits = logits + self.markov_head.markov_w2(latent)
+            probs = sampling.probs(logits)
+            choice = sample(probs, generator)
+            previous = int(self.d2t[choice])
+            tokens.append(previous)
+            rows.append(probs)
+        return Draft(tokens, self._spread(torch.stack(rows)), self._confidence(hidden, embedded))
+
+    def _spread(self, probs: Tensor) -> Tensor:
+        """[w, draft_vocab] → [w, vocab]: tokens that the drafter cannot propose get probability zero."""
+        if self.config.draft_vocab_size == self.config.vocab_size:
+            return probs
+        return probs.new_zeros(probs.shape[0], self.config.vocab_size).index_copy_(1, self.d2t, probs)
+
+    def _confidence(self, hidden: Tensor, embedded: list[Tensor]) -> Tensor:
+        if self.confidence_head is None:
+            return torch.full((hidden.shape[0],), math.nan)
+        logits = self.confidence_head(hidden, torch.stack(embedded) if embedded else None).float()
+        if self.sts_temperatures:
+            logits = logits / logits.new_tensor(self.sts_temperatures[: len(logits)])
+        return torch.sigmoid(logits)

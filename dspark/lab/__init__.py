@@ -1,0 +1,1 @@
+"""For notebooks and the README: figures and tables made from records that the core and the bench leave behind. No model is run here."""

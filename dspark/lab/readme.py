@@ -1,0 +1,84 @@
+"""``python -m dspark.lab.readme``: write the measured numbers of data/results into the README, between its two markers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from dspark.bench.prompts import data_dir
+from dspark.bench.results import read_results
+from dspark.bench.stats import ALL, summarise
+from dspark.lab.static import caption
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+PICTURE = "![Speed-up over plain decoding and tokens per round, by domain](data/figures/headline.svg)"
+
+
+def results_block(data: Path) -> str:
+    """Markdown made of the picture and of every results file in the data folder; the same for the same files."""
+    makers = {"speed": speed_markdown, "identity": identity_line, "memory": memory_line}
+    parts = [PICTURE] if (data / "figures" / "headline.svg").is_file() else []
+    parts += [make(read_results(path)) for kind, make in makers.items() for path in sorted((data / "results").glob(f"{kind}-*.parquet"))]
+    return "\n\n".join(parts) or "No results are committed yet: `make bench` measures them."
+
+
+def speed_markdown(frame: pd.DataFrame) -> str:
+    """One table: a line per arm; per domain the speed-up with its interval, and τ where something was drafted."""
+    baseline = frame.iloc[0]["baseline"]
+    lines = summarise(frame, baseline)
+    domains = list(dict.fromkeys(lines["domain"]))
+    rows = [f"Speed-up over `{baseline}` [95 % interval], τ ({caption(frame)}):", ""]
+    rows += ["| | " + " | ".join("geometric mean" if d == ALL else d for d in domains) + " |", "|---" * (len(domains) + 1) + "|"]
+    for arm in dict.fromkeys(lines["arm"]):
+        if arm != baseline:
+            of_arm = lines[lines["arm"] == arm].set_index("domain")
+            rows.append(f"| `{arm}` | " + " | ".join(_cell(of_arm.loc[d]) for d in domains) + " |")
+    return "\n".join(rows)
+
+
+def _cell(line: pd.Series) -> str:
+    text = f"{line['speedup']:.2f}× [{line['low']:.2f}, {line['high']:.2f}]"
+    return text + (f", τ {line['tokens_per_round']:.2f}" if line["tokens_per_round"] > 1 else "")
+
+
+def identity_line(frame: pd.DataFrame) -> str:
+    """One sentence: in how many cases the greedy text is ``model.generate``'s."""
+    prompts, arms = frame["prompt_id"].nunique(), frame["arm"].nunique()
+    return (
+        f"Greedy text in {frame.iloc[0]['dtype']} equals `model.generate(do_sample=False)` token for token in {frame['equal'].sum()} "
+        f"of {len(frame)} cases ({prompts} prompts × {arms} ways to decode)."
+    )
+
+
+def memory_line(frame: pd.DataFrame) -> str:
+    """One sentence: peak memory of every arm while decoding (of the whole process where that is not known), over the baseline's."""
+    baseline = frame.iloc[0]["baseline"]
+    column = "peak_rss_mib" if frame["decode_peak_mib"].isna().any() else "decode_peak_mib"
+    peaks = frame.groupby("arm", sort=False)[column].median()
+    ratios = ", ".join(f"`{arm}` {peak / peaks[baseline]:.2f}×" for arm, peak in peaks.items() if arm != baseline)
+    return f"Peak memory against `{baseline}` ({peaks[baseline]:.0f} MiB): {ratios}."
+
+
+def rewritten(readme: str, block: str) -> str:
+    """The README with ``block`` between its markers. Raises ValueError unless each marker stands in it once, in order."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"the README must hold {BEGIN} and {END} once each, in this order: put them back")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    """The command. Returns the exit status: 0, or 1 for bad input."""
+    try:
+        readme = data_dir().parent / "README.md"
+        readme.write_text(rewritten(readme.read_text(encoding="utf-8"), results_block(data_dir())), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"dspark.lab.readme: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

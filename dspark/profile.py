@@ -1,0 +1,181 @@
+"""How long one target step takes when it checks B tokens: measured once per machine, kept in the cache, read by the scheduler."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from dspark.fetch import cache_dir
+from dspark.packed import PackedLinear
+from dspark.target import Target
+
+log = logging.getLogger(__name__)
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+FORMAT = 1  # of the cached files; a new number makes old ones be measured again
+
+
+@dataclass(frozen=True)
+class SPSCurve:
+    """SPS(B): target steps per second when one step checks B tokens. Called with B, it never rises in B.
+
+    widths: measured B, ascending · seconds: median step time at each; a wider step that was measured faster by chance is given
+    the time of the narrower one (running maximum). Between widths the step TIME is linear. Below the first it is constant;
+    behind the last it grows with the last slope or the mean one, whichever is steeper: noise must not make tokens look free.
+    """
+
+    widths: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.widths or len(self.widths) != len(self.seconds):
+            raise ValueError(f"a step-time curve needs one time per width, got {len(self.widths)} widths and {len(self.seconds)} times")
+        if self.widths[0] < 1 or any(b <= a for a, b in zip(self.widths, self.widths[1:], strict=False)):
+            raise ValueError(f"widths must ascend from at least 1, got {self.widths}")
+        if not all(0 < s < float("inf") for s in self.seconds):
+            raise ValueError(f"step times must be positive seconds, got {self.seconds}")
+        object.__setattr__(self, "widths", tuple(self.widths))
+        object.__setattr__(self, "seconds", tuple(accumulate(self.seconds, max)))
+
+    def __call__(self, tokens: int) -> float:
+        return 1.0 / self.step_seconds(tokens)
+
+    def step_seconds(self, tokens: int) -> float:
+        """Seconds of one step over ``tokens`` tokens."""
+        w, s = self.widths, self.seconds
+        if tokens <= w[0]:
+            return s[0]
+        if tokens >= w[-1]:
+            slope = max(self._slope(-2, -1), self._slope(0, -1)) if len(w) > 1 else 0.0
+            return s[-1] + slope * (tokens - w[-1])
+        i = bisect_right(w, tokens) - 1
+        return s[i] + self._slope(i, i + 1) * (tokens - w[i])
+
+    def _slope(self, i: int, j: int) -> float:
+        return (self.seconds[j] - self.seconds[i]) / (self.widths[j] - self.widths[i])
+
+
+def profile_sps(target: Target, *, context: int = 256, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> SPSCurve:
+    """Measure the curve on this machine: median seconds of a step of each width behind ``context`` tokens of cache.
+
+    The widths take turns, starting with another one each time, so that a slow spell of the machine falls on all of them.
+    Raises ValueError for a context that is empty or does not fit the target, or fewer than one repeat.
+    """
+    widths = tuple(sorted(set(widths)))
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if not widths or widths[0] < 1:
+        raise ValueError(f"widths must be at least 1 token, got {widths}")
+    if not 1 <= context <= target.max_context - widths[-1]:
+        raise ValueError(
+            f"context must lie in 1..{target.max_context - widths[-1]} ({target.name} takes {target.max_context} tokens, "
+            f"the widest step {widths[-1]} of them), got {context}"
+        )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(target.vocab_size, (1, context + widths[-1]), generator=generator).to(target.device)
+    cache = target.new_cache()
+    target.forward(tokens[:, :context], cache, logits_to_keep=1)
+
+    def step(width: int) -> float:
+        start = _now(target.device)
+        target.forward(tokens[:, context : context + width], cache)
+        took = _now(target.device) - start
+        cache.rewind(context)
+        return took
+
+    for width in widths:  # the first step of a width pays for buffers that later ones reuse
+        step(width)
+    times: dict[int, list[float]] = {width: [] for width in widths}
+    for turn in range(repeats):
+        first = turn % len(widths)
+        for width in widths[first:] + widths[:first]:
+            times[width].append(step(width))
+    return SPSCurve(widths, tuple(median(times[width]) for width in widths))
+
+
+def sps_curve(target: Target, *, context: int = 256) -> SPSCurve:
+    """The curve of this target on this machine: from the cache, else measured (seconds) and kept there.
+
+    One file per machine, device, target digest, dtype, weight layout, thread count and torch version, in ``cache_dir()/profiles``.
+    """
+    context = min(context, target.max_context - WIDTHS[-1])
+    key = {
+        "format": FORMAT,
+        "machine": cpu_name(),
+        "cores": os.cpu_count(),
+        "device": device_name(target.device),
+        "target": target.digest,
+        "dtype": str(target.dtype),
+        "packed": is_packed(target),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "context": context,
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_dir() / "profiles" / f"{name}.json"
+    curve = _read(path, key)
+    if curve is None:
+        curve = profile_sps(target, context=context)
+        _write(path, {"key": key, "curve": asdict(curve)})
+    return curve
+
+
+def _read(path: Path, key: dict[str, object]) -> SPSCurve | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return SPSCurve(tuple(kept["curve"]["widths"]), tuple(kept["curve"]["seconds"])) if kept["key"] == key else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("the profile %s cannot be read and is measured again (%s)", path.name, error)
+        return None
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
+    """Whole or not at all; a cache that cannot be written costs a measurement next time, nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        Path(file.name).replace(path)
+    except OSError as error:
+        log.warning("the profile could not be kept in %s (%s): it will be measured again", path.parent, error.strerror)
+
+
+def is_packed(target: Target) -> bool:
+    """Whether the target's weights were rearranged for speed (:mod:`dspark.packed`)."""
+    return any(isinstance(module, PackedLinear) for module in target.model.modules())
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """ "cpu", or the model name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,109 @@
+"""A KV cache that forgets in O(1): the rejected part of a block is dropped by moving a number."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+FIRST_CAPACITY = 256  # tokens; grows by doubling, so extending costs amortised O(1) per token
+
+
+class GrowingKV:
+    """Keys and values of one attention layer in a preallocated buffer of which the first ``length`` positions are valid.
+
+    keys, values: [batch, heads, capacity, head_dim]. Writing goes to ``length``; ``rewind`` only lowers ``length``.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [batch, heads, new, head_dim] behind the valid part; return views [batch, heads, length, head_dim]."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        if self.length > self.capacity:
+            self._grow(keys, values, start)
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.view()
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def rewind(self, length: int) -> None:
+        """Forget every position from ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
+        self.length = length
+
+    def _grow(self, keys: Tensor, values: Tensor, valid: int) -> None:
+        capacity = max(self.capacity, FIRST_CAPACITY)
+        while capacity < self.length:
+            capacity *= 2
+        for name, new in (("keys", keys), ("values", values)):
+            batch, heads, _, head_dim = new.shape
+            bigger = new.new_empty(batch, heads, capacity, head_dim)
+            if valid:
+                bigger[:, :, :valid] = getattr(self, name)[:, :, :valid]
+            setattr(self, name, bigger)
+
+
+class _RewindLayer(CacheLayerMixin):
+    """One layer as transformers sees it.
+
+    It never claims to be a sliding-window layer: all keys and values stay, and the model's own mask does the window. That
+    is what makes rewinding safe for sliding-window models.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv = GrowingKV()
+
+    def lazy_initialization(self, *_: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        self.is_initialized = True
+        return self.kv.append(key_states, value_states)
+
+    def get_seq_length(self, *_: object) -> int:
+        return self.kv.length
+
+    def get_mask_sizes(self, query_length: int | Tensor, *_: object) -> tuple[int, int]:
+        # Releases before 5.20 pass the positions of the queries, later ones their number.
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.kv.length + new, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+
+class RewindCache(Cache):
+    """A transformers cache for any causal LM that can be rewound to any earlier length.
+
+    Pass it as ``past_key_values``; call ``rewind(n)`` to forget everything after the first n tokens. Cost: O(layers), the
+    same at 100 and at 8 000 tokens.
+    """
+
+    def __init__(self, num_hidden_layers: int) -> None:
+        super().__init__(layers=[_RewindLayer() for _ in range(num_hidden_layers)])
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].kv.length
+
+    def rewind(self, length: int) -> None:
+        """Keep the first ``length`` tokens. Raises ValueError if fewer are held."""
+        for layer in self.layers:
+            layer.kv.rewind(length)

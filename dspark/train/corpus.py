@@ -1,0 +1,83 @@
+"""Self-play text: token ids, which of them the target wrote as the assistant, and at what temperature."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """token_ids: [rows, tokens] int64 · assistant: [rows, tokens] bool · temperature: [rows] float32."""
+
+    token_ids: Tensor
+    assistant: Tensor
+    temperature: Tensor
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[0]
+
+    def rows(self, index: Tensor | slice) -> Corpus:
+        return Corpus(self.token_ids[index], self.assistant[index], self.temperature[index])
+
+
+def load_corpus(path: str | Path) -> Corpus:
+    """Read a corpus file. Raises ValueError if it is missing, damaged or of another layout."""
+    if not Path(path).is_file():
+        raise ValueError(f"no corpus at {path}: make one with `python -m dspark.train corpus`")
+    try:
+        stored = load_file(path)
+        ids, bits, temperature = stored["token_ids"], stored["assistant_bits"], stored["temperature"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is not a self-play corpus: {error}") from None
+    assistant = np.unpackbits(bits, axis=1)[:, : ids.shape[1]].astype(bool)
+    return Corpus(torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(assistant), torch.from_numpy(temperature))
+
+
+def save_corpus(corpus: Corpus, path: str | Path) -> None:
+    """Write a corpus file: token_ids uint16 (int32 if an id is 65 536 or more), assistant_bits uint8, temperature float32.
+
+    The file appears only when it is whole. Raises ValueError if it cannot be written (a full disk, a read-only folder).
+    """
+    ids = corpus.token_ids.numpy()
+    stored = {
+        "token_ids": ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.int32),
+        "assistant_bits": np.packbits(corpus.assistant.numpy(), axis=1),
+        "temperature": corpus.temperature.numpy().astype(np.float32),
+    }
+    write_atomically(Path(path), save(stored))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is either whole or absent, its folder made if missing. Raises ValueError if it cannot be written."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}. Make room or choose another place; finished files are kept") from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def concatenate(parts: Sequence[Corpus]) -> Corpus:
+    """Rows of all parts, in order. Raises ValueError if there are none or if their lengths in tokens differ."""
+    lengths = sorted({part.token_ids.shape[1] for part in parts})
+    if len(lengths) != 1:
+        raise ValueError(f"cannot join corpora of {lengths} tokens a row: pass one or more of the same length")
+    return Corpus(
+        torch.cat([part.token_ids for part in parts]),
+        torch.cat([part.assistant for part in parts]),
+        torch.cat([part.temperature for part in parts]),
+    )

@@ -1,0 +1,102 @@
+"""What the drafter learns from: the target's taps and last hidden states over a corpus, computed once, a shard at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dspark.target import Taps, Target
+from dspark.train.corpus import Corpus
+
+SHARD_ROWS = 64  # 200 MB of features at hidden 576 and five taps
+BATCH_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One slice of the corpus with the target's view of it.
+
+    token_ids [rows, tokens] · assistant [rows, tokens] · taps [rows, tokens, m·hidden] · final [rows, tokens, hidden]: what
+    the LM head reads at that position · logsumexp [rows, tokens] float32 over the whole vocabulary, ∞ outside responses: with
+    it any slice of the head's rows gives exact probabilities.
+    """
+
+    token_ids: Tensor
+    assistant: Tensor
+    taps: Tensor
+    final: Tensor
+    logsumexp: Tensor
+
+
+class FeatureStore:
+    """Runs the target over the corpus on demand; with a ``folder`` every shard is kept there and computed only once."""
+
+    def __init__(
+        self, target: Target, corpus: Corpus, taps: Sequence[int], folder: Path | None = None, shard_rows: int = SHARD_ROWS
+    ) -> None:
+        target.check_taps(taps)
+        self.target, self.corpus, self.taps, self.folder = target, corpus, tuple(taps), folder
+        self.shard_rows = shard_rows
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return -(-len(self.corpus) // self.shard_rows)
+
+    def shard(self, index: int) -> Shard:
+        """Shard ``index``: read if it is kept, else computed (and kept)."""
+        rows = slice(index * self.shard_rows, (index + 1) * self.shard_rows)
+        corpus = self.corpus.rows(rows)
+        path = None if self.folder is None else self.folder / f"{index:05d}.safetensors"
+        if path is not None and path.exists():
+            return Shard(corpus.token_ids, corpus.assistant, **self._read(path, corpus))
+        tensors = self._compute(corpus)
+        if path is not None:
+            scratch = path.with_suffix(f".{os.getpid()}.part")
+            try:
+                save_file(tensors | {"token_ids": corpus.token_ids.clone()}, scratch, {"about": self._about})
+                scratch.replace(path)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"cannot write {path}: {error}. Make room or leave features out; finished shards are kept") from error
+            finally:
+                scratch.unlink(missing_ok=True)
+        return Shard(corpus.token_ids, corpus.assistant, **tensors)
+
+    @property
+    def _about(self) -> str:
+        return json.dumps({"target": self.target.digest, "taps": self.taps})
+
+    def _read(self, path: Path, corpus: Corpus) -> dict[str, Tensor]:
+        """A kept shard belongs to one target, one set of taps and these very rows; anything else is refused."""
+        with safe_open(path, "pt") as file:
+            about = file.metadata()["about"]
+        tensors = load_file(path)
+        if about != self._about or not torch.equal(tensors.pop("token_ids"), corpus.token_ids):
+            raise ValueError(f"{path} holds features of {about} over other text, not of {self._about}: choose another folder")
+        return tensors
+
+    @torch.inference_mode()
+    def _compute(self, corpus: Corpus) -> dict[str, Tensor]:
+        batches = zip(corpus.token_ids.split(BATCH_ROWS), corpus.assistant.split(BATCH_ROWS), strict=True)
+        parts = [self._run(*batch) for batch in batches]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _run(self, token_ids: Tensor, assistant: Tensor) -> dict[str, Tensor]:
+        decoder = self.target.model.get_decoder()
+        with Taps(self.target, self.taps) as tapped:
+            final = decoder(input_ids=token_ids.to(self.target.device), use_cache=False).last_hidden_state
+        logsumexp = torch.full(token_ids.shape, torch.inf, device=final.device)  # where nobody asks: p = 0
+        logsumexp[assistant] = self._logsumexp(final[assistant])
+        return {"taps": tapped.joined().cpu(), "final": final.cpu(), "logsumexp": logsumexp.cpu()}
+
+    def _logsumexp(self, hidden: Tensor) -> Tensor:
+        chunks = [self.target.head(part).float().logsumexp(-1) for part in hidden.split(64)]
+        return torch.cat(chunks)

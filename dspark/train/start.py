@@ -1,0 +1,70 @@
+"""A fresh drafter for a target: its shape, its vocabulary, and weights that start close to something useful."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dspark.backbone import DrafterConfig
+from dspark.draft import Drafter
+from dspark.target import Target
+
+
+def frequent_tokens(token_ids: Tensor, assistant: Tensor, count: int, vocab_size: int, always: frozenset[int]) -> Tensor:
+    """The draft vocabulary d2t: the ``count`` most frequent response tokens, with those in ``always``; sorted ids, int64."""
+    frequency = torch.bincount(token_ids[assistant], minlength=vocab_size)
+    frequency[list(always)] = frequency.max() + 1
+    return frequency.topk(min(count, vocab_size)).indices.sort().values
+
+
+def drafter_for(target: Target, *, d2t: Tensor | None = None, init_layers: tuple[int, ...] = (), seed: int = 0, **shape: object) -> Drafter:
+    """A fresh drafter shaped like the target's own layers. ``init_layers``: the target layers its layers start as copies of.
+
+    shape: any field of DrafterConfig. Raises ValueError if the target's layers have another layout than the drafter's.
+    """
+    if wrong := [i for i in init_layers if not 0 <= i < target.num_layers]:
+        raise ValueError(f"init_layers {wrong} do not exist: {target.name} has layers 0 to {target.num_layers - 1}")
+    text = target.config
+    heads = text.num_attention_heads
+    config = DrafterConfig(
+        **{
+            "vocab_size": target.vocab_size,
+            "hidden_size": target.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "num_hidden_layers": len(init_layers) or 2,
+            "num_attention_heads": heads,
+            "num_key_value_heads": text.num_key_value_heads,
+            "head_dim": getattr(text, "head_dim", None) or target.hidden_size // heads,
+            "rms_norm_eps": text.rms_norm_eps,
+            "rope_theta": text.rope_parameters["rope_theta"],
+            "draft_vocab_size": None if d2t is None else len(d2t),
+            **shape,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drafter = Drafter(config)
+        for name, weight in drafter.named_parameters():
+            if weight.dim() == 2:
+                torch.nn.init.normal_(weight, std=0.02)
+            if name.endswith(("markov_w2.weight", "confidence_head.proj.weight")):
+                torch.nn.init.zeros_(weight)  # start as the purely parallel drafter, with c = ½
+    if d2t is not None:
+        drafter.d2t.copy_(d2t)
+    if init_layers:
+        _start_from(drafter, target, init_layers)
+    return drafter
+
+
+def _start_from(drafter: Drafter, target: Target, init_layers: tuple[int, ...]) -> None:
+    """Layers start as copies of the target's; the context starts as the deepest tap, normed as the last copied layer expects."""
+    for layer, source in zip(drafter.layers, init_layers, strict=False):
+        copied = {n: w for n, w in target.layers[source].state_dict().items() if n in layer.state_dict()}
+        try:
+            layer.load_state_dict(copied, strict=False)
+        except RuntimeError as error:
+            raise ValueError(f"target layer {source} cannot start a drafter layer: {str(error).splitlines()[-1].strip()}") from None
+    with torch.no_grad():
+        drafter.fc.weight.mul_(0.1)[:, -target.hidden_size :] += torch.eye(target.hidden_size)
+        if "input_layernorm.weight" in copied:
+            drafter.hidden_norm.weight.copy_(copied["input_layernorm.weight"])

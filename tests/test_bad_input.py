@@ -1,0 +1,293 @@
+"""Bad input ends in one line that names the value, before anything runs; what was finished stays."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from tiny import full_disk, tiny_drafter, tiny_target
+from tqdm import tqdm
+
+import dspark
+from dspark import MTP1, AdaptiveWindow, ConfidenceThreshold, ContextLookup, FixedWindow, PrefixScheduler
+from dspark.draft import Drafter
+from dspark.fetch import verify_sha256
+from dspark.target import Target
+from dspark.train.__main__ import main
+from dspark.train.corpus import Corpus, save_corpus
+from dspark.train.features import FeatureStore
+from dspark.train.loop import TrainConfig, Trainer
+from dspark.train.start import drafter_for
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target(max_position_embeddings=32)
+
+
+@pytest.fixture(scope="module")
+def drafter(target: Target) -> Drafter:
+    return tiny_drafter(target)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_target().model.save_pretrained(folder)
+    return folder
+
+
+def refused(call: Callable[[], object], *values: object) -> None:
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for value in values:
+        assert str(value) in message
+
+
+# ---- targets
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "/nowhere/model", "./absent", "nowhere.gguf"])
+def test_an_unknown_model_is_named(name: str) -> None:
+    refused(lambda: dspark.load_target(name), name)
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no connection\nand no cache")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", offline)
+    refused(lambda: dspark.load_target("someone/model"), "someone/model", "no connection")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    refused(lambda: dspark.load_target(tmp_path), tmp_path, "config.json")
+
+
+def test_a_damaged_model_is_named(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:5000])
+    refused(lambda: dspark.load_target(tmp_path), tmp_path)
+
+
+def test_a_damaged_gguf_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(b"no magic here" * 100)
+    refused(lambda: dspark.load_target(tmp_path / "broken.gguf"), "broken.gguf")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bf16", ""])
+def test_an_unknown_dtype_is_named(model_folder: Path, dtype: str) -> None:
+    refused(lambda: dspark.load_target(model_folder, dtype=dtype), repr(dtype), "bfloat16")
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:99", "cpu:x"])
+def test_an_unusable_device_is_named(model_folder: Path, device: str) -> None:
+    refused(lambda: dspark.load_target(model_folder, device=device), device, "cpu")
+
+
+def test_a_wrong_sha256_is_named(tmp_path: Path) -> None:
+    (tmp_path / "download").write_bytes(b"something else")
+    refused(lambda: verify_sha256(tmp_path / "download", "0" * 64), "download", "0" * 64)
+
+
+# ---- prompts and options
+
+
+@pytest.mark.parametrize(
+    ("prompt", "value"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ([], "empty"),
+        ([1, 100], "100"),
+        ([1, -1], "-1"),
+        (list(range(3, 35)), "32 tokens"),
+        ("text without a tokenizer", "tokenizer"),
+    ],
+)
+def test_a_prompt_that_cannot_be_decoded_is_refused(target: Target, drafter: Drafter, prompt: object, value: str) -> None:
+    refused(lambda: dspark.decode(target, drafter, prompt), value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -0.5},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -3},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": -7},
+    ],
+)
+def test_options_out_of_range_are_named(target: Target, drafter: Drafter, options: dict[str, float]) -> None:
+    [(name, value)] = options.items()
+    refused(lambda: dspark.decode(target, drafter, [1, 2], **options), name, value)
+
+
+# ---- policies
+
+
+@pytest.mark.parametrize(
+    ("make", "values"),
+    [
+        (lambda: FixedWindow(0), [0]),
+        (lambda: FixedWindow(-2), [-2]),
+        (lambda: ConfidenceThreshold(1.5), [1.5]),
+        (lambda: ConfidenceThreshold(-0.1), [-0.1]),
+        (lambda: ConfidenceThreshold(float("nan")), ["nan"]),
+        (lambda: ConfidenceThreshold(0.5, on="luck"), ["luck"]),
+        (lambda: AdaptiveWindow(widen_threshold=1.2), [1.2]),
+        (lambda: AdaptiveWindow(fallback_threshold=-0.2), [-0.2]),
+        (lambda: AdaptiveWindow(widen_threshold=0.25, narrow_threshold=0.35), [0.25, 0.35]),
+        (lambda: AdaptiveWindow(min_window=0), [0]),
+        (lambda: AdaptiveWindow(min_window=4, max_window=3), [4, 3]),
+    ],
+)
+def test_impossible_policies_are_named(make: Callable[[], object], values: list[object]) -> None:
+    refused(make, *values)
+
+
+@pytest.mark.parametrize(
+    ("policy", "value"), [(FixedWindow(5), 5), (AdaptiveWindow(max_window=9), 9), (AdaptiveWindow(min_window=6, max_window=6), 6)]
+)
+def test_a_window_above_the_block_size_is_named(target: Target, drafter: Drafter, policy: object, value: int) -> None:
+    refused(lambda: dspark.decode(target, drafter, [1, 2], policy=policy), value, "block size 4")
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_drafting_outside_the_block_is_named(target: Target, drafter: Drafter, window: int) -> None:
+    refused(lambda: drafter.draft(drafter.new_state(), 1, window, None, None), window, 4)
+
+
+@pytest.mark.parametrize("policy", [MTP1(), AdaptiveWindow(), ConfidenceThreshold(), PrefixScheduler(lambda b: 1.0)])
+def test_a_policy_without_a_drafter_is_named(target: Target, policy: object) -> None:
+    refused(lambda: dspark.decode(target, None, [1, 2], policy=policy), type(policy).__name__, "drafter")
+
+
+@pytest.mark.parametrize("policy", [ConfidenceThreshold(), PrefixScheduler(lambda b: 1.0)])
+def test_a_policy_without_a_confidence_head_is_named(target: Target, policy: object) -> None:
+    blind = tiny_drafter(target, enable_confidence_head=False)
+    refused(lambda: dspark.decode(target, blind, [1, 2], policy=policy), type(policy).__name__, "confidence head")
+
+
+def test_lookup_without_a_match_length_is_named(drafter: Drafter) -> None:
+    refused(lambda: ContextLookup(drafter, min_match=0), 0)
+
+
+# ---- training
+
+
+def corpus(rows: int = 70) -> Corpus:
+    generator = torch.Generator().manual_seed(0)
+    assistant = torch.zeros(rows, 12, dtype=torch.bool)
+    assistant[:, 3:] = True
+    return Corpus(torch.randint(4, 100, (rows, 12), generator=generator), assistant, torch.ones(rows))
+
+
+def trainer(folder: Path) -> Trainer:
+    target = tiny_target()
+    store = FeatureStore(target, corpus(8), (0, 2), shard_rows=4)
+    drafter = drafter_for(target, block_size=3, target_layer_ids=(0, 2), markov_rank=4, mask_token_id=3)
+    return Trainer(target, drafter, store, TrainConfig(steps=9, sequences=2, anchors=2, checkpoint_every=1), folder)
+
+
+def refuses_to_write_what_was_trained(folder: Path, full: AbstractContextManager[object]) -> None:
+    steps = trainer(folder).run()
+    next(steps), next(steps), next(steps)  # the third step is not written before the next is asked for
+    with full:
+        refused(lambda: next(steps), folder / "checkpoint.safetensors", "kept")
+    assert [path.name for path in folder.iterdir()] == ["checkpoint.safetensors"]
+    resumed = trainer(folder)
+    assert resumed.step == 2
+    assert next(resumed.run())["step"] == 3
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")])
+def test_an_error_while_writing_a_checkpoint_keeps_the_last_one(tmp_path: Path, error: Exception) -> None:
+    refuses_to_write_what_was_trained(tmp_path, mock.patch("dspark.train.loop.save_file", side_effect=error))
+
+
+def test_a_full_disk_during_training_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    refuses_to_write_what_was_trained(tmp_path, full_disk())
+
+
+def test_a_full_disk_while_keeping_features_is_one_line(tmp_path: Path) -> None:
+    store = FeatureStore(tiny_target(), corpus(8), (0, 2), tmp_path / "features", shard_rows=4)
+    with full_disk():
+        refused(lambda: store.shard(0), tmp_path / "features")
+
+
+@pytest.fixture
+def command(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Run `python -m dspark.train drafter` in this process with tiny settings; returns what it exits with."""
+    save_corpus(corpus(), tmp_path / "corpus.safetensors")
+    settings = {"target": model_folder, "dtype": "float32", "corpus": tmp_path / "corpus.safetensors", "out": tmp_path / "drafter"}
+    settings |= {"steps": 4, "sequences": 2, "anchors": 2, "taps": "0,2", "init-layers": "0", "block-size": 3, "markov-rank": 4}
+
+    def run(**changes: object) -> str:
+        chosen = settings | {name.replace("_", "-"): value for name, value in changes.items()}
+        arguments = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["train", "drafter", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("changes", "value"),
+    [
+        ({"target": "no-such-model"}, "no-such-model"),
+        ({"dtype": "int8"}, "int8"),
+        ({"device": "tpu9"}, "tpu9"),
+        ({"corpus": "/nowhere/corpus"}, "/nowhere/corpus"),
+        ({"steps": 0}, "steps"),
+        ({"lr": -1.0}, "-1.0"),
+        ({"taps": "0,3"}, "[0, 3]"),
+        ({"block_size": 0}, "block_size"),
+        ({"init_layers": "9"}, "9"),
+        ({"mask_token": 100}, "100"),
+        ({"draft_vocab": 0}, "draft_vocab"),
+        ({"markov_rank": -1}, "markov_rank"),
+        ({"rows": 3}, "shards"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_command_ends_with_one_line(command: Callable[..., str], changes: dict[str, object], value: str) -> None:
+    message = command(**changes)
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    assert value in message
+
+
+def test_stopping_the_command_keeps_what_was_trained(command: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop_at_3(bar: tqdm, *_: object, **__: object) -> None:
+        if bar.n >= 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dspark.train.__main__.tqdm.set_postfix", stop_at_3)
+        assert "continues" in command()
+    gc.collect()
+    assert (tmp_path / "drafter.training" / "checkpoint.safetensors").is_file()
+    monkeypatch.setattr("dspark.train.__main__.Trainer.run", lambda trainer: pytest.fail(f"resumed at {trainer.step}"))
+    with pytest.raises(pytest.fail.Exception, match="resumed at 3"):
+        command()

@@ -1,0 +1,477 @@
+"""The benchmark: fair in its order, honest about where rows come from, and never a row lost, doubled or mixed."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import tiny_drafter, tiny_target
+
+import dspark
+from dspark.bench import __main__ as command
+from dspark.bench import memory, provenance, results, speed
+from dspark.bench import plan as plan_module
+from dspark.bench.arms import Models, parse_arm, parse_arms
+from dspark.bench.identity import check_identity, margin
+from dspark.bench.measure import by_transformers, first_divergence, positions
+from dspark.bench.plan import Plan, rotated
+from dspark.bench.results import Ledger, read_results, write_results
+from dspark.bench.speed import measure_speed
+from dspark.bench.stats import acceptance_by_position, speedups, summarise
+from dspark.bench.table import identity_table, memory_table, speed_table
+from dspark.decode import Round
+from dspark.draft import Drafter
+from dspark.profile import is_packed
+from dspark.target import Target
+
+EVERY_POLICY = "plain,fixed:4,mtp1,adaptive,adaptive:0.3,0.1,0.01,confidence:0.4,conditional:0.4,prefix,fixed:3+copy:1,adaptive+copy"
+
+
+class LetterTokenizer:
+    """A token per letter, at most 24 of them: what the prompt sets need of a tokenizer."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [5 + ord(letter) % 90 for letter in text[:24]]}
+
+    def decode(self, token_ids: list[int], **_: object) -> str:
+        return " ".join(map(str, token_ids))
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    target = tiny_target()
+    target.tokenizer = LetterTokenizer()
+    return target
+
+
+@pytest.fixture(scope="module")
+def drafter(target: Target) -> Drafter:
+    return tiny_drafter(target)
+
+
+@pytest.fixture(scope="module")
+def models(target: Target, drafter: Drafter) -> Models:
+    return Models(target, drafter, stock=target)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
+
+
+def small(**changed: object) -> Plan:
+    return Plan(**({"arms": "plain,generate,fixed:4", "domains": "code,chat", "prompts": 3, "tokens": 8, "threads": 1} | changed))
+
+
+# ---- arms
+
+
+def test_a_comma_inside_an_arms_numbers_does_not_split_it():
+    assert [arm.name for arm in parse_arms("plain, adaptive:0.6,0.3,0.05+copy:2,fixed:5")] == [
+        "plain",
+        "adaptive:0.6,0.3,0.05+copy:2",
+        "fixed:5",
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "fixd:5",
+        "plain+copy",
+        "fixed:0",
+        "fixed:x",
+        "adaptive:1",
+        "confidence",
+        "confidence:2",
+        "mtp1:2",
+        "fixed:5+copy:0",
+        "fixed:5+paste",
+        "",
+    ],
+)
+def test_a_misspelt_arm_is_named_with_the_choices(wrong):
+    with pytest.raises(ValueError, match=r"choose from plain, generate") as error:
+        parse_arm(wrong)
+    assert repr(wrong) in str(error.value)
+
+
+def test_an_arm_named_twice_is_refused():
+    with pytest.raises(ValueError, match="'mtp1' is named twice"):
+        parse_arms("mtp1,plain,mtp1")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--arms", "plain,fixd:5"],
+        ["--baseline", "generat"],
+        ["--domains", "prose"],
+        ["--prompts", "100000"],
+        ["--prompts", "0"],
+        ["--temperature", "-1"],
+        ["--dtype", "int3"],
+        ["--top-p", "0"],
+        ["--threads", "0"],
+        ["identity", "--temperature", "1"],
+    ],
+)
+def test_bad_input_is_one_line_before_anything_runs(wrong, monkeypatch, capsys):
+    monkeypatch.setattr(Plan, "load", lambda *_, **__: pytest.fail("the models were loaded"))
+    assert command.main(wrong) == 2
+    assert wrong[-1].removeprefix("plain,") in capsys.readouterr().err
+    assert capsys.readouterr().err.count("\n") <= 1
+
+
+def test_a_window_beyond_the_drafters_block_is_refused_before_anything_runs(models, tmp_path):
+    with pytest.raises(ValueError, match=r"'fixed:9'.*block size 4"):
+        measure_speed(small(arms="plain,fixed:9"), models, tmp_path / "r.parquet")
+
+
+# ---- the paired run
+
+
+def test_arms_rotate_from_prompt_to_prompt():
+    assert [rotated("ABC", turn) for turn in range(4)] == [list("ABC"), list("BCA"), list("CAB"), list("ABC")]
+
+
+def test_every_arm_stands_in_every_place_equally_often_in_every_domain(models, tmp_path):
+    frame = measure_speed(small(), models, tmp_path / "r.parquet")
+    assert set(frame.groupby(["domain", "arm", "place"]).size()) == {1}
+    assert frame.groupby(["domain", "arm", "place"]).ngroups == 2 * 3 * 3
+
+
+def test_the_warm_up_prompt_is_not_measured():
+    for split in ("dev", "test"):
+        plan = small(split=split)
+        assert plan.warm_up_prompt().id not in {unit.item.id for unit in plan.units}
+
+
+def test_rows_carry_their_provenance(models, target, tmp_path):
+    frame = measure_speed(small(prompts=1), models, tmp_path / "r.parquet")
+    assert len(frame) == 2 * 3
+    row = frame[frame["arm"] == "fixed:4"].iloc[0]
+    assert (row["target_digest"], row["dtype"], row["device"], row["threads"]) == (target.digest, "float32", "cpu", 1)
+    assert (row["drafter"], row["drafter_block_size"], row["drafter_layers"]) == ("default", 4, 2)
+    assert (row["prompt_set"], row["split"], row["n"], row["temperature"], row["seed"]) == ("code,chat", "test", 1, 0, 0)
+    assert row["schema_version"] == 1 and row["machine"] and row["cores"] >= 1 and row["peak_rss_mib"] > 0
+    assert (row["torch"], row["dspark"]) == (torch.__version__, dspark.__version__)
+    assert row["revision"] and row["utc"].endswith("+00:00") and len(row["text_sha256"]) == 16
+    assert set(frame.loc[frame["arm"] == "plain", "drafter"]) == {""}
+
+
+def test_counts_of_a_row_agree_with_each_other(models, tmp_path):
+    frame = measure_speed(small(), models, tmp_path / "r.parquet")
+    assert (frame["decoded_tokens"] == frame["tokens"] - 1).all()
+    drafted = frame[frame["arm"] == "fixed:4"]
+    assert (drafted["accepted"] <= drafted["checked"]).all() and (drafted["checked"] <= drafted["drafted"]).all()
+    assert (drafted["tokens_per_round"] <= 5).all() and drafted["other_share"].between(0, 1).all()
+    assert (frame.loc[frame["arm"] == "plain", "tokens_per_round"] == 1).all()
+    assert frame.loc[frame["arm"] == "generate", "other_share"].isna().all()
+
+
+def test_greedy_arms_in_float32_give_identical_ids(models, tmp_path):
+    frame = check_identity(small(arms=EVERY_POLICY, prompts=1, tokens=24), models, tmp_path / "i.parquet")
+    assert frame["equal"].all() and (frame["first_divergence"] == -1).all() and frame["margin"].isna().all()
+    assert len(frame) == 2 * 10
+    assert "2 of 2" in identity_table(frame)
+
+
+def test_a_divergence_is_found_where_it_is_and_weighed(target):
+    assert first_divergence([1, 2, 3], [1, 2, 3]) == -1
+    assert first_divergence([1, 2, 3], [1, 9, 3]) == 1
+    assert first_divergence([1, 2], [1, 2, 3]) == 2
+    assert margin(target, [5, 6, 7]) > 0
+
+
+def test_generate_is_measured_on_the_stock_target_and_no_drafter_is_loaded_in_vain(monkeypatch):
+    def load(name, *, dtype, device, pack=True):
+        target = tiny_target(dtype=torch.bfloat16)
+        return target.pack() if pack else target
+
+    monkeypatch.setattr(plan_module, "load_target", load)
+    monkeypatch.setattr(plan_module, "load_drafter", lambda *_: pytest.fail("no arm drafts"))
+    both = small(arms="plain,generate").load()
+    assert not is_packed(both.stock) and both.stock.digest == both.target.digest
+    assert small(arms="plain").load().stock is None
+    assert small(arms="plain").load(stock=True).stock is not None
+    only = small(arms="generate").load()
+    assert only.target is only.stock and not is_packed(only.stock)
+    if is_packed(both.target):
+        with pytest.raises(ValueError, match="pack=False"):
+            by_transformers(both.target, small().settings)
+
+
+def test_sampling_through_transformers_obeys_its_seed_and_leaves_the_global_one(target):
+    decoder = by_transformers(target, small(temperature=1.0, tokens=12).settings)
+    before = torch.get_rng_state()
+    first, second, other = (decoder([5, 6, 7], seed).token_ids for seed in (1, 1, 2))
+    assert first == second != other
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ---- results
+
+
+def kill_before(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the n-th unit of a process is being written."""
+    keep, calls = Ledger.add, []
+
+    def add(self: Ledger, key: str, rows: list) -> None:
+        calls.append(key)
+        if len(calls) == n:
+            with self.partial.open("ab") as file:
+                file.write(b'{"unit": "' + key.encode())
+            raise KeyboardInterrupt
+        keep(self, key, rows)
+
+    monkeypatch.setattr(Ledger, "add", add)
+
+
+def test_a_killed_bench_resumes_without_a_row_twice(models, tmp_path, monkeypatch):
+    out, plan = tmp_path / "r.parquet", small(prompts=2, repeats=2, arms="plain,generate,mtp1")
+    with monkeypatch.context() as patched:
+        kill_before(4, patched)
+        with pytest.raises(KeyboardInterrupt):
+            measure_speed(plan, models, out)
+    assert not out.exists()
+    frame = measure_speed(plan, models, out)
+    assert len(frame) == 2 * 2 * 3 * 2
+    assert not frame.duplicated(["domain", "prompt_id", "arm", "repeat"]).any()
+    assert list(tmp_path.glob("*.partial*")) == []
+
+
+def test_a_finished_bench_is_not_run_again(models, tmp_path, monkeypatch):
+    out = tmp_path / "r.parquet"
+    first = measure_speed(small(prompts=1), models, out)
+    monkeypatch.setattr(speed, "warm_up", lambda *_: pytest.fail("it ran again"))
+    pd.testing.assert_frame_equal(measure_speed(small(prompts=1), models, out), first)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_configuration_in_the_same_file_is_refused_naming_both(finished, models, tmp_path, monkeypatch):
+    out = tmp_path / "r.parquet"
+    if finished:
+        measure_speed(small(prompts=1), models, out)
+    else:
+        kill_before(1, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            measure_speed(small(prompts=1), models, out)
+    with pytest.raises(ValueError, match=r"tokens=8.*tokens=9.*--out"):
+        measure_speed(small(prompts=1, tokens=9), models, out)
+    retrained = replace(models, drafter=tiny_drafter(models.target, seed=5))
+    with pytest.raises(ValueError, match="drafter_digest"):
+        measure_speed(small(prompts=1), retrained, out)
+
+
+def test_a_partial_file_damaged_in_the_middle_is_refused(tmp_path):
+    ledger = Ledger(tmp_path / "r.parquet", {"a": 1})
+    ledger.add("0/x", [{"v": 1}])
+    ledger.partial.write_bytes(ledger.partial.read_bytes().replace(b'"v"', b'"v'))
+    with pytest.raises(ValueError, match="damaged in line 2"):
+        Ledger(tmp_path / "r.parquet", {"a": 1})
+
+
+def test_parquet_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "r.parquet"
+    old = pd.DataFrame({"a": [1]})
+    write_results(old, path)
+
+    def half(_table: object, scratch: Path) -> None:
+        scratch.write_bytes(b"PAR1 half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.pq, "write_table", half)
+    with pytest.raises(OSError):
+        write_results(pd.DataFrame({"a": [2]}), path)
+    pd.testing.assert_frame_equal(read_results(path), old)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lists_that_are_empty_everywhere_come_back_as_lists(tmp_path):
+    write_results(pd.DataFrame({"arm": ["plain"], "acceptance_at": [[]]}), tmp_path / "r.parquet")
+    assert list(read_results(tmp_path / "r.parquet")["acceptance_at"][0]) == []
+
+
+def test_ctrl_c_ends_with_one_line(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Plan, "load", lambda *_, **__: models)
+    kill_before(2, monkeypatch)
+    arguments = ["--arms", "plain,mtp1", "--domains", "chat", "--prompts", "2", "--tokens", "4", "--threads", "1"]
+    assert command.main([*arguments, "--out", str(tmp_path / "r.parquet")]) == 130
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dspark.bench:")]
+    assert len(said) == 1 and "same command goes on" in said[0]
+
+
+def test_the_command_measures_prints_and_shows_again(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Plan, "load", lambda *_, **__: models)
+    out = str(tmp_path / "r.parquet")
+    arguments = ["--arms", "plain,generate,mtp1", "--domains", "chat", "--prompts", "2", "--tokens", "6", "--threads", "1", "--out", out]
+    assert command.main(arguments) == 0
+    assert "speed-up over plain" in capsys.readouterr().out
+    assert command.main(["show", out, "--baseline", "generate"]) == 0
+    shown = capsys.readouterr().out
+    assert "speed-up over generate" in shown and "2 test prompts" in shown and "1 threads" in shown and "greedy" in shown
+    assert command.main(["show", out, "--baseline", "mtp2"]) == 2
+    assert command.main(["show", str(tmp_path / "none.parquet")]) == 2
+
+
+# ---- where it ran
+
+
+def test_the_revision_is_a_hash_marked_dirty_and_unknown_outside_git(tmp_path, monkeypatch):
+    source = tmp_path / "dspark" / "__init__.py"
+    source.parent.mkdir()
+    source.write_text("")
+    monkeypatch.setattr(dspark, "__file__", str(source))
+    current = provenance.revision.__wrapped__
+    assert current() == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert current() == "unknown"  # not tracked: the revision would be somebody else's
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+    clean = current()
+    assert len(clean) >= 7 and int(clean, 16) >= 0
+    source.write_text("changed = 1\n")
+    assert current() == f"{clean}-dirty"
+
+
+def test_memory_is_measured_per_arm_and_resumes(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(Plan, "load", lambda plan: models if plan.parsed_arms[0].drafts else replace(models, drafter=None))
+    monkeypatch.setattr(memory, "in_new_process", lambda plan: json.loads(json.dumps(memory.peak_of(plan))))
+    plan, out = small(arms="plain,fixed:4", prompts=1, repeats=2), tmp_path / "m.parquet"
+    with monkeypatch.context() as patched:
+        kill_before(3, patched)
+        with pytest.raises(KeyboardInterrupt):
+            memory.measure_memory(plan, out)
+    frame = memory.measure_memory(plan, out)
+    assert list(frame["arm"]) == ["plain", "fixed:4", "fixed:4", "plain"]
+    assert (frame["peak_rss_mib"] > 0).all() and (frame["tokens"] == frame["tokens"].iloc[0]).all()
+    assert "× 1.000" in memory_table(frame, "plain")
+
+
+def test_an_arm_that_fails_in_its_process_says_why_in_one_line():
+    with pytest.raises(ValueError, match=r"^arm 'plain' failed in its process: no model at './missing'.*") as error:
+        memory.in_new_process(small(arms="plain", target="./missing"))
+    assert "\n" not in str(error.value)
+
+
+# ---- statistics, on frames made up for it
+
+
+def made_up(ratio: float, n: int = 12, noise: float = 0.1, domains: tuple[str, ...] = ("code", "chat")) -> pd.DataFrame:
+    """Two arms, "fast" being ``ratio`` times faster on the median prompt, and a third that equals the baseline."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for domain in domains:
+        for i in range(n):
+            plain = 30 + 5 * rng.random()
+            for arm, latency in (("plain", plain), ("same", plain), ("fast", plain / (ratio * math.exp(noise * rng.normal())))):
+                rows.append(
+                    {"arm": arm, "domain": domain, "prompt_id": f"{domain}/{i}", "repeat": 0, "latency_ms": latency}
+                    | {
+                        "decoded_tokens": 100,
+                        "rounds": 50 if arm == "fast" else 100,
+                        "seconds": latency / 10,
+                        "model_seconds": latency / 11,
+                    }
+                    | {"draft_ms": 5.0, "verify_ms": 30.0, "round_ms": 36.0, "equals_baseline": True}
+                    | {"reached_at": [50, 30], "accepted_at": [30, 20]}
+                )
+    return pd.DataFrame(rows)
+
+
+def of(summary: pd.DataFrame, arm: str, domain: str = "all") -> pd.Series:
+    return summary[(summary["arm"] == arm) & (summary["domain"] == domain)].iloc[0]
+
+
+def test_the_speed_up_of_identical_arms_is_one():
+    same = of(summarise(made_up(1.5), "plain", resamples=200), "same")
+    assert (same["speedup"], same["low"], same["high"]) == pytest.approx((1, 1, 1))
+
+
+def test_the_interval_covers_a_known_ratio_and_is_deterministic():
+    frame = made_up(1.7)
+    first, again = (summarise(frame, "plain", resamples=2000) for _ in range(2))
+    pd.testing.assert_frame_equal(first, again)
+    for domain in ("code", "chat", "all"):
+        line = of(first, "fast", domain)
+        assert line["low"] <= 1.7 <= line["high"] and line["low"] < line["speedup"] < line["high"]
+    assert of(first, "fast")["high"] - of(first, "fast")["low"] < 0.4
+
+
+def test_a_domains_interval_does_not_depend_on_the_other_domains():
+    frame = made_up(1.7)
+    both, alone = summarise(frame, "plain"), summarise(frame[frame["domain"] == "chat"], "plain")
+    columns = ["n", "speedup", "low", "high"]
+    assert of(both, "fast", "chat")[columns].equals(of(alone, "fast", "chat")[columns])
+
+
+def test_overall_is_the_geometric_mean_of_the_domains():
+    frame = made_up(1.0, noise=0)
+    frame.loc[(frame["arm"] == "fast") & (frame["domain"] == "code"), "latency_ms"] /= 4
+    assert of(summarise(frame, "plain", resamples=100), "fast")["speedup"] == pytest.approx(2)
+
+
+def test_repeats_count_by_their_median():
+    frame = pd.concat([made_up(2.0, noise=0).assign(repeat=r) for r in range(3)], ignore_index=True)
+    frame.loc[(frame["arm"] == "fast") & (frame["repeat"] == 1), "latency_ms"] *= 50
+    paired = speedups(frame, "plain")
+    assert len(paired) == 3 * 24
+    assert paired.loc[paired["arm"] == "fast", "speedup"].to_numpy() == pytest.approx(np.full(24, 2.0))
+
+
+def test_tau_is_all_tokens_over_all_rounds_and_the_table_says_so():
+    frame = made_up(1.7).assign(**HEADING)
+    lines = summarise(frame, "plain", resamples=100)
+    assert of(lines, "fast", "code")["tokens_per_round"] == 2
+    assert of(lines, "fast")["other_share"] == pytest.approx(1 - 10 / 11)
+    assert "bfloat16" in speed_table(frame, "plain")
+
+
+HEADING = {
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "drafter": "",
+    "target": "t",
+    "n": 12,
+    "split": "test",
+    "prompt_set": "code,chat",
+} | {
+    "max_new_tokens": 128,
+    "dtype": "bfloat16",
+    "threads": 2,
+    "machine": "m",
+    "device": "cpu",
+}
+
+
+def test_a_prompt_that_ends_at_once_is_left_out_of_the_ratio_in_both_arms():
+    frame = made_up(2.0, noise=0)
+    frame.loc[(frame["arm"] == "fast") & (frame["prompt_id"] == "code/0"), "latency_ms"] = math.nan
+    assert of(summarise(frame, "plain", resamples=100), "fast", "code")["n"] == 11
+
+
+def test_a_baseline_that_was_not_measured_is_refused():
+    with pytest.raises(ValueError, match=r"'generate' was not measured: choose one of fast, plain, same"):
+        summarise(made_up(1.5), "generate")
+
+
+def a_round(checked: int, accepted: int, committed: int) -> Round:
+    return Round(1, 5, 4, (7,) * 4, (), (), checked, accepted, (7,) * committed, (), (), "drafter", 0.0, 0.0, 0.0)
+
+
+def test_acceptance_is_conditional_and_ends_with_the_text():
+    rejected_first, rejected_third, all_kept = a_round(4, 0, 1), a_round(4, 2, 3), a_round(4, 4, 5)
+    ended_inside = a_round(4, 4, 2)  # the second draft ended the text: the two behind it never counted
+    assert positions([rejected_first, rejected_third, all_kept, ended_inside]) == ([4, 3, 2, 1], [3, 3, 1, 1])
+    pooled = acceptance_by_position(made_up(1.5, n=2))
+    assert list(pooled["acceptance"].unique()) == pytest.approx([30 / 50, 20 / 30])

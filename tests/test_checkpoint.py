@@ -1,0 +1,489 @@
+"""Drafters on disk: what is read equals what was written, an interrupted save loses nothing, and nothing wrong is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import full_disk, tiny_drafter, tiny_target
+from torch import Tensor
+from transformers import Qwen3Config
+
+import dspark
+from dspark.checkpoint import data_dir, export_reference
+from dspark.draft import Draft, Drafter
+from dspark.sampling import Sampling
+from dspark.target import Target
+
+HEADS = {
+    "vanilla": {},
+    "gated": {"markov_head_type": "gated"},
+    "rnn": {"markov_head_type": "rnn"},
+    "dflash": {"markov_rank": 0, "enable_confidence_head": False},
+    "confidence without markov": {"confidence_head_with_markov": False},
+}
+REDUCED = torch.tensor([0, 2, 3, 5, 7, 11, 13, 17, 19, 23, 50, 99])
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target(dtype=torch.bfloat16)
+
+
+@pytest.fixture(params=HEADS.values(), ids=HEADS)
+def drafter(request: pytest.FixtureRequest, target: Target) -> Drafter:
+    return tiny_drafter(target, **request.param)
+
+
+@pytest.fixture
+def folder(target: Target, tmp_path: Path) -> Path:
+    """A native checkpoint with a reduced draft vocabulary."""
+    dspark.save_drafter(tiny_drafter(target, d2t=REDUCED), target, tmp_path / "drafter")
+    return tmp_path / "drafter"
+
+
+@pytest.fixture
+def reference(target: Target, tmp_path: Path) -> Path:
+    export_reference(tiny_drafter(target), target, tmp_path / "reference")
+    return tmp_path / "reference"
+
+
+def drafts(drafter: Drafter, target: Target) -> Draft:
+    prompt = [1, 17, 42, 5, 8]
+    _, taps = target.forward(torch.tensor([prompt]), target.new_cache(), drafter.target_layer_ids)
+    state = drafter.new_state(prompt)
+    drafter.extend(state, prompt, taps)
+    return drafter.draft(state, 9, drafter.block_size, Sampling(temperature=1.0), torch.Generator().manual_seed(3))
+
+
+def assert_same_drafts(one: Drafter, other: Drafter, target: Target) -> None:
+    a, b = drafts(one, target), drafts(other, target)
+    assert a.tokens == b.tokens
+    assert torch.equal(a.probs, b.probs)
+    assert torch.equal(a.confidence.nan_to_num(2.0), b.confidence.nan_to_num(2.0))
+
+
+def edit(folder: Path, name: str = "config.json", /, **changes: object) -> None:
+    """Change entries of a JSON file; None removes one."""
+    path = folder / name
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors as another tool would: without our digest."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    edit(folder, weights_digest=None)
+
+
+def refused(name: object, target: Target, *values: object) -> None:
+    with pytest.raises(ValueError) as caught:
+        dspark.load_drafter(name, target)
+    message = str(caught.value)
+    assert "\n" not in message
+    for value in values:
+        assert str(value) in message
+
+
+# ---- round trips
+
+
+def test_a_native_round_trip_gives_bit_equal_drafts(drafter: Drafter, target: Target, tmp_path: Path) -> None:
+    dspark.save_drafter(drafter, target, tmp_path)
+    loaded = dspark.load_drafter(tmp_path, target)
+    assert loaded.config == drafter.config
+    assert_same_drafts(loaded, drafter, target)
+
+
+def test_a_reference_round_trip_gives_bit_equal_drafts(drafter: Drafter, target: Target, tmp_path: Path) -> None:
+    export_reference(drafter, target, tmp_path)
+    assert_same_drafts(dspark.load_drafter(tmp_path, target), drafter, target)
+
+
+def test_a_reduced_vocabulary_and_its_temperatures_survive(target: Target, tmp_path: Path) -> None:
+    drafter = tiny_drafter(target, d2t=REDUCED)
+    drafter.sts_temperatures = (1.0, 1.5, 0.75, 2.0)
+    dspark.save_drafter(drafter, target, tmp_path, training={"steps": 7})
+    loaded = dspark.load_drafter(tmp_path, target)
+    assert loaded.d2t.tolist() == REDUCED.tolist()
+    assert loaded.sts_temperatures == drafter.sts_temperatures
+    assert_same_drafts(loaded, drafter, target)
+    assert json.loads((tmp_path / "config.json").read_text())["training"] == {"steps": 7}
+
+
+def test_the_native_format_is_bf16_and_holds_nothing_of_the_targets(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    assert {t.dtype for n, t in tensors.items() if n != "d2t"} == {torch.bfloat16}
+    assert not {"embed_tokens.weight", "lm_head.weight", "head_weight"} & tensors.keys()
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+
+
+def test_the_reference_layout_has_the_published_names_and_copies(reference: Path, target: Target) -> None:
+    tensors, config = load_file(reference / "model.safetensors"), json.loads((reference / "config.json").read_text())
+    assert torch.equal(tensors["embed_tokens.weight"], target.embedding.weight)
+    assert torch.equal(tensors["lm_head.weight"], target.head_weight)
+    assert tensors["markov_head.markov_w2.weight"].shape == (100, 8)
+    assert (config["architectures"], config["model_type"], config["num_target_layers"]) == (["Qwen3DSparkModel"], "llama", 4)
+    assert (config["num_hidden_layers"], config["target_layer_ids"], config["block_size"]) == (2, [0, 2], 4)
+
+
+def test_a_loaded_drafter_is_frozen_and_in_the_targets_dtype(folder: Path) -> None:
+    loaded = dspark.load_drafter(str(folder), tiny_target(dtype=torch.float32))
+    assert {w.dtype for w in loaded.parameters()} == {torch.float32}
+    assert not loaded.training
+    assert not any(w.requires_grad for w in loaded.parameters())
+
+
+def test_a_packed_target_gets_a_packed_drafter_that_can_be_saved_again(target: Target, tmp_path: Path) -> None:
+    packed = tiny_target(dtype=torch.bfloat16).pack()
+    drafter = tiny_drafter(target)
+    for write in (dspark.save_drafter, export_reference):
+        write(drafter, packed, tmp_path)
+        loaded = dspark.load_drafter(tmp_path, packed)
+        assert type(loaded.fc) is type(packed.head)
+        write(loaded, packed, tmp_path)
+        assert_same_drafts(dspark.load_drafter(tmp_path, target), drafter, target)
+
+
+def test_a_loaded_drafter_can_be_saved_over_itself(folder: Path, target: Target) -> None:
+    first = dspark.load_drafter(folder, target)
+    dspark.save_drafter(first, target, folder)
+    assert_same_drafts(dspark.load_drafter(folder, target), first, target)
+
+
+def test_the_default_is_read_from_the_data_folder(folder: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPARK_DATA", str(folder.parent))
+    refused("default", target, "smollm2-135m-instruct")
+    (folder.parent / "drafters").mkdir()
+    folder.rename(folder.parent / "drafters" / "smollm2-135m-instruct")
+    assert dspark.load_drafter("default", target).config.draft_vocab_size == len(REDUCED)
+    monkeypatch.setenv("DSPARK_DATA", "/nowhere/at/all")
+    with pytest.raises(ValueError, match="/nowhere/at/all"):
+        data_dir()
+
+
+def test_a_hub_id_fetches_config_and_safetensors_only(folder: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    dspark.load_drafter("someone/drafter", target)
+    assert asked == {"someone/drafter": ["config.json", "*.safetensors", "model.safetensors.index.json"]}
+
+
+# ---- other people's layouts
+
+
+def shard(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    placed = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in set(placed.values()):
+        save_file({n: tensors[n] for n in names if placed[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    (folder / "model.safetensors").unlink()
+
+
+def test_shards_are_one_drafter(reference: Path, target: Target) -> None:
+    shard(reference)
+    assert_same_drafts(dspark.load_drafter(reference, target), tiny_drafter(target), target)
+
+
+def test_rope_theta_may_stand_flat(reference: Path, target: Target) -> None:
+    edit(reference, rope_parameters=None, rope_theta=10000)
+    assert_same_drafts(dspark.load_drafter(reference, target), tiny_drafter(target), target)
+
+
+def test_the_reference_may_leave_out_what_it_does_not_use(target: Target, tmp_path: Path) -> None:
+    drafter = tiny_drafter(target, **HEADS["dflash"])
+    export_reference(drafter, target, tmp_path)
+    edit(tmp_path, markov_head_type=None, confidence_head_with_markov=None, sts_temperatures=None, weights_digest=None)
+    assert_same_drafts(dspark.load_drafter(tmp_path, target), drafter, target)
+
+
+def speculators(target: Target, drafter: Drafter, folder: Path) -> None:
+    """The layout that the package `speculators` saves: nested config, taps counted from the embedding, d2t as offsets."""
+    shape = drafter.config
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    layers = Qwen3Config(**{name: getattr(shape, name) for name in names}, rms_norm_eps=shape.rms_norm_eps)
+    tensors = {name: weight.detach() for name, weight in drafter.named_parameters()}
+    if shape.draft_vocab_size < shape.vocab_size:
+        mask = torch.zeros(shape.vocab_size, dtype=torch.bool)
+        mask[drafter.d2t] = True
+        tensors |= {"t2d": mask, "d2t": drafter.d2t - torch.arange(shape.draft_vocab_size)}
+        tensors["lm_head.weight"] = target.head_weight[drafter.d2t]
+    about = {
+        "architectures": ["DSparkSpeculator"],
+        "speculators_model_type": "dspark",
+        "sample_from_anchor": True,
+        "transformer_layer_config": layers.to_diff_dict(),
+        "aux_hidden_state_layer_ids": [i + 1 for i in shape.target_layer_ids],
+        **{n: getattr(shape, n) for n in ("block_size", "draft_vocab_size", "mask_token_id", "markov_rank", "markov_head_type")},
+        **{n: getattr(shape, n) for n in ("enable_confidence_head", "confidence_head_with_markov")},
+    }
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("d2t", [None, REDUCED], ids=["full", "reduced"])
+def test_speculators_layout_is_read(target: Target, tmp_path: Path, d2t: Tensor | None) -> None:
+    drafter = tiny_drafter(target, d2t=d2t)
+    speculators(target, drafter, tmp_path)
+    loaded = dspark.load_drafter(tmp_path, target)
+    assert loaded.config == drafter.config
+    assert_same_drafts(loaded, drafter, target)
+
+
+def test_speculators_without_sample_from_anchor_is_another_block_layout(target: Target, tmp_path: Path) -> None:
+    speculators(target, tiny_drafter(target), tmp_path)
+    edit(tmp_path, sample_from_anchor=None)
+    refused(tmp_path, target, "sample_from_anchor")
+    edit(tmp_path, sample_from_anchor=True, speculators_model_type="eagle3")
+    refused(tmp_path, target, "eagle3")
+
+
+def test_a_reduced_vocabulary_has_no_reference_layout(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"12 of 100.*save_drafter"):
+        export_reference(tiny_drafter(target, d2t=REDUCED), target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- interrupted saves
+
+
+@pytest.mark.parametrize("moment", range(4), ids=["first write", "second write", "first rename", "second rename"])
+def test_an_interrupted_save_leaves_one_whole_checkpoint(
+    folder: Path, target: Target, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    old, new = dspark.load_drafter(folder, target), tiny_drafter(target, seed=8, block_size=3)
+    steps = iter(range(4))
+
+    def interrupted(real: Callable) -> Callable:
+        def step(*args: object) -> object:
+            if next(steps) == moment:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", interrupted(Path.write_bytes))
+        patch.setattr(Path, "replace", interrupted(Path.replace))
+        with pytest.raises(KeyboardInterrupt):
+            dspark.save_drafter(new, target, folder)
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert_same_drafts(dspark.load_drafter(folder, target), new if moment == 3 else old, target)
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(folder: Path, target: Target) -> None:
+    old = dspark.load_drafter(folder, target)
+    with full_disk(), pytest.raises(ValueError, match=f"cannot write {folder}.*room"):
+        dspark.save_drafter(tiny_drafter(target, seed=8), target, folder)
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert_same_drafts(dspark.load_drafter(folder, target), old, target)
+
+
+def test_a_drafter_with_nan_is_not_saved(folder: Path, target: Target) -> None:
+    broken = tiny_drafter(target)
+    broken.fc.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"fc\.weight .*1 NaN"):
+        dspark.save_drafter(broken, target, folder)
+    dspark.load_drafter(folder, target)
+
+
+# ---- what is refused
+
+
+def test_a_missing_folder_config_or_weights_is_named(folder: Path, target: Target) -> None:
+    refused(folder / "absent", target, folder / "absent")
+    refused("no-such-drafter", target, "no-such-drafter")
+    refused(folder / "config.json", target, folder / "config.json")
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    refused(folder, target, folder, "model.safetensors")
+    (folder / "config.json").unlink()
+    refused(folder, target, folder / "config.json")
+
+
+def test_an_unreachable_hub_is_one_line(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    refused("someone/drafter", target, "someone/drafter", "no route")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
+def test_pickled_weights_are_never_loaded(folder: Path, target: Target, suffix: str) -> None:
+    (folder / "model.safetensors").rename(folder / f"pytorch_model{suffix}")
+    refused(folder, target, f"pytorch_model{suffix}", "safetensors")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_named_safetensors_is_recognised(folder: Path, target: Target, zipped: bool) -> None:
+    if zipped:
+        torch.save({"fc.weight": torch.zeros(2)}, folder / "model.safetensors")
+    else:
+        (folder / "model.safetensors").write_bytes(pickle.dumps({"fc.weight": [0.0] * 10}))
+    refused(folder, target, "pickled", folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -1])
+def test_truncated_weights_are_damaged(folder: Path, target: Target, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, target, "damaged", path)
+
+
+def test_a_flipped_bit_is_damage(folder: Path, target: Target) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    refused(folder, target, "damaged", path)
+
+
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [
+        (lambda t: t.pop("fc.weight"), ["lack", "fc.weight"]),
+        (lambda t: t.update({"extra.weight": torch.zeros(3)}), ["unexpected", "extra.weight"]),
+        (lambda t: t.update({"fc.weight": torch.zeros(32, 31)}), ["fc.weight", "[32, 31]", "[32, 64]"]),
+        (lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.int8)}), ["fc.weight", "int8"]),
+        (lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.float8_e4m3fn)}), ["fc.weight", "float8"]),
+        (lambda t: t["norm.weight"].fill_(torch.nan), ["norm.weight", "32 NaN"]),
+        (lambda t: t["norm.weight"][:1].fill_(torch.inf), ["norm.weight", "1 NaN or inf"]),
+        (lambda t: [t.pop(n) for n in list(t) if n.startswith("layers.1")], ["1 layers", "num_hidden_layers is 2"]),
+        (lambda t: t.pop("d2t"), ["d2t", "none", "12"]),
+        (lambda t: t["d2t"][3:5].copy_(t["d2t"][3:5].flip(0)), ["d2t", "rising"]),
+        (lambda t: t["d2t"][4:5].copy_(t["d2t"][3:4]), ["d2t", "rising"]),
+        (lambda t: t["d2t"][-1:].fill_(100), ["d2t", "0..99", "to 100"]),
+        (lambda t: t["d2t"][:1].fill_(-1), ["d2t", "from -1"]),
+        (lambda t: t.update({"d2t": t["d2t"][:5].clone()}), ["d2t", "[5]", "12"]),
+        (lambda t: t.update({"d2t": t["d2t"].float()}), ["d2t", "float32"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_tensors_are_refused(folder: Path, target: Target, change: Callable, values: list[str]) -> None:
+    rewrite(folder, change)
+    refused(folder, target, *values)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "32"),
+        ("hidden_size", 1 << 40),
+        ("hidden_size", None),
+        ("num_hidden_layers", True),
+        ("num_hidden_layers", 2_000_000_000),
+        ("intermediate_size", 2_147_483_647),
+        ("block_size", 0),
+        ("markov_rank", -1),
+        ("markov_head_type", "magic"),
+        ("enable_confidence_head", 1),
+        ("draft_vocab_size", 101),
+        ("mask_token_id", 100),
+        ("target_layer_ids", [0.5, 2]),
+        ("target_layer_ids", "02"),
+        ("target_layer_ids", [0, 3]),
+        ("target_layer_ids", [0, 40]),
+        ("rope_theta", -1.0),
+        ("rms_norm_eps", float("inf")),
+        ("num_key_value_heads", 3),
+        ("head_dim", 7),
+        ("sts_temperatures", [1.0, 0.0, 1.0, 1.0]),
+        ("sts_temperatures", [1.0]),
+        ("format_version", 99),
+        ("architectures", ["Gemma4DSparkModel"]),
+        ("architectures", None),
+    ],
+)
+def test_wrong_config_values_are_refused(folder: Path, target: Target, field: str, value: object) -> None:
+    edit(folder, **{field: value})
+    refused(folder, target, field if value is None else value if field != "markov_head_type" else "magic")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff"])
+def test_a_damaged_config_is_refused(folder: Path, target: Target, content: str) -> None:
+    (folder / "config.json").write_bytes(content.encode("latin-1"))
+    refused(folder, target, folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "gelu_pytorch_tanh"),
+        ("attention_bias", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
+        ("rope_parameters", 7),
+    ],
+)
+def test_layers_of_another_kind_are_refused(reference: Path, target: Target, field: str, value: object) -> None:
+    edit(reference, **{field: value})
+    refused(reference, target, reference)
+
+
+@pytest.mark.parametrize("name", ["../model-0.safetensors", "/elsewhere/x.safetensors", "model-0.bin", "absent.safetensors"])
+def test_shards_stay_inside_the_folder(reference: Path, target: Target, name: str) -> None:
+    shard(reference)
+    (reference.parent / "model-0.safetensors").write_bytes((reference / "model-0.safetensors").read_bytes())
+    edit(reference, "model.safetensors.index.json", weight_map={"fc.weight": name})
+    refused(reference, target, name)
+
+
+def test_an_index_that_disagrees_with_its_shards_is_refused(reference: Path, target: Target) -> None:
+    shard(reference)
+    placed = json.loads((reference / "model.safetensors.index.json").read_text())["weight_map"]
+    edit(reference, "model.safetensors.index.json", weight_map=placed | {"a.weight": "model-0.safetensors"})
+    refused(reference, target, "a.weight")
+    edit(reference, "model.safetensors.index.json", weight_map=None)
+    refused(reference, target, "None")
+
+
+@pytest.mark.parametrize(
+    ("other", "values"),
+    [
+        ({"hidden_size": 64}, ["hidden_size", 32, 64]),
+        ({"vocab_size": 120}, ["vocab_size", 100, 120]),
+        ({"num_hidden_layers": 3}, ["[0, 2]", "3 layers"]),
+        ({"seed": 5}, ["tiny"]),
+    ],
+    ids=["hidden size", "vocabulary", "taps", "weights"],
+)
+def test_a_drafter_of_another_target_is_refused(folder: Path, target: Target, other: dict[str, int], values: list[object]) -> None:
+    stranger = tiny_target(**{"dtype": torch.bfloat16, **other})
+    refused(folder, stranger, *values, *((target.digest, stranger.digest) if "seed" in other else ()))
+
+
+def test_copies_of_another_targets_head_are_noticed(reference: Path, target: Target) -> None:
+    refused(reference, tiny_target(seed=5, dtype=torch.bfloat16), "embed_tokens.weight", "tiny")
+    rewrite(reference, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(99, 32)}))
+    refused(reference, target, "lm_head.weight", "[99, 32]", "[100, 32]")
+
+
+def test_every_field_of_the_config_is_written(folder: Path, target: Target) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    assert {field.name for field in dataclasses.fields(tiny_drafter(target).config)} <= about.keys()
+    assert (about["target"], about["target_digest"], about["architectures"]) == ("tiny", target.digest, ["DSparkDrafter"])

@@ -1,0 +1,63 @@
+"""Drafting by copying."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_drafter, tiny_target
+
+import dspark
+from dspark.sampling import Sampling
+
+
+def state_after(source: dspark.ContextLookup, tokens: list[int]) -> object:
+    state = source.new_state(tokens)
+    source.extend(state, tokens, torch.zeros(1, len(tokens), 64))
+    return state
+
+
+def drafted(source: dspark.ContextLookup, state: object, anchor: int, window: int = 8) -> dspark.draft.Draft:
+    return source.draft(state, anchor, min(window, source.block_size), Sampling(), None)
+
+
+@pytest.fixture
+def source() -> dspark.ContextLookup:
+    return dspark.ContextLookup(tiny_drafter(tiny_target()), min_match=2, max_copy=6)
+
+
+def test_what_followed_the_last_occurrence_is_copied(source: dspark.ContextLookup) -> None:
+    draft = drafted(source, state_after(source, [5, 6, 7, 8, 5, 6, 9, 10, 5]), anchor=6)
+    assert draft.tokens == [9, 10, 5, 6]
+    assert draft.source == "copy"
+    assert torch.equal(draft.probs, torch.eye(100)[draft.tokens])
+
+
+def test_a_loop_is_followed_up_to_the_anchor(source: dspark.ContextLookup) -> None:
+    assert drafted(source, state_after(source, [7, 8, 7, 8, 7]), anchor=8).tokens == [7, 8]
+
+
+def test_where_nothing_repeats_the_drafter_proposes_at_most_its_own_block(source: dspark.ContextLookup) -> None:
+    draft = drafted(source, state_after(source, [5, 6, 7, 8]), anchor=9)
+    assert draft.source == "drafter"
+    assert len(draft.tokens) == source.drafter.block_size == 4 < source.block_size
+
+
+def test_copies_never_exceed_window_and_limit(source: dspark.ContextLookup) -> None:
+    text = [5, 6, *range(20, 40), 5]
+    assert len(drafted(source, state_after(source, text), 6, window=3).tokens) == 3
+    assert len(drafted(source, state_after(source, text), 6, window=9).tokens) == source.max_copy
+
+
+def test_confidence_is_the_share_of_copied_tokens_that_came_true(source: dspark.ContextLookup) -> None:
+    text = [5, 6, 7, 8, 9, 5]
+    state = state_after(source, text)
+    assert drafted(source, state, 6).confidence[0] == pytest.approx(1 / 2)  # foretells 7 8 9 5 6
+    source.extend(state, [6, 7, 8], torch.zeros(1, 3, 64))  # 7 and 8 came, then 30
+    source.extend(state, [30, 5], torch.zeros(1, 2, 64))
+    assert drafted(source, state, 6).confidence[0] == pytest.approx(3 / 5)  # two right, one wrong, and the prior
+
+
+@pytest.mark.parametrize("option", [{"min_match": 0}, {"max_copy": 0}])
+def test_impossible_settings_are_refused(option: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        dspark.ContextLookup(tiny_drafter(tiny_target()), **option)

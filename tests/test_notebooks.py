@@ -1,0 +1,189 @@
+"""Every notebook keeps the form that papermill, nbval and a reader need, and 00_start runs on any chat model at any parameters."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from tiny import tiny_drafter, tiny_target
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import dspark
+from dspark import demo
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'assistant: ' }}"
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path: Path, kind: str = "code") -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def parameter_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in cells(path) if "parameters" in cell.metadata.get("tags", [])]
+
+
+def test_there_are_notebooks():
+    assert demo.NOTEBOOK in NOTEBOOKS
+
+
+@each_notebook
+def test_notebook_is_valid_and_stripped(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert "widgets" not in notebook.metadata
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in cells(path):
+        assert cell.outputs == [] and cell.execution_count is None
+
+
+@each_notebook
+def test_notebook_has_one_parameters_cell_and_nothing_before_it_runs(path):
+    assert len(parameter_cells(path)) == 1
+    assert "parameters" in cells(path)[0].metadata.get("tags", [])
+
+
+@each_notebook
+def test_every_parameter_has_a_type_a_default_and_a_comment(path):
+    parameters = papermill.inspect_notebook(str(path))
+    assigned = re.findall(r"^(\w+)", parameter_cells(path)[0].source, flags=re.MULTILINE)
+    assert list(parameters) == assigned, "papermill cannot read them all: no '=' but the assignment's in a line, and none in comments"
+    for name, about in parameters.items():
+        assert about["inferred_type_name"] != "None", name
+        assert about["default"] and about["help"], name
+
+
+@each_notebook
+def test_code_cells_are_short_and_prose_comes_first(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.cells[0].cell_type == "markdown"
+    for cell in cells(path):
+        assert len(cell.source.splitlines()) <= 20, cell.source
+
+
+@each_notebook
+def test_notebook_names_no_relative_path_and_no_path_of_one_machine(path):
+    """papermill runs in the caller's folder, nbval in the notebook's."""
+    for cell in cells(path):
+        assert not re.search(r"""["'](\.{1,2}/|data/|runs/|notebooks/|/\w|~)""", cell.source), cell.source
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A random chat model of 300 byte-level tokens in a folder, and a random drafter for it in another."""
+    model, drafter = (tmp_path_factory.mktemp(name) for name in ("tiny-chat-model", "tiny-drafter"))
+    letters = ["<pad>", "<start>", "<end>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    merges = [("a", "n"), ("Ġ", "t"), ("e", "r"), ("o", "n"), ("Ġt", "h"), ("Ġth", "e")]
+    vocab = {token: i for i, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<start>", pad_token="<pad>")
+    chat.chat_template = TEMPLATE
+    chat.save_pretrained(model)
+    tiny_target(vocab_size=300).model.save_pretrained(model)
+    target = dspark.load_target(model, dtype="float32")
+    dspark.save_drafter(tiny_drafter(target), target, drafter)
+    return {"target": str(model), "drafter": str(drafter)}
+
+
+def test_the_python_in_the_readme_runs(tiny_folders, monkeypatch, capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    load_target, load_drafter = dspark.load_target, dspark.load_drafter
+    monkeypatch.setattr(dspark, "load_target", lambda name: load_target({"default": tiny_folders["target"]}[name], dtype="float32"))
+    monkeypatch.setattr(dspark, "load_drafter", lambda name, target: load_drafter({"default": tiny_folders["drafter"]}[name], target))
+    exec(compile(code, "README.md", "exec"), {})
+    assert re.search(r"^\d+ \d+ of \d+ drafts: ", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+SMALL = {
+    "prompts": ["An apple", "他说 <b>&</b> 🙂", "On the one hand"],
+    "max_new_tokens": 12,
+    "repeats": 3,
+    "threads": 1,
+    "dtype": "float32",
+}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"policy": "fixed:2"}, {"policy": "confidence:0.2+copy:2", "temperature": 0.9, "seed": 5, "repeats": 1}],
+    ids=lambda changed: changed["policy"],
+)
+def test_start_runs_at_other_parameters_on_another_model(tmp_path, tiny_folders, changed):
+    executed = tmp_path / "folder" / "start.ipynb"
+    summary = demo.run(demo.NOTEBOOK, executed, SMALL | tiny_folders | changed)
+
+    assert summary["policy"] == changed["policy"] and summary["temperature"] == changed.get("temperature", 0.0)
+    assert summary["prompt"] == SMALL["prompts"][0] and summary["n"] <= len(SMALL["prompts"])
+    assert summary["low"] <= summary["speedup"] <= summary["high"]
+    assert 1 <= summary["tokens_per_round"] <= 5
+    if "temperature" not in changed:
+        assert summary["text"] == summary["plain_text"] and summary["comparison"].startswith("identical")
+
+    notebook = nbformat.read(executed, as_version=4)
+    shown = {kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
+    assert {"text/html", "application/vnd.plotly.v1+json"} <= shown
+    printed = demo.report(summary, executed)
+    for part in (summary["text"], "plain decoding", "tokens/s", "95 % interval", "τ", str(executed)):
+        assert part in printed
+
+
+def test_a_failing_cell_is_one_line_with_its_own_message(tmp_path):
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    notebook.cells = [
+        nbformat.v4.new_code_cell('out: str = ""  # unused', metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell('raise ValueError("a window of 9 is too wide\\nand more")'),
+    ]
+    nbformat.write(notebook, tmp_path / "failing.ipynb")
+    (tmp_path / "done.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^ValueError: a window of 9 is too wide \(.*done\.ipynb\)$"):
+        demo.run(tmp_path / "failing.ipynb", tmp_path / "done.ipynb", {})
+    assert not (tmp_path / "done.json").exists(), "the summary of an earlier run"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "told"),
+    [
+        ([("polcy", "fixed")], "no parameter 'polcy': did you mean 'policy'?"),
+        ([("xyz", "1")], "no parameter 'xyz': choose from prompts, max_new_tokens"),
+        ([("max_new_tokens", "many")], "max_new_tokens needs int, got 'many'"),
+        ([("temperature", "warm")], "temperature needs float, got 'warm'"),
+        ([("prompts", "Hello")], "prompts needs list\\[str\\], got 'Hello'"),
+        ([("prompts", "[]")], "prompts needs list"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_before_anything_runs(pairs, told, monkeypatch, capsys):
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("it ran"))
+    assert demo.main([word for name, value in pairs for word in ("-p", name, value)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert re.search(told, printed.err)
+
+
+def test_parameters_get_the_type_that_the_notebook_declares():
+    pairs = [("prompts", '["a", "b"]'), ("max_new_tokens", "8"), ("temperature", "1"), ("policy", "7")]
+    assert demo.checked_parameters(pairs, demo.NOTEBOOK) == {"prompts": ["a", "b"], "max_new_tokens": 8, "temperature": 1.0, "policy": "7"}
+
+
+def test_start_defaults_are_smoke_sized():
+    defaults = {name: about["default"] for name, about in papermill.inspect_notebook(str(demo.NOTEBOOK)).items()}
+    tokens = len(json.loads(re.sub(r",\s*\]", "]", defaults["prompts"]))) * int(defaults["max_new_tokens"]) * int(defaults["repeats"])
+    assert tokens <= 600, "both ways decode them, at some 35 ms a token on two cores"
+
+
+def test_demo_interrupted_says_so_in_one_line(monkeypatch, capsys):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(papermill, "execute_notebook", interrupt)
+    monkeypatch.setattr(demo, "default_folder", lambda: None)
+    assert demo.main([]) == 130
+    assert capsys.readouterr().err == "dspark.demo: interrupted\n"

@@ -1,0 +1,130 @@
+"""The prompt sets keep what a fair benchmark needs: fixed, disjoint, large enough, and the same for any n."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from types import ModuleType
+
+import pytest
+
+from dspark.bench.prompts import DOMAINS, SPLITS, PromptItem, data_dir, load_prompts
+
+AUTHORED = ("chat", "structured")
+
+
+def every_item() -> list[PromptItem]:
+    return [item for domain in DOMAINS for split in SPLITS for item in load_prompts(domain, split)]
+
+
+def wording(item: PromptItem) -> str:
+    """What a prompt says, without case and spacing: a copy that differs only in these is still a copy."""
+    return " ".join(" ".join(message["content"] for message in item.messages).lower().split())
+
+
+def builder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prompt_builder", data_dir() / "prompts" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ids_are_unique_and_name_their_domain():
+    items = every_item()
+    repeated = [name for name, times in Counter(item.id for item in items).items() if times > 1]
+    assert repeated == []
+    assert all(item.id.startswith(f"{item.domain}/") for item in items)
+
+
+def test_no_prompt_is_worded_like_another_so_dev_and_test_are_disjoint_in_content():
+    repeated = [text for text, times in Counter(wording(item) for item in every_item()).items() if times > 1]
+    assert repeated == []
+
+
+def test_dev_and_test_share_no_math_template():
+    dev, test = ({item.theme for item in load_prompts("math", split)} for split in SPLITS)
+    assert dev & test == set()
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_every_domain_holds_enough_prompts_of_both_splits(domain):
+    assert len(load_prompts(domain, "test")) >= 24
+    assert len(load_prompts(domain, "dev")) >= 16
+
+
+def test_the_sources_are_complete():
+    sizes = Counter(item.domain for item in every_item())
+    assert (sizes["code"], sizes["math"]) == (164, 120)
+    assert {item.id for item in every_item() if item.domain == "code"} == {f"code/{number:03d}" for number in range(164)}
+
+
+@pytest.mark.parametrize(("domain", "per_theme"), [("chat", 10), ("structured", 5)])
+def test_authored_prompts_cover_eight_themes_evenly(domain, per_theme):
+    themes = Counter(item.theme for split in SPLITS for item in load_prompts(domain, split))
+    assert len(themes) == 8
+    assert set(themes.values()) == {per_theme}
+
+
+@pytest.mark.parametrize("domain", AUTHORED)
+@pytest.mark.parametrize("split", SPLITS)
+def test_any_first_prompts_cover_the_themes(domain, split):
+    assert len({item.theme for item in load_prompts(domain, split, n=8)}) == 8
+    assert len({item.theme for item in load_prompts(domain, split, n=5)}) == 5
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_loading_is_deterministic_and_a_smaller_n_is_a_prefix(domain, split):
+    assert load_prompts(domain, split) == load_prompts(domain, split)
+    assert load_prompts(domain, split, n=5) == load_prompts(domain, split, n=10)[:5]
+    assert load_prompts(domain, split, n=10) == load_prompts(domain, split)[:10]
+
+
+def test_items_carry_what_was_asked_for_and_text_to_encode():
+    for domain in DOMAINS:
+        for split in SPLITS:
+            assert {(item.domain, item.split) for item in load_prompts(domain, split)} == {(domain, split)}
+    for item in every_item():
+        assert [message["role"] for message in item.messages] == ["user"]
+        assert len(wording(item)) >= 10
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_rebuilding_changes_nothing(domain):
+    build = builder()
+    committed = (data_dir() / "prompts" / f"{domain}.jsonl").read_bytes()
+    assert build.render(domain, build.authored_rows(domain)).encode() == committed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("poetry",), ["'poetry'", *DOMAINS]),
+        (("code", "train"), ["'train'", *SPLITS]),
+        (("code", "test", 0), ["n is 0", "1 to 82"]),
+        (("code", "test", -3), ["n is -3", "1 to 82"]),
+        (("structured", "dev", 17), ["n is 17", "1 to 16"]),
+    ],
+)
+def test_bad_input_raises_value_error_with_the_value_and_the_choices(arguments, named):
+    with pytest.raises(ValueError) as error:
+        load_prompts(*arguments)
+    assert all(text in str(error.value) for text in named)
+
+
+def test_the_environment_chooses_the_data_folder(tmp_path, monkeypatch):
+    (tmp_path / "prompts").mkdir()
+    line = {"id": "chat/999", "split": "dev", "theme": "a", "messages": [{"role": "user", "content": "Hello?"}]}
+    (tmp_path / "prompts" / "chat.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    monkeypatch.setenv("DSPARK_DATA", str(tmp_path))
+    assert [item.id for item in load_prompts("chat", "dev")] == ["chat/999"]
+
+
+def test_a_missing_data_folder_or_file_raises_value_error_with_its_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSPARK_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"no prompt file at .*code\.jsonl"):
+        load_prompts("code")
+    monkeypatch.setenv("DSPARK_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"no data folder at .*nowhere.*DSPARK_DATA"):
+        load_prompts("code")

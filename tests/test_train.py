@@ -1,0 +1,195 @@
+"""Training: the gradient is the loss's own, blocks see only what drafting sees, a resume equals never having stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_drafter, tiny_target
+
+from dspark.backbone import Context
+from dspark.train.blocks import block_loss, block_mask, choose_blocks
+from dspark.train.corpus import Corpus
+from dspark.train.features import FeatureStore
+from dspark.train.loop import TrainConfig, Trainer
+from dspark.train.losses import HeadLoss, LossWeights, position_weights
+from dspark.train.start import drafter_for, frequent_tokens
+
+
+def corpus(rows: int = 12, tokens: int = 24, vocab: int = 100) -> Corpus:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, vocab, (rows, tokens), generator=generator)
+    assistant = torch.zeros(rows, tokens, dtype=torch.bool)
+    assistant[:, 6:20] = True
+    return Corpus(ids, assistant, torch.ones(rows))
+
+
+def trainer(folder: Path, steps: int = 6, **options: object) -> Trainer:
+    target = tiny_target()
+    store = FeatureStore(target, corpus(), (0, 2), shard_rows=4)
+    config = TrainConfig(steps=steps, sequences=2, anchors=3, learning_rate=1e-2, checkpoint_every=2, **options)
+    drafter = drafter_for(
+        target, init_layers=(0,), block_size=4, target_layer_ids=(0, 2), markov_rank=8, mask_token_id=3, d2t=torch.arange(2, 90)
+    )
+    return Trainer(target, drafter, store, config, folder)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_the_written_out_gradient_is_the_gradient(rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, h, vocab, draft_vocab = 400, 16, 60, 40  # more rows than one chunk
+    hidden = torch.randn(n, h, generator=generator, requires_grad=True)
+    latent = torch.randn(n, rank, generator=generator, requires_grad=True) if rank else None
+    w2 = torch.randn(draft_vocab, rank, generator=generator, requires_grad=True) if rank else None
+    full_head = torch.randn(vocab, h, generator=generator)
+    final = torch.randn(n, h, generator=generator)
+    label = torch.randint(-1, draft_vocab, (n,), generator=generator)
+    weight = torch.rand(n, generator=generator)
+    weights = LossWeights()
+    logsumexp = (final @ full_head.T).logsumexp(-1)
+    loss, acceptance = HeadLoss.apply(hidden, latent, w2, full_head[:draft_vocab], final, logsumexp, label, weight, weights)
+    inputs = [x for x in (hidden, latent, w2) if x is not None]
+    found = torch.autograd.grad(loss, inputs)
+
+    logits = hidden @ full_head[:draft_vocab].T + (latent @ w2.T if rank else 0)
+    p, q = logits.softmax(-1), (final @ full_head.T).softmax(-1)
+    distance = (p - q[:, :draft_vocab]).abs().sum(-1) + q[:, draft_vocab:].sum(-1)
+    ce = torch.nn.functional.cross_entropy(logits, label, ignore_index=-1, reduction="none")
+    reference = (weight * (0.1 * ce + 0.9 * distance)).sum()
+    expected = torch.autograd.grad(reference, inputs)
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    assert torch.allclose(acceptance, 1 - distance / 2, atol=1e-5)
+    assert torch.allclose(acceptance, torch.minimum(p, q[:, :draft_vocab]).sum(-1), atol=1e-5)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_position_weights_decay_over_the_valid_prefix_only() -> None:
+    found = position_weights(torch.tensor([[True, True, False, True]]), decay=4.0)
+    assert found[0].tolist() == pytest.approx([1.0, 0.7788, 0, 0], abs=1e-4)
+
+
+def test_anchors_and_labels_are_response_tokens() -> None:
+    text = corpus()
+    shard = FeatureStore(tiny_target(), text, (0, 2)).shard(0)
+    blocks = choose_blocks(shard, 8, 4, 3, torch.Generator().manual_seed(0))
+    row = torch.arange(len(text))[:, None, None]
+    assert text.assistant[row, blocks.positions[..., :1]].all()
+    after = blocks.positions + 1
+    assert text.assistant[row, after.clamp(max=23)][blocks.valid].all()
+    assert (blocks.labels == text.token_ids[row, after.clamp(max=23)])[blocks.valid].all()
+    assert (blocks.previous == text.token_ids[row, blocks.positions.clamp(max=23)]).all()
+    assert not (blocks.valid[..., 1:] & ~blocks.valid[..., :-1]).any()
+    assert (blocks.tokens[..., 1:] == 3).all()
+
+
+def test_a_block_sees_context_before_its_anchor_and_itself_and_nothing_else() -> None:
+    mask = block_mask(torch.tensor([[2, 5]]), block_size=3, length=7)[0, 0]
+    assert mask.shape == (6, 13)
+    assert mask[0, :7].tolist() == [True] * 2 + [False] * 5
+    assert mask[5, :7].tolist() == [True] * 5 + [False] * 2
+    assert mask[1, 7:].tolist() == [True] * 3 + [False] * 3
+    assert mask[4, 7:].tolist() == [False] * 3 + [True] * 3
+
+
+def test_training_and_drafting_see_the_same_distributions() -> None:
+    """The acceptance of a training block equals Σ min(p_d, p_t) of the draft made at that anchor with these tokens."""
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    shard = FeatureStore(target, corpus(), (0, 2)).shard(0)
+    blocks = choose_blocks(shard, 1, 4, 3, torch.Generator().manual_seed(3))
+    result = block_loss(drafter, torch.arange(100), shard, blocks, LossWeights())
+    anchor = int(blocks.anchors[0, 0])
+    ids = shard.token_ids[0]
+    contexts = [Context(*kv) for kv in drafter.context(shard.taps[:1, :anchor])]
+    hidden = drafter.backbone(blocks.tokens[:1, 0], blocks.positions[:1, 0], contexts)
+    head = drafter.markov_head
+    p_draft = (hidden @ drafter.head_weight.T + head.markov_w2(head.markov_w1(ids[None, anchor : anchor + 4]))).softmax(-1)
+    p_target = target.forward(ids[None], None)[0][:, anchor : anchor + 4].softmax(-1)
+    expected = torch.minimum(p_draft, p_target).sum(-1)
+    valid = blocks.valid[0, 0]
+    assert valid.sum() >= 2
+    assert torch.allclose(result.acceptance[0, 0][valid], expected[0][valid], atol=1e-5)
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    records = list(trainer(tmp_path, steps=40).run())
+    first, last = (sum(r["loss"] for r in part) for part in (records[:8], records[-8:]))
+    assert last < first
+
+
+def test_a_training_resumed_twice_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    """Twice, because the second resume reads what a resumed training wrote."""
+    whole = trainer(tmp_path / "whole")
+    losses = [r["loss"] for r in whole.run()]
+    found = []
+    for part in (2, 3, 1):
+        broken = trainer(tmp_path / "broken")  # a new process would start like this, from the last checkpoint
+        assert broken.step == len(found)
+        found += [record["loss"] for _, record in zip(range(part), broken.run(), strict=False)]
+    assert found == losses
+    for a, b in zip(whole.drafter.state_dict().values(), broken.drafter.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    steps = run.run()
+    next(steps), next(steps), next(steps)
+    with torch.no_grad():
+        run.drafter.fc.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"fc\.weight"):
+        run.save()
+    with pytest.raises(ValueError, match="step 3"):
+        next(steps)
+    assert trainer(tmp_path).step == 2
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    list(trainer(tmp_path, steps=2).run())
+    file = tmp_path / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        trainer(tmp_path)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    list(trainer(tmp_path, steps=2).run())
+    with pytest.raises(ValueError, match="seed"):
+        trainer(tmp_path, steps=2, seed=1)
+    assert trainer(tmp_path, steps=3).step == 2  # the length of the schedule may change on the way
+
+
+def test_a_failed_write_keeps_the_last_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path)
+    steps = run.run()
+    next(steps), next(steps), next(steps)  # the checkpoint of step 2 is on disk
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dspark.train.loop.save_file", full)
+    with pytest.raises(ValueError, match="No space left"):
+        run.save()
+    monkeypatch.undo()
+    assert trainer(tmp_path).step == 2
+
+
+def test_kept_features_of_other_text_or_taps_are_refused(tmp_path: Path) -> None:
+    target, text = tiny_target(), corpus()
+    kept = FeatureStore(target, text, (0, 2), tmp_path).shard(0)
+    again = FeatureStore(target, text, (0, 2), tmp_path).shard(0)
+    assert torch.equal(kept.taps, again.taps) and torch.equal(kept.logsumexp, again.logsumexp)
+    for store in (FeatureStore(target, text, (0, 1), tmp_path), FeatureStore(tiny_target(seed=9), text, (0, 2), tmp_path)):
+        with pytest.raises(ValueError, match="another folder"):
+            store.shard(0)
+    other = Corpus(text.token_ids.flip(0), text.assistant, text.temperature)
+    with pytest.raises(ValueError, match="another folder"):
+        FeatureStore(target, other, (0, 2), tmp_path).shard(0)
+
+
+def test_the_draft_vocabulary_holds_the_frequent_tokens_and_the_end_of_text() -> None:
+    ids = torch.tensor([[7, 7, 7, 8, 8, 9, 5, 5, 5, 5]])
+    assistant = torch.tensor([[True] * 6 + [False] * 4])
+    assert frequent_tokens(ids, assistant, 3, 20, frozenset([2])).tolist() == [2, 7, 8]

@@ -1,0 +1,106 @@
+"""The acceptance rule, as a function of distributions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dspark.sampling import Sampling, nucleus, sample
+from dspark.verify import accept, residual
+
+N = 20_000
+
+
+def distribution(seed: int, rows: int, vocab: int = 4) -> torch.Tensor:
+    return torch.rand(rows, vocab, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+def law_of_first_token(p_draft: torch.Tensor, p_target: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(p_target.shape[-1])
+    for _ in range(N):
+        drafted = sample(p_draft[0], generator)
+        accepted, following = accept([drafted], p_draft, p_target, generator)
+        counts[drafted if accepted else following] += 1
+    return counts / N
+
+
+def test_the_committed_token_follows_the_target_whatever_the_draft_distribution_is() -> None:
+    p_target = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    p_draft = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    law = law_of_first_token(p_draft, p_target)
+    assert (law - p_target[0]).abs().max() < 4 * (0.25 / N) ** 0.5  # four standard deviations
+
+
+def test_the_bonus_comes_from_the_row_behind_the_last_accepted_draft() -> None:
+    p = torch.eye(4)[[1, 2, 3]]
+    assert accept([1, 2], p[:2], p) == (2, 3)
+
+
+def test_equal_distributions_accept_everything() -> None:
+    p = distribution(3, 5)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        tokens = [sample(row, generator) for row in p[:4]]
+        assert accept(tokens, p[:4], p, generator)[0] == 4
+
+
+def test_one_hot_rows_are_greedy_decoding() -> None:
+    p_target = torch.eye(4)[[0, 1, 2, 3]]
+    p_draft = torch.eye(4)[[0, 1, 3]]
+    assert accept([0, 1, 3], p_draft, p_target) == (2, 2)
+
+
+def test_nothing_drafted_is_a_plain_step() -> None:
+    assert accept([], torch.empty(0, 4), torch.eye(4)[[2]]) == (0, 2)
+
+
+def test_a_token_that_the_target_forbids_is_never_accepted() -> None:
+    p_target, p_draft = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0]])
+    generator = torch.Generator().manual_seed(0)
+    assert all(accept([1], p_draft, p_target, generator) == (0, 0) for _ in range(100))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_residual_is_a_distribution_over_what_the_target_still_owes(seed: int) -> None:
+    p_target, p_draft = distribution(seed, 1)[0], distribution(seed + 100, 1)[0]
+    owed = residual(p_target, p_draft)
+    assert owed.min() >= 0
+    assert owed.sum().item() == pytest.approx(1, abs=1e-6)
+    assert not owed[p_draft >= p_target].any()
+
+
+def test_a_residual_of_tiny_mass_keeps_its_shape() -> None:
+    p_target = torch.tensor([0.5 + 2e-7, 0.5 - 2e-7])
+    assert residual(p_target, torch.tensor([0.5, 0.5]))[0] == 1
+
+
+def test_sampling_never_draws_a_token_of_probability_zero() -> None:
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    assert {sample(probs, generator) for _ in range(500)} == {1, 3}
+
+
+def test_sampling_follows_the_distribution() -> None:
+    probs, generator = distribution(9, 1)[0], torch.Generator().manual_seed(0)
+    counts = torch.bincount(torch.tensor([sample(probs, generator) for _ in range(N)]), minlength=4) / N
+    assert (counts - probs).abs().max() < 4 * (0.25 / N) ** 0.5
+
+
+def test_processed_probabilities_are_float32_and_sum_to_one() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for sampling in (Sampling(), Sampling(0.7), Sampling(1, top_k=5), Sampling(1, top_p=0.5), Sampling(0.5, 10, 0.9)):
+        probs = sampling.probs(logits)
+        assert probs.dtype == torch.float32
+        assert torch.allclose(probs.sum(-1), torch.ones(3), atol=1e-6)
+
+
+def test_top_k_keeps_k_tokens() -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert (Sampling(1, top_k=5).probs(logits) > 0).sum() == 5
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_the_mass() -> None:
+    probs = torch.tensor([0.1, 0.5, 0.15, 0.25])
+    assert nucleus(probs, 0.7).tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3])
+    assert nucleus(probs, 0.5).tolist() == [0, 1, 0, 0]
