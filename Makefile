@@ -8,7 +8,7 @@ pip := $(python) -m pip --disable-pip-version-check --no-input
 linted := dspark tests notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test train bench lint clean
+.PHONY: help demo lab test train bench proof lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ train: $(stamp)  ## train a drafter; ARGS="--help" lists the options
 
 bench: $(stamp)  ## measure policies against each other; ARGS="--help" lists the options
 	$(python) -m dspark.bench $(ARGS)
+
+proof: $(stamp)  ## prove that the text keeps the model's law; ARGS="--help" lists the parts
+	$(python) -m dspark.proof $(ARGS)
 
 lint: $(stamp)  ## check style and formatting
 	$(python) -m ruff check $(linted)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dspark.draft import NOTHING, Draft
-from dspark.sampling import Sampling, sample
+from dspark.sampling import Chance, Sampling
 from dspark.schedule import Autoregressive, FixedWindow, Policy
 from dspark.target import Prompt, Target
 from dspark.verify import accept
@@ -31,7 +31,7 @@ class DraftSource(Protocol):
     def extend(self, state: object, token_ids: Sequence[int], taps: Tensor | None) -> None:
         """The target has processed these committed tokens; taps [1, tokens, m·hidden] stand for the same positions."""
 
-    def draft(self, state: object, anchor: int, window: int, sampling: Sampling, generator: torch.Generator | None) -> Draft:
+    def draft(self, state: object, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
         """Propose at most ``window`` tokens behind the anchor."""
 
 
@@ -89,9 +89,9 @@ class Output:
 def generate(target: Target, drafter: DraftSource | None, prompt: Prompt, **options: object) -> Output:
     """Decode to the end and return the text. Takes the options of :func:`decode`; ``drafter`` None is plain decoding."""
     start = time.perf_counter()
-    rounds = list(decode(target, drafter, prompt, **options))
-    token_ids = [token for r in rounds for token in r.committed]
-    return Output(target.decode(token_ids), token_ids, rounds, time.perf_counter() - start)
+    stream = list(decode(target, drafter, prompt, **options))
+    token_ids = [token for r in stream for token in r.committed]
+    return Output(target.decode(token_ids), token_ids, stream, time.perf_counter() - start)
 
 
 def decode(
@@ -118,7 +118,8 @@ def decode(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     limit = min(max_new_tokens, target.max_context - len(prompt_ids))
-    return _rounds(target, drafter, prompt_ids, limit, policy, sampling, seed)
+    chance = Chance(torch.Generator(target.device).manual_seed(seed))
+    return rounds(target, drafter, prompt_ids, limit, policy, sampling, chance)
 
 
 def _checked_policy(policy: Policy | None, drafter: DraftSource | None) -> Policy:
@@ -131,10 +132,10 @@ def _checked_policy(policy: Policy | None, drafter: DraftSource | None) -> Polic
     return policy
 
 
-def _rounds(
-    target: Target, drafter: DraftSource | None, prompt: list[int], limit: int, policy: Policy, sampling: Sampling, seed: int
+def rounds(
+    target: Target, drafter: DraftSource | None, prompt: list[int], limit: int, policy: Policy, sampling: Sampling, chance: Chance
 ) -> Iterator[Round]:
-    generator = torch.Generator(target.device).manual_seed(seed)
+    """The loop itself, behind the checks of :func:`decode`. prompt: token ids · limit: new tokens at most."""
     drafting = drafter is not None and not isinstance(policy, Autoregressive)
     layer_ids = drafter.target_layer_ids if drafting else ()
     state = drafter.new_state(prompt) if drafting else None
@@ -145,7 +146,7 @@ def _rounds(
     verified = clock.lap()
     if drafting:
         drafter.extend(state, prompt, taps)
-    anchor = sample(sampling.probs(logits[0, -1]), generator)
+    anchor = chance.choose(sampling.probs(logits[0, -1]))
     yield Round(0, None, 0, (), (), (), 0, 0, (anchor,), (), (), "", 0.0, verified, clock.total())
     done, index, last = 1, 0, None
 
@@ -154,7 +155,7 @@ def _rounds(
         # 1 draft. The round's last token is never a draft, so more than limit − done − 1 of them could not be kept.
         window = policy.window(last, drafter.block_size) if drafting else 0
         room = min(window, limit - done - 1)
-        draft = drafter.draft(state, anchor, room, sampling, generator) if room > 0 else NOTHING
+        draft = drafter.draft(state, anchor, room, sampling, chance) if room > 0 else NOTHING
         drafted = clock.lap()
         # 2 schedule
         length = policy.lengths([draft.confidence])[0] if draft.tokens else 0
@@ -164,7 +165,7 @@ def _rounds(
         logits, taps = target.forward(_row([anchor, *checked], target), cache, layer_ids)
         verified = clock.lap()
         p_target = sampling.probs(logits[0])  # [ℓ+1, vocab]
-        accepted, next_token = accept(checked, draft.probs, p_target, generator)
+        accepted, next_token = accept(checked, draft.probs, p_target, chance)
         # 4 rewind: the cache keeps the anchor and the accepted drafts
         cache.rewind(before + 1 + accepted)
         if drafting:
@@ -207,7 +208,7 @@ def _until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> tuple[int, .
 
 def _of_tokens(probs: Tensor, tokens: Sequence[int]) -> tuple[float, ...]:
     """probs [≥ n, vocab], n tokens → the probability of each."""
-    return tuple(probs[torch.arange(len(tokens)), list(tokens)].tolist()) if tokens else ()
+    return tuple(probs[range(len(tokens)), list(tokens)].tolist()) if tokens else ()
 
 
 class _Clock:

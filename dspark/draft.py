@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dspark.backbone import Context, DrafterConfig, Layer, RMSNorm, Rope
 from dspark.packed import PackedLinear, can_pack, pack_linears
 from dspark.rewind import GrowingKV
-from dspark.sampling import Sampling, sample
+from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 
 
@@ -190,7 +190,7 @@ class Drafter(nn.Module):
         state.pending.clear()
 
     @torch.inference_mode()
-    def draft(self, state: DraftState, anchor: int, window: int, sampling: Sampling, generator: torch.Generator | None) -> Draft:
+    def draft(self, state: DraftState, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
         """Propose ``window`` tokens behind the anchor, whose position is the length of the context (Algorithm of §3.1–3.2)."""
         if not 1 <= window <= self.block_size:
             raise ValueError(f"window {window} must lie in 1..{self.block_size}, the drafter's block size")
@@ -212,7 +212,7 @@ class Drafter(nn.Module):
                 latent, latent_state = self.markov_head.step(hidden[k], embedded[-1], latent_state)
                 logits = logits + self.markov_head.markov_w2(latent)
             probs = sampling.probs(logits)
-            choice = sample(probs, generator)
+            choice = chance.choose(probs)
             previous = int(self.d2t[choice])
             tokens.append(previous)
             rows.append(probs)

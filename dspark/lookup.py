@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dspark.draft import Draft, Drafter, DraftState
-from dspark.sampling import Sampling
+from dspark.sampling import Chance, Sampling
 
 
 @dataclass
@@ -63,12 +63,12 @@ class ContextLookup:
             state.tokens.append(token)
         self.drafter.extend(state.drafter, token_ids, taps)
 
-    def draft(self, state: LookupState, anchor: int, window: int, sampling: Sampling, generator: torch.Generator | None) -> Draft:
+    def draft(self, state: LookupState, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
         self._learn(state, anchor)
         text = [*state.tokens[-self.min_match :], anchor]
         start = state.follows.get(tuple(text[-self.min_match :]))
         if start is None:
-            return self.drafter.draft(state.drafter, anchor, min(window, self.drafter.block_size), sampling, generator)
+            return self.drafter.draft(state.drafter, anchor, min(window, self.drafter.block_size), sampling, chance)
         copy = [*state.tokens[start:], anchor][: min(window, self.max_copy)]
         state.copy, state.copy_at = copy, len(state.tokens) + 1
         probs = torch.zeros(len(copy), self.drafter.config.vocab_size, device=self.drafter.head_weight.device)

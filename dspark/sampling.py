@@ -54,12 +54,26 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probs).scatter_(-1, index, kept / kept.sum(-1, keepdim=True))
 
 
-def sample(probs: Tensor, generator: torch.Generator | None) -> int:
-    """Draw one index from probs [vocab] float32 by inverting the cumulative distribution: token i with probability p_i.
+class Chance:
+    """Where decoding is random: two questions, each answered by one draw from the generator (PyTorch's global one if None).
 
-    A one-hot row needs no randomness and takes none from the generator's stream that would change the result.
+    A proof of exactness puts an object here that answers every question in every way (:mod:`dspark.proof.branches`).
     """
-    cumulative = probs.double().cumsum(-1)
-    u = torch.rand((), generator=generator, dtype=torch.float64, device=probs.device) * cumulative[-1]
-    # The first index whose cumulative mass exceeds u: never a token of probability zero.
-    return int(torch.searchsorted(cumulative, u, right=True).clamp_(max=probs.shape[-1] - 1))
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
+
+    def choose(self, probs: Tensor) -> int:
+        """Index i with probability p_i, by inverting the cumulative distribution. probs: [vocab] float32."""
+        cumulative = probs.double().cumsum(-1)
+        u = self._uniform(probs.device) * cumulative[-1]
+        # The first index whose cumulative mass exceeds u: never a token of probability zero.
+        return int(torch.searchsorted(cumulative, u, right=True).clamp_(max=probs.shape[-1] - 1))
+
+    def accepts(self, p_target: Tensor, p_draft: Tensor) -> bool:
+        """True with probability min(1, p_t / p_d), for two numbers in [0, 1]; p_d > 0, as the token was drawn from it."""
+        return bool(self._uniform(p_target.device) * p_draft < p_target)
+
+    def _uniform(self, device: torch.device) -> Tensor:
+        """[] float64 in [0, 1)."""
+        return torch.rand((), generator=self.generator, dtype=torch.float64, device=device)

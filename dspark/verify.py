@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from dspark.sampling import sample
+from dspark.sampling import Chance
 
 
-def accept(draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor, generator: torch.Generator | None = None) -> tuple[int, int]:
+def accept(draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor, chance: Chance) -> tuple[int, int]:
     """Keep the longest prefix of the drafts that the rule accepts, and draw the one token behind it.
 
-    draft_tokens: ℓ ids, x_k drawn from ``p_draft[k−1]`` · p_draft: [ℓ, vocab] float32 · p_target: [ℓ+1, vocab] float32.
+    draft_tokens: ℓ ids, x_k drawn from ``p_draft[k−1]`` · p_draft: [≥ ℓ, vocab] float32 · p_target: [ℓ+1, vocab] float32.
     Returns (accepted, next_token). x_k is accepted with probability min(1, p_t(x_k) / p_d(x_k)); at the first rejection the
     next token comes from the residual, after ℓ acceptances from the target's last row (the bonus). Every token then follows
     p_target exactly, whatever p_draft is. Greedy is the case of one-hot rows.
+
+    Only indexing, −, clip, sum and / touch the rows, so arrays of fractions do as well: the proof runs this very function.
     """
-    coins = torch.rand(len(draft_tokens), generator=generator, device=p_target.device, dtype=torch.float64).tolist()
-    for k, (token, coin) in enumerate(zip(draft_tokens, coins, strict=True)):
-        # coin < p_t / p_d, without the division: p_d(token) > 0 because the token was drawn from it.
-        if coin * p_draft[k, token].item() >= p_target[k, token].item():
-            return k, sample(residual(p_target[k], p_draft[k]), generator)
-    return len(draft_tokens), sample(p_target[len(draft_tokens)], generator)
+    for k, token in enumerate(draft_tokens):
+        if not chance.accepts(p_target[k, token], p_draft[k, token]):
+            return k, chance.choose(residual(p_target[k], p_draft[k]))
+    return len(draft_tokens), chance.choose(p_target[len(draft_tokens)])
 
 
 def residual(p_target: Tensor, p_draft: Tensor) -> Tensor:
@@ -31,5 +30,5 @@ def residual(p_target: Tensor, p_draft: Tensor) -> Tensor:
 
     Its mass is positive whenever a rejection is possible: some token has p_d > p_t, so another has p_t > p_d.
     """
-    owed = (p_target - p_draft).clamp_(min=0)
+    owed = (p_target - p_draft).clip(0)
     return owed / owed.sum()

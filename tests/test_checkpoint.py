@@ -19,7 +19,7 @@ from transformers import Qwen3Config
 import dspark
 from dspark.checkpoint import data_dir, export_reference
 from dspark.draft import Draft, Drafter
-from dspark.sampling import Sampling
+from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 
 HEADS = {
@@ -60,7 +60,7 @@ def drafts(drafter: Drafter, target: Target) -> Draft:
     _, taps = target.forward(torch.tensor([prompt]), target.new_cache(), drafter.target_layer_ids)
     state = drafter.new_state(prompt)
     drafter.extend(state, prompt, taps)
-    return drafter.draft(state, 9, drafter.block_size, Sampling(temperature=1.0), torch.Generator().manual_seed(3))
+    return drafter.draft(state, 9, drafter.block_size, Sampling(temperature=1.0), Chance(torch.Generator().manual_seed(3)))
 
 
 def assert_same_drafts(one: Drafter, other: Drafter, target: Target) -> None:

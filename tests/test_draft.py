@@ -10,7 +10,7 @@ from torch import Tensor
 from dspark.backbone import Context, DrafterConfig
 from dspark.draft import Drafter, DraftState
 from dspark.packed import PackedLinear, can_pack
-from dspark.sampling import Sampling
+from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 
 HEADS = [{"markov_rank": 0}, {"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}]
@@ -30,7 +30,7 @@ def test_step_by_step_drafting_equals_the_training_forward_pass(head: dict[str, 
     drafter = tiny_drafter(target, **head)
     prompt = [5, 9, 11, 4, 30]
     state, taps = ready(target, drafter, prompt)
-    draft = drafter.draft(state, 17, 4, Sampling(1.0), torch.Generator().manual_seed(0))
+    draft = drafter.draft(state, 17, 4, Sampling(1.0), Chance(torch.Generator().manual_seed(0)))
 
     contexts = [Context(*kv) for kv in drafter.context(taps)]
     block, positions = torch.tensor([[17, 3, 3, 3]]), torch.arange(5, 9)[None]
@@ -53,7 +53,7 @@ def test_confidence_never_sees_the_token_it_is_about(head: dict[str, object]) ->
     seen: dict[tuple[int, ...], float] = {}
     for seed in range(30):
         state, _ = ready(target, drafter, [5, 9, 11])
-        draft = drafter.draft(state, 7, 4, Sampling(3.0), torch.Generator().manual_seed(seed))
+        draft = drafter.draft(state, 7, 4, Sampling(3.0), Chance(torch.Generator().manual_seed(seed)))
         for k in range(4):
             before, c = tuple(draft.tokens[:k]), draft.confidence[k].item()
             assert seen.setdefault(before, c) == pytest.approx(c, abs=1e-6)
@@ -65,7 +65,7 @@ def test_the_rank_zero_head_is_purely_parallel() -> None:
     rows = []
     for seed in (0, 1):
         state, _ = ready(target, drafter, [5, 9, 11])
-        rows.append(drafter.draft(state, 7, 4, Sampling(2.0), torch.Generator().manual_seed(seed)))
+        rows.append(drafter.draft(state, 7, 4, Sampling(2.0), Chance(torch.Generator().manual_seed(seed))))
     assert rows[0].tokens != rows[1].tokens
     assert torch.equal(rows[0].probs, rows[1].probs)
 
@@ -76,7 +76,7 @@ def test_the_sequential_head_makes_a_token_depend_on_the_one_before() -> None:
     rows = []
     for seed in (0, 1):
         state, _ = ready(target, drafter, [5, 9, 11])
-        rows.append(drafter.draft(state, 7, 4, Sampling(2.0), torch.Generator().manual_seed(seed)).probs)
+        rows.append(drafter.draft(state, 7, 4, Sampling(2.0), Chance(torch.Generator().manual_seed(seed))).probs)
     assert torch.equal(rows[0][0], rows[1][0])
     assert not torch.allclose(rows[0][1], rows[1][1])
 
@@ -85,10 +85,10 @@ def test_drafting_leaves_only_context_in_the_drafters_cache() -> None:
     target = tiny_target()
     drafter = tiny_drafter(target)
     state, taps = ready(target, drafter, [5, 9, 11])
-    first = drafter.draft(state, 7, 4, Sampling(), None)
+    first = drafter.draft(state, 7, 4, Sampling(), Chance())
     assert [kv.length for kv in state.layers] == [3, 3]
     state.pending.append(taps[:, :0])
-    assert drafter.draft(state, 7, 4, Sampling(), None).tokens == first.tokens
+    assert drafter.draft(state, 7, 4, Sampling(), Chance()).tokens == first.tokens
 
 
 def test_context_in_pieces_equals_context_at_once() -> None:
@@ -98,7 +98,7 @@ def test_context_in_pieces_equals_context_at_once() -> None:
     pieces = drafter.new_state()
     for part in taps.split((1, 3, 2), dim=1):
         drafter.extend(pieces, [0] * part.shape[1], part)
-    a, b = (drafter.draft(s, 7, 4, Sampling(), None) for s in (whole, pieces))
+    a, b = (drafter.draft(s, 7, 4, Sampling(), Chance()) for s in (whole, pieces))
     assert a.tokens == b.tokens and torch.allclose(a.confidence, b.confidence, atol=1e-6)
 
 
@@ -107,7 +107,7 @@ def test_a_reduced_draft_vocabulary_proposes_only_its_own_tokens() -> None:
     d2t = torch.tensor([2, 5, 8, 40, 77, 99])
     drafter = tiny_drafter(target, d2t=d2t)
     state, _ = ready(target, drafter, [5, 9, 11])
-    draft = drafter.draft(state, 7, 4, Sampling(1.0), torch.Generator().manual_seed(0))
+    draft = drafter.draft(state, 7, 4, Sampling(1.0), Chance(torch.Generator().manual_seed(0)))
     assert set(draft.tokens) <= set(d2t.tolist())
     assert draft.probs.shape == (4, 100)
     assert torch.allclose(draft.probs[:, d2t].sum(-1), torch.ones(4), atol=1e-6)
@@ -119,7 +119,7 @@ def test_a_window_outside_the_block_is_refused(window: int) -> None:
     drafter = tiny_drafter(target)
     state, _ = ready(target, drafter, [5])
     with pytest.raises(ValueError, match=str(window)):
-        drafter.draft(state, 7, window, Sampling(), None)
+        drafter.draft(state, 7, window, Sampling(), Chance())
 
 
 @pytest.mark.parametrize(

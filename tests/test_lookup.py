@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.sampling import Sampling
+from dspark.sampling import Chance, Sampling
 
 
 def state_after(source: dspark.ContextLookup, tokens: list[int]) -> object:
@@ -17,7 +17,7 @@ def state_after(source: dspark.ContextLookup, tokens: list[int]) -> object:
 
 
 def drafted(source: dspark.ContextLookup, state: object, anchor: int, window: int = 8) -> dspark.draft.Draft:
-    return source.draft(state, anchor, min(window, source.block_size), Sampling(), None)
+    return source.draft(state, anchor, min(window, source.block_size), Sampling(), Chance())
 
 
 @pytest.fixture
