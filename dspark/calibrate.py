@@ -1,0 +1,107 @@
+"""Is a confidence of 0.8 right in 80 of 100 cases? Calibration error, ranking quality, and sequential temperature scaling (STS).
+
+STS (the paper's §4): position by position, the temperature that divides the logit of c_k is the one with the smallest
+calibration error of the cumulative product a_k = Π_{i≤k} c_i, with the earlier temperatures fixed. Fitted on held-out rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark.decode import Round
+
+BINS = 15
+GRID = torch.logspace(-1, 1, 81).tolist()  # 0.1 … 10; holds 1 exactly, so scaling never does worse on the data it is fitted on
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What confidence heads said of n drafted blocks and what came of them.
+
+    logits: [n, γ] float32 of c_k, before any temperature · survived: [n, γ] bool, x_1..x_k were all accepted ·
+    checked: [n, γ] bool, position k was sent to the target (the others say nothing and are left out).
+    """
+
+    logits: Tensor
+    survived: Tensor
+    checked: Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.logits.shape[1]
+
+    def survival(self, temperatures: Iterable[float] = ()) -> Tensor:
+        """a_k under these temperatures (1 for positions that have none). [n, γ] float32."""
+        scale = torch.ones(self.block_size)
+        given = list(temperatures)
+        scale[: len(given)] = torch.tensor(given)
+        return torch.sigmoid(self.logits / scale).cumprod(-1)
+
+    def at(self, k: int, temperatures: Iterable[float] = ()) -> tuple[Tensor, Tensor]:
+        """Confidence and outcome at 0-based position k, checked blocks only: [m] float32 in 0..1 and [m] bool."""
+        chosen = self.checked[:, k]
+        return self.survival(temperatures)[chosen, k], self.survived[chosen, k]
+
+
+def rollouts(rounds: Iterable[Round], block_size: int, temperatures: tuple[float, ...] = ()) -> Rollouts:
+    """Collect the drafter's blocks. temperatures: those the drafter carried while it drafted, undone here.
+
+    Copied blocks and rounds that ended the text inside the block are left out: their outcomes are not the head's doing.
+    """
+    scale = torch.ones(block_size)
+    scale[: len(temperatures)] = torch.tensor(temperatures)
+    logits, survived, checked = [], [], []
+    for r in rounds:
+        if r.source != "drafter" or r.verify_length == 0 or len(r.committed) <= r.accepted:
+            continue
+        row = torch.full((block_size,), 0.5)
+        row[: len(r.confidence)] = torch.tensor(r.confidence)
+        logits.append(torch.logit(row.double(), eps=1e-12).float() * scale)
+        position = torch.arange(block_size)
+        survived.append(position < r.accepted)
+        checked.append(position < r.verify_length)
+    if not logits:
+        raise ValueError("no round of the drafter was checked: roll out with FixedWindow() and a drafter that has a confidence head")
+    return Rollouts(torch.stack(logits), torch.stack(survived), torch.stack(checked))
+
+
+def calibration_error(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> float:
+    """ECE: |mean confidence − frequency of the outcome|, averaged over equally wide bins by the share of cases in them.
+
+    confidence: [m] in 0..1, outcome: [m] bool. Raises ValueError if there is no case.
+    """
+    if not len(confidence):
+        raise ValueError("the calibration error of no cases is undefined: roll out more rounds")
+    index = (confidence.double() * bins).long().clamp_(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, confidence.double() - outcome.double())
+    return float(gap.abs().sum() / len(confidence))
+
+
+def ranking_quality(confidence: Tensor, outcome: Tensor) -> float:
+    """AUC: how often a case that survived has the higher confidence of a random pair; ties count half. NaN with one outcome only."""
+    order = confidence.sort().values
+    below = torch.searchsorted(order, confidence, right=False).double()
+    upto = torch.searchsorted(order, confidence, right=True).double()
+    rank = (below + upto + 1) / 2  # mid-rank, 1-based
+    positive = int(outcome.sum())
+    negative = len(outcome) - positive
+    if not positive or not negative:
+        return float("nan")
+    return float((rank[outcome].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def fit_sts(data: Rollouts, grid: Iterable[float] = GRID) -> tuple[float, ...]:
+    """One temperature per position, in order, each with the smallest ECE of a_k given the ones before it; 1 where nothing was checked."""
+    temperatures: list[float] = []
+    for k in range(data.block_size):
+        if not data.checked[:, k].any():
+            temperatures.append(1.0)
+            continue
+        # Among equals the one nearest to 1: no scaling that the data do not ask for.
+        candidates = sorted(grid, key=lambda t: abs(torch.tensor(t).log()))
+        temperatures.append(min(candidates, key=lambda t: calibration_error(*data.at(k, [*temperatures, t]))))
+    return tuple(temperatures)

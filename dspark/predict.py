@@ -1,0 +1,41 @@
+"""Before anything is trained: what could a drafter gain on this model and this machine? It follows from L = (T_draft + T_verify) / τ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+SPS = Callable[[int], float]  # target steps per second when one step checks B tokens, e.g. a dspark.profile.SPSCurve
+
+
+def expected_tokens_per_round(acceptance: Sequence[float]) -> float:
+    """τ of a window of len(acceptance) tokens: 1 + Σ_k Π_{i≤k} α_i, with α_k the conditional acceptance at position k, in 0..1.
+
+    Raises ValueError for a number outside 0..1.
+    """
+    wrong = [a for a in acceptance if not 0 <= a <= 1]
+    if wrong:
+        raise ValueError(f"an acceptance must lie in 0..1, got {wrong[0]}: pass the conditional acceptance at positions 1, 2, …")
+    return 1 + sum(math.prod(acceptance[: k + 1]) for k in range(len(acceptance)))
+
+
+def predict_speedup(sps: SPS, acceptance: Sequence[float], draft_seconds: float) -> float:
+    """Speed-up over plain decoding of a fixed window with these acceptances: τ · T_plain / (T_draft + T_verify).
+
+    sps: measured on this machine (:func:`dspark.profile.profile_sps`) · draft_seconds: T_draft, one block; 0 for the limit that
+    free drafting would reach.
+    """
+    return expected_tokens_per_round(acceptance) / required_tokens_per_round(sps, len(acceptance), draft_seconds)
+
+
+def required_tokens_per_round(sps: SPS, window: int, draft_seconds: float, speedup: float = 1.0) -> float:
+    """The τ that a window needs for this speed-up: speedup · (T_draft + T_verify) / T_plain. More than window + 1 is out of reach.
+
+    Raises ValueError for a negative draft time, a window under 1 or a speed-up that is not positive.
+    """
+    for name, value, least in (("draft_seconds", draft_seconds, 0), ("window", window, 1)):
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not speedup > 0:
+        raise ValueError(f"speedup must be positive, got {speedup}")
+    return speedup * (draft_seconds + 1 / sps(1 + window)) * sps(1)

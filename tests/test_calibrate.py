@@ -1,0 +1,90 @@
+"""Calibration: an honest confidence is left alone, a distorted one is put right."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_drafter, tiny_target
+
+import dspark
+from dspark.calibrate import Rollouts, calibration_error, fit_sts, ranking_quality, rollouts
+
+
+def honest(n: int = 20_000, block_size: int = 3, seed: int = 0) -> Rollouts:
+    """Blocks whose tokens survive with exactly the probability that the head states."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 1 + torch.randn(n, block_size, generator=generator)  # around 0 even a constant 0.5 would be calibrated
+    survived = (torch.rand(n, block_size, generator=generator) < logits.sigmoid()).int().cumprod(-1).bool()
+    return Rollouts(logits, survived, torch.ones_like(survived))
+
+
+def distorted(data: Rollouts, factors: list[float]) -> Rollouts:
+    return Rollouts(data.logits * torch.tensor(factors), data.survived, data.checked)
+
+
+def test_the_error_is_the_gap_between_confidence_and_frequency() -> None:
+    assert calibration_error(torch.full((10,), 0.8), torch.arange(10) < 8) == pytest.approx(0, abs=1e-7)
+    assert calibration_error(torch.full((10,), 0.8), torch.arange(10) < 5) == pytest.approx(0.3)
+    confidence, outcome = torch.tensor([0.1, 0.1, 0.9, 0.9]), torch.tensor([False, True, True, True])
+    assert calibration_error(confidence, outcome) == pytest.approx((0.4 + 0.1) / 2)
+
+
+def test_an_honest_head_has_next_to_no_error() -> None:
+    data = honest(80_000)
+    assert all(calibration_error(*data.at(k)) < 0.01 for k in range(3))
+
+
+def test_scaling_finds_the_temperature_of_every_position() -> None:
+    found = fit_sts(distorted(honest(), [3.0, 0.5, 2.0]))
+    assert found == pytest.approx([3.0, 0.5, 2.0], rel=0.2)
+
+
+def test_scaling_never_raises_the_error_on_its_own_data() -> None:
+    for seed in range(3):
+        data = distorted(honest(500, seed=seed), [1.7, 0.8, 1.0])
+        found = fit_sts(data)
+        for k in range(3):
+            fixed = found[:k]
+            assert calibration_error(*data.at(k, found)) <= calibration_error(*data.at(k, [*fixed, 1.0])) + 1e-12
+
+
+def test_a_constant_head_is_left_alone_when_it_is_right() -> None:
+    n = 1000
+    data = Rollouts(torch.zeros(n, 1), (torch.arange(n) % 2 == 0)[:, None], torch.ones(n, 1, dtype=torch.bool))
+    assert fit_sts(data) == (1.0,)
+
+
+def test_unchecked_positions_say_nothing() -> None:
+    data = honest()
+    checked = torch.zeros_like(data.checked)
+    checked[:, 0] = True
+    assert fit_sts(Rollouts(data.logits, data.survived, checked))[1:] == (1.0, 1.0)
+
+
+def test_ranking_quality_is_the_share_of_pairs_in_order() -> None:
+    outcome = torch.tensor([False, False, True, True])
+    assert ranking_quality(torch.tensor([0.1, 0.2, 0.3, 0.4]), outcome) == 1
+    assert ranking_quality(torch.tensor([0.4, 0.3, 0.2, 0.1]), outcome) == 0
+    assert ranking_quality(torch.tensor([0.1, 0.3, 0.2, 0.4]), outcome) == 0.75
+    assert ranking_quality(torch.full((4,), 0.5), outcome) == 0.5
+    assert math.isnan(ranking_quality(torch.rand(2), torch.tensor([True, True])))
+
+
+@pytest.mark.parametrize("temperatures", [(), (2.0, 0.5, 1.5, 1.0)])
+def test_rollouts_give_back_the_logits_whatever_temperatures_the_drafter_carried(temperatures: tuple[float, ...]) -> None:
+    target = tiny_target(eos_token_id=None)
+    drafter = tiny_drafter(target)
+    options = {"max_new_tokens": 40, "temperature": 1.0}
+    bare = rollouts(dspark.generate(target, drafter, [5, 6, 7], **options).rounds, 4)
+    drafter.sts_temperatures = temperatures
+    scaled = rollouts(dspark.generate(target, drafter, [5, 6, 7], **options).rounds, 4, temperatures)
+    assert torch.equal(bare.survived, scaled.survived)
+    assert torch.allclose(bare.logits[bare.checked], scaled.logits[scaled.checked], atol=1e-3)
+    assert not (bare.survived & ~bare.checked).any()
+
+
+def test_rounds_without_a_checked_draft_are_refused() -> None:
+    with pytest.raises(ValueError, match="FixedWindow"):
+        rollouts(dspark.generate(tiny_target(), None, [5, 6], max_new_tokens=5).rounds, 4)

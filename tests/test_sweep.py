@@ -1,0 +1,111 @@
+"""A sweep runs every cell of its grid once, whatever happens in between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from dspark import sweep
+
+CODE = """
+import json
+from pathlib import Path
+
+if x == 13:
+    raise ValueError(f"x is {x}")
+with Path(log).open("a") as file:
+    file.write(f"{x} {word} ")
+Path(out).write_text(json.dumps({"square": x * x}))
+"""
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def notebook(tmp_path: Path, log: Path) -> Path:
+    """Squares x, and notes in a log that it ran."""
+    parameters = f'x: int = 1  # squared\nword: str = "a"  # noted\nout: str = ""  # file for the result\nlog: str = "{log}"  # of runs'
+    cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(CODE)]
+    path = tmp_path / "squares.ipynb"
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+    return path
+
+
+def swept(notebook: Path, *words: str) -> int:
+    return sweep.main([str(notebook), *words, "--out", str(notebook.parent / "runs")])
+
+
+def table(notebook: Path) -> pd.DataFrame:
+    return pd.read_parquet(notebook.parent / "runs" / "squares" / "table.parquet")
+
+
+def test_the_grid_is_the_product_of_its_axes(notebook, tmp_path):
+    cells = sweep.grid(notebook, [("x", "3,5"), ("word", '["a,b", "c"]')], tmp_path)
+    assert [dict(cell.parameters) for cell in cells] == [{"x": x, "word": word} for x in (3, 5) for word in ("a,b", "c")]
+    assert len({cell.key for cell in cells}) == 4
+
+
+def test_finished_cells_are_kept_and_a_wider_grid_runs_only_what_is_new(notebook, log):
+    assert swept(notebook, "-p", "x", "2") == 0
+    assert swept(notebook, "-p", "x", "2,3") == 0
+    assert log.read_text() == "2 a 3 a "
+    assert table(notebook)[["x", "square"]].to_numpy().tolist() == [[2, 4], [3, 9]]
+
+
+def test_a_changed_notebook_is_run_again(notebook, log, tmp_path):
+    before = sweep.grid(notebook, [("x", "2")], tmp_path)[0].key
+    changed = nbformat.read(notebook, as_version=4)
+    changed.cells[1].source += "\n# another version"
+    nbformat.write(changed, notebook)
+    assert sweep.grid(notebook, [("x", "2")], tmp_path)[0].key != before
+
+
+def test_a_failing_cell_is_named_and_stops_no_other(notebook, capsys):
+    assert swept(notebook, "-p", "x", "13,4") == 1
+    assert table(notebook)["square"].tolist() == [16]
+    error = capsys.readouterr().err
+    assert "x=13: ValueError: x is 13" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["-p", "y", "1"], "'y'"),
+        (["-p", "x", "1,two"], "'two'"),
+        (["-p", "x", "1", "-p", "x", "2"], "'x' is given twice"),
+        (["-p", "out", "here"], "'out' belongs"),
+        (["-p", "word", "[1"], "'[1'"),
+        (["-p", "word", "[]"], "no values"),
+        (["--jobs", "0"], "0"),
+        (["--engine", "abacus"], "'abacus'"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_runs(notebook, log, capsys, words, named):
+    assert swept(notebook, *words) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+    assert not log.exists()
+
+
+def test_a_notebook_that_saves_nothing_is_refused(notebook, tmp_path, capsys):
+    bare = nbformat.read(notebook, as_version=4)
+    bare.cells[0].source = "x: int = 1  # squared"
+    nbformat.write(bare, tmp_path / "bare.ipynb")
+    assert sweep.main([str(tmp_path / "bare.ipynb")]) == 2
+    assert "'out'" in capsys.readouterr().err
+
+
+def test_the_ray_engine_runs_the_same_cells(notebook):
+    ray = pytest.importorskip("ray")
+    try:
+        assert swept(notebook, "-p", "x", "2,3", "--engine", "ray", "--jobs", "2") == 0
+    finally:
+        ray.shutdown()
+    assert table(notebook)["square"].tolist() == [4, 9]
