@@ -68,7 +68,7 @@ def test_conda_takes_only_python_from_conda_and_the_rest_from_pyproject_and_cons
     assert set(SpecifierSet(PROJECT["requires-python"])) <= set(Requirement(python).specifier)
 
 
-@pytest.mark.parametrize("target", ["demo", "lab", "test", "train", "bench", "lint"])
+@pytest.mark.parametrize("target", ["demo", "lab", "test", "train", "bench", "proof", "lint"])
 def test_make_target_is_documented_and_makes_the_environment_first(target):
     needs, recipe = recipes()[target]
     assert needs == ["$(stamp)"]
