@@ -19,8 +19,8 @@ from dspark.bench import __main__ as command
 from dspark.bench import memory, provenance, results, speed
 from dspark.bench import plan as plan_module
 from dspark.bench.arms import Models, parse_arm, parse_arms
-from dspark.bench.identity import check_identity, margin
-from dspark.bench.measure import by_transformers, first_divergence, positions
+from dspark.bench.identity import beyond_rounding, check_identity, weigh
+from dspark.bench.measure import Settings, by_transformers, first_divergence, positions
 from dspark.bench.plan import Plan, rotated
 from dspark.bench.results import Ledger, read_results, write_results
 from dspark.bench.speed import measure_speed
@@ -29,6 +29,7 @@ from dspark.bench.table import identity_table, memory_table, speed_table
 from dspark.decode import Round
 from dspark.draft import Drafter
 from dspark.profile import is_packed
+from dspark.rewind import RewindCache
 from dspark.target import Target
 
 EVERY_POLICY = "plain,fixed:4,mtp1,adaptive,adaptive:0.3,0.1,0.01,confidence:0.4,conditional:0.4,prefix,fixed:3+copy:1,adaptive+copy"
@@ -179,16 +180,48 @@ def test_counts_of_a_row_agree_with_each_other(models, tmp_path):
 
 def test_greedy_arms_in_float32_give_identical_ids(models, tmp_path):
     frame = check_identity(small(arms=EVERY_POLICY, prompts=1, tokens=24), models, tmp_path / "i.parquet")
-    assert frame["equal"].all() and (frame["first_divergence"] == -1).all() and frame["margin"].isna().all()
-    assert len(frame) == 2 * 10
+    assert frame["equal"].all() and (frame["first_divergence"] == -1).all() and frame[["margin", "noise"]].isna().all(axis=None)
+    assert len(frame) == 2 * 10 and not beyond_rounding(frame).any()
     assert "2 of 2" in identity_table(frame)
 
 
-def test_a_divergence_is_found_where_it_is_and_weighed(target):
+def test_a_divergence_is_found_where_it_is():
     assert first_divergence([1, 2, 3], [1, 2, 3]) == -1
     assert first_divergence([1, 2, 3], [1, 9, 3]) == 1
     assert first_divergence([1, 2], [1, 2, 3]) == 2
-    assert margin(target, [5, 6, 7]) > 0
+
+
+@pytest.mark.parametrize("arm", ["plain", "fixed:4"])
+@pytest.mark.parametrize("i", [0, 1, 7, 19])
+def test_only_a_divergence_between_tied_tokens_passes_for_rounding(arm, i):
+    target = tiny_target(eos_token_id=None, tie_word_embeddings=False)
+    models = Models(target, tiny_drafter(target), stock=target)
+    prompt = [5, 6, 7]
+    trial = models.decoder(parse_arm(arm), Settings(max_new_tokens=20))(prompt, 0)
+    right = trial.token_ids
+    other = next(token for token in range(100) if token not in right)
+    diverged = replace(trial, token_ids=[*right[:i], other, *right[i + 1 :]])
+    margin, noise = weigh(models, prompt, right, diverged, i)
+    assert margin > 1e-2 > noise
+    with torch.no_grad():
+        target.head_weight[other] = target.head_weight[right[i]]
+    assert weigh(models, prompt, right, diverged, i) == (0, 0)
+
+
+def test_a_text_that_only_ends_elsewhere_never_passes_for_rounding(models):
+    trial = models.decoder(parse_arm("plain"), Settings(max_new_tokens=5))([5, 6, 7], 0)
+    margin, noise = weigh(models, [5, 6, 7], trial.token_ids[:3], trial, 3)
+    assert margin > noise
+
+
+def test_a_fault_of_the_cache_does_not_pass_for_rounding(models, tmp_path, monkeypatch):
+    rewind = RewindCache.rewind
+    monkeypatch.setattr(RewindCache, "rewind", lambda self, length: rewind(self, min(length + 1, self.length)))
+    frame = check_identity(small(arms="plain,fixed:4", prompts=2, tokens=24), models, tmp_path / "i.parquet")
+    faulty = frame[frame["arm"] == "fixed:4"]
+    assert frame.loc[frame["arm"] == "plain", "equal"].all()
+    assert not faulty["equal"].any() and beyond_rounding(faulty).all()
+    assert identity_table(frame).splitlines()[-1].split()[-1] == "4"
 
 
 def test_generate_is_measured_on_the_stock_target_and_no_drafter_is_loaded_in_vain(monkeypatch):

@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 
+from dspark.bench.identity import beyond_rounding
 from dspark.bench.stats import summarise
 
 
@@ -35,7 +36,7 @@ def speed_table(frame: pd.DataFrame, baseline: str) -> str:
 
 
 def identity_table(frame: pd.DataFrame) -> str:
-    """Per arm: how many texts are ``model.generate``'s, and the margins where they part."""
+    """Per arm: how many texts are ``model.generate``'s, and, where they diverge, margins and rounding noise."""
     by_arm = frame.groupby("arm", sort=False)
     shown = pd.DataFrame(
         {
@@ -43,6 +44,8 @@ def identity_table(frame: pd.DataFrame) -> str:
             "equal": [f"{part['equal'].sum()} of {len(part)}" for _, part in by_arm],
             "first divergence": _column([part.loc[~part["equal"], "first_divergence"].min() for _, part in by_arm], "{:.0f}"),
             "largest margin": _column([part["margin"].max() for _, part in by_arm], "{:.4f}"),
+            "largest noise": _column([part["noise"].max() for _, part in by_arm], "{:.4f}"),
+            "beyond rounding": [int(beyond_rounding(part).sum()) for _, part in by_arm],
         }
     )
     return f"{_heading(frame)} · against model.generate(do_sample=False)\n{shown.to_string(index=False)}"

@@ -212,7 +212,7 @@ def acceptance_heatmap(rounds: Sequence[Round], block_size: int | None = None, d
     accepted = sum(row.count("accepted") for row in states)
     figure.update_xaxes(title="round (number)", tickformat="d")
     figure.update_yaxes(title="position in the block (tokens behind the anchor)", dtick=1)
-    return _dressed(figure, f"What became of {drafted} drafted tokens: {accepted} accepted (n = {len(rounds)} rounds)", 260 + 24 * width)
+    return dressed(figure, f"What became of {drafted} drafted tokens: {accepted} accepted (n = {len(rounds)} rounds)", 260 + 24 * width)
 
 
 def _draft_hint(r: Round, k: int, state: str | None, decode: Decode | None) -> str:
@@ -245,10 +245,10 @@ def race(lanes: Mapping[str, Sequence[Round]]) -> go.Figure:
         figure.add_trace(go.Scatter(x=seconds, y=tokens, mode="lines", name=label, line=line))
     figure.update_xaxes(title="time since the prefill (s)", rangemode="tozero")
     figure.update_yaxes(title="committed tokens (number)", rangemode="tozero")
-    return _dressed(figure, "The race on one prompt (n = 1 run per lane)", 380)
+    return dressed(figure, "The race on one prompt (n = 1 run per lane)", 380)
 
 
-def _dressed(figure: go.Figure, title: str, height: int) -> go.Figure:
+def dressed(figure: go.Figure, title: str, height: int) -> go.Figure:
     """What all figures share: a title, a transparent ground, grey text and lines that both themes can carry."""
     figure.update_xaxes(gridcolor="rgba(128,128,128,.25)", zeroline=False)
     figure.update_yaxes(gridcolor="rgba(128,128,128,.25)", zeroline=False)
