@@ -53,7 +53,7 @@ class Extent:
         return {"n": sum(self.prompts.values()), "split": "+".join(self.prompts), "ways_per_prompt": 1 + self.share}
 
 
-FULL = Extent(Plan.domains, {"dev": 13, "test": 12}, tokens=32, share=6)
+FULL = Extent(Plan.domains, {"dev": 13, "test": 12}, tokens=24, share=6)
 SMOKE = Extent("code", {"dev": 1, "test": 1}, tokens=4, share=4)
 
 
