@@ -28,7 +28,9 @@ def accept(draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor, chanc
 def residual(p_target: Tensor, p_draft: Tensor) -> Tensor:
     """norm(max(p_t − p_d, 0)): what the target still owes after a rejection. [vocab] float32; no epsilon, it would bend the law.
 
-    Its mass is positive whenever a rejection is possible: some token has p_d > p_t, so another has p_t > p_d.
+    Its mass is positive whenever a rejection is possible: some token has p_d > p_t, so another has p_t > p_d. Only the last bit
+    of float32 rows can make it zero; then the two laws are the same as far as float32 can tell.
     """
     owed = (p_target - p_draft).clip(0)
-    return owed / owed.sum()
+    mass = owed.sum()
+    return owed / mass if mass > 0 else p_target

@@ -31,6 +31,7 @@ from dspark.proof import texts
 from dspark.rewind import FIRST_CAPACITY
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
+from dspark.train.start import drafter_for
 from dspark.verify import accept
 
 BLOCK_SIZES = range(1, 9)
@@ -218,6 +219,12 @@ def sliding_target(attention: str) -> Target:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Target(Gemma3ForCausalLM(config), None, "tiny-gemma3")
+
+
+def test_a_fresh_drafter_takes_its_rope_from_the_layers_that_see_everything() -> None:
+    target = sliding_target("eager")
+    drafter = drafter_for(target, block_size=3, target_layer_ids=(0, 2), markov_rank=4, mask_token_id=3)
+    assert drafter.config.rope_theta == target.config.rope_parameters["full_attention"]["rope_theta"] != 10_000
 
 
 def drafter_of_its_own_shape(target: Target, block_size: int) -> Drafter:

@@ -75,6 +75,11 @@ def test_a_residual_of_tiny_mass_keeps_its_shape() -> None:
     assert residual(p_target, torch.tensor([0.5, 0.5]))[0] == 1
 
 
+def test_laws_that_differ_in_rounding_only_leave_a_residual_that_is_a_law() -> None:
+    p_target, p_draft = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.5000001, 0.5, 0.0])
+    assert residual(p_target, p_draft).tolist() == [0.5, 0.5, 0]
+
+
 def test_sampling_never_draws_a_token_of_probability_zero() -> None:
     probs = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
     chance = Chance(torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from dspark.bench.arms import CHOICES
-from dspark.bench.identity import check_identity
+from dspark.bench.identity import beyond_rounding, check_identity
 from dspark.bench.memory import measure_memory
 from dspark.bench.plan import Plan
 from dspark.bench.prompts import data_dir
@@ -31,7 +31,7 @@ MODES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 for texts that differ in float32, 2 for bad input, 130 after Ctrl-C."""
+    """The command. Returns the exit status: 0, 1 for texts that differ as they must not, 2 for bad input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] == "show":
         options = _show_parser().parse_args(arguments[1:])
@@ -93,7 +93,7 @@ def _measure(options: argparse.Namespace) -> int:
         frame = (measure_speed if mode == "speed" else check_identity)(plan, models, out)
     print(_table(mode, frame, plan.baseline))
     print(f"{len(frame)} rows in {out}")
-    return int(mode == "identity" and plan.dtype == "float32" and not frame["equal"].all())
+    return int(mode == "identity" and bool(beyond_rounding(frame).any() or (plan.dtype == "float32" and not frame["equal"].all())))
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from dspark.bench.arms import Models, parse_arm
 from dspark.bench.identity import compare
 from dspark.bench.measure import Decoder
 from dspark.bench.plan import Plan, rotated
-from dspark.bench.provenance import drafter_columns
+from dspark.bench.provenance import drafter_columns, revision
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
 from dspark.bench.table import identity_table
@@ -67,7 +67,7 @@ def run(out: Path, smoke: bool = False) -> pd.DataFrame:
     plan = extent.plans(DTYPES[0])[0]
     models = plan.load(stock=True)
     configuration = plan.configuration("texts", models.target.digest, models.drafter)
-    ledger = Ledger(out, configuration | extent.columns | {"prompts": extent.prompts, "dtype": ",".join(DTYPES)})
+    ledger = Ledger(out, configuration | extent.columns | {"prompts": extent.prompts, "dtype": ",".join(DTYPES), "revision": revision()})
     if ledger.complete:
         return ledger.finish()
     for dtype in DTYPES:

@@ -26,6 +26,7 @@ def drafter_for(target: Target, *, d2t: Tensor | None = None, init_layers: tuple
         raise ValueError(f"init_layers {wrong} do not exist: {target.name} has layers 0 to {target.num_layers - 1}")
     text = target.config
     heads = text.num_attention_heads
+    rope = text.rope_parameters  # models with several kinds of layers have one for each
     config = DrafterConfig(
         **{
             "vocab_size": target.vocab_size,
@@ -36,7 +37,7 @@ def drafter_for(target: Target, *, d2t: Tensor | None = None, init_layers: tuple
             "num_key_value_heads": text.num_key_value_heads,
             "head_dim": getattr(text, "head_dim", None) or target.hidden_size // heads,
             "rms_norm_eps": text.rms_norm_eps,
-            "rope_theta": text.rope_parameters["rope_theta"],
+            "rope_theta": rope.get("full_attention", rope)["rope_theta"],
             "draft_vocab_size": None if d2t is None else len(d2t),
             **shape,
         }
