@@ -20,7 +20,7 @@ lab: $(stamp)  ## open the notebooks in JupyterLab
 	$(python) -m jupyter lab notebooks/00_start.ipynb
 
 test: $(stamp)  ## run the tests
-	$(python) -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+	$(python) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 train: $(stamp)  ## train a drafter; ARGS="--help" lists the options
 	$(python) -m dspark.train $(ARGS)

@@ -36,7 +36,7 @@ OPTIONAL = ("markov_head_type", "confidence_head_with_markov", "draft_vocab_size
 VALID = {  # by the annotation of DrafterConfig's fields
     "int": lambda v: type(v) is int and 0 < v < 1 << 31,
     "int | None": lambda v: type(v) is int and 0 < v < 1 << 31,
-    "float": lambda v: type(v) in (int, float) and 0 < v < math.inf,
+    "float": lambda v: type(v) in (int, float) and 1e-30 < v < 1e30,  # float32 computes with it
     "bool": lambda v: type(v) is bool,
     "str": lambda v: type(v) is str,
     "tuple[int, ...]": lambda v: type(v) is list and all(type(i) is int for i in v),
@@ -145,6 +145,7 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
     try:
         layout, values = _values(config, folder)
         shape = _shape(values, folder)
+        _check_sizes(shape, target, folder)
         d2t = _d2t(shape, layout, tensors, folder)
         copies = {n: tensors.pop(n) for n in ("embed_tokens.weight", "lm_head.weight") if layout != NATIVE and n in tensors}
         drafter = _assemble(shape, tensors, d2t, target.dtype, folder)
@@ -156,7 +157,7 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
     if layout == NATIVE and target.dtype == torch.float16:
         log.warning("%s: not checked against the target's digest, since float16 does not hold every bfloat16 weight", folder)
     elif layout == NATIVE and config.get("target_digest") != target.digest:
-        made_for = f"{config.get('target')} (weights {config.get('target_digest')})"
+        made_for = f"{config.get('target')!r} (weights {config.get('target_digest')!r})"
         found = f"{target.name} (weights {target.digest})"
         raise ValueError(f"the drafter in {folder} was made for {made_for}, not for {found}: load that target, or train a drafter for this")
     drafter.eval().requires_grad_(False)
@@ -184,9 +185,10 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         tensors, header = _read_weights(folder / WEIGHTS)
     elif (folder / INDEX).is_file():
         placed = _read_json(folder / INDEX).get("weight_map")
-        shards = sorted(map(str, placed.values())) if isinstance(placed, dict) else [str(placed)]
-        for shard in dict.fromkeys(shards):
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+        if not isinstance(placed, dict):
+            raise ValueError(f"{folder / INDEX} has weight_map {placed!r}, not an object: fetch the drafter again")
+        for shard in sorted(set(map(str, placed.values()))):
+            if Path(shard).name != shard or not shard.endswith(".safetensors") or not shard.isprintable():
                 raise ValueError(f"{folder / INDEX} names {shard!r}: a shard must be a plain *.safetensors file name inside the folder")
             tensors |= _read_weights(folder / shard)[0]
         if different := sorted(tensors.keys() ^ placed.keys()):
@@ -196,7 +198,8 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         found = f"only pickled weights ({_some(pickled)}), which can run code when loaded" if pickled else f"no {WEIGHTS}"
         raise ValueError(f"{folder} has {found}: pass a drafter stored as safetensors")
     if "weights_digest" in config and config["weights_digest"] != (digest := _digest(tensors)):
-        config = json.loads(header.get("config", "{}"))  # of a save that was killed before config.json followed its weights
+        with contextlib.suppress(ValueError):
+            config = _parse(header.get("config", "{}"))  # of a save that was killed before config.json followed its weights
         if config.get("weights_digest") != digest:
             raise ValueError(f"{folder / WEIGHTS} is damaged: its digest {digest} is not the one it was written with. Restore it")
     return config, tensors
@@ -204,16 +207,32 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        _check_file(path)
+        return _parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged: {_line(error)}. Pass a folder with {CONFIG} and safetensors weights") from None
+
+
+def _parse(text: str) -> dict:
+    """A JSON object. Raises ValueError for anything else."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object: restore it from where the drafter came from")
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
     return content
+
+
+def _check_file(path: Path) -> None:
+    """Raises OSError for what is no file: opening a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a file")
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
+        _check_file(path)
         with path.open("rb") as file:
             start = file.read(9)
         if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:] != b"{"):
@@ -276,8 +295,15 @@ def _shape(values: dict, folder: Path) -> DrafterConfig:
         ("sts_temperatures", temperatures, len(temperatures) in (0, shape.block_size) and all(map(VALID["float"], temperatures))),
     ):
         if not fits:
-            raise ValueError(f"{folder / CONFIG}: {name} {value} does not fit the other values there: restore the file")
+            raise ValueError(f"{folder / CONFIG}: {name} {value!r} does not fit the other values there: restore the file")
     return shape
+
+
+def _check_sizes(shape: DrafterConfig, target: Target, folder: Path) -> None:
+    """Sizes that no weight bears witness to, before anything is allocated by them."""
+    for name, value, most in (("vocab_size", shape.vocab_size, target.vocab_size), ("block_size", shape.block_size, target.max_context)):
+        if value > most:
+            raise ValueError(f"{folder / CONFIG}: {name} is {value}, but {target.name} has {most}: load the target it was made for")
 
 
 def _d2t(shape: DrafterConfig, layout: str, tensors: dict[str, Tensor], folder: Path) -> Tensor:
@@ -290,7 +316,8 @@ def _d2t(shape: DrafterConfig, layout: str, tensors: dict[str, Tensor], folder: 
     if layout == SPECULATORS and d2t.shape == (count,):  # they store how far each id lies behind its place
         d2t = d2t + torch.arange(count)
         tensors.pop("t2d", None)  # the same set once more, as a mask
-    if d2t.shape != (count,) or stored.is_floating_point() or (d2t.diff() <= 0).any() or d2t[0] < 0 or d2t[-1] >= shape.vocab_size:
+    whole = not (stored.is_floating_point() or stored.is_complex())
+    if d2t.shape != (count,) or not whole or (d2t.diff() <= 0).any() or d2t[0] < 0 or d2t[-1] >= shape.vocab_size:
         found = f"{stored.dtype} {list(d2t.shape)} from {int(d2t.min())} to {int(d2t.max())}" if d2t.numel() else "none"
         raise ValueError(f"{folder} needs d2t, {count} ids rising strictly within 0..{shape.vocab_size - 1}, and has {found}: restore it")
     return d2t
@@ -338,7 +365,8 @@ def _check_copies(copies: dict[str, Tensor], target: Target, d2t: Tensor, folder
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = [name if name.isprintable() else repr(name) for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _line(error: Exception) -> str:

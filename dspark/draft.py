@@ -184,6 +184,8 @@ class Drafter(nn.Module):
         state.pending.append(taps)
 
     def _absorb(self, state: DraftState) -> None:
+        if not state.pending:  # a second draft from the same context
+            return
         first = state.layers[0].length
         for kv, (keys, values) in zip(state.layers, self.context(torch.cat(state.pending, 1), first), strict=True):
             kv.append(keys, values)

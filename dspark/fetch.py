@@ -10,6 +10,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import BinaryIO, ClassVar
 
 import torch
 from tqdm.auto import tqdm
@@ -77,16 +78,75 @@ def converted_gguf(path: Path) -> Path:
     return folder
 
 
+class _Header:
+    """Walks through the header of a GGUF file and raises ValueError where it names more than the file holds.
+
+    The library's reader believes every length: a false one would keep it counting for ever.
+    """
+
+    SCALARS: ClassVar = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF's number of a type → bytes
+    TEXT, ARRAY = 8, 9
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.size = file, os.fstat(file.fileno()).st_size
+
+    def check(self) -> None:
+        if self.file.read(4) != b"GGUF" or self.number(4) not in (2, 3):
+            raise ValueError("it is no GGUF file of version 2 or 3")
+        tensors, entries = self.number(8), self.number(8)
+        for _ in self.counted(entries, at_least=13):
+            self.value(self.TEXT)
+            self.value(self.number(4))
+        for _ in self.counted(tensors, at_least=24):
+            self.value(self.TEXT)
+            self.skip(self.number(4), 8)  # its shape
+            self.skip(1, 12)  # its type, and where it lies
+
+    def value(self, kind: int) -> None:
+        if kind == self.TEXT:
+            self.skip(self.number(8), 1)
+        elif kind == self.ARRAY:
+            inner, count = self.number(4), self.number(8)
+            if inner in self.SCALARS:
+                self.skip(count, self.SCALARS[inner])
+            else:
+                for _ in self.counted(count, at_least=8):
+                    self.value(inner if inner == self.TEXT else -1)
+        elif kind in self.SCALARS:
+            self.skip(1, self.SCALARS[kind])
+        else:
+            raise ValueError("the header has a value of unknown type")
+
+    def counted(self, count: int, at_least: int) -> range:
+        self._fits(count * at_least)
+        return range(count)
+
+    def number(self, width: int) -> int:
+        return int.from_bytes(self.file.read(width), "little")
+
+    def skip(self, count: int, width: int) -> None:
+        self._fits(count * width)
+        self.file.seek(count * width, os.SEEK_CUR)
+
+    def _fits(self, length: int) -> None:
+        if self.file.tell() + length > self.size:
+            raise ValueError(f"the header names {length} bytes behind byte {self.file.tell()}, but the file has {self.size}")
+
+
 def convert_gguf(path: Path, folder: Path) -> None:
     """Dequantise a GGUF file into a bf16 safetensors folder; the folder appears only when it is whole."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "trust_remote_code": False}
     try:
-        packed = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        with path.open("rb") as file:
+            _Header(file).check()
+        packed, told = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        if told["missing_keys"]:  # transformers would fill them with random numbers
+            raise ValueError(f"it lacks {min(told['missing_keys'])!r}")
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"cannot convert {path}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"cannot convert {path}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     config = packed.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

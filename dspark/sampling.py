@@ -35,7 +35,8 @@ class Sampling:
         if self.temperature == 0:
             best = logits.argmax(-1, keepdim=True)
             return torch.zeros(logits.shape, dtype=torch.float32, device=logits.device).scatter_(-1, best, 1.0)
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # 0 or less: no temperature makes it overflow to ∞
         if 0 < self.top_k < logits.shape[-1]:
             smallest_kept = logits.topk(self.top_k).values[..., -1:]
             logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
@@ -66,6 +67,8 @@ class Chance:
     def choose(self, probs: Tensor) -> int:
         """Index i with probability p_i, by inverting the cumulative distribution. probs: [vocab] float32."""
         cumulative = probs.double().cumsum(-1)
+        if not cumulative[-1] > 0:
+            raise ValueError(f"nothing can be drawn from probabilities that sum to {cumulative[-1]:g}: the model's weights are damaged")
         u = self._uniform(probs.device) * cumulative[-1]
         # The first index whose cumulative mass exceeds u: never a token of probability zero.
         return int(torch.searchsorted(cumulative, u, right=True).clamp_(max=probs.shape[-1] - 1))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -19,6 +21,10 @@ from dspark.rewind import RewindCache
 log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# What transformers raises for files that do not fit it, beside OSError and ValueError.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+UNREADABLE += (SafetensorError, StrictDataclassError)
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
@@ -226,19 +232,36 @@ def _device(device: str) -> torch.device:
     return where
 
 
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError for what is no model folder, or names weights outside it."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is not a model folder")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except UNREADABLE as error:
+            raise ValueError(f"{index} is damaged ({type(error).__name__}): fetch the model again") from None
+        if wrong := [shard for shard in shards if Path(str(shard)).name != shard]:
+            raise ValueError(f"{index} names {wrong[0]!r}: a shard must be a file of that folder")
+
+
 def _load_folder(source: str | Path, name: str, dtype: torch.dtype, device: torch.device) -> Target:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if isinstance(source, Path) and not (source / "config.json").is_file():
-        raise ValueError(f"{source} has no config.json: it is not a model folder")
+    if isinstance(source, Path):
+        _check_folder(source)
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        model, told = AutoModelForCausalLM.from_pretrained(source, **options)
+        if told["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(f"it lacks {min(told['missing_keys'])!r}")
+    except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot load a causal LM from {str(source)!r}: {reason}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except UNREADABLE:
         log.warning("%s has no usable tokenizer: prompts must be token ids", source)
         tokenizer = None
     return Target(model.to(device), tokenizer, name)

@@ -35,7 +35,7 @@ def past(window: int, masses: tuple[float, ...]) -> SimpleNamespace:
     return SimpleNamespace(window=window, verify_length=len(masses), accepted=0, target_probs_of_drafts=masses)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 def test_lengths_never_exceed_what_was_drafted(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
@@ -44,7 +44,7 @@ def test_lengths_never_exceed_what_was_drafted(policy: Policy) -> None:
         assert len(lengths) == 4 and all(0 <= n <= len(c) for n, c in zip(lengths, confidence, strict=True))
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 def test_whether_a_token_is_checked_does_not_depend_on_later_confidence(policy: Policy) -> None:
     """The confidences behind k are functions of x_k: reading them to decide on k would bias the law (Appendix A)."""
     generator = torch.Generator().manual_seed(0)

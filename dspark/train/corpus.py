@@ -37,8 +37,17 @@ def load_corpus(path: str | Path) -> Corpus:
     try:
         stored = load_file(path)
         ids, bits, temperature = stored["token_ids"], stored["assistant_bits"], stored["temperature"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is not a self-play corpus: {error}") from None
+    except (SafetensorError, OSError, KeyError, TypeError) as error:  # TypeError: a type that NumPy does not have
+        raise ValueError(f"{path} is not a self-play corpus: {str(error).splitlines()[0]}") from None
+    rows, tokens = ids.shape if ids.ndim == 2 else (-1, -1)
+    for name, array, fits in (
+        ("token_ids", ids, rows >= 0 and ids.dtype in (np.uint16, np.int32) and ids.min(initial=0) >= 0),
+        ("assistant_bits", bits, bits.dtype == np.uint8 and bits.shape == (rows, -(-tokens // 8))),
+        ("temperature", temperature, temperature.dtype == np.float32 and temperature.shape == (rows,)),
+    ):
+        if not fits:
+            found = f"{name} is {array.dtype} {list(array.shape)} or out of range"
+            raise ValueError(f"{path} is not a self-play corpus: {found}. Make it again with `python -m dspark.train corpus`")
     assistant = np.unpackbits(bits, axis=1)[:, : ids.shape[1]].astype(bool)
     return Corpus(torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(assistant), torch.from_numpy(temperature))
 

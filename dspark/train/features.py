@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dspark.target import Taps, Target
@@ -43,6 +43,8 @@ class FeatureStore:
         self, target: Target, corpus: Corpus, taps: Sequence[int], folder: Path | None = None, shard_rows: int = SHARD_ROWS
     ) -> None:
         target.check_taps(taps)
+        if len(corpus) and not 0 <= (highest := int(corpus.token_ids.max())) < target.vocab_size:
+            raise ValueError(f"the corpus holds token {highest}, but {target.name} has {target.vocab_size}: choose text of this target")
         self.target, self.corpus, self.taps, self.folder = target, corpus, tuple(taps), folder
         self.shard_rows = shard_rows
         if folder is not None:
@@ -76,12 +78,30 @@ class FeatureStore:
 
     def _read(self, path: Path, corpus: Corpus) -> dict[str, Tensor]:
         """A kept shard belongs to one target, one set of taps and these very rows; anything else is refused."""
-        with safe_open(path, "pt") as file:
-            about = file.metadata()["about"]
-        tensors = load_file(path)
-        if about != self._about or not torch.equal(tensors.pop("token_ids"), corpus.token_ids):
-            raise ValueError(f"{path} holds features of {about} over other text, not of {self._about}: choose another folder")
+        try:
+            if not path.is_file():
+                raise OSError("it is not a file")
+            with safe_open(path, "pt") as file:
+                about = (file.metadata() or {}).get("about")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it, and it is computed again") from None
+        rows = tensors.pop("token_ids", None)
+        if about != self._about or rows is None or rows.dtype != torch.int64 or not torch.equal(rows, corpus.token_ids):
+            raise ValueError(f"{path} holds features of {about!r} over other text, not of {self._about}: choose another folder")
+        self._check(tensors, corpus.assistant, path)
         return tensors
+
+    def _check(self, tensors: dict[str, Tensor], assistant: Tensor, path: Path) -> None:
+        hidden, kind = self.target.hidden_size, self.target.dtype
+        wanted = {"taps": (len(self.taps) * hidden, kind), "final": (hidden, kind), "logsumexp": (0, torch.float32)}
+        for name in sorted(wanted.keys() | tensors.keys()):
+            width, dtype = wanted.get(name, (0, None))
+            found = tensors.get(name, torch.empty(0))
+            whole = found.dtype == dtype and found.shape == (*assistant.shape, *([width] if width else []))
+            if not whole or not (found if width else found[assistant]).isfinite().all():
+                about = f"{name!r} is missing, misshapen or not finite"
+                raise ValueError(f"{path} is damaged ({about}): delete it, and it is computed again")
 
     @torch.inference_mode()
     def _compute(self, corpus: Corpus) -> dict[str, Tensor]:

@@ -165,18 +165,14 @@ class Trainer:
             scratch.unlink(missing_ok=True)
 
     def _resume(self) -> None:
-        try:
-            with safe_open(self.checkpoint, "pt", device=str(self.target.device)) as file:
-                about = json.loads(file.metadata()["about"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.checkpoint} is damaged ({error}): delete it to start over") from None
+        about, tensors = self._read()
         wanted = {"train": asdict(self.config), "drafter": self.drafter.config.to_dict(), "target": self.target.digest}
         for name in ("steps", "checkpoint_every"):  # may change on the way: fewer steps anneal sooner, more go on for longer
             about["train"][name] = wanted["train"][name]
         for key, value in wanted.items():
-            if about[key] != json.loads(json.dumps(value)):
-                raise ValueError(f"{self.checkpoint} was made with {key} = {about[key]}, not {value}: choose another folder")
+            if about.get(key) != json.loads(json.dumps(value)):
+                raise ValueError(f"{self.checkpoint} was made with {key} = {about.get(key)!r}, not {value}: choose another folder")
+        self._check(tensors)
         self.drafter.load_state_dict({n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")})
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -185,6 +181,34 @@ class Trainer:
                 moments.setdefault(int(i), {})[part] = tensor
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step = about["step"]
+
+    def _read(self) -> tuple[dict, dict[str, Tensor]]:
+        try:
+            if not self.checkpoint.is_file():
+                raise OSError("it is not a file")
+            with safe_open(self.checkpoint, "pt", device=str(self.target.device)) as file:
+                about = json.loads((file.metadata() or {})["about"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if type(about["step"]) is not int or about["step"] < 0 or type(about["train"]) is not dict:
+                raise ValueError(f"step {about['step']!r}")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{self.checkpoint} is damaged ({reason}): delete it to start over") from None
+        return about, tensors
+
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        """Raises ValueError unless these are weights and moments of this drafter, all finite, over the same draft vocabulary."""
+        like = {f"weights.{name}": value for name, value in self.drafter.state_dict().items()}
+        for i, weight in enumerate(self.drafter.parameters()):
+            like |= {f"optimizer.{i}.step": weight.sum(), f"optimizer.{i}.exp_avg": weight, f"optimizer.{i}.exp_avg_sq": weight}
+        for name in sorted(like.keys() | tensors.keys()):
+            found = tensors.get(name)
+            if name not in like or found is None or (found.shape, found.dtype) != (like[name].shape, like[name].dtype):
+                raise ValueError(f"{self.checkpoint} is damaged ({name!r} is missing or misshapen): delete it to start over")
+            if not found.isfinite().all() or (name.endswith("exp_avg_sq") and (found < 0).any()):
+                raise ValueError(f"{self.checkpoint} is damaged ({name} is out of range): delete it to start over")
+        if not torch.equal(tensors["weights.d2t"], self.drafter.d2t):
+            raise ValueError(f"{self.checkpoint} was made with another draft vocabulary, from another corpus: choose another folder")
 
 
 def _to(record: Shard | Blocks, device: torch.device) -> Shard | Blocks:

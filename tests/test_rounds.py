@@ -1,0 +1,125 @@
+"""What goes into a round and what is kept of it: no more is verified than was scheduled, no more is remembered than was committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from test_decode import Oracle, greedy_reference, policies
+from tiny import tiny_drafter, tiny_target
+from torch import Tensor
+
+import dspark
+from dspark.decode import Round, rounds
+from dspark.draft import Draft, Drafter, DraftState
+from dspark.sampling import Chance, Sampling
+from dspark.schedule import Policy
+
+PROMPT = [5, 6, 7]
+
+
+class Reading:
+    """A drafter that keeps what it is told."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter, self.tokens, self.taps = drafter, [], []
+        self.block_size, self.target_layer_ids, self.has_confidence = drafter.block_size, drafter.target_layer_ids, True
+
+    def new_state(self, prompt: Sequence[int]) -> DraftState:
+        self.state = self.drafter.new_state(prompt)
+        return self.state
+
+    def extend(self, state: DraftState, token_ids: Sequence[int], taps: Tensor) -> None:
+        self.tokens += token_ids
+        self.taps.append(taps)
+        self.drafter.extend(state, token_ids, taps)
+
+    def draft(self, state: DraftState, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
+        return self.drafter.draft(state, anchor, window, sampling, chance)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [dspark.ConfidenceThreshold(0.5, on="conditional"), dspark.PrefixScheduler(lambda b: 1 / (1 + 0.2 * b))],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_the_target_runs_over_the_anchor_and_the_scheduled_drafts_only(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, passes = tiny_target(eos_token_id=None), []
+    forward = target.forward
+
+    def noting(token_ids: Tensor, *rest: object, **options: object) -> tuple[Tensor, Tensor | None]:
+        passes.append(token_ids[0].tolist())
+        return forward(token_ids, *rest, **options)
+
+    monkeypatch.setattr(target, "forward", noting)
+    out = dspark.generate(target, tiny_drafter(target), PROMPT, max_new_tokens=40, temperature=1.0, policy=policy)
+    assert passes == [PROMPT, *([r.anchor, *r.draft_tokens[: r.verify_length]] for r in out.rounds[1:])]
+    assert any(0 < r.verify_length < len(r.draft_tokens) for r in out.rounds)
+
+
+class Kind(Chance):
+    """Every coin falls the draft's way."""
+
+    def accepts(self, p_target: Tensor, p_draft: Tensor) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("policy", policies(4), ids=lambda policy: type(policy).__name__)
+def test_nothing_but_the_coins_decides_how_many_checked_drafts_stay(policy: Policy) -> None:
+    """Whoever cuts a block after the target has seen it, cuts by what the tokens are: that bends the law."""
+    target, chance = tiny_target(eos_token_id=None), Kind(torch.Generator().manual_seed(0))
+    stream = list(rounds(target, tiny_drafter(target), PROMPT, 20, policy, Sampling(1.0), chance))
+    assert [r.accepted for r in stream] == [r.verify_length for r in stream]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_drafters_context_is_the_committed_text_before_the_anchor(temperature: float) -> None:
+    target = tiny_target(eos_token_id=None)
+    reading = Reading(tiny_drafter(target))
+    out = dspark.generate(target, reading, PROMPT, max_new_tokens=40, temperature=temperature)
+    assert reading.tokens == [*PROMPT, *out.token_ids][:-1]
+    taps = torch.cat(reading.taps, 1)
+    assert taps.shape[1] == reading.state.length == len(reading.tokens)
+    assert torch.allclose(taps, target.forward(torch.tensor([reading.tokens]), None, reading.target_layer_ids)[1], atol=1e-4)
+    assert any(r.accepted < r.verify_length for r in out.rounds)
+
+
+@pytest.mark.parametrize("copying", [False, True])
+def test_a_request_leaves_nothing_behind_for_the_next(copying: bool) -> None:
+    """The very rounds, drafts and confidences included, that a drafter new to the world would give."""
+
+    def source() -> object:
+        drafter = tiny_drafter(target)
+        return dspark.ContextLookup(drafter, 1) if copying else drafter
+
+    def told(source: object, prompt: list[int]) -> list[Round]:
+        found = dspark.generate(target, source, prompt, max_new_tokens=30, temperature=1.0).rounds
+        return [replace(r, draft_seconds=0.0, verify_seconds=0.0, seconds=0.0) for r in found]
+
+    target = tiny_target(eos_token_id=None)
+    used = source()
+    told(used, [8, 9] * 10)
+    assert told(used, PROMPT * 3) == told(source(), PROMPT * 3)
+
+
+def test_tokens_behind_the_end_of_the_text_count_towards_nothing() -> None:
+    target = tiny_target(eos_token_id=None)
+    text = greedy_reference(target, PROMPT, 30)
+    first = text.index(text[6])
+    target.eos_token_ids = frozenset([text[6]])
+    out = dspark.generate(target, Oracle(tiny_drafter(target), text), PROMPT, max_new_tokens=30)
+    last = out.rounds[-1]
+    assert last.accepted >= len(last.committed)  # the end was an accepted draft with more of the block behind it
+    assert out.tokens_per_round == first / (len(out.rounds) - 1)
+
+
+@pytest.mark.parametrize("copying", [False, True])
+def test_every_sampled_token_lies_in_the_targets_nucleus(copying: bool) -> None:
+    target, sampling = tiny_target(eos_token_id=None), Sampling(2.0, top_p=0.6)
+    drafter = tiny_drafter(target)
+    source = dspark.ContextLookup(drafter, 1) if copying else drafter
+    ids = dspark.generate(target, source, PROMPT, max_new_tokens=60, temperature=2.0, top_p=0.6).token_ids
+    logits = target.forward(torch.tensor([[*PROMPT, *ids]]), None)[0][0, len(PROMPT) - 1 : -1]
+    assert (sampling.probs(logits)[range(60), ids] > 0).all()
