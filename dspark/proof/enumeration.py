@@ -1,0 +1,146 @@
+"""The law of small models by enumeration: the product's loop runs over every branch, in fractions, and its law must be the target's.
+
+Nothing is replaced but the source of randomness, which answers every question in every way, and the arithmetic behind the
+models, which is exact (:mod:`dspark.proof.branches`). Drafting, scheduling, cache, rewinding and acceptance are the product's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from dspark.bench.provenance import environment, revision
+from dspark.bench.results import Ledger
+from dspark.decode import Round, rounds
+from dspark.proof import tables
+from dspark.proof.branches import ExactSampling, ExactSource, Law, difference, enumerate_law
+from dspark.proof.cases import POLICIES, PROMPT, Case, every_case, few_cases, small_target
+from dspark.proof.tables import PAIR, PAIR_POLICIES
+from dspark.sampling import Chance
+from dspark.schedule import Policy
+from dspark.target import Target
+
+
+class Trip(NamedTuple):
+    """What a round did, in numbers."""
+
+    window: int
+    drafted: int
+    verify_length: int
+    accepted: int
+    committed: int
+    source: str
+
+    @classmethod
+    def of(cls, r: Round) -> Trip:
+        return cls(r.window, len(r.draft_tokens), r.verify_length, r.accepted, len(r.committed), r.source)
+
+    @property
+    def rewound(self) -> int:
+        """Tokens that the cache had to forget."""
+        return self.verify_length - self.accepted
+
+    @property
+    def ended_inside(self) -> bool:
+        """An end-of-text token stood among the accepted drafts, and tokens behind it were thrown away."""
+        return self.committed <= self.accepted
+
+
+@dataclass(frozen=True)
+class Proof:
+    """law: of the whole output, the joint law of its tokens · expected: the target's · branches: leaves of the tree ·
+    trips: rounds that happened on the way, with how often."""
+
+    law: Law
+    expected: Law
+    branches: int
+    trips: Counter[Trip] = field(default_factory=Counter)
+
+    @property
+    def difference(self) -> float:
+        """The largest difference in the probability of one text; 0.0 means equal, to the last digit of every fraction."""
+        exact = difference(self.law, self.expected)
+        return max(float(exact), sys.float_info.min) if exact else 0.0
+
+    @property
+    def columns(self) -> dict[str, object]:
+        return {"branches": self.branches, "texts": len(self.expected), "difference": self.difference}
+
+
+def prove(case: Case, policy: Policy | None = None) -> Proof:
+    """Enumerate one case. policy: another one than the case names, to see what a wrong one does."""
+    target, source = case.models()
+    policy = policy or POLICIES[case.policy]
+    trips: Counter[Trip] = Counter()
+
+    def run(chance: Chance) -> Sequence[int]:
+        stream = list(rounds(target, ExactSource(source), PROMPT, case.tokens, policy, case.sampling, chance))
+        trips.update(Trip.of(r) for r in stream[1:])
+        return [token for r in stream for token in r.committed]
+
+    law, branches = enumerate_law(run)
+    return Proof(law, target_law(target, case.tokens, case.sampling), branches, trips)
+
+
+@cache
+def target_law(target: Target, limit: int, sampling: ExactSampling) -> Law:
+    """The law of the target's own text behind PROMPT: one fresh pass per prefix, and no cache. A text ends behind an
+    end-of-text token or after ``limit`` tokens."""
+    ended: Law = {}
+    growing: Law = {(): Fraction(1)}
+    for _ in range(limit):
+        grown: Law = {}
+        for text, mass in growing.items():
+            logits, _ = target.forward(torch.tensor([[*PROMPT, *text]]), None)
+            for token, p in enumerate(sampling.probs(logits[0, -1])):
+                if p:
+                    (ended if token in target.eos_token_ids else grown)[(*text, token)] = mass * p
+        growing = grown
+    return ended | growing
+
+
+def run(out: Path, smoke: bool = False) -> pd.DataFrame:
+    """One row per case, in ``out`` and returned. Goes on where a killed run stopped. smoke: a few of the small cases.
+
+    branches: leaves of the tree · texts: outcomes with a probability · difference: see :class:`Proof`; anything but 0.0
+    disproves exactness. The last rows are two requests scheduled together, with tables in place of models.
+    """
+    cases = few_cases()[:6] if smoke else every_case()
+    ledger = Ledger(out, {"part": "enumeration", "cases": [*(case.name for case in cases), *PAIR_POLICIES], "revision": revision()})
+    if not ledger.complete:
+        for case in tqdm(cases, desc="enumeration", unit="case"):
+            if case.name not in ledger.done:
+                proof = prove(case)
+                ledger.add(case.name, [case.columns() | proof.columns | environment(small_target(case.vocab, case.eos))])
+        place = environment(small_target(2, False)) | {"target": "tables", "target_digest": "", "dtype": "fractions"}
+        for name in PAIR_POLICIES:
+            ledger.add(name, [_pair_columns(name) | prove_pair(name).columns | place])
+    return ledger.finish()
+
+
+def prove_pair(policy: str) -> Proof:
+    """Two requests in one round, scheduled together: key of PAIR_POLICIES."""
+    law, branches = tables.joint_law(PAIR, PAIR_POLICIES[policy])
+    return Proof(law, tables.target_law(PAIR), branches)
+
+
+def _pair_columns(policy: str) -> dict[str, object]:
+    case = Case(policy, "tables", block_size=tables.BLOCK_SIZE, tokens=tables.BLOCK_SIZE + 1)
+    return case.columns() | {"case": f"{policy} two requests", "requests": len(PAIR)}
+
+
+def table(frame: pd.DataFrame) -> str:
+    """Policies × sources: cases, branches and the largest difference."""
+    by = frame.groupby("policy", sort=False)
+    shown = by.agg(cases=("case", "size"), sources=("source", "nunique"), branches=("branches", "sum"), difference=("difference", "max"))
+    return shown.reset_index().to_string(index=False)
