@@ -130,27 +130,6 @@ def test_the_same_seed_gives_the_same_sample_and_another_seed_another() -> None:
     assert one == two != other
 
 
-@pytest.mark.parametrize(
-    "policy", [dspark.FixedWindow(2), dspark.ConfidenceThreshold(0.45), dspark.AdaptiveWindow(0.2, 0.1, 0.05)], ids=str
-)
-@pytest.mark.parametrize("lookup", [False, True])
-def test_sampled_text_follows_the_law_of_plain_sampling(policy: Policy, lookup: bool) -> None:
-    """χ² of the third new token, over a vocabulary of 8, against plain sampling; the critical value is that of p = 10⁻⁴."""
-    target = tiny_target(vocab_size=8, eos_token_id=None, num_hidden_layers=2, initializer_range=0.2)
-    drafter = tiny_drafter(target, target_layer_ids=(0,), num_hidden_layers=1)
-    source = dspark.ContextLookup(drafter, 1) if lookup else drafter
-    options = {"max_new_tokens": 3, "temperature": 1.0, "top_p": 0.95}
-    n = 500
-    counts = torch.zeros(2, 8)
-    for seed in range(n):
-        counts[0, dspark.generate(target, None, [4, 5, 4], seed=seed, **options).token_ids[-1]] += 1
-        counts[1, dspark.generate(target, source, [4, 5, 4], seed=seed + n, policy=policy, **options).token_ids[-1]] += 1
-    expected = counts.sum(0, keepdim=True) / 2
-    seen = expected[0] > 0
-    chi2 = ((counts - expected) ** 2 / expected)[:, seen].sum().item()
-    assert chi2 < 29.9  # 7 degrees of freedom
-
-
 def test_plain_decoding_is_the_same_loop_without_drafts() -> None:
     out = dspark.generate(tiny_target(eos_token_id=None), None, PROMPTS[0], max_new_tokens=10)
     assert all(isinstance(r, Round) and r.verify_length == 0 and len(r.committed) == 1 for r in out.rounds)
