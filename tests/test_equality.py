@@ -281,7 +281,8 @@ def tiny_models(plan: Plan, stock: bool = False) -> Models:
 def test_the_proof_by_texts_compares_every_way_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Plan, "load", tiny_models)
-    monkeypatch.setattr(texts, "SMOKE", replace(texts.SMOKE, tokens=6, share=len(texts.OTHERS)))
+    every_way = {dtype: replace(extent, tokens=6, share=len(texts.OTHERS)) for dtype, extent in texts.SMOKE.items()}
+    monkeypatch.setattr(texts, "SMOKE", every_way)
     out, keep, kept = tmp_path / "texts.parquet", Ledger.add, []
 
     def add(self: Ledger, key: str, rows: list) -> None:
@@ -304,11 +305,10 @@ def test_the_proof_by_texts_compares_every_way_and_goes_on_after_a_kill(tmp_path
 
 
 def test_the_proof_by_texts_shares_a_hundred_prompts_fairly() -> None:
-    units = [unit for plan in texts.FULL.plans("float32") for unit in plan.units]
+    extent = texts.FULL["float32"]
+    units = [unit for plan in extent.plans("float32") for unit in plan.units]
     assert len({unit.item.id for unit in units}) == 100
-    met = pd.DataFrame(
-        [(way, unit.item.domain) for turn, unit in enumerate(units) for way in texts.FULL.ways(turn)], columns=["way", "domain"]
-    )
+    met = pd.DataFrame([(way, unit.item.domain) for turn, unit in enumerate(units) for way in extent.ways(turn)], columns=["way", "domain"])
     of_way = met["way"].value_counts()
     assert of_way.pop("plain") == 100 and set(of_way.index) == set(texts.OTHERS) and of_way.min() >= 40
     assert met.value_counts().min() >= 8

@@ -112,6 +112,16 @@ SMALL = {
 }
 
 
+def test_losslessness_runs_at_other_parameters(tmp_path):
+    executed = tmp_path / "executed.ipynb"
+    other = {"target_probs": [0.1, 0.1, 0.8], "draft_probs": [0.5, 0.4, 0.1], "draws": 300, "seed": 3}
+    papermill.execute_notebook(
+        str(ROOT / "notebooks" / "07_losslessness.ipynb"), str(executed), other, kernel_name="python3", cwd=str(tmp_path)
+    )
+    printed = [out.text for cell in cells(executed) for out in cell.outputs if out.output_type == "stream" and out.name == "stdout"]
+    assert any("'token C': '4/5'" in text for text in printed)
+
+
 @pytest.mark.parametrize(
     "changed",
     [{"policy": "fixed:2"}, {"policy": "confidence:0.2+copy:2", "temperature": 0.9, "seed": 5, "repeats": 1}],

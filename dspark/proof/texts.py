@@ -8,7 +8,7 @@ take turns, so that each of them meets every domain about equally often.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +24,6 @@ from dspark.bench.speed import constant_columns
 from dspark.bench.table import identity_table
 from dspark.draft import Drafter
 
-DTYPES = ("float32", "bfloat16")
 PLAIN = "plain"
 WINDOWS = {f"fixed:{n}": n for n in range(1, 9)} | {"mtp1": 1}
 OTHERS = (*WINDOWS, "adaptive", "confidence:0.4", "conditional:0.4", "prefix", "fixed+copy")
@@ -53,8 +52,11 @@ class Extent:
         return {"n": sum(self.prompts.values()), "split": "+".join(self.prompts), "ways_per_prompt": 1 + self.share}
 
 
-FULL = Extent(Plan.domains, {"dev": 13, "test": 12}, tokens=24, share=6)
-SMOKE = Extent("code", {"dev": 1, "test": 1}, tokens=4, share=4)
+FULL = {
+    "float32": Extent(Plan.domains, {"dev": 13, "test": 12}, tokens=24, share=6),
+    "bfloat16": Extent(Plan.domains, {"dev": 6, "test": 6}, tokens=24, share=6),
+}
+SMOKE = dict.fromkeys(FULL, Extent("code", {"dev": 1, "test": 1}, tokens=4, share=4))
 
 
 def run(out: Path, smoke: bool = False) -> pd.DataFrame:
@@ -63,20 +65,20 @@ def run(out: Path, smoke: bool = False) -> pd.DataFrame:
     block_size: tokens that a round drafts at most · drafter_block_size: the drafter's own, raised for windows beyond it ·
     tokens, equal, first_divergence, margin, noise: see :func:`dspark.bench.identity.compare`.
     """
-    extent = SMOKE if smoke else FULL
-    plan = extent.plans(DTYPES[0])[0]
-    models = plan.load(stock=True)
-    configuration = plan.configuration("texts", models.target.digest, models.drafter)
-    ledger = Ledger(out, configuration | extent.columns | {"prompts": extent.prompts, "dtype": ",".join(DTYPES), "revision": revision()})
+    extents = SMOKE if smoke else FULL
+    first = next(iter(extents))
+    models = extents[first].plans(first)[0].load(stock=True)
+    made_with = {"target_digest": models.target.digest} | drafter_columns(models.drafter) | {"revision": revision()}
+    ledger = Ledger(out, {"mode": "texts", "extents": {dtype: asdict(extent) for dtype, extent in extents.items()}} | made_with)
     if ledger.complete:
         return ledger.finish()
-    for dtype in DTYPES:
+    for dtype, extent in extents.items():
         plans = extent.plans(dtype)
         units = list(enumerate(unit for plan in plans for unit in plan.units))
         todo = [(turn, unit) for turn, unit in units if f"{dtype}/{unit.key}" not in ledger.done]
         if not todo:
             continue
-        if dtype != DTYPES[0]:
+        if dtype != first:
             models = plans[0].load(stock=True)
         needed = dict.fromkeys(name for turn, _ in todo for name in extent.ways(turn))
         ways = {name: Way.of(name, models, plans[0]) for name in needed}
@@ -117,7 +119,10 @@ def raised(drafter: Drafter, block_size: int) -> Drafter:
 
 
 def table(frame: pd.DataFrame) -> str:
-    """One table per dtype, and how the prompts were shared out."""
-    parts = [identity_table(part) for _, part in frame.groupby("dtype", sort=False)]
-    prompts, ways, each = frame["prompt"].nunique(), frame["arm"].nunique(), frame["ways_per_prompt"].iloc[0]
-    return "\n\n".join([*parts, f"{prompts} prompts; each ran plainly and in {each - 1} of the {ways - 1} other ways, which took turns"])
+    """One table per dtype, and how its prompts were shared out."""
+    return "\n\n".join(f"{identity_table(part)}\n{_shared(part)}" for _, part in frame.groupby("dtype", sort=False))
+
+
+def _shared(frame: pd.DataFrame) -> str:
+    others, each = frame["arm"].nunique() - 1, frame.iloc[0]["ways_per_prompt"] - 1
+    return f"{frame['prompt'].nunique()} prompts; each ran plainly and in {each} of the {others} other ways in turn"
