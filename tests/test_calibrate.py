@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny import tiny_drafter, tiny_target
 
 import dspark
 from dspark.calibrate import Rollouts, calibration_error, fit_sts, ranking_quality, rollouts
+from dspark.decode import Round
 
 
 def honest(n: int = 20_000, block_size: int = 3, seed: int = 0) -> Rollouts:
@@ -29,6 +31,11 @@ def test_the_error_is_the_gap_between_confidence_and_frequency() -> None:
     assert calibration_error(torch.full((10,), 0.8), torch.arange(10) < 5) == pytest.approx(0.3)
     confidence, outcome = torch.tensor([0.1, 0.1, 0.9, 0.9]), torch.tensor([False, True, True, True])
     assert calibration_error(confidence, outcome) == pytest.approx((0.4 + 0.1) / 2)
+
+
+def test_too_high_in_one_bin_does_not_make_up_for_too_low_in_another() -> None:
+    confidence, outcome = torch.tensor([0.1, 0.1, 0.9, 0.9]), torch.tensor([False, True, False, True])
+    assert calibration_error(confidence, outcome) == pytest.approx(0.4)
 
 
 def test_an_honest_head_has_next_to_no_error() -> None:
@@ -63,6 +70,13 @@ def test_unchecked_positions_say_nothing() -> None:
     assert fit_sts(Rollouts(data.logits, data.survived, checked))[1:] == (1.0, 1.0)
 
 
+def test_each_position_counts_the_blocks_that_reached_it() -> None:
+    checked = torch.tensor([[True, True], [True, False], [True, True]])
+    data = Rollouts(torch.zeros(3, 2), torch.tensor([[True, False], [False, False], [True, True]]), checked)
+    assert data.at(0)[1].tolist() == [True, False, True]
+    assert data.at(1)[1].tolist() == [False, True]
+
+
 def test_ranking_quality_is_the_share_of_pairs_in_order() -> None:
     outcome = torch.tensor([False, False, True, True])
     assert ranking_quality(torch.tensor([0.1, 0.2, 0.3, 0.4]), outcome) == 1
@@ -83,6 +97,12 @@ def test_rollouts_give_back_the_logits_whatever_temperatures_the_drafter_carried
     assert torch.equal(bare.survived, scaled.survived)
     assert torch.allclose(bare.logits[bare.checked], scaled.logits[scaled.checked], atol=1e-3)
     assert not (bare.survived & ~bare.checked).any()
+
+
+def test_a_block_that_ended_the_text_is_left_out() -> None:
+    whole = Round(1, 5, 4, (6, 7, 8, 9), (0.5,) * 4, (0.5,) * 4, 4, 4, (6, 7, 8, 9, 10), (0.5,) * 4, (0.5,) * 4, "drafter", 0, 0, 0)
+    ended = replace(whole, committed=(6, 7))  # an end-of-text token at the second place
+    assert len(rollouts([whole, ended], 4).logits) == 1
 
 
 def test_rounds_without_a_checked_draft_are_refused() -> None:
