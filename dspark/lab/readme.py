@@ -82,8 +82,8 @@ def _enumerated(frame: pd.DataFrame) -> str:
 def _sampled(frame: pd.DataFrame) -> str:
     most = frame.loc[frame["n"].idxmax()]
     return (
-        f"the shipped model, {most['n']:,} draws for each policy and setting, {len(frame)} χ² tests: smallest p after Holm's correction "
-        f"{frame['p_adjusted'].min():.2g}; with so many draws a total variation of {most['detectable_tv']:.2g} is caught with power 0.9"
+        f"the shipped model, {len(frame)} χ² tests of {frame['n'].min():,} to {most['n']:,} draws: smallest p after Holm's correction "
+        f"{frame['p_adjusted'].min():.2g}; with the most draws a total variation of {most['detectable_tv']:.2g} is caught with power 0.9"
     )
 
 
