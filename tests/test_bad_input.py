@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -242,9 +243,11 @@ def command(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         chosen = settings | {name.replace("_", "-"): value for name, value in changes.items()}
         arguments = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
         monkeypatch.setattr(sys, "argv", ["train", "drafter", *arguments])
-        with pytest.raises(SystemExit) as stopped:
+        try:
             main()
-        return stopped.value.code
+        except SystemExit as stopped:
+            return str(stopped.code)
+        return ""
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield run
@@ -276,6 +279,16 @@ def test_the_command_ends_with_one_line(command: Callable[..., str], changes: di
     assert message.startswith("error: ")
     assert "\n" not in message
     assert value in message
+
+
+def test_training_goes_on_from_a_trained_drafter_with_its_own_shape(command: Callable[..., str], tmp_path: Path) -> None:
+    assert command() == ""
+    first = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    assert command(out=tmp_path / "more", start_from=tmp_path / "drafter", skip_rows=2, taps="9,9", markov_rank=0) == ""
+    more = json.loads((tmp_path / "more" / "config.json").read_text())
+    assert {name for name in first if first[name] != more[name]} == {"training", "weights_digest"}
+    assert more["training"]["started_from"] and first["training"]["started_from"] == ""
+    assert (first["training"]["corpus_rows"], more["training"]["corpus_rows"]) == (70, 68)
 
 
 def test_stopping_the_command_keeps_what_was_trained(command: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

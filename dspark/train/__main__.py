@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from dspark.checkpoint import save_drafter
+from dspark.bench.provenance import drafter_digest
+from dspark.checkpoint import load_drafter, save_drafter
+from dspark.draft import Drafter
 from dspark.fetch import cache_dir
 from dspark.target import Target, load_target
-from dspark.train.corpus import load_corpus
+from dspark.train.corpus import Corpus, load_corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.start import drafter_for, frequent_tokens
@@ -46,7 +48,11 @@ def parser() -> argparse.ArgumentParser:
     drafter = commands.add_parser("drafter", parents=[common], help="train a drafter on a corpus; resumes where it was killed")
     drafter.add_argument("--out", type=Path, required=True, help="folder of the finished drafter; its checkpoint lies beside it")
     drafter.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
-    drafter.add_argument("--rows", type=int, help="use only the first rows of the shuffled corpus")
+    drafter.add_argument("--skip-rows", type=int, default=0, help="leave out the first rows of the shuffled corpus")
+    drafter.add_argument("--rows", type=int, help="use only so many rows of the shuffled corpus")
+    drafter.add_argument(
+        "--start-from", help="go on with the weights, shape and vocabulary of this trained drafter ('default', a folder, a hub id)"
+    )
     drafter.add_argument("--steps", type=int, default=5000)
     drafter.add_argument("--sequences", type=int, default=4, help="corpus rows per step")
     drafter.add_argument("--anchors", type=int, default=64, help="blocks per row and step")
@@ -69,14 +75,10 @@ def make_corpus(target: Target, args: argparse.Namespace) -> None:
     self_play(target, args.corpus, rows=args.rows, tokens=args.tokens, batch=args.batch, seed=args.seed)
 
 
-def train_drafter(target: Target, args: argparse.Namespace) -> None:
-    whole = load_corpus(args.corpus)
-    d2t = frequent_tokens(whole.token_ids, whole.assistant, args.draft_vocab, target.vocab_size, target.eos_token_ids)
-    corpus = whole.rows(torch.randperm(len(whole), generator=torch.Generator().manual_seed(args.seed))[: args.rows])
-    store = FeatureStore(target, corpus, args.taps, args.features)
-    drafter = drafter_for(
+def fresh_drafter(target: Target, corpus: Corpus, args: argparse.Namespace) -> Drafter:
+    return drafter_for(
         target,
-        d2t=d2t,
+        d2t=frequent_tokens(corpus.token_ids, corpus.assistant, args.draft_vocab, target.vocab_size, target.eos_token_ids),
         init_layers=args.init_layers,
         seed=args.seed,
         block_size=args.block_size,
@@ -85,6 +87,15 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
         markov_head_type=args.head,
         mask_token_id=args.mask_token,
     )
+
+
+def train_drafter(target: Target, args: argparse.Namespace) -> None:
+    whole = load_corpus(args.corpus)
+    shuffled = torch.randperm(len(whole), generator=torch.Generator().manual_seed(args.seed))
+    corpus = whole.rows(shuffled[args.skip_rows :][: args.rows])
+    drafter = load_drafter(args.start_from, target).requires_grad_(True) if args.start_from else fresh_drafter(target, whole, args)
+    started_from = drafter_digest(drafter) if args.start_from else ""
+    store = FeatureStore(target, corpus, drafter.target_layer_ids, args.features)
     config = TrainConfig(
         steps=args.steps,
         sequences=args.sequences,
@@ -107,6 +118,8 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
             log.flush()
     summary = {
         "steps": args.steps,
+        "skipped_rows": args.skip_rows,
+        "started_from": started_from,
         "corpus_rows": len(corpus),
         "response_tokens": int(corpus.assistant.sum()),
         "seconds": round(time.time() - start),
