@@ -8,10 +8,10 @@ pip := $(python) -m pip --disable-pip-version-check --no-input
 linted := dspark tests notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test train bench proof lint clean
+.PHONY: help demo lab test test-notebooks train bench proof lint clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(stamp)  ## decode with DSpark and plainly, show the text, the speedup and the notebook that did it
 	$(python) -m dspark.demo
@@ -21,6 +21,9 @@ lab: $(stamp)  ## open the notebooks in JupyterLab
 
 test: $(stamp)  ## run the tests
 	$(python) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+test-notebooks: $(stamp)  ## run every notebook at its defaults, asserts included
+	$(python) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600 -n auto --maxprocesses 2 --dist loadfile notebooks
 
 train: $(stamp)  ## train a drafter; ARGS="--help" lists the options
 	$(python) -m dspark.train $(ARGS)
