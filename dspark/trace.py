@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from dspark.schedule import FixedWindow
 from dspark.target import Prompt, Target
 
 SCHEMA_VERSION = 1
+COMMAND = "python -m dspark.bench.traces"
 
 # Round's fields by how a column holds them: one number a round, or a list a round (laid end to end, with the lengths beside it).
 NUMBERS = ("anchor", "window", "verify_length", "accepted", "source", "draft_seconds", "verify_seconds", "seconds")
@@ -294,7 +296,7 @@ def traces_frame(rows: Iterable[Row]) -> pd.DataFrame:
     kinds |= dict.fromkeys(("draft_seconds", "verify_seconds", "seconds"), "float32")
     for name in (*NUMBERS, *LISTS, "draft_tokens_lengths", "committed_lengths"):
         if (kind := kinds.get(name, "int32")) != "str":
-            frame[name] = [pd.array(values, dtype=kind).to_numpy(kind) for values in frame[name]]
+            frame[name] = [np.array(values, dtype=kind) for values in frame[name]]
     return frame
 
 
@@ -308,7 +310,7 @@ def load_traces(path: str | Path) -> list[tuple[Row, Trace]]:
     path = Path(path)
     frame = read_results(path)
     if frame.empty:
-        raise ValueError(f"{path} has no rows: record traces again with python -m dspark.bench.traces")
+        raise ValueError(f"{path} has no rows: record traces again with {COMMAND}")
     kept = [name for name in frame.columns if name not in {*NUMBERS, *LISTS, "about"}]
     try:
         return [({name: row[name] for name in kept}, row_trace(row)) for row in frame.to_dict("records")]
