@@ -94,6 +94,47 @@ def ranking_quality(confidence: Tensor, outcome: Tensor) -> float:
     return float((rank[outcome].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
+def calibration_noise(confidence: Tensor, bins: int = BINS, draws: int = 200, seed: int = 0) -> float:
+    """The calibration error that a perfect head would show on so few cases: mean over outcomes drawn with these very confidences.
+
+    An error below it says nothing against a head. confidence: [m] in 0..1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = [calibration_error(confidence, torch.rand(len(confidence), generator=generator) < confidence, bins) for _ in range(draws)]
+    return sum(found) / draws
+
+
+def reliability(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> list[dict[str, float]]:
+    """The bins behind the calibration error: n, mean confidence and frequency of the outcome in each bin that holds a case."""
+    index = (confidence.double() * bins).long().clamp_(max=bins - 1)
+    rows = []
+    for i in index.unique().tolist():
+        inside = index == i
+        found = (int(inside.sum()), float(confidence[inside].double().mean()), float(outcome[inside].double().mean()))
+        rows.append(dict(zip(("n", "confidence", "frequency"), found, strict=True)))
+    return rows
+
+
+def calibration_report(data: Rollouts, temperatures: Iterable[float]) -> list[dict[str, float]]:
+    """One row per position with checked blocks: a_k before and after scaling.
+
+    position: 1, 2, … · n: checked blocks · survival: share that survived · ece_before, ece_after · noise: error of a perfect head on
+    as many cases (:func:`calibration_noise`, after scaling) · auc_before, auc_after: see :func:`ranking_quality`.
+    """
+    temperatures, rows = tuple(temperatures), []
+    for k in range(data.block_size):
+        before, outcome = data.at(k)
+        if not len(outcome):
+            continue
+        after, _ = data.at(k, temperatures)
+        row = {"position": k + 1, "n": len(outcome), "survival": float(outcome.double().mean())}
+        row |= {"ece_before": calibration_error(before, outcome), "ece_after": calibration_error(after, outcome)}
+        row |= {"noise": calibration_noise(after)}
+        row |= {"auc_before": ranking_quality(before, outcome), "auc_after": ranking_quality(after, outcome)}
+        rows.append(row)
+    return rows
+
+
 def fit_sts(data: Rollouts, grid: Iterable[float] = GRID) -> tuple[float, ...]:
     """One temperature per position, in order, each with the smallest ECE of a_k given the ones before it; 1 where nothing was checked."""
     temperatures: list[float] = []

@@ -13,16 +13,41 @@ from dspark.sampling import Chance, Sampling
 
 
 @dataclass
+class CopyRecord:
+    """How copies have fared in one request: what the confidence in the next one rests on."""
+
+    copy: Sequence[int] = ()  # the last copy, until it is known what really stood there
+    copy_at: int = 0  # the position of its first token
+    right: int = 0  # tokens that copies foretold rightly, and copies that ended in a wrong one
+    wrong: int = 0
+
+    @property
+    def confidence(self) -> float:
+        """The rate at which copies were right so far (rule of succession): known before the next one exists."""
+        return (self.right + 1) / (self.right + self.wrong + 2)
+
+    def expect(self, copy: Sequence[int], at: int) -> None:
+        """A copy was drafted; its first token would stand at position ``at``."""
+        self.copy, self.copy_at = copy, at
+
+    def learn(self, text: Sequence[int]) -> None:
+        """Compare the last copy with the text that came, checked or not: a copy that the policy cut short teaches, too."""
+        for foretold, token in zip(self.copy, text[self.copy_at :] if self.copy else (), strict=False):
+            if foretold != token:
+                self.wrong += 1
+                break
+            self.right += 1
+        self.copy = ()
+
+
+@dataclass
 class LookupState:
     """Committed tokens, what follows each n-gram among them, and how copies have fared in this request."""
 
     drafter: DraftState
     tokens: list[int] = field(default_factory=list)
     follows: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram → position behind its last occurrence
-    copy: list[int] = field(default_factory=list)  # the last copy, until it is known what really stood there
-    copy_at: int = 0  # the position of its first token
-    right: int = 0  # tokens that copies foretold rightly, and copies that ended in a wrong one
-    wrong: int = 0
+    copies: CopyRecord = field(default_factory=CopyRecord)
 
 
 class ContextLookup:
@@ -64,25 +89,14 @@ class ContextLookup:
         self.drafter.extend(state.drafter, token_ids, taps)
 
     def draft(self, state: LookupState, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
-        self._learn(state, anchor)
+        state.copies.learn([*state.tokens, anchor])
         text = [*state.tokens[-self.min_match :], anchor]
         start = state.follows.get(tuple(text[-self.min_match :]))
         if start is None:
             return self.drafter.draft(state.drafter, anchor, min(window, self.drafter.block_size), sampling, chance)
         copy = [*state.tokens[start:], anchor][: min(window, self.max_copy)]
-        state.copy, state.copy_at = copy, len(state.tokens) + 1
+        state.copies.expect(copy, len(state.tokens) + 1)
         probs = torch.zeros(len(copy), self.drafter.config.vocab_size, device=self.drafter.head_weight.device)
         probs[range(len(copy)), copy] = 1.0
-        # The rate at which copies were right so far in this request (rule of succession): known before this block exists.
-        confidence = torch.full((len(copy),), (state.right + 1) / (state.right + state.wrong + 2))
+        confidence = torch.full((len(copy),), state.copies.confidence)
         return Draft(copy, probs, confidence, "copy")
-
-    def _learn(self, state: LookupState, anchor: int) -> None:
-        """Compare the last copy with the text that came, checked or not: a copy that the policy cut short teaches, too."""
-        came = [*state.tokens[state.copy_at :], anchor] if state.copy else []
-        for foretold, token in zip(state.copy, came, strict=False):
-            if foretold != token:
-                state.wrong += 1
-                break
-            state.right += 1
-        state.copy = []

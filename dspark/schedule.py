@@ -9,7 +9,7 @@ so no cut ever depends on the token it cuts: that is why the output law stays th
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -149,32 +149,70 @@ class ConfidenceThreshold(_NeedsConfidence):
 
 
 @dataclass(frozen=True)
+class Admission:
+    """One step of Algorithm 1: may draft ``position`` (1, 2, …) of request ``request`` be checked?
+
+    Position 0 is the start, where nothing but the anchors is checked. survival: a_{r,j} · expected: tokens that the round would commit
+    on average · budget: B, tokens in the target's pass · throughput: Θ, tokens per second · admitted: whether Θ rose.
+    """
+
+    request: int
+    position: int
+    survival: float
+    expected: float
+    budget: int
+    throughput: float
+    admitted: bool
+
+
+@dataclass(frozen=True)
 class PrefixScheduler(_NeedsConfidence):
     """The paper's Algorithm 1: over all requests, admit drafts while expected throughput rises, stop at the first fall.
 
     sps: target steps per second when one step checks B = Σ(1 + ℓ_r) tokens; measured (:mod:`dspark.profile`). Candidates
-    (r, j) are taken by falling survival a_{r,j}, and Θ = (R + Σ admitted a) · SPS(B). Stopping at the first fall is what keeps
-    the law: whether (r, j) is admitted depends on survivals at or above a_{r,j} alone, hence on x_{r,<j}, never on x_{r,j} or
-    later tokens. A search for the best budget over ALL candidates would read later confidences and bias it (Appendix A).
+    (r, j) are taken by falling survival a_{r,j}, and Θ = (R + Σ admitted a) / (draft_seconds + 1/SPS(B)). Stopping at the first
+    fall is what keeps the law: whether (r, j) is admitted depends on survivals at or above a_{r,j} alone, hence on x_{r,<j}, never on
+    x_{r,j} or later tokens. A search for the best budget over ALL candidates would read later confidences and bias it (Appendix A).
+
+    draft_seconds: what the round has spent on drafting by then. 0 is the paper's rule, made for servers that draft while they
+    verify; on one stream the draft is waited for, and a round that was dear to begin with should check more.
     """
 
     sps: Callable[[int], float]
+    draft_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.draft_seconds >= 0:
+            raise ValueError(f"draft_seconds must be at least 0, got {self.draft_seconds}")
 
     def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
+        lengths = [0] * len(confidence)
+        for step in self.admissions(confidence):
+            if step.admitted and step.position:
+                lengths[step.request] = step.position
+        return lengths
+
+    def admissions(self, confidence: Sequence[Tensor]) -> Iterator[Admission]:
+        """The path of the algorithm, the start first; only its last step can be one that was not admitted."""
         survival = [c.cumprod(-1).tolist() for c in confidence]
-        lengths = [0] * len(survival)
         expected, budget = float(len(survival)), len(survival)
-        best = expected * self.sps(budget)
+        best = self._throughput(expected, budget)
+        yield Admission(0, 0, 1.0, expected, budget, best, True)
         # Survival never rises along a request, so the largest remaining candidate is always some request's next token.
-        heap = [(-a[0], r) for r, a in enumerate(survival) if a]
+        heap = [(-a[0], r, 1) for r, a in enumerate(survival) if a]
         heapq.heapify(heap)
         while heap:
-            negative, r = heapq.heappop(heap)
-            throughput = (expected - negative) * self.sps(budget + 1)
-            if throughput <= best:
+            negative, r, position = heapq.heappop(heap)
+            expected, budget = expected - negative, budget + 1
+            throughput = self._throughput(expected, budget)
+            admitted = throughput > best
+            yield Admission(r, position, -negative, expected, budget, throughput, admitted)
+            if not admitted:
                 break
-            best, expected, budget = throughput, expected - negative, budget + 1
-            lengths[r] += 1
-            if lengths[r] < len(survival[r]):
-                heapq.heappush(heap, (-survival[r][lengths[r]], r))
-        return lengths
+            best = throughput
+            if position < len(survival[r]):
+                heapq.heappush(heap, (-survival[r][position], r, position + 1))
+
+    def _throughput(self, expected: float, budget: int) -> float:
+        sps = self.sps(budget)
+        return expected * sps / (1 + self.draft_seconds * sps)

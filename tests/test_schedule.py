@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,7 @@ POLICIES = [
     ConfidenceThreshold(0.5, on="conditional"),
     PrefixScheduler(flat),
     PrefixScheduler(lambda b: 1 / (1 + 0.2 * b)),
+    PrefixScheduler(lambda b: 1 / (1 + 0.2 * b), draft_seconds=2.0),
 ]
 
 
@@ -83,6 +85,26 @@ def test_the_prefix_scheduler_does_not_fall_for_the_appendix_a_counterexample() 
     assert PrefixScheduler(sps).lengths([torch.tensor([0.8, 0.9])]) == PrefixScheduler(sps).lengths([torch.tensor([0.8, 0.0])]) == [0]
 
 
+def test_the_path_shows_every_step_up_to_the_first_fall() -> None:
+    sps = {2: 1.0, 3: 0.95, 4: 0.9, 5: 0.5, 6: 0.4}.__getitem__
+    policy, confidence = PrefixScheduler(sps), [torch.tensor([0.9, 0.9]), torch.tensor([0.3, 0.9])]
+    path = list(policy.admissions(confidence))
+    assert [(step.request, step.position, step.admitted) for step in path] == [(0, 0, True), (0, 1, True), (0, 2, True), (1, 1, False)]
+    assert [step.throughput for step in path] == pytest.approx([2.0, 2.755, 3.339, 2.005])
+    assert [step.budget for step in path] == [2, 3, 4, 5]
+
+
+def test_a_dearer_draft_lets_the_scheduler_check_no_less() -> None:
+    generator = torch.Generator().manual_seed(0)
+    checked = []
+    for seconds in (0.0, 0.5, 5.0, 500.0):
+        policy = PrefixScheduler(lambda b: 1 / (1 + 0.3 * b), seconds)
+        generator.manual_seed(0)
+        checked.append([policy.lengths([torch.rand(6, generator=generator)])[0] for _ in range(50)])
+    for fewer, more in pairwise(checked):
+        assert all(a <= b for a, b in zip(fewer, more, strict=True)) and fewer != more
+
+
 def test_the_adaptive_window_follows_the_mass_that_the_target_gave() -> None:
     policy = AdaptiveWindow(widen_threshold=0.6, narrow_threshold=0.3, fallback_threshold=0.1, min_window=1, max_window=4)
     assert policy.window(past(2, (0.9, 0.8)), 5) == 3
@@ -103,6 +125,7 @@ def test_the_adaptive_window_follows_the_mass_that_the_target_gave() -> None:
         lambda: ConfidenceThreshold(0.5, on="luck"),
         lambda: AdaptiveWindow(widen_threshold=0.2, narrow_threshold=0.5),
         lambda: AdaptiveWindow(fallback_threshold=-0.1),
+        lambda: PrefixScheduler(flat, draft_seconds=-1.0),
         lambda: AdaptiveWindow(min_window=0),
         lambda: AdaptiveWindow(min_window=3, max_window=2),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +13,7 @@ import torch
 from dspark.bench.arms import CHOICES
 from dspark.bench.identity import beyond_rounding, check_identity
 from dspark.bench.memory import measure_memory
-from dspark.bench.plan import Plan
+from dspark.bench.plan import add_options, plan_of
 from dspark.bench.prompts import data_dir
 from dspark.bench.results import read_results
 from dspark.bench.rewind import measure_rewind, rewind_table
@@ -55,15 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("mode", nargs="?", choices=MODES, default="speed", metavar="mode", help="see above; default speed")
-    for option in fields(Plan):
-        kind = type(option.default)
-        parser.add_argument(
-            "--" + option.name.replace("_", "-"),
-            type=kind,
-            default=option.default,
-            metavar=kind.__name__.upper(),
-            help=f"{option.metadata['help']}; default {option.default}",
-        )
+    add_options(parser)
     parser.add_argument("--out", type=Path, help="Parquet file; default data/results/MODE-DTYPE-tTEMPERATURE.parquet")
     parser.set_defaults(run=_measure)
     return parser
@@ -78,7 +69,7 @@ def _show_parser() -> argparse.ArgumentParser:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    plan = Plan(**{option.name: getattr(options, option.name) for option in fields(Plan)})
+    plan = plan_of(options)
     mode = options.mode
     plan.check(mode)
     out = options.out or data_dir() / "results" / f"{mode}-{plan.dtype}-t{plan.temperature:g}.parquet"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -116,6 +117,27 @@ class Plan:
         }
         place = {"machine": cpu_name(), "cores": cores()}
         return {"mode": mode, "schema_version": SCHEMA_VERSION} | asdict(self) | models | place
+
+
+def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = (), **defaults: object) -> None:
+    """Every field of :class:`Plan` as an option of a command. defaults: where the command's differ from the plan's."""
+    for option in fields(Plan):
+        if option.name in without:
+            continue
+        kind, default = type(option.default), defaults.get(option.name, option.default)
+        parser.add_argument(
+            "--" + option.name.replace("_", "-"),
+            type=kind,
+            default=default,
+            metavar=kind.__name__.upper(),
+            help=f"{option.metadata['help']}; default {default}",
+        )
+
+
+def plan_of(options: argparse.Namespace, **fixed: object) -> Plan:
+    """The plan that a command line asks for. fixed: fields that the command sets itself."""
+    given = {option.name: getattr(options, option.name) for option in fields(Plan) if hasattr(options, option.name)}
+    return Plan(**given | fixed)
 
 
 @dataclass(frozen=True)

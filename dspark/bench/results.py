@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -40,10 +40,10 @@ class Ledger:
         self._append({"unit": key, "rows": list(rows)})
         self.done[key] = list(rows)
 
-    def finish(self) -> pd.DataFrame:
-        """All rows, in the file and returned."""
+    def finish(self, shaped: Callable[[list[Row]], pd.DataFrame] = pd.DataFrame) -> pd.DataFrame:
+        """All rows, in the file and returned. shaped: makes the frame, where columns need narrower types than JSON has."""
         if not self.complete:
-            frame = pd.DataFrame([row for rows in self.done.values() for row in rows])
+            frame = shaped([row for rows in self.done.values() for row in rows])
             frame.attrs["configuration"] = self.configuration
             write_results(frame, self.out)
             self.partial.unlink(missing_ok=True)
@@ -116,3 +116,21 @@ def read_results(path: Path) -> pd.DataFrame:
         raise ValueError(f"no results at {path}: run python -m dspark.bench first") from None
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file ({str(error).splitlines()[0]}): delete it and measure again") from error
+
+
+def read_rows(path: Path, schema_version: int, remedy: str) -> pd.DataFrame:
+    """A results file that a notebook is about to draw. remedy: the command that makes it.
+
+    Raises ValueError for a missing or foreign file, one without rows, and one that another schema version wrote.
+    """
+    try:
+        frame = read_results(path)
+    except ValueError as error:
+        raise ValueError(f"{error} (this file is made by {remedy})") from None
+    if frame.empty:
+        raise ValueError(f"{path} has no rows: make it again with {remedy}")
+    versions = sorted(set(frame["schema_version"])) if "schema_version" in frame else ["none"]
+    if versions != [schema_version]:
+        found = ", ".join(map(str, versions))
+        raise ValueError(f"{path} has schema version {found}, but this code reads {schema_version}: make it again with {remedy}")
+    return frame

@@ -1,0 +1,161 @@
+"""``python -m dspark.bench.rollouts``: let the drafter draft whole blocks on the dev prompts, see what survives, and fit STS to it.
+
+One half of the dev prompts is fitted, the other half judges; the test prompts are never touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from dspark.bench.arms import Models
+from dspark.bench.plan import SCHEMA_VERSION, Plan, Unit, add_options, plan_of
+from dspark.bench.provenance import drafter_columns, environment
+from dspark.bench.results import Ledger, Row, read_rows
+from dspark.calibrate import Rollouts, calibration_report, fit_sts, rollouts
+from dspark.checkpoint import CONFIG, data_dir, load_drafter, save_drafter
+from dspark.decode import generate
+from dspark.draft import Drafter
+from dspark.schedule import FixedWindow
+from dspark.target import Target
+
+COMMAND = "python -m dspark.bench.rollouts"
+TEMPERATURES = (0.0, 1.0)
+FIT, JUDGE = "fit", "judge"
+
+
+def measure_rollouts(plan: Plan, models: Models, out: Path, temperatures: Sequence[float] = TEMPERATURES) -> pd.DataFrame:
+    """One row per run of a prompt: logits of c_k as the head gives them, laid end to end, γ a block, and how far each block survived.
+
+    Resumes. Repeats are new draws, so greedy runs are made once. Raises ValueError for a drafter without a confidence head.
+    """
+    drafter, target = models.drafter, models.target
+    if not drafter.has_confidence:
+        raise ValueError("the drafter has no confidence head, so there is nothing to calibrate: train one with it")
+    drafter.sts_temperatures = ()  # the head's own logits are wanted, and the file must fit the drafter before and after fitting
+    about = plan.configuration("rollouts", target.digest, drafter) | {"temperatures": list(temperatures)}
+    ledger = Ledger(out, about)
+    if not ledger.complete:
+        constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(drafter) | {"schema_version": SCHEMA_VERSION}
+        runs = [(t, unit) for t in temperatures for unit in plan.units if t or not unit.repeat]
+        halves = _halves(plan.units)
+        todo = [(t, unit) for t, unit in runs if f"{t:g}/{unit.key}" not in ledger.done]
+        for t, unit in tqdm(todo, desc="rollouts", unit="run", initial=len(ledger.done), total=len(runs)):
+            found = _run(target, drafter, unit, t, plan.tokens)
+            when = {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
+            row = unit.columns() | {"temperature": t, "half": halves[unit.item.id], "max_new_tokens": plan.tokens} | found | when | constant
+            ledger.add(f"{t:g}/{unit.key}", [row])
+    return ledger.finish(_narrow)
+
+
+def _narrow(rows: list[Row]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows)
+    for name, kind in (("logits", "float32"), ("checked", "int32"), ("survived", "int32")):
+        frame[name] = [np.array(values, dtype=kind) for values in frame[name]]
+    return frame
+
+
+def _run(target: Target, drafter: Drafter, unit: Unit, temperature: float, tokens: int) -> Row:
+    options = {"max_new_tokens": tokens, "temperature": temperature, "seed": unit.seed}
+    stream = generate(target, drafter, unit.item.messages, policy=FixedWindow(), **options).rounds
+    try:
+        data = rollouts(stream, drafter.block_size)
+    except ValueError:  # the text ended before a block could be checked
+        return {"blocks": 0, "logits": [], "checked": [], "survived": []}
+    counts = {"checked": data.checked.sum(-1).tolist(), "survived": data.survived.sum(-1).tolist()}
+    return {"blocks": len(data.logits), "logits": data.logits.flatten().tolist(), **counts}
+
+
+def _halves(units: Iterable[Unit]) -> dict[str, str]:
+    """Prompt → its half: every other prompt of each domain."""
+    halves, seen = {}, {}
+    for unit in units:
+        if unit.item.id not in halves:
+            seen[unit.item.domain] = seen.get(unit.item.domain, 0) + 1
+            halves[unit.item.id] = FIT if seen[unit.item.domain] % 2 else JUDGE
+    return halves
+
+
+def read_rollouts(path: Path) -> pd.DataFrame:
+    """The rows of a rollouts file. Raises ValueError for one that is missing, foreign, empty, or of another schema version."""
+    return read_rows(path, SCHEMA_VERSION, COMMAND)
+
+
+def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
+    """The blocks of the rows whose columns hold the chosen values (half, temperature, domain, …).
+
+    Raises ValueError if there are none.
+    """
+    for name, value in chosen.items():
+        frame = frame[frame[name] == value]
+    frame = frame[frame["blocks"] > 0]
+    if frame.empty:
+        raise ValueError(f"no blocks with {chosen}: roll out more prompts with {COMMAND}")
+    block_size = int(frame["drafter_block_size"].iloc[0])
+    logits = torch.tensor([x for row in frame["logits"] for x in row], dtype=torch.float32).reshape(-1, block_size)
+    checked, survived = (torch.tensor([n for row in frame[name] for n in row])[:, None] for name in ("checked", "survived"))
+    position = torch.arange(block_size)
+    return Rollouts(logits, position < survived, position < checked)
+
+
+def judged(frame: pd.DataFrame, temperatures: Sequence[float]) -> pd.DataFrame:
+    """Calibration before and after scaling, on the half that was not fitted: one row per sampling temperature and position."""
+    kinds = sorted(set(frame["temperature"]))
+    return pd.DataFrame(
+        [{"temperature": t} | row for t in kinds for row in calibration_report(rollouts_of(frame, half=JUDGE, temperature=t), temperatures)]
+    )
+
+
+def store(temperatures: Sequence[float], name: str, target: Target) -> Path:
+    """Write the temperatures into the drafter's config; weights and training summary stay. Returns the folder."""
+    folder = data_dir() / "drafters" / "smollm2-135m-instruct" if name == "default" else Path(name).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"no drafter folder at {folder}: temperatures can only be stored in a folder, so download the drafter first")
+    drafter = load_drafter(folder, target)
+    drafter.sts_temperatures = tuple(temperatures)
+    training = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("training")
+    save_drafter(drafter, target, folder, training=training)
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, ("arms", "baseline", "split", "temperature", "top_p", "top_k"), prompts=16, repeats=3)
+    parser.add_argument("--fit", type=float, default=1.0, help="sampling temperature whose rollouts are fitted; default 1")
+    parser.add_argument("--store", action="store_true", help="write the temperatures into the drafter's config")
+    parser.add_argument("--out", type=Path, help="Parquet file; default data/results/rollouts-dev.parquet")
+    options = parser.parse_args(arguments)
+    try:
+        plan = plan_of(options, arms="fixed", baseline="fixed", split="dev")
+        if options.fit not in TEMPERATURES:
+            raise ValueError(f"fit must be one of {', '.join(f'{t:g}' for t in TEMPERATURES)}, got {options.fit:g}")
+        torch.set_num_threads(plan.threads)
+        models = plan.load()
+        out = options.out or data_dir() / "results" / "rollouts-dev.parquet"
+        frame = measure_rollouts(plan, models, out)
+        temperatures = fit_sts(rollouts_of(frame, half=FIT, temperature=options.fit))
+        print(judged(frame, temperatures).round(4).to_string(index=False))
+        print(f"STS temperatures by position: {', '.join(f'{t:.3f}' for t in temperatures)} · {len(frame)} runs in {out}")
+        if options.store:
+            print(f"stored in {store(temperatures, plan.drafter, models.target)}")
+    except (ValueError, OSError) as error:
+        print(f"dspark.bench.rollouts: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dspark.bench.rollouts: interrupted; finished runs are kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

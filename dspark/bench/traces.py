@@ -1,0 +1,79 @@
+"""``python -m dspark.bench.traces``: complete greedy traces of the benchmark prompts, over which every policy can be replayed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from dspark.bench.arms import Models
+from dspark.bench.plan import Plan, add_options, plan_of
+from dspark.bench.provenance import drafter_columns, environment
+from dspark.bench.results import Ledger
+from dspark.checkpoint import data_dir
+from dspark.decode import DraftSource
+from dspark.trace import COMMAND, SCHEMA_VERSION, StepTimes, measured_times, record, row_trace, trace_row, traces_frame
+
+
+def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
+    """One row per prompt, with the trace's columns and where it comes from; ``out`` also holds it. Resumes.
+
+    The step times are measured once, on the first prompt, and are the same for all traces: policies are compared without noise.
+    """
+    target, (arm,) = models.target, plan.parsed_arms
+    source = arm.source(models.drafter)
+    ledger = Ledger(out, plan.configuration("traces", target.digest, models.drafter) | {"trace_schema_version": SCHEMA_VERSION})
+    if ledger.complete:
+        return ledger.finish()
+    constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(models.drafter) | {"arm": arm.name}
+    todo = [unit for unit in plan.units if unit.key not in ledger.done]
+    if todo:
+        times = _times(ledger, plan, models, source)
+        for unit in tqdm(todo, desc="traces", unit="prompt", initial=len(ledger.done), total=len(plan.units)):
+            trace = record(target, source, unit.item.messages, max_new_tokens=plan.tokens, times=times, pieces=False)
+            when = {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
+            ledger.add(unit.key, [unit.columns() | {"split": plan.split} | trace_row(trace) | when | constant])
+    return ledger.finish(traces_frame)
+
+
+def _times(ledger: Ledger, plan: Plan, models: Models, source: DraftSource) -> StepTimes:
+    """Those of the rows that are there, else measured behind the warm-up prompt."""
+    for (row,) in ledger.done.values():
+        return row_trace(row).times
+    prompt = models.target.encode(plan.warm_up_prompt().messages)
+    free = StepTimes({1: 1.0}, {1: 1.0})  # what the warm-up's rounds are recorded with does not matter
+    kept = record(models.target, source, prompt, max_new_tokens=min(plan.tokens, 32), times=free, pieces=False).rounds[1:]
+    return measured_times(models.target, source, prompt, kept, repeats=9)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    add_options(parser, ("arms", "baseline", "temperature", "top_p", "top_k", "repeats", "seed"), prompts=10, tokens=96)
+    parser.add_argument("--copy", action="store_true", help="also draft by copying where the text repeats itself")
+    parser.add_argument("--out", type=Path, help="Parquet file; default data/results/traces-SPLIT[-copy].parquet")
+    options = parser.parse_args(arguments)
+    try:
+        arm = "fixed" + "+copy" * options.copy
+        plan = plan_of(options, arms=arm, baseline=arm)
+        torch.set_num_threads(plan.threads)
+        out = options.out or data_dir() / "results" / f"traces-{plan.split}{'-copy' * options.copy}.parquet"
+        frame = record_traces(plan, plan.load(), out)
+        print(f"{len(frame)} traces, {sum(map(len, frame['accepted'])) - len(frame)} rounds in {out}, {out.stat().st_size / 1e3:.0f} kB")
+    except (ValueError, OSError) as error:
+        print(f"dspark.bench.traces: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dspark.bench.traces: interrupted; finished prompts are kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

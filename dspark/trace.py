@@ -1,0 +1,326 @@
+"""Traces: what happened at every position of a text, kept in a file, so that panels and policies can be tried without a model.
+
+A complete trace holds the whole block, drafted and checked by the target, at EVERY position of the greedy text. Any policy's run is
+a walk over some of these positions, so :mod:`dspark.replay` gives the very rounds that the policy would have made.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from dspark.bench.provenance import drafter_digest
+from dspark.bench.results import Row, read_results, write_results
+from dspark.decode import DraftSource, Round, _Clock, rounds
+from dspark.profile import SPSCurve, profile_sps
+from dspark.sampling import Chance, Sampling
+from dspark.schedule import FixedWindow
+from dspark.target import Prompt, Target
+
+SCHEMA_VERSION = 1
+COMMAND = "python -m dspark.bench.traces"
+
+# Round's fields by how a column holds them: one number a round, or a list a round (laid end to end, with the lengths beside it).
+NUMBERS = ("anchor", "window", "verify_length", "accepted", "source", "draft_seconds", "verify_seconds", "seconds")
+LISTS = ("draft_tokens", "confidence", "committed", "target_probs_of_drafts", "draft_probs_of_drafts")
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of the two models' steps on one machine.
+
+    draft: tokens in a draft → seconds · verify: tokens in a target pass, anchor included → seconds · copy: seconds of a draft
+    that was copied · other: seconds of a round outside both models.
+    """
+
+    draft: dict[int, float]
+    verify: dict[int, float]
+    copy: float = 0.0
+    other: float = 0.0
+
+    def draft_seconds(self, tokens: int, source: str = "drafter") -> float:
+        """Seconds of drafting so many tokens; 0 for none."""
+        if not tokens:
+            return 0.0
+        return self.copy if source == "copy" else self._drafts.step_seconds(tokens)
+
+    @cached_property
+    def _drafts(self) -> SPSCurve:
+        return _curve(self.draft)
+
+    @cached_property
+    def sps(self) -> SPSCurve:
+        """Target steps per second by tokens in the pass: what a scheduler reads."""
+        return _curve(self.verify)
+
+
+def _curve(seconds: dict[int, float]) -> SPSCurve:
+    if not seconds:
+        raise ValueError("the trace has no step times: record it with dspark.trace.record, or give it times=StepTimes(…)")
+    return SPSCurve(tuple(sorted(seconds)), tuple(max(seconds[width], 1e-9) for width in sorted(seconds)))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The rounds of one prompt and where they come from.
+
+    rounds: round 0 is the prefill. In a complete trace round i stands at the i-th new token: anchor is that token, all γ drafts are
+    checked, accepted says how many agree with the greedy text. Otherwise they are the rounds of a live run.
+    about: prompt, target, drafter, temperature, block_size, max_new_tokens (of the run, the context's end considered), complete,
+    draft_seconds and verify_seconds (tokens → seconds), copy_seconds, other_seconds, pieces (token id → its text).
+    """
+
+    rounds: tuple[Round, ...]
+    about: dict[str, object]
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.about["complete"])
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The text's new tokens."""
+        if not self.complete:
+            return [token for r in self.rounds for token in r.committed]
+        *before, last = self.rounds
+        # Round i starts at the i-th token; behind the last round's anchor only its greedy successor belongs to the text.
+        return [*(r.anchor for r in self.rounds[1:]), *last.committed[:1]] if before else list(last.committed)
+
+    @cached_property
+    def times(self) -> StepTimes:
+        a = self.about
+        return StepTimes(a["draft_seconds"], a["verify_seconds"], a["copy_seconds"], a["other_seconds"])
+
+
+class _OneByOne(Chance):
+    """Rejects every draft. In greedy decoding the correction is the target's choice, so the text stays and grows token by token."""
+
+    def accepts(self, p_target: torch.Tensor, p_draft: torch.Tensor) -> bool:
+        return False
+
+
+def record(
+    target: Target,
+    drafter: DraftSource,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 128,
+    times: StepTimes | None = None,
+    pieces: bool = True,
+) -> Trace:
+    """A complete greedy trace: at every position of the text the whole block is drafted and checked.
+
+    Costs one round a token. times: step times that were measured before, default measured here (about a second). pieces: keep the
+    text of every token. Raises ValueError for what :func:`dspark.decode.decode` refuses.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    prompt_ids = target.encode(prompt)
+    room = target.max_context - len(prompt_ids)
+    limit = min(max_new_tokens, room)
+    # It runs a block beyond the end, so that drafts which cross the end of the text are judged as decoding judges them.
+    endless = copy.copy(target)
+    endless.eos_token_ids = frozenset()
+    stream = rounds(
+        endless, drafter, prompt_ids, min(limit + drafter.block_size + 1, room), FixedWindow(), Sampling(), _OneByOne(torch.Generator())
+    )
+    prefill = next(stream)
+    text, found, end = [*prefill.committed], [], limit
+    if text[0] in target.eos_token_ids:
+        end = 1
+    while len(text) < end + drafter.block_size and (r := next(stream, None)) is not None:
+        found.append(r)
+        text += r.committed
+        if len(text) <= limit and end == limit and text[-1] in target.eos_token_ids:
+            end = len(text)
+    kept = tuple(_judged(r, text, target.eos_token_ids) for r in found[: end - 1])
+    about = _about(target, drafter, prompt, limit, 0.0) | {"complete": True}
+    trace = Trace((prefill, *kept), about)
+    times = times or measured_times(target, drafter, prompt_ids, kept)
+    return Trace(trace.rounds, about | _times_about(times) | {"pieces": _pieces(target, trace.rounds) if pieces else {}})
+
+
+def _judged(r: Round, text: Sequence[int], eos_token_ids: frozenset[int]) -> Round:
+    """The round as a fixed window would have made it: drafts are accepted while they agree with the text, which goes on behind its end."""
+    coming = text[r.index :]
+    accepted = 0
+    while accepted < min(len(r.draft_tokens), len(coming)) and r.draft_tokens[accepted] == coming[accepted]:
+        accepted += 1
+    committed = coming[: accepted + 1]
+    ends = [i + 1 for i, token in enumerate(committed) if token in eos_token_ids]
+    return replace(r, accepted=accepted, committed=tuple(committed[: ends[0]] if ends else committed))
+
+
+def measured_times(
+    target: Target, drafter: DraftSource, prompt_ids: Sequence[int], kept: Iterable[Round] = (), *, repeats: int = 3
+) -> StepTimes:
+    """Medians of drafts and target passes of every width behind this prompt. kept: rounds that say what copies and the rest cost."""
+    kept = list(kept)
+    inner = getattr(drafter, "drafter", drafter)  # copying costs next to nothing; the drafter round which it is wrapped does not
+    widths = range(1, drafter.block_size + 2)
+    context = min(len(prompt_ids), target.max_context - widths[-1])
+    curve = profile_sps(target, context=max(context, 1), widths=widths, repeats=repeats)
+    return StepTimes(
+        _draft_times(target, inner, prompt_ids, repeats),
+        dict(zip(curve.widths, curve.seconds, strict=True)),
+        median([r.draft_seconds for r in kept if r.source == "copy"] or [0.0]),
+        median([r.seconds - r.draft_seconds - r.verify_seconds for r in kept] or [0.0]),
+    )
+
+
+def _draft_times(target: Target, drafter: DraftSource, prompt_ids: Sequence[int], repeats: int) -> dict[int, float]:
+    _, taps = target.forward(torch.tensor([prompt_ids], device=target.device), target.new_cache(), drafter.target_layer_ids)
+    state = drafter.new_state(prompt_ids)
+    drafter.extend(state, prompt_ids, taps)
+    seconds: dict[int, list[float]] = {}
+    for turn in range(repeats + 1):
+        for width in range(1, drafter.block_size + 1):
+            clock = _Clock(target.device)
+            drafter.draft(state, prompt_ids[-1], width, Sampling(), Chance(torch.Generator(target.device)))
+            if turn:  # the first one of each width absorbs the prompt or pays for buffers
+                seconds.setdefault(width, []).append(clock.lap())
+            drafter.extend(state, prompt_ids[-1:], taps[:, -1:])  # as after a round: the next draft has context to absorb
+    return {width: median(took) for width, took in seconds.items()}
+
+
+def from_rounds(
+    stream: Iterable[Round], target: Target, drafter: DraftSource, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float = 0.0
+) -> Trace:
+    """A live run as a trace (not complete): its rounds, with step times taken from the rounds themselves, as far as their widths go."""
+    stream = tuple(stream)
+    drafted = _by_width((len(r.draft_tokens), r.draft_seconds) for r in stream if r.draft_tokens and r.source != "copy")
+    verified = _by_width((1 + r.verify_length, r.verify_seconds) for r in stream[1:])
+    copied = median([r.draft_seconds for r in stream if r.source == "copy"] or [0.0])
+    other = median([r.seconds - r.draft_seconds - r.verify_seconds for r in stream[1:]] or [0.0])
+    limit = min(max_new_tokens, target.max_context - len(target.encode(prompt)))
+    about = _about(target, drafter, prompt, limit, temperature) | {"complete": False}
+    times = _times_about(StepTimes(drafted, verified, copied, other))
+    return Trace(stream, about | times | {"pieces": _pieces(target, stream)})
+
+
+def _by_width(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
+    seconds: dict[int, list[float]] = {}
+    for width, took in pairs:
+        seconds.setdefault(width, []).append(took)
+    return {width: median(seconds[width]) for width in sorted(seconds)}
+
+
+def _about(target: Target, drafter: DraftSource, prompt: Prompt, limit: int, temperature: float) -> dict[str, object]:
+    inner = getattr(drafter, "drafter", drafter)
+    name = drafter_digest(inner) if isinstance(inner, nn.Module) else type(inner).__name__
+    return {
+        "prompt": prompt if isinstance(prompt, str) else [part if isinstance(part, dict) else int(part) for part in prompt],
+        "target": target.name,
+        "target_digest": target.digest,
+        "drafter": name + ("+copy" if inner is not drafter else ""),
+        "temperature": temperature,
+        "block_size": drafter.block_size,
+        "has_confidence": drafter.has_confidence,
+        "max_new_tokens": limit,
+    }
+
+
+def _times_about(times: StepTimes) -> dict[str, object]:
+    return {"draft_seconds": times.draft, "verify_seconds": times.verify, "copy_seconds": times.copy, "other_seconds": times.other}
+
+
+def _pieces(target: Target, stream: Iterable[Round]) -> dict[int, str]:
+    tokens = {token for r in stream for token in (*r.committed, *r.draft_tokens)}
+    return {token: target.decode([token]) for token in sorted(tokens)}
+
+
+# ---- files: one row a trace
+
+
+def trace_row(trace: Trace) -> Row:
+    """A trace as one row of a results file. Floats are kept in float32, which holds confidences and probabilities exactly."""
+    row: Row = {"schema_version": SCHEMA_VERSION, "about": json.dumps(trace.about)}
+    for name in NUMBERS:
+        values = [getattr(r, name) for r in trace.rounds]
+        row[name] = [-1 if value is None else value for value in values]  # the prefill has no anchor
+    for name in LISTS:
+        row[name] = [value for r in trace.rounds for value in getattr(r, name)]
+    for name in ("draft_tokens", "committed"):
+        row[f"{name}_lengths"] = [len(getattr(r, name)) for r in trace.rounds]
+    return row
+
+
+def row_trace(row: Row) -> Trace:
+    """The trace in a row. Raises ValueError for a row of another schema version or one that is no trace."""
+    version = row.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"the trace has schema version {version}, but this code reads {SCHEMA_VERSION}: record it again")
+    try:
+        lengths = {"draft_tokens": row["draft_tokens_lengths"], "committed": row["committed_lengths"]}
+        lengths |= {"confidence": lengths["draft_tokens"], "draft_probs_of_drafts": lengths["draft_tokens"]}
+        lengths |= {"target_probs_of_drafts": row["verify_length"]}
+        columns = {name: _cut(row[name], lengths[name]) for name in LISTS} | {name: list(row[name]) for name in NUMBERS}
+        about = json.loads(row["about"])
+    except KeyError as error:
+        raise ValueError(f"the row is no trace, it lacks {error}: pass a file written by dspark.trace") from None
+    columns["anchor"] = [None if anchor < 0 else int(anchor) for anchor in columns["anchor"]]
+    columns["survival"] = [tuple(torch.tensor(c).cumprod(-1).tolist()) for c in columns["confidence"]]
+    columns["index"] = range(len(columns["anchor"]))
+    names = [field.name for field in fields(Round)]
+    stream = tuple(Round(*(_plain(value) for value in values)) for values in zip(*(columns[name] for name in names), strict=True))
+    for name in ("draft_seconds", "verify_seconds", "pieces"):  # JSON has only string keys
+        about[name] = {int(key): value for key, value in about[name].items()}
+    return Trace(stream, about)
+
+
+def _cut(values: Sequence[float], lengths: Sequence[int]) -> list[tuple[float, ...]]:
+    ends = [0, *accumulate(int(n) for n in lengths)]
+    return [tuple(_plain(value) for value in values[a:b]) for a, b in pairwise(ends)]
+
+
+def _plain(value: object) -> object:
+    """numpy's scalars as Python's own."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def traces_frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows of traces with the narrow column types of the file."""
+    frame = pd.DataFrame(list(rows))
+    kinds = {"source": "str", **dict.fromkeys(("confidence", "draft_probs_of_drafts", "target_probs_of_drafts"), "float32")}
+    kinds |= dict.fromkeys(("draft_seconds", "verify_seconds", "seconds"), "float32")
+    for name in (*NUMBERS, *LISTS, "draft_tokens_lengths", "committed_lengths"):
+        if (kind := kinds.get(name, "int32")) != "str":
+            frame[name] = [np.array(values, dtype=kind) for values in frame[name]]
+    return frame
+
+
+def save_trace(trace: Trace, path: str | Path) -> None:
+    """One trace in a Parquet file, whole or not at all."""
+    write_results(traces_frame([trace_row(trace)]), Path(path))
+
+
+def load_traces(path: str | Path) -> list[tuple[Row, Trace]]:
+    """Every trace of a file with the other columns of its row (domain, prompt_id, …). Raises ValueError for a file that holds none."""
+    path = Path(path)
+    frame = read_results(path)
+    if frame.empty:
+        raise ValueError(f"{path} has no rows: record traces again with {COMMAND}")
+    kept = [name for name in frame.columns if name not in {*NUMBERS, *LISTS, "about"}]
+    try:
+        return [({name: row[name] for name in kept}, row_trace(row)) for row in frame.to_dict("records")]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_trace(path: str | Path) -> Trace:
+    """The one trace of a file. Raises ValueError for a missing or foreign file, another schema version, or several traces."""
+    found = load_traces(path)
+    if len(found) > 1:
+        raise ValueError(f"{path} holds {len(found)} traces: use load_traces")
+    return found[0][1]
