@@ -29,7 +29,8 @@ class DraftSource(Protocol):
         """What this source remembers of one request."""
 
     def extend(self, state: object, token_ids: Sequence[int], taps: Tensor | None) -> None:
-        """The target has processed these committed tokens; taps [1, tokens, m·hidden] stand for the same positions."""
+        """The target has processed these committed tokens; taps [1, tokens, m·hidden] stand for the same positions,
+        None if it asked for none."""
 
     def draft(self, state: object, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
         """Propose at most ``window`` tokens behind the anchor."""
@@ -112,7 +113,7 @@ def decode(
     block. temperature 0 is greedy. Ends behind an end-of-text token, after ``max_new_tokens``, or at the context's end.
     Raises ValueError, before anything runs, for an empty or too long prompt, a bad option, or a policy the drafter cannot serve.
     """
-    policy = _checked_policy(policy, drafter)
+    policy = checked_policy(policy, drafter)
     sampling = Sampling(temperature, top_k, top_p)
     prompt_ids = target.encode(prompt)
     if max_new_tokens < 1:
@@ -122,7 +123,8 @@ def decode(
     return rounds(target, drafter, prompt_ids, limit, policy, sampling, chance)
 
 
-def _checked_policy(policy: Policy | None, drafter: DraftSource | None) -> Policy:
+def checked_policy(policy: Policy | None, drafter: DraftSource | None) -> Policy:
+    """The policy that will run; None stands for the whole block. Raises ValueError if the drafter cannot serve it."""
     if drafter is None:
         if policy is not None and not isinstance(policy, Autoregressive):
             raise ValueError(f"{policy} needs a drafter: pass one, or leave the policy out for plain decoding")
@@ -169,7 +171,7 @@ def rounds(
         # 4 rewind: the cache keeps the anchor and the accepted drafts
         cache.rewind(before + 1 + accepted)
         if drafting:
-            drafter.extend(state, [anchor, *checked[:accepted]], taps[:, : 1 + accepted])
+            drafter.extend(state, [anchor, *checked[:accepted]], taps if taps is None else taps[:, : 1 + accepted])
 
         committed = _until_end([*checked[:accepted], next_token], target.eos_token_ids)
         last = Round(

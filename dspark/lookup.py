@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dspark.draft import Draft, Drafter, DraftState
+from dspark.draft import NOTHING, Draft, Drafter, DraftState
 from dspark.sampling import Chance, Sampling
+from dspark.target import Target
 
 
 @dataclass
@@ -44,59 +45,75 @@ class CopyRecord:
 class LookupState:
     """Committed tokens, what follows each n-gram among them, and how copies have fared in this request."""
 
-    drafter: DraftState
+    drafter: DraftState | None
     tokens: list[int] = field(default_factory=list)
     follows: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram → position behind its last occurrence
     copies: CopyRecord = field(default_factory=CopyRecord)
 
 
 class ContextLookup:
-    """Wraps a drafter: if the last ``min_match`` tokens stand earlier in the context, what followed them there is the draft.
+    """Wraps a drafter, or does without one: if the last ``min_match`` tokens stand earlier in the context, what followed them
+    there is the draft.
 
     A copy is a draft like any other: its distribution is one-hot, chosen by past tokens alone, and the same exact rule checks
-    it. Where nothing repeats, the wrapped drafter proposes, at most its own block. min_match: tokens that must repeat, at
-    least 1. max_copy: longest copy in tokens; a copy costs nothing to draft, so it may be longer than the drafter's block.
+    it. Where nothing repeats, the wrapped drafter proposes, at most its own block; without one (None) the round is a plain step,
+    and ``target`` says whose vocabulary is copied: so any causal LM decodes, with nothing trained. min_match: tokens that must
+    repeat, at least 1. max_copy: longest copy in tokens; a copy costs nothing to draft, so it may be longer than the block.
     """
 
-    def __init__(self, drafter: Drafter, min_match: int = 2, max_copy: int = 8) -> None:
+    def __init__(self, drafter: Drafter | None, min_match: int = 2, max_copy: int = 8, *, target: Target | None = None) -> None:
+        if drafter is None and target is None:
+            raise ValueError("copying without a drafter needs the target's vocabulary: pass ContextLookup(None, target=target)")
         if min_match < 1:
             raise ValueError(f"min_match must be at least 1, got {min_match}")
         if max_copy < 1:
             raise ValueError(f"max_copy must be at least 1, got {max_copy}")
-        self.drafter, self.min_match, self.max_copy = drafter, min_match, max_copy
+        self.drafter, self.target, self.min_match, self.max_copy = drafter, target, min_match, max_copy
 
     @property
     def block_size(self) -> int:
-        return max(self.max_copy, self.drafter.block_size)
+        return max(self.max_copy, self.drafter.block_size) if self.drafter else self.max_copy
 
     @property
     def target_layer_ids(self) -> tuple[int, ...]:
-        return self.drafter.target_layer_ids
+        return self.drafter.target_layer_ids if self.drafter else ()
 
     @property
     def has_confidence(self) -> bool:
-        return self.drafter.has_confidence
+        return self.drafter.has_confidence if self.drafter else True
 
     def new_state(self, prompt: Sequence[int] = ()) -> LookupState:
+        if self.drafter is None:
+            return LookupState(None)
         return LookupState(self.drafter.new_state(prompt))
 
-    def extend(self, state: LookupState, token_ids: Sequence[int], taps: Tensor) -> None:
+    def extend(self, state: LookupState, token_ids: Sequence[int], taps: Tensor | None) -> None:
         for token in token_ids:
             # Indexed one token late: the n-gram that ends the text has nothing behind it yet.
             if len(state.tokens) >= self.min_match:
                 state.follows[tuple(state.tokens[-self.min_match :])] = len(state.tokens)
             state.tokens.append(token)
-        self.drafter.extend(state.drafter, token_ids, taps)
+        if self.drafter:
+            self.drafter.extend(state.drafter, token_ids, taps)
 
     def draft(self, state: LookupState, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
         state.copies.learn([*state.tokens, anchor])
         text = [*state.tokens[-self.min_match :], anchor]
         start = state.follows.get(tuple(text[-self.min_match :]))
+        if start is None and self.drafter is None:
+            return NOTHING
         if start is None:
             return self.drafter.draft(state.drafter, anchor, min(window, self.drafter.block_size), sampling, chance)
         copy = [*state.tokens[start:], anchor][: min(window, self.max_copy)]
         state.copies.expect(copy, len(state.tokens) + 1)
-        probs = torch.zeros(len(copy), self.drafter.config.vocab_size, device=self.drafter.head_weight.device)
+        vocab_size, device = self._place()
+        probs = torch.zeros(len(copy), vocab_size, device=device)
         probs[range(len(copy)), copy] = 1.0
         confidence = torch.full((len(copy),), state.copies.confidence)
         return Draft(copy, probs, confidence, "copy")
+
+    def _place(self) -> tuple[int, torch.device]:
+        """Width and device of the distributions."""
+        if self.drafter:
+            return self.drafter.config.vocab_size, self.drafter.head_weight.device
+        return self.target.vocab_size, self.target.device

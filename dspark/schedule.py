@@ -119,6 +119,29 @@ class AdaptiveWindow(Policy):
             raise ValueError(f"windows up to {max(self.min_window, self.max_window or 0)} exceed the drafter's block size {block_size}")
 
 
+@dataclass(frozen=True)
+class Shortened(Policy):
+    """Another policy in blocks of at most ``n`` tokens, as if the drafter's own block ended there. A constant cannot bias the law."""
+
+    policy: Policy
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"a block has at least 1 token, got {self.n}: use Autoregressive() for plain decoding")
+
+    def window(self, last: Past | None, block_size: int) -> int:
+        return self.policy.window(last, self.n)
+
+    def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
+        return self.policy.lengths(confidence)
+
+    def check(self, block_size: int, has_confidence: bool) -> None:
+        if self.n > block_size:
+            raise ValueError(f"blocks of {self.n} tokens are more than the drafter's block size {block_size}: choose 1..{block_size}")
+        self.policy.check(self.n, has_confidence)
+
+
 class _NeedsConfidence(Policy):
     def check(self, block_size: int, has_confidence: bool) -> None:
         if not has_confidence:

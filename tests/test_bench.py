@@ -15,12 +15,13 @@ import torch
 from tiny import tiny_drafter, tiny_target
 
 import dspark
+from dspark.baselines.stock import by_transformers
 from dspark.bench import __main__ as command
 from dspark.bench import memory, provenance, results, speed
 from dspark.bench import plan as plan_module
 from dspark.bench.arms import Models, parse_arm, parse_arms
 from dspark.bench.identity import beyond_rounding, check_identity, weigh
-from dspark.bench.measure import Settings, by_transformers, first_divergence, positions
+from dspark.bench.measure import Settings, first_divergence, positions
 from dspark.bench.plan import Plan, rotated
 from dspark.bench.results import Ledger, read_results, write_results
 from dspark.bench.speed import measure_speed
@@ -95,6 +96,15 @@ def test_a_comma_inside_an_arms_numbers_does_not_split_it():
         "mtp1:2",
         "fixed:5+copy:0",
         "fixed:5+paste",
+        "fixed:5+block",
+        "fixed:5+block:0",
+        "fixed:5+copy+copy",
+        "lookup:0",
+        "lookup:x",
+        "assisted:0",
+        "generate:1",
+        "generate+copy",
+        "copy:0",
         "",
     ],
 )
@@ -185,6 +195,47 @@ def test_greedy_arms_in_float32_give_identical_ids(models, tmp_path):
     assert "2 of 2" in identity_table(frame)
 
 
+PEERS = "generate,lookup,lookup:2,assisted,assisted:3,copy,copy:1,copy+block:3"
+WINDOWS = "fixed:1,fixed:2,fixed:3,fixed:4,mtp1,adaptive,confidence:0.4,conditional:0.4,prefix,adaptive+copy:1+block:2"
+
+
+def test_every_peers_greedy_text_in_float32_is_plains(models, tmp_path):
+    """Random text of few tokens repeats itself, so the peers that copy do draft here."""
+    plan = small(arms=f"plain,{PEERS},{WINDOWS}", prompts=2, tokens=24)
+    frame = measure_speed(plan, models, tmp_path / "speed.parquet")
+    assert frame["equals_baseline"].all(), frame.loc[~frame["equals_baseline"], ["arm", "prompt_id", "first_divergence"]]
+    faster = frame[frame["tokens_per_round"] > 1].groupby("arm").size()
+    assert {"lookup", "assisted:3", "copy", "copy:1", "copy+block:3"} <= set(faster.index), faster
+
+
+def test_a_peers_steps_are_its_own_and_nothing_is_claimed_about_their_inside(models):
+    prompt = [5, 6, 7, 8, 9]
+    plain = models.decoder(parse_arm("plain"), Settings(max_new_tokens=24))(prompt, 0)
+    for name in ("generate", "lookup", "assisted:3"):
+        trial = models.decoder(parse_arm(name), Settings(max_new_tokens=24))(prompt, 0)
+        assert trial.token_ids == plain.token_ids
+        assert [token for r in trial.rounds for token in r.committed] == trial.token_ids[-sum(len(r.committed) for r in trial.rounds) :]
+        assert [r.anchor for r in trial.rounds[1:]] == [r.committed[-1] for r in trial.rounds[:-1]]
+        assert all(r.verify_length == 0 and math.isnan(r.verify_seconds) for r in trial.rounds)
+
+
+def test_a_peer_that_leaves_early_leaves_the_target_whole(models):
+    layers = models.target.model.config.num_hidden_layers
+    models.decoder(parse_arm("assisted:1"), Settings(max_new_tokens=6))([5, 6, 7], 0)
+    assert models.target.model.config.num_hidden_layers == layers
+    with pytest.raises(ValueError, match=f"choose 1..{layers - 1}"):
+        models.decoder(parse_arm(f"assisted:{layers}"), Settings())
+
+
+def test_a_shortened_policy_never_drafts_beyond_its_block(models):
+    long, short = (models.decoder(parse_arm(name), Settings(max_new_tokens=24))([5, 6, 7], 0) for name in ("fixed", "fixed+block:2"))
+    assert max(len(r.draft_tokens) for r in long.rounds) == 4 and max(len(r.draft_tokens) for r in short.rounds) == 2
+    with pytest.raises(ValueError, match=r"'fixed:3\+block:2': a window of 3"):
+        models.decoder(parse_arm("fixed:3+block:2"), Settings())
+    with pytest.raises(ValueError, match="blocks of 5 tokens"):
+        models.decoder(parse_arm("adaptive+block:5"), Settings())
+
+
 def test_a_divergence_is_found_where_it_is():
     assert first_divergence([1, 2, 3], [1, 2, 3]) == -1
     assert first_divergence([1, 2, 3], [1, 9, 3]) == 1
@@ -230,8 +281,8 @@ def test_generate_is_measured_on_the_stock_target_and_no_drafter_is_loaded_in_va
         return target.pack() if pack else target
 
     monkeypatch.setattr(plan_module, "load_target", load)
-    monkeypatch.setattr(plan_module, "load_drafter", lambda *_: pytest.fail("no arm drafts"))
-    both = small(arms="plain,generate").load()
+    monkeypatch.setattr(plan_module, "load_drafter", lambda *_: pytest.fail("no arm is trained"))
+    both = small(arms="plain,generate,lookup,copy").load()
     assert not is_packed(both.stock) and both.stock.digest == both.target.digest
     assert small(arms="plain").load().stock is None
     assert small(arms="plain").load(stock=True).stock is not None

@@ -61,3 +61,16 @@ def test_confidence_is_the_share_of_copied_tokens_that_came_true(source: dspark.
 def test_impossible_settings_are_refused(option: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         dspark.ContextLookup(tiny_drafter(tiny_target()), **option)
+
+
+def test_without_a_drafter_a_round_with_nothing_to_copy_is_a_plain_step() -> None:
+    target = tiny_target()
+    source = dspark.ContextLookup(None, min_match=1, target=target)
+    rounds = dspark.generate(target, source, [5, 6, 7], max_new_tokens=30).rounds[1:]
+    assert {r.source for r in rounds} == {"", "copy"}
+    assert all(r.verify_length == 0 for r in rounds if r.source == "") and any(r.accepted for r in rounds)
+
+
+def test_without_drafter_and_target_there_is_nothing_to_copy_with() -> None:
+    with pytest.raises(ValueError, match="target=target"):
+        dspark.ContextLookup(None)

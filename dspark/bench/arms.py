@@ -7,44 +7,50 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from dspark.bench.measure import Decoder, Settings, by_dspark, by_transformers
+from dspark.baselines.stock import by_early_exit, by_prompt_lookup, by_transformers
+from dspark.bench.measure import Decoder, Settings, by_dspark
 from dspark.decode import DraftSource
 from dspark.draft import Drafter
 from dspark.lookup import ContextLookup
 from dspark.profile import sps_curve
-from dspark.schedule import MTP1, AdaptiveWindow, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler
+from dspark.schedule import MTP1, AdaptiveWindow, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler, Shortened
 from dspark.target import Target
 
 CHOICES = (
-    "plain, generate, fixed[:N], mtp1, adaptive[:WIDEN,NARROW,FALLBACK], confidence:T (survival), conditional:T, prefix; "
-    "all but the first two may end in +copy or +copy:N"
+    "plain, generate, lookup[:N] and assisted[:LAYERS] (transformers), copy[:N] (no drafter), fixed[:N], mtp1, "
+    "adaptive[:WIDEN,NARROW,FALLBACK], confidence:T (survival), conditional:T, prefix; those with a drafter may end in "
+    "+copy or +copy:N, and those of our loop in +block:N"
 )
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to decode. policy: made once the target is there (``prefix`` needs its step times), None without a drafter ·
-    wrap: what is put round the drafter, None for nothing."""
+    """One way to decode. policy: made once the target is there (``prefix`` needs its step times), None where we draft nothing ·
+    wrap: drafter (None if the arm is not ``trained``) and target → what drafts · trained: needs the trained drafter ·
+    peer: somebody else's loop, run on the stock target."""
 
     name: str
     policy: Callable[[Target], Policy] | None = None
-    wrap: Callable[[Drafter], DraftSource] | None = None
+    wrap: Callable[[Drafter | None, Target | None], DraftSource] | None = None
+    trained: bool = False
+    peer: Callable[[Target, Settings], Decoder] | None = None
 
     @property
     def drafts(self) -> bool:
+        """Whether it drafts in our loop."""
         return self.policy is not None
 
-    def source(self, drafter: Drafter) -> DraftSource:
-        """The drafter as this arm uses it."""
-        return self.wrap(drafter) if self.wrap else drafter
+    def source(self, drafter: Drafter | None, target: Target | None = None) -> DraftSource:
+        """The drafter as this arm uses it. target: needed by ``copy`` alone."""
+        return self.wrap(drafter, target) if self.wrap else drafter
 
     def decoder(self, target: Target, drafter: Drafter | None, settings: Settings, stock: Target | None = None) -> Decoder:
-        """Ready to run. Raises ValueError if the drafter cannot serve the policy, or ``generate`` lacks the stock target."""
-        if self.name == "generate":
-            return by_transformers(stock or target, settings)
+        """Ready to run. Raises ValueError if the drafter cannot serve the policy, or a peer lacks the stock target."""
+        if self.peer:
+            return self.peer(stock or target, settings)
         if not self.drafts:
             return by_dspark(target, None, None, settings)
-        source = self.source(drafter)
+        source = self.source(drafter, target)
         policy = self.policy(target)
         try:
             policy.check(source.block_size, source.has_confidence)
@@ -55,7 +61,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Models:
-    """target: decodes in our loop · drafter: None where no arm drafts · stock: the target as transformers loads it, its weights
+    """target: decodes in our loop · drafter: None where no arm needs it · stock: the target as transformers loads it, its weights
     not rearranged: what a user of ``model.generate`` has. None where no arm needs it, the target itself where they are the same."""
 
     target: Target
@@ -78,13 +84,36 @@ def parse_arms(names: str) -> tuple[Arm, ...]:
 
 def parse_arm(name: str) -> Arm:
     """One arm by its name."""
-    if name in ("plain", "generate"):
-        return Arm(name)
-    policy, *suffixes = name.split("+")
+    kind, *suffixes = name.split("+")
     try:
-        return Arm(name, _policy(policy), _wrap(suffixes))
+        if not suffixes and (peer := _peer(kind)):
+            return Arm(name, peer=peer)
+        if name == "plain":
+            return Arm(name)
+        alone = kind.partition(":")[0] == "copy"
+        copy, block = _suffixes([kind, *suffixes] if alone else suffixes)
+        policy = _policy("fixed" if alone else kind)
+        return Arm(name, partial(_shortened, policy, block) if block else policy, copy and partial(_copying, copy), not alone)
     except ValueError as error:
         raise ValueError(f"arm {name!r} cannot be read ({error}): choose from {CHOICES}") from None
+
+
+def _peer(spec: str) -> Callable[[Target, Settings], Decoder] | None:
+    kind, *values = spec.split(":")
+    match kind, [int(value) for value in values] if kind in ("lookup", "assisted") else values:
+        case "generate", []:
+            return by_transformers
+        case "lookup", []:
+            return by_prompt_lookup
+        case "lookup", [tokens] if tokens >= 1:
+            return partial(by_prompt_lookup, tokens=tokens)
+        case "assisted", []:
+            return by_early_exit
+        case "assisted", [layers] if layers >= 1:
+            return partial(by_early_exit, layers=layers)
+        case "generate" | "lookup" | "assisted", _:
+            raise ValueError("its number must be a whole one, at least 1, and generate has none")
+    return None
 
 
 def _policy(spec: str) -> Callable[[Target], Policy]:
@@ -100,10 +129,8 @@ def _policy(spec: str) -> Callable[[Target], Policy]:
             policy = AdaptiveWindow()
         case "adaptive", [widen, narrow, fallback]:
             policy = AdaptiveWindow(float(widen), float(narrow), float(fallback))
-        case "confidence", [threshold]:
-            policy = ConfidenceThreshold(float(threshold), on="survival")
-        case "conditional", [threshold]:
-            policy = ConfidenceThreshold(float(threshold), on="conditional")
+        case "confidence" | "conditional", [threshold]:
+            policy = ConfidenceThreshold(float(threshold), on="survival" if kind == "confidence" else "conditional")
         case "prefix", []:
             return lambda target: PrefixScheduler(sps_curve(target))
         case _:
@@ -111,13 +138,20 @@ def _policy(spec: str) -> Callable[[Target], Policy]:
     return lambda _target: policy
 
 
-def _wrap(suffixes: list[str]) -> Callable[[Drafter], DraftSource] | None:
-    match [suffix.split(":") for suffix in suffixes]:
-        case []:
-            return None
-        case [["copy"]]:
-            return ContextLookup
-        case [["copy", n]] if int(n) >= 1:
-            return partial(ContextLookup, min_match=int(n))
-        case _:
-            raise ValueError("only +copy or +copy:N, N at least 1, may follow a policy")
+def _suffixes(suffixes: list[str]) -> tuple[int | None, int | None]:
+    """(tokens that must repeat for a copy, longest block); None for what is not there."""
+    chosen: dict[str, int] = {}
+    for suffix in suffixes:
+        kind, _, n = suffix.partition(":")
+        if kind in chosen or kind not in ("copy", "block") or (kind == "block" and not n) or (n and int(n) < 1):
+            raise ValueError("only +copy, +copy:N and +block:N, N at least 1, each once, may follow a policy")
+        chosen[kind] = int(n or 2)
+    return chosen.get("copy"), chosen.get("block")
+
+
+def _copying(min_match: int, drafter: Drafter | None, target: Target | None) -> ContextLookup:
+    return ContextLookup(drafter, min_match, target=target)
+
+
+def _shortened(policy: Callable[[Target], Policy], block: int, target: Target) -> Policy:
+    return Shortened(policy(target), block)

@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from dspark.baselines.stock import by_transformers
 from dspark.bench.arms import Models
-from dspark.bench.measure import Decoder, Settings, Trial, by_transformers, first_divergence
+from dspark.bench.measure import Decoder, Settings, Trial, first_divergence
 from dspark.bench.plan import Plan
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns

@@ -6,14 +6,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from statistics import median
 
-import torch
-from torch import Tensor
-
 from dspark.decode import DraftSource, Round, decode
-from dspark.profile import is_packed
 from dspark.schedule import Policy
 from dspark.target import Target
 
@@ -57,61 +52,9 @@ def by_dspark(target: Target, source: DraftSource | None, policy: Policy | None,
     return decoder
 
 
-def by_transformers(target: Target, settings: Settings) -> Decoder:
-    """``model.generate`` as a user has it today: its own cache and loop, the same law, length and end-of-text tokens.
-
-    Only whole steps can be seen from outside, so the time of the model inside them is NaN. Raises ValueError for a target whose
-    weights were rearranged for speed, which is nothing that a user has.
-    """
-    if is_packed(target):
-        raise ValueError(f"{target.name} is packed, and generate is to measure transformers alone: load_target(…, pack=False)")
-    eos = sorted(target.eos_token_ids)
-    greedy = settings.temperature == 0
-    law = {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-
-    def decoder(prompt_ids: list[int], seed: int) -> Trial:
-        ids = torch.tensor([prompt_ids], device=target.device)
-        stamps = _Stamps()
-        with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            start = time.perf_counter()
-            out = target.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=not greedy,
-                repetition_penalty=1.0,
-                max_new_tokens=min(settings.max_new_tokens, target.max_context - len(prompt_ids)),
-                eos_token_id=eos or None,
-                pad_token_id=eos[0] if eos else 0,
-                use_cache=True,
-                streamer=stamps,
-                **law,
-            )
-            end = time.perf_counter()
-        token_ids = out[0, len(prompt_ids) :].tolist()
-        _prompt, first, *_ = stamps.times
-        steps = zip(token_ids, token_ids[1:], pairwise(stamps.times[1:]), strict=False)
-        rounds = [_opaque_step(i, anchor, token, b - a) for i, (anchor, token, (a, b)) in enumerate(steps, 1)]
-        return Trial(token_ids, rounds, first - start, end - first)
-
-    return decoder
-
-
-class _Stamps:
-    """A streamer that notes when each token came; ``generate`` shows it the prompt first."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, _value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-def _opaque_step(index: int, anchor: int, token: int, seconds: float) -> Round:
-    return Round(index, anchor, 0, (), (), (), 0, 0, (token,), (), (), "", 0.0, math.nan, seconds)
+def opaque_round(index: int, anchor: int, committed: tuple[int, ...], seconds: float) -> Round:
+    """A step of somebody else's loop, of which only its tokens and its time are known."""
+    return Round(index, anchor, 0, (), (), (), 0, 0, committed, (), (), "", 0.0, math.nan, seconds)
 
 
 def summary(trial: Trial) -> dict[str, object]:

@@ -93,13 +93,13 @@ class Plan:
     def load(self, stock: bool = False) -> Models:
         """What the arms need. stock: the target as transformers loads it, too, although no arm asks for it."""
         load = partial(load_target, self.target, dtype=self.dtype, device=self.device)
-        names = {arm.name for arm in self.parsed_arms}
-        if names == {"generate"}:
+        peers = [arm.peer is not None for arm in self.parsed_arms]
+        if all(peers):
             target = load(pack=False)
             return Models(target, stock=target)
         target = load()
-        drafter = load_drafter(self.drafter, target) if any(arm.drafts for arm in self.parsed_arms) else None
-        if not (stock or "generate" in names):
+        drafter = load_drafter(self.drafter, target) if any(arm.trained for arm in self.parsed_arms) else None
+        if not (stock or any(peers)):
             return Models(target, drafter)
         return Models(target, drafter, stock=load(pack=False) if is_packed(target) else target)
 

@@ -80,10 +80,7 @@ def constant_columns(plan: Plan, models: Models) -> dict[str, Row]:
         "schema_version": SCHEMA_VERSION,
     }
     ours = environment(models.target)
-    stock = {"packed": False}  # what generate runs on, whatever our loop does
+    stock = {"packed": False}  # what transformers' own loops run on, whatever ours does
     without = {"drafter": ""} | drafter_columns(None)
     with_drafter = {"drafter": plan.drafter_name} | drafter_columns(models.drafter)
-    return {
-        arm.name: (with_drafter if arm.drafts else without) | chosen | ours | (stock if arm.name == "generate" else {})
-        for arm in plan.parsed_arms
-    }
+    return {arm.name: (with_drafter if arm.trained else without) | chosen | ours | (stock if arm.peer else {}) for arm in plan.parsed_arms}

@@ -1,0 +1,93 @@
+"""What a user of transformers has without us: ``model.generate``, alone and with its two ways to draft without a second model."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dspark.bench.measure import Decoder, Settings, Trial, opaque_round
+from dspark.profile import is_packed
+from dspark.target import Target
+
+LOOKUP_TOKENS = 10  # what transformers' own documentation uses
+
+
+def by_transformers(target: Target, settings: Settings, **options: object) -> Decoder:
+    """``model.generate`` as a user has it today: its own cache and loop, the same law, length and end-of-text tokens.
+
+    options: of ``generate``. Only whole steps can be seen from outside: how many tokens came when, but neither the drafts nor
+    the time of the model, so times inside a step are NaN and nothing counts as checked. The prefill's step may yield several
+    tokens where it drafts; all of them are left out of the rounds. Raises ValueError for a target whose weights were rearranged
+    for speed, which is nothing that a user has.
+    """
+    if is_packed(target):
+        raise ValueError(f"{target.name} is packed, and generate is to measure transformers alone: load_target(…, pack=False)")
+    eos = sorted(target.eos_token_ids)
+    greedy = settings.temperature == 0
+    law = {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+
+    def decoder(prompt_ids: list[int], seed: int) -> Trial:
+        ids = torch.tensor([prompt_ids], device=target.device)
+        steps = _Steps()
+        with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            start = time.perf_counter()
+            target.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=not greedy,
+                repetition_penalty=1.0,
+                max_new_tokens=min(settings.max_new_tokens, target.max_context - len(prompt_ids)),
+                eos_token_id=eos or None,
+                pad_token_id=eos[0] if eos else 0,
+                use_cache=True,
+                streamer=steps,
+                **law,
+                **options,
+            )
+            end = time.perf_counter()
+        _prompt, first, *_ = steps.times
+        rounds = [
+            opaque_round(i, before[-1], tuple(tokens), b - a)
+            for i, ((before, tokens), (a, b)) in enumerate(zip(pairwise(steps.tokens[1:]), pairwise(steps.times[1:]), strict=True), 1)
+        ]
+        return Trial([token for step in steps.tokens[1:] for token in step], rounds, first - start, end - first)
+
+    return decoder
+
+
+def by_prompt_lookup(target: Target, settings: Settings, tokens: int = LOOKUP_TOKENS) -> Decoder:
+    """Transformers' prompt lookup: copies up to ``tokens`` tokens from behind an earlier occurrence of the last two (Saxena, 2023)."""
+    return by_transformers(target, settings, prompt_lookup_num_tokens=tokens)
+
+
+def by_early_exit(target: Target, settings: Settings, layers: int | None = None) -> Decoder:
+    """Transformers' assisted generation; the assistant is the target itself, left behind its first ``layers`` layers.
+
+    layers: default a third of them. No smaller model shares the default target's vocabulary, so this is the smallest assistant
+    there is; it costs no memory, but a model that was not trained to be left early foretells little. How many tokens it drafts
+    is transformers' own choice: until its confidence falls under 0.4, 20 at most.
+    Raises ValueError unless 1 ≤ layers < the target's.
+    """
+    layers = max(1, target.num_layers // 3) if layers is None else layers
+    if not 1 <= layers < target.num_layers:
+        raise ValueError(f"an early exit behind {layers} layers: {target.name} has {target.num_layers}, choose 1..{target.num_layers - 1}")
+    return by_transformers(target, settings, assistant_early_exit=layers)
+
+
+class _Steps:
+    """A streamer that notes which tokens came when; ``generate`` shows it the prompt first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.tokens: list[list[int]] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        pass
