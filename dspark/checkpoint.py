@@ -24,6 +24,7 @@ from torch import Tensor
 from dspark.backbone import DrafterConfig
 from dspark.draft import Drafter
 from dspark.packed import PackedLinear
+from dspark.phrases import FILE, load_phrases
 from dspark.target import Target
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,8 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
         raise ValueError(f"{folder / CONFIG} is malformed: {_line(error)}. Restore it from where the drafter came from") from error
     drafter.sts_temperatures = tuple(map(float, values.get("sts_temperatures") or ()))
     drafter.attach(target)
+    if (path := folder / FILE).exists():
+        drafter.phrases = load_phrases(path, None if target.dtype == torch.float16 else target.digest, target.vocab_size)
     _check_copies(copies, target, d2t, folder)
     if layout == NATIVE and target.dtype == torch.float16:
         log.warning("%s: not checked against the target's digest, since float16 does not hold every bfloat16 weight", folder)

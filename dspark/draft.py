@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dspark.backbone import Context, DrafterConfig, Layer, RMSNorm, Rope
 from dspark.packed import PackedLinear, can_pack, pack_linears
+from dspark.phrases import PhraseMemory
 from dspark.rewind import GrowingKV
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
@@ -118,6 +119,7 @@ class Drafter(nn.Module):
         self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
         self.register_buffer("head_weight", torch.empty(0), persistent=False)  # [draft_vocab, hidden], rows of the target's
         self.sts_temperatures: tuple[float, ...] = ()
+        self.phrases: PhraseMemory | None = None  # what the target often writes, for dspark.ContextLookup
 
     @property
     def block_size(self) -> int:

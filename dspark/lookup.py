@@ -1,4 +1,5 @@
-"""Drafting by copying: when the text repeats itself, the context already holds the block (prompt lookup; Saxena, 2023)."""
+"""Drafting by copying: when the text repeats itself, the context already holds the block (prompt lookup; Saxena, 2023), and when
+it repeats what the target wrote elsewhere, a memory of phrases does (:mod:`dspark.phrases`)."""
 
 from __future__ import annotations
 
@@ -9,8 +10,12 @@ import torch
 from torch import Tensor
 
 from dspark.draft import NOTHING, Draft, Drafter, DraftState
+from dspark.phrases import ORDERS, PhraseMemory
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
+
+MAX_COPY = 12  # tokens
+COPIED = ("copy", "phrase")  # sources of drafts that were looked up, not computed
 
 
 @dataclass
@@ -56,19 +61,28 @@ class ContextLookup:
     there is the draft.
 
     A copy is a draft like any other: its distribution is one-hot, chosen by past tokens alone, and the same exact rule checks
-    it. Where nothing repeats, the wrapped drafter proposes, at most its own block; without one (None) the round is a plain step,
-    and ``target`` says whose vocabulary is copied: so any causal LM decodes, with nothing trained. min_match: tokens that must
-    repeat, at least 1. max_copy: longest copy in tokens; a copy costs nothing to draft, so it may be longer than the block.
+    it. Where nothing repeats, ``phrases`` that the target writes elsewhere are drafted, if there are any that fit, and else the
+    wrapped drafter proposes, at most its own block; without one (None) the round is a plain step, and ``target`` says whose
+    vocabulary is copied: so any causal LM decodes, with nothing trained. min_match: tokens that must repeat, at least 1.
+    max_copy: longest copy in tokens; a copy costs nothing to draft, so it may be longer than the block.
     """
 
-    def __init__(self, drafter: Drafter | None, min_match: int = 2, max_copy: int = 8, *, target: Target | None = None) -> None:
+    def __init__(
+        self,
+        drafter: Drafter | None,
+        min_match: int = 2,
+        max_copy: int = MAX_COPY,
+        *,
+        phrases: PhraseMemory | None = None,
+        target: Target | None = None,
+    ) -> None:
         if drafter is None and target is None:
             raise ValueError("copying without a drafter needs the target's vocabulary: pass ContextLookup(None, target=target)")
         if min_match < 1:
             raise ValueError(f"min_match must be at least 1, got {min_match}")
         if max_copy < 1:
             raise ValueError(f"max_copy must be at least 1, got {max_copy}")
-        self.drafter, self.target, self.min_match, self.max_copy = drafter, target, min_match, max_copy
+        self.drafter, self.phrases, self.target, self.min_match, self.max_copy = drafter, phrases, target, min_match, max_copy
 
     @property
     def block_size(self) -> int:
@@ -100,17 +114,25 @@ class ContextLookup:
         state.copies.learn([*state.tokens, anchor])
         text = [*state.tokens[-self.min_match :], anchor]
         start = state.follows.get(tuple(text[-self.min_match :]))
-        if start is None and self.drafter is None:
+        longest = min(window, self.max_copy)
+        if start is not None:
+            copy = [*state.tokens[start:], anchor][:longest]
+            state.copies.expect(copy, len(state.tokens) + 1)
+            return self._certain(copy, [state.copies.confidence] * len(copy), "copy")
+        if self.phrases is not None:
+            phrase, rates = self.phrases.continuation([*state.tokens[-ORDERS[0] :], anchor], longest)
+            if phrase:
+                return self._certain(phrase, rates, "phrase")
+        if self.drafter is None:
             return NOTHING
-        if start is None:
-            return self.drafter.draft(state.drafter, anchor, min(window, self.drafter.block_size), sampling, chance)
-        copy = [*state.tokens[start:], anchor][: min(window, self.max_copy)]
-        state.copies.expect(copy, len(state.tokens) + 1)
+        return self.drafter.draft(state.drafter, anchor, min(window, self.drafter.block_size), sampling, chance)
+
+    def _certain(self, tokens: list[int], confidence: list[float], source: str) -> Draft:
+        """A draft without chance: one-hot distributions."""
         vocab_size, device = self._place()
-        probs = torch.zeros(len(copy), vocab_size, device=device)
-        probs[range(len(copy)), copy] = 1.0
-        confidence = torch.full((len(copy),), state.copies.confidence)
-        return Draft(copy, probs, confidence, "copy")
+        probs = torch.zeros(len(tokens), vocab_size, device=device)
+        probs[range(len(tokens)), tokens] = 1.0
+        return Draft(tokens, probs, torch.tensor(confidence), source)
 
     def _place(self) -> tuple[int, torch.device]:
         """Width and device of the distributions."""

@@ -23,6 +23,7 @@ from torch import nn
 from dspark.bench.provenance import drafter_digest
 from dspark.bench.results import Row, read_results, write_results
 from dspark.decode import DraftSource, Round, _Clock, rounds
+from dspark.lookup import COPIED
 from dspark.profile import SPSCurve, profile_sps
 from dspark.sampling import Chance, Sampling
 from dspark.schedule import FixedWindow
@@ -53,7 +54,7 @@ class StepTimes:
         """Seconds of drafting so many tokens; 0 for none."""
         if not tokens:
             return 0.0
-        return self.copy if source == "copy" else self._drafts.step_seconds(tokens)
+        return self.copy if source in COPIED else self._drafts.step_seconds(tokens)
 
     @cached_property
     def _drafts(self) -> SPSCurve:
@@ -174,7 +175,7 @@ def measured_times(
     return StepTimes(
         _draft_times(target, inner, prompt_ids, repeats),
         dict(zip(curve.widths, curve.seconds, strict=True)),
-        median([r.draft_seconds for r in kept if r.source == "copy"] or [0.0]),
+        median([r.draft_seconds for r in kept if r.source in COPIED] or [0.0]),
         median([r.seconds - r.draft_seconds - r.verify_seconds for r in kept] or [0.0]),
     )
 
@@ -199,9 +200,9 @@ def from_rounds(
 ) -> Trace:
     """A live run as a trace (not complete): its rounds, with step times taken from the rounds themselves, as far as their widths go."""
     stream = tuple(stream)
-    drafted = _by_width((len(r.draft_tokens), r.draft_seconds) for r in stream if r.draft_tokens and r.source != "copy")
+    drafted = _by_width((len(r.draft_tokens), r.draft_seconds) for r in stream if r.draft_tokens and r.source not in COPIED)
     verified = _by_width((1 + r.verify_length, r.verify_seconds) for r in stream[1:])
-    copied = median([r.draft_seconds for r in stream if r.source == "copy"] or [0.0])
+    copied = median([r.draft_seconds for r in stream if r.source in COPIED] or [0.0])
     other = median([r.seconds - r.draft_seconds - r.verify_seconds for r in stream[1:]] or [0.0])
     limit = min(max_new_tokens, target.max_context - len(target.encode(prompt)))
     about = _about(target, drafter, prompt, limit, temperature) | {"complete": False}

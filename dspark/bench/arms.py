@@ -19,7 +19,7 @@ from dspark.target import Target
 CHOICES = (
     "plain, generate, lookup[:N] and assisted[:LAYERS] (transformers), copy[:N] (no drafter), fixed[:N], mtp1, "
     "adaptive[:WIDEN,NARROW,FALLBACK], confidence:T (survival), conditional:T, prefix; those with a drafter may end in "
-    "+copy or +copy:N, and those of our loop in +block:N"
+    "+copy[:N] or +phrases[:N] (copying and remembered phrases), and those of our loop in +block:N"
 )
 
 
@@ -91,9 +91,9 @@ def parse_arm(name: str) -> Arm:
         if name == "plain":
             return Arm(name)
         alone = kind.partition(":")[0] == "copy"
-        copy, block = _suffixes([kind, *suffixes] if alone else suffixes)
+        wrap, block = _suffixes([kind, *suffixes] if alone else suffixes)
         policy = _policy("fixed" if alone else kind)
-        return Arm(name, partial(_shortened, policy, block) if block else policy, copy and partial(_copying, copy), not alone)
+        return Arm(name, partial(_shortened, policy, block) if block else policy, wrap, not alone)
     except ValueError as error:
         raise ValueError(f"arm {name!r} cannot be read ({error}): choose from {CHOICES}") from None
 
@@ -138,19 +138,24 @@ def _policy(spec: str) -> Callable[[Target], Policy]:
     return lambda _target: policy
 
 
-def _suffixes(suffixes: list[str]) -> tuple[int | None, int | None]:
-    """(tokens that must repeat for a copy, longest block); None for what is not there."""
+def _suffixes(suffixes: list[str]) -> tuple[Callable[[Drafter | None, Target | None], ContextLookup] | None, int | None]:
+    """(what is put round the drafter, longest block); None for what is not there."""
     chosen: dict[str, int] = {}
     for suffix in suffixes:
         kind, _, n = suffix.partition(":")
-        if kind in chosen or kind not in ("copy", "block") or (kind == "block" and not n) or (n and int(n) < 1):
-            raise ValueError("only +copy, +copy:N and +block:N, N at least 1, each once, may follow a policy")
+        if kind in chosen or kind not in ("copy", "phrases", "block") or (kind == "block" and not n) or (n and int(n) < 1):
+            raise ValueError("only +copy[:N] or +phrases[:N], and +block:N, N at least 1, each once, may follow a policy")
         chosen[kind] = int(n or 2)
-    return chosen.get("copy"), chosen.get("block")
+    if {"copy", "phrases"} <= chosen.keys():
+        raise ValueError("+phrases copies as well: leave +copy out")
+    min_match = chosen.get("copy", chosen.get("phrases"))
+    return min_match and partial(_copying, min_match, "phrases" in chosen), chosen.get("block")
 
 
-def _copying(min_match: int, drafter: Drafter | None, target: Target | None) -> ContextLookup:
-    return ContextLookup(drafter, min_match, target=target)
+def _copying(min_match: int, recalls: bool, drafter: Drafter | None, target: Target | None) -> ContextLookup:
+    if recalls and drafter.phrases is None:
+        raise ValueError("the drafter's folder has no phrases: make them with `python -m dspark.train phrases`, or use +copy")
+    return ContextLookup(drafter, min_match, phrases=drafter.phrases if recalls else None, target=target)
 
 
 def _shortened(policy: Callable[[Target], Policy], block: int, target: Target) -> Policy:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from dspark.decode import DraftSource, Round, decode
+from dspark.lookup import COPIED
 from dspark.schedule import Policy
 from dspark.target import Target
 
@@ -79,7 +80,7 @@ def summary(trial: Trial) -> dict[str, object]:
         "drafted": sum(len(r.draft_tokens) for r in rounds),
         "checked": sum(r.verify_length for r in rounds),
         "accepted": sum(accepted),
-        "copied_rounds": sum(r.source == "copy" for r in rounds),
+        "copied_rounds": sum(r.source in COPIED for r in rounds),
         "reached_at": reached,
         "accepted_at": accepted,
         "acceptance_at": [_ratio(a, r) for a, r in zip(accepted, reached, strict=True)],

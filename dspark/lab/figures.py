@@ -33,6 +33,7 @@ class Look:
 FATES = {
     "draft": Look("accepted draft", (0, 114, 178), "solid"),
     "copy": Look("accepted copy from the context", (86, 180, 233), "double"),
+    "phrase": Look("accepted phrase from memory", (204, 121, 167), "double"),
     "bonus": Look("bonus", (0, 130, 90), "dotted"),
     "correction": Look("correction", (213, 94, 0), "dashed"),
     "plain": Look("plain step", (170, 170, 170), "solid"),
@@ -43,6 +44,7 @@ DRAFT_STATES = {
     "rejected": replace(FATES["correction"], label="rejected"),
     "accepted": replace(FATES["draft"], label="accepted"),
 }
+COPIED = {"copy": " (copied)", "phrase": " (remembered)"}  # drafts that were looked up, and what a tooltip says of them
 GREY = "#7a7a7a"  # text that is read on white and on near-black
 BYTES_IN_A_CHARACTER = 4  # UTF-8: so many tokens at most belong to one character
 NO_CHARACTER = "\ufffd"  # what decoders return for bytes that are no whole character
@@ -67,14 +69,14 @@ class FatedToken:
 
 
 def fates(rounds: Sequence[Round]) -> list[FatedToken]:
-    """Every committed token with its fate: draft, copy, bonus, correction or plain."""
+    """Every committed token with its fate: draft, copy, phrase, bonus, correction or plain."""
     tokens = []
     for r in rounds:
         for k, token in enumerate(r.committed):
             if r.verify_length == 0:
                 tokens.append(FatedToken(token, "plain", r.index, 0))
             elif k < r.accepted:
-                tokens.append(FatedToken(token, "copy" if r.source == "copy" else "draft", r.index, k + 1, None, *_numbers(r, k)))
+                tokens.append(FatedToken(token, r.source if r.source in COPIED else "draft", r.index, k + 1, None, *_numbers(r, k)))
             elif r.accepted < r.verify_length:
                 tokens.append(FatedToken(token, "correction", r.index, k + 1, r.draft_tokens[k], *_numbers(r, k)))
             else:
@@ -220,7 +222,7 @@ def _draft_hint(r: Round, k: int, state: str | None, decode: Decode | None) -> s
         return ""
     words = [f"round {r.index}, position {k + 1}: {DRAFT_STATES[state].label}"]
     if decode is not None:
-        words.append(f"“{escape(decode([r.draft_tokens[k]]).replace(NO_CHARACTER, '▯'))}”" + (" (copied)" if r.source == "copy" else ""))
+        words.append(f"“{escape(decode([r.draft_tokens[k]]).replace(NO_CHARACTER, '▯'))}”" + COPIED.get(r.source, ""))
     if k < len(r.target_probs_of_drafts):
         words.append(f"p_target {r.target_probs_of_drafts[k]:.2f}")
     words.append(f"p_draft {r.draft_probs_of_drafts[k]:.2f}")

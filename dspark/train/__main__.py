@@ -18,6 +18,7 @@ from dspark.bench.provenance import drafter_digest
 from dspark.checkpoint import load_drafter, save_drafter
 from dspark.draft import Drafter
 from dspark.fetch import cache_dir
+from dspark.phrases import FILE, PhraseMemory
 from dspark.target import Target, load_target
 from dspark.train.corpus import Corpus, load_corpus
 from dspark.train.features import FeatureStore
@@ -45,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     corpus.add_argument("--tokens", type=int, default=448, help="tokens per row")
     corpus.add_argument("--batch", type=int, default=256)
 
+    phrases = commands.add_parser("phrases", parents=[common], help="count what the target often writes, for drafts that cost nothing")
+    phrases.add_argument("--out", type=Path, required=True, help="the drafter's folder")
+
     drafter = commands.add_parser("drafter", parents=[common], help="train a drafter on a corpus; resumes where it was killed")
     drafter.add_argument("--out", type=Path, required=True, help="folder of the finished drafter; its checkpoint lies beside it")
     drafter.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
@@ -67,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--checkpoint-every", type=int, default=500)
     drafter.add_argument("--validate-every", type=int, default=500)
     return top
+
+
+def remember_phrases(target: Target, args: argparse.Namespace) -> None:
+    corpus = load_corpus(args.corpus)
+    memory = PhraseMemory.of_text(corpus.token_ids.numpy(), corpus.assistant.numpy())
+    memory.save(args.out / FILE, target.digest)
+    print(f"{len(memory)} phrases of {int(corpus.assistant.sum())} response tokens in {args.out / FILE}")
 
 
 def make_corpus(target: Target, args: argparse.Namespace) -> None:
@@ -136,7 +147,7 @@ def main() -> None:
         signal.signal(signum, signal.default_int_handler)
     try:
         target = load_target(args.target, dtype=args.dtype, device=args.device, pack=args.command == "corpus")
-        make_corpus(target, args) if args.command == "corpus" else train_drafter(target, args)
+        {"corpus": make_corpus, "phrases": remember_phrases, "drafter": train_drafter}[args.command](target, args)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

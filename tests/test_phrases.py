@@ -1,0 +1,126 @@
+"""Phrases are counted as one would by hand, and drafting by them changes no text."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_drafter, tiny_target
+
+import dspark
+from dspark.bench.arms import parse_arm
+from dspark.phrases import FILE, LEAST_COUNT, LEAST_RATE, LEAST_SURVIVAL, ORDERS, PhraseMemory, load_phrases
+
+
+def some_text(rows: int = 40, tokens: int = 30, vocab: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """So few kinds of tokens that n-grams come again and again."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, vocab, (rows, tokens))
+    ids[:, 10:15] = [1, 2, 3, 4, 1]  # one phrase that everybody uses
+    return ids, rng.random((rows, tokens)) < 0.7
+
+
+def by_hand(ids: np.ndarray, assistant: np.ndarray) -> dict[tuple[int, ...], Counter[int]]:
+    seen: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+    for row, written in zip(ids.tolist(), assistant.tolist(), strict=True):
+        for order in ORDERS:
+            for at in range(order, len(row)):
+                if written[at]:
+                    seen[tuple(row[at - order : at])][row[at]] += 1
+    return seen
+
+
+def test_what_is_remembered_is_what_one_counts_by_hand() -> None:
+    ids, assistant = some_text()
+    memory = PhraseMemory.of_text(ids, assistant)
+    kept = 0
+    for gram, followers in by_hand(ids, assistant).items():
+        best, rate = max(followers.values()), max(followers.values()) / (sum(followers.values()) + 1)
+        found = PhraseMemory.follower(memory, gram) if len(gram) == ORDERS[-1] else memory.follower(gram)
+        if best >= LEAST_COUNT and rate >= LEAST_RATE:
+            kept += 1
+            assert found is not None and followers[found[0]] == best
+            assert found[1] == pytest.approx(rate, abs=1 / 255)
+        elif len(gram) == ORDERS[-1]:  # the longer ones fall back on the shorter
+            assert found is None
+    assert kept == len(memory) > 20
+
+
+def test_a_phrase_ends_where_it_has_become_unlikely_or_long_enough() -> None:
+    text = np.tile(np.arange(8), (3, 4))
+    memory = PhraseMemory.of_text(text, np.ones_like(text, dtype=bool))
+    tokens, rates = memory.continuation([5, 6, 7], 20)
+    assert tokens == [*range(8), *range(8), *range(4)][: len(tokens)] and len(tokens) == len(rates)
+    assert np.prod(rates) >= LEAST_SURVIVAL and (len(tokens) == 20 or np.prod(rates) * min(rates) < LEAST_SURVIVAL)
+    assert memory.continuation([5, 6, 7], 2)[0] == [0, 1]
+    assert memory.continuation([7, 6, 5], 20) == ([], [])
+    unsure = PhraseMemory(memory.keys, memory.followers, np.full_like(memory.rates, 128))
+    assert len(unsure.continuation([5, 6, 7], 20)[0]) == 3, "½ · ½ · ½ · ½ is less than the least survival"
+
+
+def test_a_memory_survives_its_file_and_others_are_refused(tmp_path: Path) -> None:
+    memory = PhraseMemory.of_text(*some_text())
+    memory.save(tmp_path / FILE, "abc")
+    again = load_phrases(tmp_path / FILE, "abc", 5)
+    assert all(np.array_equal(getattr(memory, name), getattr(again, name)) for name in ("keys", "followers", "rates"))
+    for told, arguments in (("made for weights 'abc'", ("xyz", 5)), ("damaged", ("abc", 4))):
+        with pytest.raises(ValueError, match=told):
+            load_phrases(tmp_path / FILE, *arguments)
+    PhraseMemory(memory.keys[::-1].copy(), memory.followers, memory.rates).save(tmp_path / "disorder", "abc")
+    (tmp_path / "cut").write_bytes((tmp_path / FILE).read_bytes()[:-9])
+    for name, told in (("disorder", "damaged"), ("cut", "no phrase memory"), ("missing", "no phrase memory")):
+        with pytest.raises(ValueError, match=told):
+            load_phrases(tmp_path / name, "abc", 5)
+
+
+def test_text_without_repetition_has_no_phrases() -> None:
+    with pytest.raises(ValueError, match="comes twice"):
+        PhraseMemory.of_text(np.arange(60).reshape(2, 30), np.ones((2, 30), dtype=bool))
+
+
+def test_greedy_text_is_the_targets_and_phrases_are_accepted() -> None:
+    target = tiny_target()
+    prompt = [5, 6, 7]
+    plain = dspark.generate(target, None, prompt, max_new_tokens=40).token_ids
+    text = np.array([prompt + plain] * 2)
+    memory = PhraseMemory.of_text(text, np.ones_like(text, dtype=bool))
+    source = dspark.ContextLookup(tiny_drafter(target), min_match=9, phrases=memory)
+    out = dspark.generate(target, source, prompt, max_new_tokens=40)
+    phrases = [r for r in out.rounds if r.source == "phrase"]
+    assert phrases and all(p == 1 for r in phrases for p in r.draft_probs_of_drafts)
+    assert out.token_ids == plain
+    assert sum(r.accepted for r in phrases) > 10
+
+
+def test_the_context_is_asked_before_the_memory_and_the_drafter_last() -> None:
+    target = tiny_target()
+    text = np.array([[5, 6, 7, 50], [5, 6, 7, 50]])
+    memory = PhraseMemory.of_text(text, np.ones_like(text, dtype=bool))
+    source = dspark.ContextLookup(tiny_drafter(target), phrases=memory)
+
+    def drafted(tokens: list[int], anchor: int) -> dspark.draft.Draft:
+        state = source.new_state(tokens)
+        source.extend(state, tokens, torch.zeros(1, len(tokens), 64))
+        return source.draft(state, anchor, 4, dspark.sampling.Sampling(), dspark.sampling.Chance())
+
+    assert drafted([6, 7, 60, 5, 6], 7).tokens[0] == 60
+    assert (drafted([1, 5, 6], 7).tokens, drafted([1, 5, 6], 7).source) == ([50], "phrase")
+    assert drafted([1, 6, 5], 7).source == "drafter"
+
+
+def test_a_drafters_folder_brings_its_phrases_and_the_arm_needs_them(tmp_path: Path) -> None:
+    target = tiny_target()
+    dspark.save_drafter(tiny_drafter(target), target, tmp_path)
+    arm = parse_arm("fixed+phrases")
+    with pytest.raises(ValueError, match=r"dspark\.train phrases"):
+        arm.source(dspark.load_drafter(tmp_path, target), target)
+    PhraseMemory.of_text(*some_text()).save(tmp_path / FILE, target.digest)
+    assert len(arm.source(dspark.load_drafter(tmp_path, target), target).phrases) > 20
+    PhraseMemory.of_text(*some_text()).save(tmp_path / FILE, "another")
+    with pytest.raises(ValueError, match="made for weights 'another'"):
+        dspark.load_drafter(tmp_path, target)
+    with pytest.raises(ValueError, match="leave \\+copy out"):
+        parse_arm("fixed+copy+phrases")
