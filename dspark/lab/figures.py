@@ -33,7 +33,7 @@ class Look:
 FATES = {
     "draft": Look("accepted draft", (0, 114, 178), "solid"),
     "copy": Look("accepted copy from the context", (86, 180, 233), "double"),
-    "phrase": Look("accepted phrase from memory", (204, 121, 167), "double"),
+    "phrase": Look("accepted phrase from memory", (110, 60, 200), "double"),
     "bonus": Look("bonus", (0, 130, 90), "dotted"),
     "correction": Look("correction", (213, 94, 0), "dashed"),
     "plain": Look("plain step", (170, 170, 170), "solid"),
