@@ -14,9 +14,8 @@ from pathlib import Path
 from dspark.bench.prompts import data_dir
 from dspark.paper.build import complaints, generated, write
 
-INSTALL = (
-    "apt-get install --no-install-recommends texlive-latex-base texlive-latex-recommended texlive-fonts-recommended texlive-pictures lmodern"
-)
+PACKAGES = "texlive-latex-base texlive-latex-recommended texlive-fonts-recommended texlive-pictures lmodern"  # Debian's
+INSTALL = f"apt-get install --no-install-recommends {PACKAGES}"
 FIXED_TIME = {"SOURCE_DATE_EPOCH": "0", "FORCE_SOURCE_DATE": "1"}  # the PDF's dates and id
 
 
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(files)} files in {options.out or paper / 'generated'}")
         if options.out:
             return 0
-        if wrong := complaints(paper, data_dir()):
+        if wrong := complaints(paper, files):
             raise ValueError("\n".join(wrong))
         made = typeset(paper)
     except (ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from dspark.paper import figures, numbers, quoted, tables, text
@@ -54,14 +55,16 @@ def write(files: dict[str, bytes], folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def complaints(paper: Path, data: Path) -> list[str]:
-    """What is wrong with the hand-written files, a line each: literals, and values that nothing defines."""
-    frames = numbers.read_frames(data / "results")
-    training = numbers.training_record(data / "drafters" / "smollm2-135m-instruct")
-    defined = {macro.command for macro in (*quoted.MACROS, *numbers.macros(frames, training))}
+def complaints(paper: Path, files: dict[str, bytes]) -> list[str]:
+    """What is wrong with the hand-written files, a line each: literals, and values that ``files``, the generated ones, lack."""
+    generated_tex = "".join(content.decode() for name, content in files.items() if name.endswith(".tex"))
+    defined = re.findall(r"\\newcommand\{\\(\w+)\}", generated_tex)
+    flags = {name: on == "true" for name, on in re.findall(r"\\newif\\ifHas(\w+?)\\Has\1(true|false)", generated_tex)}
     result = []
     for name, integers in HAND_WRITTEN.items():
         tex = (paper / name).read_text(encoding="utf-8")
         result += [f"{name}:{line}: {found!r} is a literal: use a macro" for line, found in text.literals(tex, integers)]
-        result += [f"{name}: \\{macro} is defined nowhere" for macro in text.unknown(text.shown(tex, numbers.flags(frames)), defined)]
+        shown = text.shown(tex, flags)
+        result += [f"{name}: \\{macro} is defined nowhere" for macro in text.unknown(shown, defined)]
+        result += [f"{name}: generated/{file} is not generated" for file in sorted(text.included(shown) - files.keys())]
     return result

@@ -20,12 +20,14 @@ SPECIAL |= {"ε": r"$\varepsilon$", "<": r"\textless{}", ">": r"\textgreater{}"}
 
 @dataclass(frozen=True)
 class Macro:
-    """kind: one of KINDS · name: what stands behind the prefix, letters only · text: TeX · source: of a quoted value."""
+    """kind: one of KINDS · name: what stands behind the prefix, letters only · text: TeX · source: of a quoted value ·
+    dressed: words with values among them, which carry their looks already."""
 
     kind: str
     name: str
     text: str
     source: str = ""
+    dressed: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or not re.fullmatch("[A-Za-z]+", self.name):
@@ -40,7 +42,8 @@ class Macro:
     @property
     def definition(self) -> str:
         # xspace: a macro in running text keeps the space behind it.
-        return rf"\newcommand{{\{self.command}}}{{{styled(self.kind, self.text)}\xspace}}" + (f" % {self.source}" if self.source else "")
+        text = self.text if self.dressed else styled(self.kind, self.text)
+        return rf"\newcommand{{\{self.command}}}{{{text}\xspace}}" + (f" % {self.source}" if self.source else "")
 
 
 def styled(kind: str, text: str) -> str:

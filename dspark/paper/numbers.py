@@ -14,9 +14,24 @@ from dspark.bench.results import read_results
 from dspark.bench.stats import ALL, summarise
 from dspark.paper import quoted
 from dspark.paper.latency import largest_error, with_prediction
-from dspark.paper.macros import MEASURED, SETTING, SIMULATED, Macro, code, escaped, integer, listed, number, percent, significant, times
+from dspark.paper.macros import (
+    MEASURED,
+    SETTING,
+    SIMULATED,
+    Macro,
+    code,
+    escaped,
+    integer,
+    listed,
+    number,
+    percent,
+    significant,
+    styled,
+    times,
+)
 from dspark.proof.counterexample import A, first_token_laws
-from dspark.proof.sampled import POWER, SIGNIFICANCE
+from dspark.proof.sampled import ALL_PROMPTS, POWER, SIGNIFICANCE
+from dspark.proof.statistics import chi2_tail
 from dspark.train.losses import LossWeights
 
 Frames = Mapping[str, pd.DataFrame]  # name of the results file → its rows
@@ -63,7 +78,9 @@ def flags(frames: Frames) -> dict[str, bool]:
     for run, name in RUNS.items():
         present = roles(frames[name]) if name in frames else {}
         result |= {run + role: role in present for role in ROLES}
-    return result | {"MoreRuns": bool(more_runs(frames)), "Speed": any(name in frames for name in RUNS.values())}
+    result["Speed"] = any(result[run] for run in RUNS)
+    result["Block"] = any(result[f"{run}Block"] for run in RUNS)
+    return result | {"MoreRuns": bool(more_runs(frames))}
 
 
 def more_runs(frames: Frames) -> list[str]:
@@ -187,8 +204,8 @@ def _memory(frame: pd.DataFrame) -> Iterator[Macro]:
     peaks = frame.groupby("arm", sort=False)[column].median()
     yield Macro(SETTING, "MemoryBaseline", code(baseline))
     yield Macro(MEASURED, "MemoryPeak", integer(peaks[baseline]) + r"\,MiB")
-    ratios = [f"{code(arm)} {times(peak / peaks[baseline])}" for arm, peak in peaks.items() if arm != baseline]
-    yield Macro(MEASURED, "MemoryRatios", listed(ratios))
+    ratios = [f"{code(arm)} {_measured(times(peak / peaks[baseline]))}" for arm, peak in peaks.items() if arm != baseline]
+    yield Macro(MEASURED, "MemoryRatios", listed(ratios), dressed=True)
 
 
 def _rewind(frame: pd.DataFrame) -> Iterator[Macro]:
@@ -207,13 +224,15 @@ def _enumeration(frame: pd.DataFrame) -> Iterator[Macro]:
 
 
 def _draws(frame: pd.DataFrame) -> Iterator[Macro]:
-    most = frame.loc[frame["n"].idxmax()]
+    most, own = frame.loc[frame["n"].idxmax()], frame[frame["prompt"] != ALL_PROMPTS]
     yield Macro(MEASURED, "DrawsTests", integer(len(frame)))
     yield Macro(MEASURED, "DrawsFewest", integer(frame["n"].min()))
     yield Macro(MEASURED, "DrawsMost", integer(most["n"]))
     yield Macro(MEASURED, "DrawsSmallestP", significant(frame["p_adjusted"].min()))
     yield Macro(MEASURED, "DrawsRejected", integer((frame["p_adjusted"] <= SIGNIFICANCE).sum()))
     yield Macro(MEASURED, "DrawsDetectable", significant(most["detectable_tv"]))
+    yield Macro(MEASURED, "DrawsIndependent", integer(len(own)))
+    yield Macro(MEASURED, "DrawsTogether", significant(chi2_tail(own["chi2"].sum(), int(own["dof"].sum()))))
     yield Macro(SETTING, "DrawsTokens", integer(frame["tokens"].max()))
     yield Macro(SETTING, "Significance", f"{SIGNIFICANCE:g}")
     yield Macro(SETTING, "Power", f"{POWER:g}")
@@ -222,12 +241,14 @@ def _draws(frame: pd.DataFrame) -> Iterator[Macro]:
 def _texts(frame: pd.DataFrame) -> Iterator[Macro]:
     sentences = []
     for dtype, rows in frame.groupby("dtype", sort=False):
-        apart = len(rows) - rows["equal"].sum()
-        left = f", and {integer(beyond_rounding(rows).sum())} of the other {integer(apart)} part by more than rounding explains" * bool(apart)
-        sentences.append(f"in {code(dtype)} {integer(rows['equal'].sum())} of {integer(len(rows))} texts are equal{left}")
-    yield Macro(MEASURED, "TextsEqual", "; ".join(sentences))
-    yield Macro(MEASURED, "TextsPrompts", integer(frame["prompt"].nunique()))
-    yield Macro(MEASURED, "TextsArms", integer(frame["arm"].nunique()))
+        equal, beyond = rows["equal"].sum(), beyond_rounding(rows).sum()
+        all_of_them, apart, those, prompts = (
+            _measured(integer(n)) for n in (len(rows), len(rows) - equal, beyond, rows["prompt"].nunique())
+        )
+        left = f", and {those} of the other {apart} part by more than rounding explains" if equal < len(rows) else ""
+        sentences.append(f"in {code(dtype)} {_measured(integer(equal))} of {all_of_them} texts are equal ({prompts} prompts){left}")
+    yield Macro(MEASURED, "TextsEqual", "; ".join(sentences), dressed=True)
+    yield Macro(SETTING, "TextsArms", integer(frame["arm"].nunique()))
 
 
 def _planted(frame: pd.DataFrame) -> Iterator[Macro]:
@@ -239,4 +260,9 @@ def _planted(frame: pd.DataFrame) -> Iterator[Macro]:
 def _killed(frame: pd.DataFrame) -> Iterator[Macro]:
     yield Macro(MEASURED, "KilledEqual", integer(frame["equal"].sum()))
     yield Macro(MEASURED, "KilledRuns", integer(len(frame)))
-    yield Macro(MEASURED, "KilledJobs", listed(f"{integer(len(rows))} of {escaped(job)}" for job, rows in frame.groupby("job", sort=False)))
+    jobs = [f"{_measured(integer(len(rows)))} of {escaped(job)}" for job, rows in frame.groupby("job", sort=False)]
+    yield Macro(MEASURED, "KilledJobs", listed(jobs), dressed=True)
+
+
+def _measured(text: str) -> str:
+    return styled(MEASURED, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -50,7 +50,8 @@ def latency(runs: Mapping[str, pd.DataFrame], arms: Mapping[str, Sequence[str]],
         r"Step times in milliseconds (medians over prompts), and speed-up as timed and as computed from "
         r"$\tau\,T_{\mathrm{plain}}/(T_{\mathrm{draft}}+T_{\mathrm{verify}})$."
     )
-    return _float(_tabular("lllrrrrrr", [*heads, "timed", "computed"], rows), about, label)
+    domains = next(iter(runs.values()))["domain"].nunique() + 1
+    return _float(_tabular("lllrrrrrr", [*heads, "timed", "computed"], rows, every=domains), about, label)
 
 
 def published(label: str) -> str:
@@ -58,21 +59,22 @@ def published(label: str) -> str:
     rows = [[escaped(target), escaped(name), *(styled(QUOTED, number(tau)) for tau in row)] for (target, name), row in quoted.TAU.items()]
     about = f"Quoted, not measured here. {escaped(quoted.TAU_SOURCE)}."
     heads = ["target", "drafter", *map(escaped, quoted.TAU_BENCHMARKS)]
-    return _float(_tabular("ll" + "r" * len(quoted.TAU_BENCHMARKS), heads, rows, size=r"\scriptsize"), about, label)
+    # The caption and the letters say that all of it is quoted; quotation marks in every cell would say it too often.
+    size = r"\scriptsize\renewcommand{\quoted}[1]{\textcolor{quotedink}{\textsf{#1}}}"
+    return _float(_tabular("ll" + "r" * len(quoted.TAU_BENCHMARKS), heads, rows, size=size), about, label)
 
 
 def planted(frame: pd.DataFrame) -> str:
     """Bug → where others met it → the test that catches it; as long as it takes."""
-    columns = r"@{}p{0.24\textwidth}p{0.19\textwidth}p{0.5\textwidth}@{}"
-    rows = [[escaped(bug.replace("-", " ")), escaped(seen or "--"), code(test) or "none"] for bug, seen, test in _texts(frame)]
+    ragged = r">{\raggedright\arraybackslash}p"
+    columns = rf"@{{}}{ragged}{{0.24\textwidth}}{ragged}{{0.19\textwidth}}{ragged}{{0.5\textwidth}}@{{}}"
+    chosen = frame[["bug", "seen_in", "caught_by"]].itertuples(index=False, name=None)
+    # Of a parametrised test the name is enough.
+    rows = [[escaped(bug.replace("-", " ")), escaped(seen or "--"), code(test.split("[")[0] or "none")] for bug, seen, test in chosen]
     body = "".join(" & ".join(row) + r" \\" + "\n" for row in rows)
     head = r"\toprule planted bug & seen in & caught by \\ \midrule"
     start = rf"{{\scriptsize\begin{{longtable}}{{{columns}}}" + "\n" + head + r"\endhead \bottomrule \endfoot"
     return f"{start}\n{body}\\end{{longtable}}}}\n"
-
-
-def _texts(frame: pd.DataFrame) -> Iterable[tuple[str, str, str]]:
-    return frame[["bug", "seen_in", "caught_by"]].itertuples(index=False, name=None)
 
 
 def runs(frames: Mapping[str, pd.DataFrame], label: str) -> str:
@@ -80,7 +82,9 @@ def runs(frames: Mapping[str, pd.DataFrame], label: str) -> str:
     rows = []
     for name, frame in frames.items():
         drafters = _distinct(frame, "drafter_digest")
-        rows.append([code(name), integer(len(frame)), *(code(_distinct(frame, c)) for c in ("revision", "torch", "machine")), code(drafters)])
+        rows.append(
+            [code(name), integer(len(frame)), *(code(_distinct(frame, c)) for c in ("revision", "torch", "machine")), code(drafters)]
+        )
     about = "The results files behind this paper: one row each, with the code's revisions and the digest of the drafter."
     heads = ["file", "rows", "revision", "torch", "machine", "drafter"]
     wide = r"lrp{0.22\textwidth}llp{0.2\textwidth}"
@@ -101,4 +105,4 @@ def _tabular(columns: str, heads: Sequence[str], rows: Sequence[Sequence[str]], 
 
 
 def _float(tabular: str, about: str, label: str) -> str:
-    return f"\\begin{{table}}[tbp]\n\\centering\n\\caption{{{about}}}\\label{{{label}}}\n{tabular}\n\\end{{table}}\n"
+    return f"\\begin{{table}}[htbp]\n\\centering\n\\caption{{{about}}}\\label{{{label}}}\n{tabular}\n\\end{{table}}\n"

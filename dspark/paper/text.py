@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 NAMES = re.compile(r"\\(?:label|ref|eqref|pageref|cite|bibitem|input|includegraphics|vspace|hspace|hypersetup)\*?(?:\[[^\]]*\])?\{[^}]*\}")
 MATH = re.compile(r"\$[^$]*\$|\\\[.*?\\\]|\\begin\{(equation|align)\*?\}.*?\\end\{\1\*?\}", re.DOTALL)
 TIMES = r"(?:\$?\s*\\times|\\texttimes|×)"
-LITERAL = re.compile(rf"\d+(?:[.,]|\{{,\}})\d+|(?<!\w)\.\d+|\d[\s~]*(?:\\,)?\s*(?:\\%|%|percent|per\s+cent|{TIMES})")
-INTEGER = re.compile(r"(?<![\w-])\d+(?![\w-])")
+LITERAL = re.compile(rf"\d+(?:[.,]|\{{,\}})\d+|(?<!\w)\.\d+|\d+[\s~]*(?:\\,)?\s*(?:\\%|%|percent|per\s+cent|{TIMES})")
+INTEGER = re.compile(r"(?<![\w-])\d+")
 
 
 def literals(tex: str, integers: bool = True) -> list[tuple[int, str]]:
@@ -37,7 +37,7 @@ def shown(tex: str, flags: Mapping[str, bool]) -> str:
     """The text without what ``\\ifHas…`` leaves out. Raises ValueError for an unknown switch, or one that is not closed."""
     stack: list[bool] = []
     parts = []
-    for piece in re.split(r"(\\ifHas[A-Za-z]+|\\else(?![a-z])|\\fi(?![a-z]))", tex):
+    for piece in re.split(r"(\\ifHas[A-Za-z]+|\\else(?![A-Za-z])|\\fi(?![A-Za-z]))", tex):
         if piece.startswith(r"\ifHas"):
             name = piece.removeprefix(r"\ifHas")
             if name not in flags:
@@ -60,3 +60,9 @@ def unknown(tex: str, defined: Iterable[str]) -> list[str]:
     """Macros with the prefix of a kind that the text uses and nobody defines."""
     used = re.findall(r"\\((?:Measured|Simulated|Quoted|Setting)[A-Za-z]+)", tex)
     return sorted(set(used) - set(defined))
+
+
+def included(tex: str) -> set[str]:
+    """Names of the generated files that the text takes in."""
+    pattern = r"\\(input|includegraphics)(?:\[[^\]]*\])?\{generated/([^}]*)\}"
+    return {name + (".tex" if kind == "input" else ".pdf") for kind, name in re.findall(pattern, tex)}
