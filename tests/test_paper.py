@@ -205,16 +205,17 @@ def test_a_further_run_gets_its_table_and_one_with_mtp1_and_without_copying_is_d
 
 
 def test_bad_results_are_refused_by_name(tmp_path):
+    (tmp_path / "traces-x.parquet").write_bytes(b"not the paper's")
     with pytest.raises(ValueError, match=r"no results in .*make bench"):
         numbers.read_frames(tmp_path)
     frame = read_results(DATA / "results" / "speed-bfloat16-t0.parquet")
-    write_results(frame.assign(schema_version=99), tmp_path / "speed.parquet")
-    with pytest.raises(ValueError, match=r"speed\.parquet has schema version 99"):
+    write_results(frame.assign(schema_version=99), tmp_path / "speed-x.parquet")
+    with pytest.raises(ValueError, match=r"speed-x\.parquet has schema version 99"):
         numbers.read_frames(tmp_path)
-    write_results(frame.iloc[:0], tmp_path / "speed.parquet")
-    with pytest.raises(ValueError, match=r"speed\.parquet has no rows"):
+    write_results(frame.iloc[:0], tmp_path / "speed-x.parquet")
+    with pytest.raises(ValueError, match=r"speed-x\.parquet has no rows"):
         numbers.read_frames(tmp_path)
-    (tmp_path / "speed.parquet").write_bytes(b"PAR1 but not really")
+    (tmp_path / "speed-x.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(ValueError, match="not a Parquet file"):
         numbers.read_frames(tmp_path)
     with pytest.raises(ValueError, match="no training record"):

@@ -49,8 +49,12 @@ ROLES = ("Generate", "Mtp", "Block", "Copy")  # ways to decode that the text spe
 
 
 def read_frames(results: Path) -> dict[str, pd.DataFrame]:
-    """Every Parquet file of the folder. Raises ValueError if there is none, or one is empty or of another schema version."""
-    frames = {path.stem: read_results(path) for path in sorted(results.glob("*.parquet"))}
+    """The results that the paper is made of: the files of PARTS and all speed runs; the folder's other files are not its own.
+
+    Raises ValueError if there is none, or one is empty or of another schema version.
+    """
+    paths = [path for path in sorted(results.glob("*.parquet")) if path.stem in PARTS.values() or path.stem.startswith("speed-")]
+    frames = {path.stem: read_results(path) for path in paths}
     if not frames:
         raise ValueError(f"no results in {results}: make bench measures them")
     for name, frame in frames.items():
