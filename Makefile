@@ -8,7 +8,7 @@ pip := $(python) -m pip --disable-pip-version-check --no-input
 linted := dspark tests notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-notebooks train bench proof lint clean
+.PHONY: help demo lab test test-notebooks train bench proof paper lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,12 +34,15 @@ bench: $(stamp)  ## measure policies against each other; ARGS="--help" lists the
 proof: $(stamp)  ## prove that the text keeps the model's law; ARGS="--help" lists the parts
 	$(python) -m dspark.proof $(ARGS)
 
+paper: $(stamp)  ## regenerate the paper's numbers, tables and figures from data/results, and its PDF where LaTeX is installed
+	$(python) -m dspark.paper $(ARGS)
+
 lint: $(stamp)  ## check style and formatting
 	$(python) -m ruff check $(linted)
 	$(python) -m ruff format --check $(linted)
 
 clean:  ## remove caches and build leftovers (.venv and runs/ stay)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build paper/build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find $(linted) -depth \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
 
 # The stamp is written last and dropped first: an interrupted install is picked up again, never taken for a finished one.

@@ -1,0 +1,272 @@
+"""Result frames → macros. A part whose file is not there gives no macro, and a switch that takes its sentences out of the text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from dspark.bench.identity import beyond_rounding
+from dspark.bench.plan import SCHEMA_VERSION
+from dspark.bench.results import read_results
+from dspark.bench.stats import ALL, summarise
+from dspark.paper import quoted
+from dspark.paper.latency import largest_error, with_prediction
+from dspark.paper.macros import (
+    MEASURED,
+    SETTING,
+    SIMULATED,
+    Macro,
+    code,
+    escaped,
+    integer,
+    listed,
+    number,
+    percent,
+    significant,
+    styled,
+    times,
+)
+from dspark.proof.counterexample import A, first_token_laws
+from dspark.proof.sampled import ALL_PROMPTS, POWER, SIGNIFICANCE
+from dspark.proof.statistics import chi2_tail
+from dspark.train.losses import LossWeights
+
+Frames = Mapping[str, pd.DataFrame]  # name of the results file → its rows
+RUNS = {"Greedy": "speed-bfloat16-t0", "Sampled": "speed-bfloat16-t1"}  # the text speaks of these; other runs get a table
+PARTS = RUNS | {
+    "Memory": "memory-bfloat16-t0",
+    "Rewind": "rewind-bfloat16-t0",
+    "Enumeration": "proof-enumeration",
+    "Draws": "proof-sampled",
+    "Texts": "proof-texts",
+    "Planted": "proof-planted",
+    "Killed": "proof-killed",
+}
+ROLES = ("Generate", "Mtp", "Block", "Copy")  # ways to decode that the text speaks of
+
+
+def read_frames(results: Path) -> dict[str, pd.DataFrame]:
+    """The results that the paper is made of: the files of PARTS and all speed runs; the folder's other files are not its own.
+
+    Raises ValueError if there is none, or one is empty or of another schema version.
+    """
+    paths = [path for path in sorted(results.glob("*.parquet")) if path.stem in PARTS.values() or path.stem.startswith("speed-")]
+    frames = {path.stem: read_results(path) for path in paths}
+    if not frames:
+        raise ValueError(f"no results in {results}: make bench measures them")
+    for name, frame in frames.items():
+        if frame.empty:
+            raise ValueError(f"{results / name}.parquet has no rows: delete it and measure again")
+        versions = set(frame["schema_version"]) if "schema_version" in frame else {SCHEMA_VERSION}
+        if versions != {SCHEMA_VERSION}:
+            found = ", ".join(map(str, sorted(versions)))
+            raise ValueError(f"{results / name}.parquet has schema version {found}, this code reads {SCHEMA_VERSION}: measure again")
+    return frames
+
+
+def roles(frame: pd.DataFrame) -> dict[str, str]:
+    """Role → arm of a speed run, of those that were measured. Block drafts the drafter's whole block, Copy may copy as well."""
+    block_size = frame["drafter_block_size"].max()
+    names = {"Generate": ("generate",), "Mtp": ("mtp1", "fixed:1"), "Block": ("fixed", f"fixed:{block_size}"), "Copy": ("fixed+copy",)}
+    measured = set(frame["arm"])
+    found = {role: [arm for arm in names[role] if arm in measured] for role in ROLES}
+    return {role: arms[0] for role, arms in found.items() if arms}
+
+
+def flags(frames: Frames) -> dict[str, bool]:
+    """Switch → on. The switches are always the same ones, whatever was measured."""
+    result = {part: name in frames for part, name in PARTS.items()}
+    for run, name in RUNS.items():
+        present = roles(frames[name]) if name in frames else {}
+        result |= {run + role: role in present for role in ROLES}
+    result["Speed"] = any(result[run] for run in RUNS)
+    result["Block"] = any(result[f"{run}Block"] for run in RUNS)
+    return result | {"MoreRuns": bool(more_runs(frames))}
+
+
+def more_runs(frames: Frames) -> list[str]:
+    """Speed runs that the text does not speak of."""
+    return [name for name in frames if name.startswith("speed-") and name not in RUNS.values()]
+
+
+def macros(frames: Frames, training: Mapping[str, object]) -> list[Macro]:
+    """Every value that the text may use. training: what the shipped drafter's config.json says of how it was trained."""
+    makers = {"Memory": _memory, "Rewind": _rewind, "Enumeration": _enumeration, "Draws": _draws, "Texts": _texts}
+    makers |= {"Planted": _planted, "Killed": _killed}
+    result = [*_method(), *_training(training)]
+    for run, name in RUNS.items():
+        if name in frames:
+            result += _speed(run, frames[name])
+    result += _settings(next((frames[name] for name in RUNS.values() if name in frames), None))
+    lines = [with_prediction(frames[name]) for name in RUNS.values() if name in frames]
+    if lines:
+        result.append(Macro(SIMULATED, "LargestError", percent(max(map(largest_error, lines)))))
+    for part, make in makers.items():
+        if PARTS[part] in frames:
+            result += make(frames[PARTS[part]])
+    return result
+
+
+def training_record(drafter: Path) -> dict[str, object]:
+    """The entry ``training`` of a drafter's config.json. Raises ValueError if there is none."""
+    path = drafter / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["training"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} holds no training record ({type(error).__name__}): train a drafter with make train") from None
+
+
+def _method() -> Iterator[Macro]:
+    weights = LossWeights()
+    for name, value in (("CrossEntropy", weights.cross_entropy), ("Variation", weights.total_variation)):
+        yield Macro(SETTING, "Loss" + name, f"{value:g}")
+    yield Macro(SETTING, "LossConfidence", f"{weights.confidence:g}")
+    yield Macro(SETTING, "LossDecay", f"{weights.decay:g}")
+    yield Macro(SETTING, "Level", percent(0.95))
+    laws = first_token_laws()
+    yield Macro(SIMULATED, "AppendixWrongLaw", number(float(laws["GlobalArgmax"][A,])))
+    yield Macro(SIMULATED, "AppendixPrefixLaw", number(float(laws["PrefixScheduler"][A,])))
+
+
+def _training(training: Mapping[str, object]) -> Iterator[Macro]:
+    yield Macro(SETTING, "TrainingSteps", integer(training["steps"]))
+    yield Macro(SETTING, "TrainingRows", integer(training["corpus_rows"]))
+    yield Macro(SETTING, "TrainingTokens", integer(training["response_tokens"]))
+    yield Macro(MEASURED, "HeldOutTau", number(training["held_out"]["tau"]))
+
+
+def _settings(frame: pd.DataFrame | None) -> Iterator[Macro]:
+    if frame is None:
+        return
+    first, drafting = frame.iloc[0], frame.loc[frame["drafter_block_size"].idxmax()]
+    place = f"{first['threads']} threads of {first['machine']}" if first["device"] == "cpu" else str(first["device"])
+    head, rank = str(drafting["drafter_head"]).rsplit("-", 1)
+    for name, text in {
+        "Target": escaped(first["target"]),
+        "Place": escaped(place),
+        "Dtype": code(first["dtype"]),
+        "NewTokens": integer(first["max_new_tokens"]),
+        "Prompts": integer(first["n"]),
+        "Split": escaped(first["split"]),
+        "Domains": listed(escaped(domain) for domain in dict.fromkeys(frame["domain"])),
+        "BlockSize": integer(drafting["drafter_block_size"]),
+        "Layers": integer(drafting["drafter_layers"]),
+        "Head": escaped(head),
+        "Rank": escaped(rank),
+        "DraftVocabulary": integer(drafting["drafter_vocab"]),
+        "Torch": escaped(first["torch"]),
+        "Transformers": escaped(first["transformers"]),
+    }.items():
+        yield Macro(SETTING, name, text)
+
+
+def _speed(run: str, frame: pd.DataFrame) -> Iterator[Macro]:
+    lines = summarise(frame, "plain").set_index(["arm", "domain"])
+    predicted = with_prediction(frame).set_index(["arm", "domain"])["predicted"]
+    yield Macro(SETTING, f"{run}Temperature", f"{frame.iloc[0]['temperature']:g}")
+    yield Macro(MEASURED, f"{run}PlainStep", number(lines.loc[("plain", ALL), "plain_ms"], 1) + r"\,ms")
+    present = roles(frame)
+    for role, arm in present.items():
+        name, whole, by_domain = run + role, lines.loc[(arm, ALL)], lines.loc[arm].drop(ALL)["speedup"]
+        yield Macro(SETTING, f"{name}Arm", code(arm))
+        yield Macro(MEASURED, f"{name}Speedup", times(whole["speedup"]))
+        yield Macro(MEASURED, f"{name}Low", number(whole["low"]))
+        yield Macro(MEASURED, f"{name}High", number(whole["high"]))
+        yield Macro(MEASURED, f"{name}SlowestDomain", escaped(by_domain.idxmin()))
+        yield Macro(MEASURED, f"{name}SlowestSpeedup", times(by_domain.min()))
+        yield Macro(MEASURED, f"{name}FastestDomain", escaped(by_domain.idxmax()))
+        yield Macro(MEASURED, f"{name}FastestSpeedup", times(by_domain.max()))
+        yield Macro(MEASURED, f"{name}Equal", percent(whole["equal"]))
+        if role == "Generate":
+            continue
+        yield Macro(MEASURED, f"{name}Gain", percent(whole["speedup"] - 1))
+        yield Macro(MEASURED, f"{name}Place", place_in_range(whole["speedup"] - 1))
+        yield Macro(MEASURED, f"{name}Tau", number(whole["tokens_per_round"]))
+        yield Macro(MEASURED, f"{name}Draft", number(whole["draft_ms"], 1) + r"\,ms")
+        yield Macro(MEASURED, f"{name}Verify", number(whole["verify_ms"], 1) + r"\,ms")
+        yield Macro(SIMULATED, f"{name}Speedup", times(predicted[(arm, ALL)]))
+        if "Mtp" in present and role != "Mtp":
+            against = summarise(frame, present["Mtp"]).set_index(["arm", "domain"]).loc[(arm, ALL)]
+            yield Macro(MEASURED, f"{name}OverMtp", times(against["speedup"]))
+            yield Macro(MEASURED, f"{name}OverMtpLow", number(against["low"]))
+            yield Macro(MEASURED, f"{name}OverMtpHigh", number(against["high"]))
+            yield Macro(MEASURED, f"{name}OverMtpPlace", place_in_range(against["speedup"] - 1))
+
+
+def place_in_range(gain: float) -> str:
+    """Where a gain lies against the published range, as it stands in the text: after "the gain lies"."""
+    low, high = quoted.RANGE
+    return "below" if gain < low else "above" if gain > high else "inside"
+
+
+def _memory(frame: pd.DataFrame) -> Iterator[Macro]:
+    baseline = frame.iloc[0]["baseline"]
+    column = "peak_rss_mib" if frame["decode_peak_mib"].isna().any() else "decode_peak_mib"
+    peaks = frame.groupby("arm", sort=False)[column].median()
+    yield Macro(SETTING, "MemoryBaseline", code(baseline))
+    yield Macro(MEASURED, "MemoryPeak", integer(peaks[baseline]) + r"\,MiB")
+    ratios = [f"{code(arm)} {_measured(times(peak / peaks[baseline]))}" for arm, peak in peaks.items() if arm != baseline]
+    yield Macro(MEASURED, "MemoryRatios", listed(ratios), dressed=True)
+
+
+def _rewind(frame: pd.DataFrame) -> Iterator[Macro]:
+    by_context = frame.sort_values("context")
+    yield Macro(MEASURED, "RewindTimes", listed(number(us, 1) for us in by_context["rewind_us"]) + r"\,\textmu s")
+    yield Macro(SETTING, "RewindContexts", listed(integer(n) for n in by_context["context"]))
+    yield Macro(SETTING, "RewindRepeats", integer(frame["repeats"].min()))
+
+
+def _enumeration(frame: pd.DataFrame) -> Iterator[Macro]:
+    yield Macro(MEASURED, "EnumerationCases", integer(len(frame)))
+    yield Macro(MEASURED, "EnumerationBranches", integer(frame["branches"].sum()))
+    yield Macro(MEASURED, "EnumerationDifference", significant(frame["difference"].abs().max()))
+    yield Macro(MEASURED, "EnumerationPolicies", integer(frame["policy"].nunique()))
+    yield Macro(MEASURED, "EnumerationRequests", integer(frame["requests"].max()))
+
+
+def _draws(frame: pd.DataFrame) -> Iterator[Macro]:
+    most, own = frame.loc[frame["n"].idxmax()], frame[frame["prompt"] != ALL_PROMPTS]
+    yield Macro(MEASURED, "DrawsTests", integer(len(frame)))
+    yield Macro(MEASURED, "DrawsFewest", integer(frame["n"].min()))
+    yield Macro(MEASURED, "DrawsMost", integer(most["n"]))
+    yield Macro(MEASURED, "DrawsSmallestP", significant(frame["p_adjusted"].min()))
+    yield Macro(MEASURED, "DrawsRejected", integer((frame["p_adjusted"] <= SIGNIFICANCE).sum()))
+    yield Macro(MEASURED, "DrawsDetectable", significant(most["detectable_tv"]))
+    yield Macro(MEASURED, "DrawsIndependent", integer(len(own)))
+    yield Macro(MEASURED, "DrawsTogether", significant(chi2_tail(own["chi2"].sum(), int(own["dof"].sum()))))
+    yield Macro(SETTING, "DrawsTokens", integer(frame["tokens"].max()))
+    yield Macro(SETTING, "Significance", f"{SIGNIFICANCE:g}")
+    yield Macro(SETTING, "Power", f"{POWER:g}")
+
+
+def _texts(frame: pd.DataFrame) -> Iterator[Macro]:
+    sentences = []
+    for dtype, rows in frame.groupby("dtype", sort=False):
+        equal, beyond = rows["equal"].sum(), beyond_rounding(rows).sum()
+        all_of_them, apart, those, prompts = (
+            _measured(integer(n)) for n in (len(rows), len(rows) - equal, beyond, rows["prompt"].nunique())
+        )
+        left = f", and {those} of the other {apart} part by more than rounding explains" if equal < len(rows) else ""
+        sentences.append(f"in {code(dtype)} {_measured(integer(equal))} of {all_of_them} texts are equal ({prompts} prompts){left}")
+    yield Macro(MEASURED, "TextsEqual", "; ".join(sentences), dressed=True)
+    yield Macro(SETTING, "TextsArms", integer(frame["arm"].nunique()))
+
+
+def _planted(frame: pd.DataFrame) -> Iterator[Macro]:
+    yield Macro(MEASURED, "PlantedCaught", integer((frame["caught_by"] != "").sum()))
+    yield Macro(MEASURED, "PlantedBugs", integer(len(frame)))
+    yield Macro(MEASURED, "PlantedSeen", integer((frame["seen_in"] != "").sum()))
+
+
+def _killed(frame: pd.DataFrame) -> Iterator[Macro]:
+    yield Macro(MEASURED, "KilledEqual", integer(frame["equal"].sum()))
+    yield Macro(MEASURED, "KilledRuns", integer(len(frame)))
+    jobs = [f"{_measured(integer(len(rows)))} of {escaped(job)}" for job, rows in frame.groupby("job", sort=False)]
+    yield Macro(MEASURED, "KilledJobs", listed(jobs), dressed=True)
+
+
+def _measured(text: str) -> str:
+    return styled(MEASURED, text)

@@ -1,0 +1,281 @@
+"""The paper says what data/results say: nothing is typed, and each value shows whether it was measured, simulated or quoted."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dspark.bench.results import read_results, write_results
+from dspark.paper import __main__ as command
+from dspark.paper import build, figures, latency, macros, numbers, quoted, tables, text
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPER, DATA = ROOT / "paper", ROOT / "data"
+MAIN = (PAPER / "main.tex").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """What the committed results generate."""
+    return build.generated(DATA)
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of what the command reads, and nothing generated yet."""
+    shutil.copytree(DATA / "results", tmp_path / "data" / "results")
+    for config in DATA.glob("drafters/*/config.json"):
+        (tmp_path / "data" / config.parent.relative_to(DATA)).mkdir(parents=True)
+        shutil.copy(config, tmp_path / "data" / config.relative_to(DATA))
+    (tmp_path / "paper").mkdir()
+    for name in build.HAND_WRITTEN:
+        shutil.copy(PAPER / name, tmp_path / "paper")
+    monkeypatch.setenv("DSPARK_DATA", str(tmp_path / "data"))
+    return tmp_path
+
+
+def keep_only(folder: Path, *names: str) -> None:
+    for path in (folder / "data" / "results").glob("*.parquet"):
+        if path.stem not in names:
+            path.unlink()
+
+
+def speed_frame(rows: list[tuple[str, str, float, float, float]]) -> pd.DataFrame:
+    """(arm, domain, τ, T_draft, T_verify), times in ms; latency is exactly L = (T_draft + T_verify) / τ."""
+    return pd.DataFrame(
+        {
+            "arm": arm,
+            "domain": domain,
+            "prompt_id": f"{domain}/{i}",
+            "latency_ms": (draft + verify) / tau,
+            "decoded_tokens": 100 * tau,
+            "rounds": 100,
+            "seconds": (draft + verify) / 10,
+            "model_seconds": (draft + verify) / 10,
+            "draft_ms": draft if arm != "plain" else np.nan,
+            "verify_ms": verify,
+            "round_ms": draft + verify,
+            "equals_baseline": True,
+        }
+        for arm, domain, tau, draft, verify in rows
+        for i in range(3)
+    )
+
+
+def test_committed_files_are_what_the_results_generate_byte_for_byte_and_no_latex_is_needed(copied, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert command.main([]) == 0
+    made = {path.name: path.read_bytes() for path in (copied / "paper" / "generated").iterdir()}
+    committed = {path.name: path.read_bytes() for path in (PAPER / "generated").iterdir()}
+    assert sorted(made) == sorted(committed)
+    assert [name for name in made if made[name] != committed[name]] == [], "run make paper and commit paper/generated"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "LaTeX" in last and "apt-get install" in last
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="LaTeX is not installed")
+@pytest.mark.parametrize("everything", [True, False])
+def test_the_paper_is_typeset_whatever_was_measured(copied, everything, generated):
+    if not everything:
+        keep_only(copied, "proof-killed")
+    build.write(generated if everything else build.generated(copied / "data"), copied / "paper" / "generated")
+    pdf = command.typeset(copied / "paper")
+    log = pdf.with_suffix(".log").read_text(errors="replace")
+    assert pdf.read_bytes().startswith(b"%PDF")
+    assert not re.findall(r"undefined|multiply defined|Missing character", log)
+
+
+def test_no_result_is_typed_in_the_text(generated):
+    assert build.complaints(PAPER, generated) == []
+
+
+def test_a_typed_result_or_a_lost_value_stops_the_build(generated, tmp_path):
+    for name in build.HAND_WRITTEN:
+        shutil.copy(PAPER / name, tmp_path)
+    (tmp_path / "main.tex").write_text(MAIN.replace(r"\maketitle", r"\maketitle It is 1.57 times as fast."), encoding="utf-8")
+    without = generated | {"numbers.tex": generated["numbers.tex"].replace(rb"\newcommand{\MeasuredPlantedBugs}", b"%")}
+    del without["figure-exactness.pdf"]
+    wrong = "\n".join(build.complaints(tmp_path, without))
+    assert len(wrong.splitlines()) == 3
+    assert "'1.57' is a literal" in wrong and "MeasuredPlantedBugs is defined nowhere" in wrong and "figure-exactness.pdf" in wrong
+
+
+@pytest.mark.parametrize(
+    ("planted", "found"),
+    [
+        ("runs at 1.57 of", ["1.57"]),
+        ("runs at .57 of", [".57"]),
+        ("in $p=0.05$ of", ["0.05"]),
+        (r"gains 57\,\% here", [r"57\,\%"]),
+        (r"gains 57\% here", [r"57\%"]),
+        ("gains 57 percent", ["57 percent"]),
+        ("gains 57 per cent", ["57 per cent"]),
+        (r"is 2$\times$ as fast", [r"2$\times"]),
+        (r"is $2\times$ as fast", [r"2\times"]),
+        ("is 2× as fast", ["2×"]),
+        ("34,085 branches", ["34,085"]),
+        (r"34{,}085 branches", [r"34{,}085"]),
+        ("takes 29 ms", ["29"]),
+        ("takes 29ms", ["29"]),
+    ],
+)
+def test_a_typed_result_is_found_with_its_line(planted, found):
+    assert text.literals(f"\\documentclass[10.5pt]{{x}}\n\\begin{{document}}\n{planted}\n\\end{{document}}\n7.5") == [(3, f) for f in found]
+
+
+@pytest.mark.parametrize(
+    "innocent",
+    [
+        r"\SettingLevel of $x_0,\dots,x_\gamma$ with $\ell=0$, $1-\tfrac12p$",
+        r"\label{sec:1.5} Section~\ref{sec:1.5}, \cite{dspark2.1}, \includegraphics[width=0.5\textwidth]{a1.5}",
+        "% 57 % in a comment, 1.5\nMTP-1 and Eagle-3",
+        r"\begin{equation} a = 1 - 2x \end{equation}",
+    ],
+)
+def test_notation_names_and_comments_are_no_results(innocent):
+    assert text.literals(innocent) == []
+
+
+def test_a_value_that_nothing_defines_is_found_only_where_it_is_shown():
+    tex = r"\ifHasA \MeasuredOne \else \QuotedTwo \fi \SimulatedThree \measured{x}"
+    assert text.unknown(text.shown(tex, {"A": True}), ["SimulatedThree"]) == ["MeasuredOne"]
+    assert text.unknown(text.shown(tex, {"A": False}), ["SimulatedThree"]) == ["QuotedTwo"]
+    nested = r"a\ifHasA b\ifHasB c\else d\fi e\fi f"
+    shown = [text.shown(nested, {"A": a, "B": b}) for a, b in ((True, True), (True, False), (False, True))]
+    assert shown == ["a b c e f", "a b d e f", "a f"]
+
+
+@pytest.mark.parametrize("wrong", [r"\ifHasB x\fi", r"\ifHasA x", r"x\fi"])
+def test_a_broken_switch_is_named(wrong):
+    with pytest.raises(ValueError, match="ifHas"):
+        text.shown(wrong, {"A": True})
+
+
+def test_the_prefix_of_every_value_tells_its_look_and_the_looks_differ(generated):
+    tex = (generated["numbers.tex"] + generated["quoted.tex"]).decode()
+    every = re.findall(r"\\newcommand\{\\(Measured|Simulated|Quoted|Setting)\w+\}\{(.*)", tex)
+    assert {kind for kind, _ in every} == set(macros.KINDS) and len(every) == tex.count(r"\newcommand")
+    for kind, definition in every:
+        assert set(re.findall(r"\\(measured|simulated|quoted|setting)\{", definition)) == {kind.lower()}, definition
+    looks = dict(re.findall(r"\\newcommand\{\\(measured|simulated|quoted|setting)\}\[1\]\{(.*)\}", MAIN))
+    assert len(looks) == len(set(looks.values())) == 4
+    # Readable in a grey print: not by colour alone.
+    assert r"\textit" in looks["simulated"] and r"\textsf" in looks["quoted"] and "text" not in looks["setting"]
+
+
+def test_quoted_values_stand_in_one_file_with_their_source(generated):
+    assert [name for name, content in generated.items() if rb"\newcommand{\Quoted" in content] == ["quoted.tex"]
+    lines = generated["quoted.tex"].decode().splitlines()[1:]
+    assert len(lines) == len(quoted.MACROS) and all(" % DSpark" in line for line in lines)
+    assert r"\newcommand{\Quoted" not in MAIN
+    with pytest.raises(ValueError, match="source"):
+        macros.Macro(macros.QUOTED, "Range", "57")
+    with pytest.raises(ValueError, match="source"):
+        macros.Macro(macros.MEASURED, "Range", "57", "a newspaper")
+
+
+@pytest.mark.parametrize("kept", [("speed-bfloat16-t1", "proof-texts"), ("proof-killed", "memory-bfloat16-t0")])
+def test_what_was_not_measured_is_left_out_and_nothing_else(copied, kept):
+    keep_only(copied, *kept)
+    made = build.generated(copied / "data")
+    assert build.complaints(copied / "paper", made) == []
+    flags = numbers.flags(numbers.read_frames(copied / "data" / "results"))
+    assert text.included(text.shown(MAIN, flags)) == set(made)
+
+
+def test_a_further_run_gets_its_table_and_one_with_mtp1_and_without_copying_is_described_as_such(copied):
+    """One slice of a run is enough: two prompts of each domain."""
+    results = copied / "data" / "results"
+    keep_only(copied, "speed-bfloat16-t0")
+    frame = read_results(results / "speed-bfloat16-t0.parquet").replace({"arm": {"fixed+copy": "mtp1"}})
+    frame = frame[frame["prompt_id"].isin(frame.groupby("domain").head(8)["prompt_id"])]
+    for name in ("speed-bfloat16-t0", "speed-float32-t0"):
+        write_results(frame, results / f"{name}.parquet")
+    made = build.generated(copied / "data")
+    assert build.complaints(copied / "paper", made) == []
+    shown = text.shown(MAIN, numbers.flags(numbers.read_frames(results)))
+    assert r"\MeasuredGreedyBlockOverMtp" in shown and "GreedyCopy" not in shown
+    assert rb"\label{tab:speed-float32-t0}" in made["tables-more-runs.tex"]
+    assert text.included(shown) == set(made)
+
+
+def test_bad_results_are_refused_by_name(tmp_path):
+    (tmp_path / "traces-x.parquet").write_bytes(b"not the paper's")
+    with pytest.raises(ValueError, match=r"no results in .*make bench"):
+        numbers.read_frames(tmp_path)
+    frame = read_results(DATA / "results" / "speed-bfloat16-t0.parquet")
+    write_results(frame.assign(schema_version=99), tmp_path / "speed-x.parquet")
+    with pytest.raises(ValueError, match=r"speed-x\.parquet has schema version 99"):
+        numbers.read_frames(tmp_path)
+    write_results(frame.iloc[:0], tmp_path / "speed-x.parquet")
+    with pytest.raises(ValueError, match=r"speed-x\.parquet has no rows"):
+        numbers.read_frames(tmp_path)
+    (tmp_path / "speed-x.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(ValueError, match="not a Parquet file"):
+        numbers.read_frames(tmp_path)
+    with pytest.raises(ValueError, match="no training record"):
+        numbers.training_record(tmp_path)
+
+
+def test_files_of_earlier_results_do_not_stay(tmp_path):
+    build.write({"a.tex": b"1", "b.pdf": b"2"}, tmp_path)
+    build.write({"a.tex": b"3"}, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.tex": b"3"}
+
+
+@pytest.mark.parametrize(("gain", "place"), [(0.569, "below"), (0.57, "inside"), (0.85, "inside"), (0.851, "above"), (-0.5, "below")])
+def test_a_gain_is_placed_against_the_published_range(gain, place):
+    assert numbers.place_in_range(gain) == place
+
+
+def test_where_nothing_but_the_models_takes_time_the_computed_speedup_is_the_timed_one():
+    rows = [("plain", "code", 1, 0, 30), ("plain", "chat", 1, 0, 40), ("fixed", "code", 2.5, 5, 32), ("fixed", "chat", 1.2, 6, 45)]
+    lines = latency.with_prediction(speed_frame(rows))
+    assert list(lines["domain"]) == ["code", "chat", "all"]
+    np.testing.assert_allclose(lines["predicted"], lines["speedup"], rtol=1e-12)
+    np.testing.assert_allclose(lines["predicted"][:2], [2.5 * 30 / 37, 1.2 * 40 / 51], rtol=1e-12)
+    assert latency.largest_error(lines) < 1e-12
+    slower = lines.assign(speedup=lines["speedup"] * [1, 0.8, 1])
+    assert latency.largest_error(slower) == pytest.approx(0.25)
+
+
+def test_tables_give_measured_and_computed_speedups_their_own_look():
+    rows = [("plain", "code", 1, 0, 30), ("fixed", "code", 2.0, 5, 35)]
+    table = tables.latency({"Greedy": speed_frame(rows)}, {"Greedy": ["fixed"]}, "tab:x")
+    assert table.count(r"\measured{1.50$\times$} & \simulated{1.50$\times$}") == 2
+    assert r"\measured{" not in tables.published("tab:y")
+
+
+def test_shares_have_wilsons_interval():
+    low, high = figures.wilson(np.array([0.0, 5.0, 10.0]), np.array([10.0, 10.0, 10.0]))
+    np.testing.assert_allclose(low, [0, 0.2366, 0.7225], atol=1e-4)  # Newcombe, 1998
+    np.testing.assert_allclose(high, [0.2775, 0.7634, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("value", "tex"),
+    [
+        (macros.integer(34085), "34{,}085"),
+        (macros.times(1.405), r"1.41$\times$"),
+        (macros.percent(-0.31), r"$-$31\,\%"),
+        (macros.number(float("nan")), "--"),
+        (macros.significant(0.98), "0.98"),
+        (macros.significant(1.5e-7), r"$1.5\cdot10^{-7}$"),
+        (macros.listed(["a"]), "a"),
+        (macros.listed(["a", "b", "c"]), "a, b and c"),
+        (macros.escaped("50 % of {a_b} & τ"), r"50 \% of \{a\_b\} \& $\tau$"),
+        (macros.code("tests/a_b.py"), r"\texttt{tests/\allowbreak{}a\_\allowbreak{}b.py}"),
+    ],
+)
+def test_values_are_written_as_tex_reads_them(value, tex):
+    assert value == tex
+
+
+def test_a_character_that_the_fonts_lack_is_refused():
+    with pytest.raises(ValueError, match="no TeX is known for '猫'"):
+        macros.escaped("猫")
