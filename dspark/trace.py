@@ -173,14 +173,15 @@ def measured_times(
     context = min(len(prompt_ids), target.max_context - widths[-1])
     curve = profile_sps(target, context=max(context, 1), widths=widths, repeats=repeats)
     return StepTimes(
-        _draft_times(target, inner, prompt_ids, repeats),
+        draft_times(target, inner, prompt_ids, repeats),
         dict(zip(curve.widths, curve.seconds, strict=True)),
         median([r.draft_seconds for r in kept if r.source in COPIED] or [0.0]),
         median([r.seconds - r.draft_seconds - r.verify_seconds for r in kept] or [0.0]),
     )
 
 
-def _draft_times(target: Target, drafter: DraftSource, prompt_ids: Sequence[int], repeats: int) -> dict[int, float]:
+def draft_times(target: Target, drafter: DraftSource, prompt_ids: Sequence[int], repeats: int) -> dict[int, float]:
+    """Median seconds of drafting 1, 2, … γ tokens behind these ones."""
     _, taps = target.forward(torch.tensor([prompt_ids], device=target.device), target.new_cache(), drafter.target_layer_ids)
     state = drafter.new_state(prompt_ids)
     drafter.extend(state, prompt_ids, taps)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -88,6 +89,13 @@ def _halves(units: Iterable[Unit]) -> dict[str, str]:
 def read_rollouts(path: Path) -> pd.DataFrame:
     """The rows of a rollouts file. Raises ValueError for one that is missing, foreign, empty, or of another schema version."""
     return read_rows(path, SCHEMA_VERSION, COMMAND)
+
+
+def roll_out_here(prompts: int, tokens: int) -> pd.DataFrame:
+    """Rollouts of a few dev prompts of each domain on the default models, in memory: for a notebook that wants its own."""
+    plan = Plan(arms="fixed", baseline="fixed", split="dev", prompts=prompts, tokens=tokens)
+    with TemporaryDirectory() as folder:
+        return measure_rollouts(plan, plan.load(), Path(folder) / "rollouts.parquet")
 
 
 def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
@@ -15,10 +16,23 @@ from tqdm.auto import tqdm
 from dspark.bench.arms import Models
 from dspark.bench.plan import Plan, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, environment
-from dspark.bench.results import Ledger
+from dspark.bench.results import Ledger, Row, read_rows
 from dspark.checkpoint import data_dir
 from dspark.decode import DraftSource
-from dspark.trace import COMMAND, SCHEMA_VERSION, StepTimes, measured_times, record, row_trace, trace_row, traces_frame
+from dspark.trace import (
+    COMMAND,
+    SCHEMA_VERSION,
+    StepTimes,
+    Trace,
+    load_traces,
+    measured_times,
+    record,
+    row_trace,
+    trace_row,
+    traces_frame,
+)
+
+Traces = list[tuple[Row, Trace]]
 
 
 def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
@@ -40,6 +54,20 @@ def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
             when = {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
             ledger.add(unit.key, [unit.columns() | {"split": plan.split} | trace_row(trace) | when | constant])
     return ledger.finish(traces_frame)
+
+
+def read_traces(path: Path) -> Traces:
+    """Every trace of a file with the columns of its prompt. Raises ValueError for a file that is missing, foreign, empty or too old."""
+    read_rows(path, SCHEMA_VERSION, COMMAND)
+    return load_traces(path)
+
+
+def record_here(prompts: int, tokens: int) -> Traces:
+    """Traces of a few dev prompts of each domain on the default models, in memory: for a notebook that wants its own."""
+    plan = Plan(arms="fixed", baseline="fixed", split="dev", prompts=prompts, tokens=tokens)
+    with TemporaryDirectory() as folder:
+        record_traces(plan, plan.load(), Path(folder) / "traces.parquet")
+        return read_traces(Path(folder) / "traces.parquet")
 
 
 def _times(ledger: Ledger, plan: Plan, models: Models, source: DraftSource) -> StepTimes:

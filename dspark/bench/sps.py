@@ -1,0 +1,86 @@
+"""``python -m dspark.bench.sps``: the step times that every schedule and every prediction rest on, for a quiet machine to measure.
+
+One row per context length, kind (verify: a target pass; draft: a drafter's block) and tokens in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from dspark.bench.arms import Models
+from dspark.bench.plan import SCHEMA_VERSION, Plan, add_options, plan_of
+from dspark.bench.provenance import drafter_columns, environment
+from dspark.bench.results import read_rows, write_results
+from dspark.checkpoint import data_dir
+from dspark.profile import WIDTHS, SPSCurve, profile_sps
+from dspark.trace import draft_times
+
+COMMAND = "python -m dspark.bench.sps"
+CONTEXTS = (128, 512, 1536)  # tokens in the cache
+
+
+def measure_sps(plan: Plan, models: Models, out: Path, repeats: int = 15) -> pd.DataFrame:
+    """Medians of ``repeats`` steps of every width. Raises ValueError if no context length fits the target."""
+    target, rows = models.target, []
+    contexts = [n for n in CONTEXTS if n <= target.max_context - WIDTHS[-1]]
+    if not contexts:
+        raise ValueError(f"{target.name} takes {target.max_context} tokens, less than the shortest context measured here ({CONTEXTS[0]})")
+    for context in contexts:
+        curve = profile_sps(target, context=context, repeats=repeats)
+        prompt = torch.randint(target.vocab_size, (context,), generator=torch.Generator().manual_seed(plan.seed)).tolist()
+        drafts = draft_times(target, models.drafter, prompt, repeats)
+        for kind, seconds in (("verify", dict(zip(curve.widths, curve.seconds, strict=True))), ("draft", drafts)):
+            rows += [{"context": context, "kind": kind, "tokens": n, "seconds": took, "repeats": repeats} for n, took in seconds.items()]
+    constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(models.drafter)
+    when = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "schema_version": SCHEMA_VERSION}
+    frame = pd.DataFrame(rows).assign(**constant, **when)
+    frame.attrs["configuration"] = plan.configuration("sps", target.digest, models.drafter)
+    write_results(frame, out)
+    return frame
+
+
+def curve_of(frame: pd.DataFrame, context: int) -> SPSCurve:
+    """The step-time curve of a measured context length. Raises ValueError for one that was not measured."""
+    rows = frame[(frame["kind"] == "verify") & (frame["context"] == context)].sort_values("tokens")
+    if rows.empty:
+        raise ValueError(f"context {context} was not measured: choose one of {', '.join(map(str, sorted(set(frame['context']))))}")
+    return SPSCurve(tuple(rows["tokens"]), tuple(rows["seconds"]))
+
+
+def read_sps(path: Path) -> pd.DataFrame:
+    """The rows of a step-time file. Raises ValueError for one that is missing, foreign, empty, or of another schema version."""
+    return read_rows(path, SCHEMA_VERSION, COMMAND)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
+    unused = ("arms", "baseline", "domains", "split", "prompts", "tokens", "temperature", "top_p", "top_k")
+    add_options(parser, unused, repeats=15)
+    parser.add_argument("--out", type=Path, help="Parquet file; default data/results/sps-DTYPE.parquet")
+    options = parser.parse_args(arguments)
+    try:
+        plan = plan_of(options, arms="fixed", baseline="fixed", prompts=1)
+        torch.set_num_threads(plan.threads)
+        out = options.out or data_dir() / "results" / f"sps-{plan.dtype}.parquet"
+        frame = measure_sps(plan, plan.load(), out, plan.repeats)
+        shown = frame.assign(ms=1e3 * frame["seconds"]).pivot_table(index=["context", "kind"], columns="tokens", values="ms")
+        print(f"{shown.round(2).to_string()}\nmilliseconds, medians of {plan.repeats} · {len(frame)} rows in {out}")
+    except (ValueError, OSError) as error:
+        print(f"dspark.bench.sps: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dspark.bench.sps: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

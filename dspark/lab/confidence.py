@@ -1,0 +1,118 @@
+"""Pictures of the confidence head: what a threshold keeps, and whether a stated probability comes true. Pure functions of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from dspark.calibrate import Rollouts, calibration_error, ranking_quality, reliability
+from dspark.lab.figures import DRAFT_STATES, FATES, GREY, dressed
+
+# The paper's Figure 5: acceptance rate without a threshold and at its highest one. Quoted, never measured here.
+PUBLISHED = {"math": (0.769, 0.925), "code": (0.676, 0.920), "chat": (0.457, 0.957)}
+LEAST = 0.05  # checked drafts a round below which an acceptance rate is one of a handful of drafts
+
+
+def threshold_bars(sweep: pd.DataFrame, about: str) -> go.Figure:
+    """One panel per domain: accepted and rejected drafts a round as stacked bars over the threshold, the acceptance rate as a line.
+
+    sweep: a frame of :func:`dspark.bench.policies.threshold_sweep` or ``threshold_estimate`` · about: what was replayed, for the title.
+    """
+    domains = list(dict.fromkeys(sweep["domain"]))
+    names = [f"{domain} (n = {sweep.loc[sweep['domain'] == domain, 'n'].max()})" for domain in domains]
+    specs = [[{"secondary_y": True} for _ in domains]]
+    figure = make_subplots(1, len(domains), specs=specs, subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.06)
+    for column, domain in enumerate(domains, 1):
+        rows = sweep[sweep["domain"] == domain]
+        x, first = [f"{t:g}" for t in rows["threshold"]], column == 1
+        for state, heights in (("accepted", rows["accepted"]), ("rejected", rows["checked"] - rows["accepted"])):
+            look = DRAFT_STATES[state]
+            bar = go.Bar(x=x, y=heights, name=look.label, marker_color=look.colour(0.75), legendgroup=state, showlegend=first)
+            figure.add_trace(bar, row=1, col=column, secondary_y=False)
+        rate = 100 * rows["acceptance"].where(rows["checked"] >= LEAST)
+        line = {"color": FATES["bonus"].colour(), "width": 2.5}
+        shown = go.Scatter(x=x, y=rate, name="acceptance rate", mode="lines+markers", line=line, legendgroup="rate", showlegend=first)
+        figure.add_trace(shown, row=1, col=column, secondary_y=True)
+    figure.update_layout(barmode="stack")
+    figure.update_xaxes(title="threshold on a<sub>k</sub>", type="category")
+    figure.update_yaxes(title="drafts a round (number)", secondary_y=False, col=1)
+    figure.update_yaxes(range=[0, 105], showticklabels=False, secondary_y=True)
+    figure.update_yaxes(title="acceptance rate (%)", showticklabels=True, secondary_y=True, col=len(domains))
+    return _spaced(dressed(figure, f"A higher threshold checks less and accepts more of it<br><sup>{about}</sup>", 440))
+
+
+def _spaced(figure: go.Figure) -> go.Figure:
+    """Room for the title, the legend under it, and the panels' own titles."""
+    return figure.update_layout(margin={"t": 120, "r": 60}, legend={"y": 1.1})
+
+
+def published_table(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Acceptance rate without a threshold and at the highest threshold that still checks something, beside the paper's."""
+    rows = []
+    for domain, part in sweep[sweep["checked"] >= LEAST].groupby("domain", sort=False):
+        part = part.sort_values("threshold")
+        low, high = part.iloc[0], part.iloc[-1]
+        paper = PUBLISHED.get(domain)
+        rows.append(
+            {
+                "domain": domain,
+                f"measured at {low['threshold']:g}": f"{low['acceptance']:.1%}",
+                "measured at the highest": f"{high['acceptance']:.1%} (threshold {high['threshold']:g})",
+                "paper, none": f"{paper[0]:.1%}" if paper else "–",
+                "paper, highest": f"{paper[1]:.1%}" if paper else "–",
+            }
+        )
+    return pd.DataFrame(rows).set_index("domain")
+
+
+def reliability_diagrams(data: Rollouts, temperatures: Sequence[float], about: str) -> go.Figure:
+    """One panel per position: how often blocks survived to it against the stated a_k, before and after scaling.
+
+    data: rollouts that were not fitted. Marks are bins, their size grows with the cases in them; on the diagonal a head is honest.
+    """
+    width = data.block_size
+    reached = [k for k in range(width) if data.checked[:, k].any()]
+    titles = [_errors(data, k, temperatures) for k in reached]
+    figure = make_subplots(1, len(reached), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03)
+    looks = {"before STS": ((), "correction", "circle-open"), "after STS": (tuple(temperatures), "draft", "circle")}
+    for column, k in enumerate(reached, 1):
+        diagonal = go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dash"}, hoverinfo="skip", showlegend=False)
+        figure.add_trace(diagonal, row=1, col=column)
+        for name, (scaling, fate, symbol) in looks.items():
+            bins = pd.DataFrame(reliability(*data.at(k, scaling)))
+            size = 5 + 13 * (bins["n"] / bins["n"].max()) ** 0.5
+            shown = go.Scatter(
+                x=bins["confidence"],
+                y=bins["frequency"],
+                mode="lines+markers",
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                line={"color": FATES[fate].colour(0.6)},
+                marker={"color": FATES[fate].colour(0.85), "symbol": symbol, "size": size},
+                customdata=bins[["n"]],
+                hovertemplate="stated %{x:.2f}, came true %{y:.2f}, n = %{customdata[0]}",
+            )
+            figure.add_trace(shown, row=1, col=column)
+    figure.update_xaxes(range=[-0.03, 1.03], title="stated a<sub>k</sub>", tickvals=[0, 0.5, 1])
+    figure.update_yaxes(range=[-0.03, 1.03])
+    figure.update_yaxes(title="share that survived", col=1)
+    return _spaced(dressed(figure, f"Stated survival against what came (n = {len(data.logits)} blocks)<br><sup>{about}</sup>", 430))
+
+
+def _errors(data: Rollouts, k: int, temperatures: Sequence[float]) -> str:
+    before, after = data.at(k), data.at(k, temperatures)
+    errors = f"ECE {calibration_error(*before):.1%} → {calibration_error(*after):.1%}"
+    return f"position {k + 1}<br><sup>{errors}, AUC {ranking_quality(*after):.2f}</sup>"
+
+
+def calibration_table(judged: pd.DataFrame) -> pd.DataFrame:
+    """A frame of :func:`dspark.bench.rollouts.judged` for the eye."""
+    percent = {name: judged[name].map("{:.1%}".format) for name in ("survival", "ece_before", "ece_after", "noise")}
+    auc = {name: judged[name].round(3) for name in ("auc_before", "auc_after")}
+    names = {"ece_before": "ECE before", "ece_after": "ECE after", "noise": "ECE of a perfect head", "auc_before": "AUC before"}
+    names |= {"auc_after": "AUC after", "survival": "survived", "n": "blocks"}
+    return judged.assign(**percent, **auc).rename(columns=names).set_index(["temperature", "position"])
