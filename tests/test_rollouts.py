@@ -1,0 +1,209 @@
+"""Rollouts and traces of the prompt sets: each run once, from the right prompts; temperatures that are stored change nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from tiny import tiny_drafter, tiny_target
+
+import dspark
+from dspark.bench import policies, rollouts, sps, traces
+from dspark.bench.arms import Models
+from dspark.bench.plan import Plan
+from dspark.bench.prompts import load_prompts
+from dspark.bench.results import read_results, write_results
+from dspark.calibrate import calibration_noise, calibration_report, fit_sts, reliability
+from dspark.replay import replay
+from dspark.target import Target
+from dspark.trace import StepTimes
+
+PLAN = Plan(arms="fixed", baseline="fixed", split="dev", domains="code,chat", prompts=4, tokens=12, repeats=2)
+
+
+def ids_of(self: Target, prompt: object) -> list[int]:
+    """Any prompt as a few token ids that depend on its text."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+    return [4 + sum(text[i::5].encode()) % 90 for i in range(5)]
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> Models:
+    monkeypatch.setattr(Target, "encode", ids_of)
+    target = tiny_target()
+    return Models(target, tiny_drafter(target))
+
+
+def interrupted_after(n: int, monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> None:
+    """The n-th call of module.name is cut short by Ctrl-C."""
+    real, calls = getattr(module, name), []
+
+    def cut(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, cut)
+
+
+def test_an_interrupted_rollout_goes_on_and_no_run_is_there_twice(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rollouts.measure_rollouts(PLAN, models, tmp_path / "whole.parquet")
+    assert len(whole) == 8 + 16  # greedy once, sampled twice
+    assert not whole.duplicated(["temperature", "prompt_id", "repeat"]).any()
+    with monkeypatch.context() as patched:
+        interrupted_after(6, patched, rollouts, "generate")
+        with pytest.raises(KeyboardInterrupt):
+            rollouts.measure_rollouts(PLAN, models, tmp_path / "cut.parquet")
+    assert not (tmp_path / "cut.parquet").exists()
+    again = rollouts.measure_rollouts(PLAN, models, tmp_path / "cut.parquet")
+    pd.testing.assert_frame_equal(again.drop(columns="utc"), whole.drop(columns="utc"))
+
+
+def test_one_half_of_the_dev_prompts_fits_and_the_other_judges(models: Models, tmp_path: Path) -> None:
+    frame = rollouts.measure_rollouts(PLAN, models, tmp_path / "r.parquet")
+    halves = frame.groupby("half")["prompt_id"].agg(set)
+    assert halves["fit"].isdisjoint(halves["judge"])
+    assert (frame.groupby(["domain", "half"])["prompt_id"].nunique() == 2).all()
+    tests = {item.id for domain in ("code", "chat") for item in load_prompts(domain, "test")}
+    assert tests.isdisjoint(frame["prompt_id"])
+    assert len(rollouts.rollouts_of(frame, half="fit").logits) == frame.loc[frame["half"] == "fit", "blocks"].sum()
+    with pytest.raises(ValueError, match="roll out more"):
+        rollouts.rollouts_of(frame, half="fit", temperature=0.5)
+
+
+def test_rollouts_do_not_depend_on_temperatures_that_the_drafter_carries(models: Models, tmp_path: Path) -> None:
+    plain = rollouts.measure_rollouts(PLAN, models, tmp_path / "a.parquet")
+    models.drafter.sts_temperatures = (2.0, 3.0, 0.5, 1.0)
+    carried = rollouts.measure_rollouts(PLAN, models, tmp_path / "b.parquet")
+    assert [list(x) for x in carried["logits"]] == [list(x) for x in plain["logits"]]
+    assert len(rollouts.measure_rollouts(PLAN, models, tmp_path / "a.parquet")) == len(plain)  # and the finished file still fits
+
+
+def test_storing_temperatures_keeps_weights_and_training(tmp_path: Path) -> None:
+    target = tiny_target()
+    dspark.save_drafter(tiny_drafter(target), target, tmp_path / "d", training={"steps": 7})
+    before = dspark.load_drafter(tmp_path / "d", target)
+    assert rollouts.store((2.0, 1.5, 1.0, 0.5), str(tmp_path / "d"), target) == tmp_path / "d"
+    after = dspark.load_drafter(tmp_path / "d", target)
+    assert after.sts_temperatures == (2.0, 1.5, 1.0, 0.5)
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["training"] == {"steps": 7}
+    for (name, old), (same, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert name == same and torch.equal(old, new)
+    with pytest.raises(ValueError, match="folder"):
+        rollouts.store((1.0,), "org/name", target)
+
+
+def test_a_drafter_without_confidence_is_refused(models: Models, tmp_path: Path) -> None:
+    without = Models(models.target, tiny_drafter(models.target, enable_confidence_head=False))
+    with pytest.raises(ValueError, match="no confidence head"):
+        rollouts.measure_rollouts(PLAN, without, tmp_path / "r.parquet")
+
+
+def test_an_interrupted_recording_goes_on_with_the_same_step_times(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, out = Plan(arms="fixed+copy", baseline="fixed+copy", domains="code,chat", prompts=2, tokens=8), tmp_path / "t.parquet"
+    with monkeypatch.context() as patched:
+        interrupted_after(4, patched, traces, "record")  # one is the warm-up's
+        with pytest.raises(KeyboardInterrupt):
+            traces.record_traces(plan, models, out)
+    frame = traces.record_traces(plan, models, out)
+    assert len(frame) == 4 and not frame.duplicated("prompt_id").any()
+    found = traces.read_traces(out)
+    assert len({json.dumps(trace.about["verify_seconds"]) for _, trace in found}) == 1
+    for about, trace in found:
+        item = next(item for item in load_prompts(about["domain"], "test") if item.id == about["prompt_id"])
+        source = dspark.ContextLookup(models.drafter)
+        expected = dspark.generate(models.target, source, item.messages, max_new_tokens=8).rounds
+        assert [r.committed for r in replay(trace, dspark.FixedWindow())] == [r.committed for r in expected]
+
+
+def test_files_of_another_version_or_without_rows_name_the_command(models: Models, tmp_path: Path) -> None:
+    path = tmp_path / "f.parquet"
+    frame = rollouts.measure_rollouts(Plan(arms="fixed", baseline="fixed", split="dev", domains="code", prompts=1, tokens=4), models, path)
+    for read, command in ((rollouts.read_rollouts, "bench.rollouts"), (traces.read_traces, "bench.traces"), (sps.read_sps, "bench.sps")):
+        write_results(frame.assign(schema_version=99), path)
+        with pytest.raises(ValueError, match=f"schema version 99.*{command}"):
+            read(path)
+        write_results(frame.drop(columns="schema_version"), path)
+        with pytest.raises(ValueError, match=f"schema version none.*{command}"):
+            read(path)
+        write_results(frame[:0], path)
+        with pytest.raises(ValueError, match=f"no rows.*{command}"):
+            read(path)
+        with pytest.raises(ValueError, match=f"no results.*{command}"):
+            read(tmp_path / "none.parquet")
+
+
+def test_step_times_have_every_context_kind_and_width(models: Models, tmp_path: Path) -> None:
+    frame = sps.measure_sps(PLAN, models, tmp_path / "sps.parquet", repeats=1)
+    assert set(frame["context"]) == set(sps.CONTEXTS) and (frame["seconds"] > 0).all()
+    assert list(frame.loc[(frame["context"] == 128) & (frame["kind"] == "draft"), "tokens"]) == [1, 2, 3, 4]
+    assert sps.curve_of(read_results(tmp_path / "sps.parquet"), 128)(1) > 0
+    with pytest.raises(ValueError, match="128, 512, 1536"):
+        sps.curve_of(frame, 100)
+
+
+@pytest.mark.parametrize("wrong", ["fixd:3", "prefix+copy", "generate", "fixed:x", ""])
+def test_a_misspelled_policy_is_refused_by_name(wrong: str) -> None:
+    with pytest.raises(ValueError, match=repr(wrong).replace("+", r"\+")):
+        policies.policy_of(wrong)
+
+
+def test_policies_are_compared_on_the_same_tokens_and_by_the_traces_seconds(models: Models, tmp_path: Path) -> None:
+    plan = Plan(arms="fixed", baseline="fixed", domains="code,chat", prompts=2, tokens=16)
+    traces.record_traces(plan, models, tmp_path / "t.parquet")
+    found = traces.read_traces(tmp_path / "t.parquet")
+    names = ["plain", *policies.windows(4), "prefix", policies.PRICED, "adaptive", "confidence:0.5", policies.ORACLE]
+    frame = policies.replayed(found, names)
+    assert (frame.groupby("prompt_id")["tokens"].nunique() == 1).all()
+    lines = policies.pooled(frame).set_index(["policy", "domain"])
+    assert (lines.loc["plain", "tokens_per_round"] == 1).all() and (lines.loc["plain", "speedup"] == 1).all()
+    per_domain = [lines.loc[("fixed:4", domain), "tokens_per_second"] for domain in ("code", "chat")]
+    assert lines.loc[("fixed:4", "all"), "tokens_per_second"] == pytest.approx((per_domain[0] * per_domain[1]) ** 0.5)
+    told = policies.against_windows(lines.reset_index(), policies.ORACLE)
+    assert told["hindsight"] >= 1 and told["single"] >= told["hindsight"] >= told["worst"]
+    fixed = policies.against_windows(lines.reset_index(), told["best_single"])
+    assert fixed["single"] == pytest.approx(1) and fixed["hindsight"] <= 1
+    with pytest.raises(ValueError, match="replay both"):
+        policies.against_windows(lines.reset_index(), "mtp1")
+
+
+def test_a_threshold_of_zero_checks_everything_and_the_estimate_agrees_with_the_blocks(models: Models, tmp_path: Path) -> None:
+    frame = rollouts.measure_rollouts(PLAN, models, tmp_path / "r.parquet")
+    frame = frame[frame["temperature"] == 1]
+    swept = policies.threshold_estimate(frame, [0.0, 0.5, 1.01])
+    for domain, rows in swept.groupby("domain"):
+        data = rollouts.rollouts_of(frame, domain=domain)
+        assert rows["checked"].iloc[0] == pytest.approx(float(data.checked.sum() / len(data.logits)))
+        assert rows["accepted"].iloc[0] == pytest.approx(float(data.survived.sum() / len(data.logits)))
+        assert rows["checked"].is_monotonic_decreasing and rows["checked"].iloc[-1] == 0 and pd.isna(rows["acceptance"].iloc[-1])
+
+
+def test_the_noise_is_the_error_that_a_perfect_head_shows() -> None:
+    generator = torch.Generator().manual_seed(1)
+    few, many = torch.rand(200, generator=generator), torch.rand(20_000, generator=generator)
+    assert 0.03 < calibration_noise(few) < 0.12
+    assert calibration_noise(many, draws=20) < 0.2 * calibration_noise(few)
+
+
+def test_reliability_bins_hold_every_case_once() -> None:
+    confidence, outcome = torch.tensor([0.05, 0.06, 0.95, 1.0]), torch.tensor([False, True, True, True])
+    rows = reliability(confidence, outcome, bins=10)
+    assert rows[0] == pytest.approx({"n": 2, "confidence": 0.055, "frequency": 0.5})
+    assert rows[1] == pytest.approx({"n": 2, "confidence": 0.975, "frequency": 1.0})
+
+
+def test_the_report_has_a_row_for_every_position_that_was_checked(models: Models, tmp_path: Path) -> None:
+    data = rollouts.rollouts_of(rollouts.measure_rollouts(PLAN, models, tmp_path / "r.parquet"))
+    data.checked[:, 3] = False
+    rows = calibration_report(data, fit_sts(data))
+    assert [row["position"] for row in rows] == [1, 2, 3]
+    assert all(0 <= row["ece_after"] <= row["ece_before"] + 1e-9 for row in rows[:1])
+
+
+def test_step_times_without_a_width_are_refused() -> None:
+    with pytest.raises(ValueError, match="no step times"):
+        _ = StepTimes({}, {}).sps
