@@ -198,11 +198,21 @@ class PrefixScheduler(_NeedsConfidence):
     x_{r,j} or later tokens. A search for the best budget over ALL candidates would read later confidences and bias it (Appendix A).
 
     draft_seconds: what the round has spent on drafting by then. 0 is the paper's rule, made for servers that draft while they
-    verify; on one stream the draft is waited for, and a round that was dear to begin with should check more.
+    verify; on one stream the draft is waited for, and a round that was dear to begin with should check more. max_window: tokens to
+    draft, None for the whole block; a constant, as drafts that are hardly ever checked cost time, too.
     """
 
     sps: Callable[[int], float]
     draft_seconds: float = 0.0
+    max_window: int | None = None
+
+    def window(self, last: Past | None, block_size: int) -> int:
+        return block_size if self.max_window is None else self.max_window
+
+    def check(self, block_size: int, has_confidence: bool) -> None:
+        super().check(block_size, has_confidence)
+        if self.max_window is not None and not 1 <= self.max_window <= block_size:
+            raise ValueError(f"max_window {self.max_window} must lie in 1..{block_size}, the drafter's block size")
 
     def __post_init__(self) -> None:
         if not self.draft_seconds >= 0:

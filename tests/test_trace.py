@@ -36,7 +36,7 @@ def assert_same(found: list[Round], expected: list[Round], *about: object) -> No
 
 
 def all_policies(block_size: int) -> list[Policy]:
-    return [*policies(block_size), dspark.AdaptiveWindow(0.02, 0.01, 0.005), dspark.PrefixScheduler(TIMES.sps)]
+    return [*policies(block_size), dspark.AdaptiveWindow(0.02, 0.01, 0.005), dspark.PrefixScheduler(TIMES.sps, max_window=2)]
 
 
 @pytest.mark.parametrize("source", ["drafter", "copying", "wavering"])

@@ -22,8 +22,9 @@ ALL = "all"
 def policy_of(name: str) -> Callable[[StepTimes, int], Policy]:
     """An arm's name → its policy, given the step times and the block size of a trace.
 
-    "plain", "oracle" and "prefix, draft priced" (Algorithm 1 that counts the draft's time, too) are names as well. Raises ValueError
-    for a misspelled name, and for a suffix: whether blocks were copied is decided when the trace is recorded.
+    "plain", "oracle", "prefix, draft priced" (Algorithm 1 that counts the draft's time, too) and "prefix:N" (it drafts N tokens) are
+    names as well. Raises ValueError for a misspelled name, and for a suffix: whether blocks were copied is decided when the trace is
+    recorded.
     """
     if name == ORACLE:
         return lambda times, block_size: Oracle()
@@ -31,6 +32,9 @@ def policy_of(name: str) -> Callable[[StepTimes, int], Policy]:
         return lambda times, block_size: Autoregressive()
     if name == PRICED:
         return lambda times, block_size: PrefixScheduler(times.sps, times.draft_seconds(min(block_size, max(times.draft))))
+    kind, _, n = name.partition(":")
+    if kind == PREFIX and n.isdecimal():
+        return lambda times, block_size: PrefixScheduler(times.sps, max_window=int(n))
     if name == PREFIX:
         return lambda times, block_size: PrefixScheduler(times.sps)
     arm = parse_arm(name)

@@ -38,15 +38,17 @@ def threshold_bars(sweep: pd.DataFrame, about: str) -> go.Figure:
         figure.add_trace(shown, row=1, col=column, secondary_y=True)
     figure.update_layout(barmode="stack")
     figure.update_xaxes(title="threshold on a<sub>k</sub>", type="category")
+    figure.update_yaxes(range=[0, 1.05 * sweep["checked"].max()], secondary_y=False)
     figure.update_yaxes(title="drafts a round (number)", secondary_y=False, col=1)
-    figure.update_yaxes(range=[0, 105], showticklabels=False, secondary_y=True)
+    figure.update_yaxes(range=[0, 105], tickvals=[0, 25, 50, 75, 100], showgrid=False, showticklabels=False, secondary_y=True)
     figure.update_yaxes(title="acceptance rate (%)", showticklabels=True, secondary_y=True, col=len(domains))
-    return _spaced(dressed(figure, f"A higher threshold checks less and accepts more of it<br><sup>{about}</sup>", 440))
+    return _spaced(dressed(figure, f"A higher threshold checks less and accepts more of it<br><sup>{about}</sup>", 480))
 
 
 def _spaced(figure: go.Figure) -> go.Figure:
-    """Room for the title, the legend under it, and the panels' own titles."""
-    return figure.update_layout(margin={"t": 120, "r": 60}, legend={"y": 1.1})
+    """Room for the title, its second line, the legend and the panels' own titles, one above the other."""
+    title = {"y": 0.97, "yanchor": "top"}
+    return figure.update_layout(title=title, margin={"t": 165, "r": 60}, legend={"y": 1.2})
 
 
 def published_table(sweep: pd.DataFrame) -> pd.DataFrame:
@@ -100,7 +102,7 @@ def reliability_diagrams(data: Rollouts, temperatures: Sequence[float], about: s
     figure.update_xaxes(range=[-0.03, 1.03], title="stated a<sub>k</sub>", tickvals=[0, 0.5, 1])
     figure.update_yaxes(range=[-0.03, 1.03])
     figure.update_yaxes(title="share that survived", col=1)
-    return _spaced(dressed(figure, f"Stated survival against what came (n = {len(data.logits)} blocks)<br><sup>{about}</sup>", 430))
+    return _spaced(dressed(figure, f"Stated survival against what came (n = {len(data.logits)} blocks)<br><sup>{about}</sup>", 480))
 
 
 def _errors(data: Rollouts, k: int, temperatures: Sequence[float]) -> str:

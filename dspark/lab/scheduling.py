@@ -66,7 +66,7 @@ def policy_chart(lines: pd.DataFrame, about: str) -> go.Figure:
     shown = lines[lines["policy"] != "plain"]
     whole = shown[shown["domain"] == ALL].sort_values("speedup")
     order = list(whole["policy"])
-    ink = [GREY if policy == ORACLE else FATES["draft"].colour(0.35) for policy in order]
+    ink = [FATES["plain" if policy == ORACLE else "draft"].colour(0.35) for policy in order]
     bars = go.Bar(
         x=whole["speedup"],
         y=order,
@@ -76,6 +76,7 @@ def policy_chart(lines: pd.DataFrame, about: str) -> go.Figure:
         text=[f"{s:.3f}×" for s in whole["speedup"]],
         textposition="inside",
         insidetextanchor="start",
+        insidetextfont={"color": "#888888"},
     )
     figure = go.Figure(bars)
     domains = [domain for domain in dict.fromkeys(shown["domain"]) if domain != ALL]
@@ -89,7 +90,9 @@ def policy_chart(lines: pd.DataFrame, about: str) -> go.Figure:
     figure.update_yaxes(type="category")
     n = int(whole["n"].max())
     title = f"All policies on the same {n} texts, without timing noise<br><sup>{about}</sup>"
-    return dressed(figure, title, 220 + 26 * len(order)).update_layout(margin={"l": 170, "t": 110}, legend={"y": 1.01})
+    return dressed(figure, title, 220 + 26 * len(order)).update_layout(
+        title={"y": 0.97, "yanchor": "top"}, margin={"l": 170, "t": 120}, legend={"y": 1.01}
+    )
 
 
 def policy_table(lines: pd.DataFrame) -> pd.DataFrame:
