@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 SPS = Callable[[int], float]  # target steps per second when one step checks B tokens, e.g. a dspark.profile.SPSCurve
 
@@ -39,3 +40,33 @@ def required_tokens_per_round(sps: SPS, window: int, draft_seconds: float, speed
     if not speedup > 0:
         raise ValueError(f"speedup must be positive, got {speedup}")
     return speedup * (draft_seconds + 1 / sps(1 + window)) * sps(1)
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """What one window needs for one speed-up. required: τ with the drafter's time, free: τ if drafting cost nothing ·
+    ceiling: window + 1, the τ of a drafter that is always right · reachable: required ≤ ceiling."""
+
+    window: int
+    speedup: float
+    required: float
+    free: float
+
+    @property
+    def ceiling(self) -> int:
+        return self.window + 1
+
+    @property
+    def reachable(self) -> bool:
+        return self.required <= self.ceiling
+
+
+def break_even(sps: SPS, windows: Sequence[int], draft_seconds: float, speedups: Sequence[float]) -> Iterator[BreakEven]:
+    """Every window with every speed-up, before anything is trained: what τ does it take on this model and this machine?
+
+    draft_seconds: T_draft, taken to be the same for every window, as the backbone runs once for the whole block.
+    """
+    for speedup in speedups:
+        for window in windows:
+            required, free = (required_tokens_per_round(sps, window, seconds, speedup) for seconds in (draft_seconds, 0.0))
+            yield BreakEven(window, speedup, required, free)

@@ -18,8 +18,10 @@ from statistics import median
 
 import torch
 
+from dspark.draft import Drafter
 from dspark.fetch import cache_dir
 from dspark.packed import PackedLinear
+from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 
 log = logging.getLogger(__name__)
@@ -104,6 +106,25 @@ def profile_sps(target: Target, *, context: int = 256, widths: Sequence[int] = W
         for width in widths[first:] + widths[:first]:
             times[width].append(step(width))
     return SPSCurve(widths, tuple(median(times[width]) for width in widths))
+
+
+def profile_draft(target: Target, drafter: Drafter, *, context: int = 256, repeats: int = 9) -> float:
+    """T_draft on this machine: median seconds of one greedy block behind ``context`` tokens, of which two are new to the drafter.
+
+    The time does not depend on what the weights have learnt, so a drafter that nobody has trained yet will do.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    width = len(drafter.target_layer_ids) * target.hidden_size
+    taps = torch.randn(1, context + 2 * repeats + 2, width, generator=torch.Generator().manual_seed(0)).to(target.device, target.dtype)
+    state, times, chance, at = drafter.new_state(), [], Chance(torch.Generator(target.device).manual_seed(0)), 0
+    for new in [context, *[2] * repeats]:  # the first one takes in the prompt and is not counted
+        drafter.extend(state, [], taps[:, at : at + new])
+        at += new
+        start = _now(target.device)
+        drafter.draft(state, 0, drafter.block_size, Sampling(), chance)
+        times.append(_now(target.device) - start)
+    return median(times[1:])
 
 
 def sps_curve(target: Target, *, context: int = 256) -> SPSCurve:

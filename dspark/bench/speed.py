@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dspark.bench.arms import Models
 from dspark.bench.measure import Decoder, Trial, first_divergence, summary
-from dspark.bench.plan import SCHEMA_VERSION, Plan, rotated
+from dspark.bench.plan import SCHEMA_VERSION, Plan, Unit, rotated
 from dspark.bench.provenance import drafter_columns, environment, peak_rss_mib
 from dspark.bench.results import Ledger, Row
 from dspark.target import Target
@@ -24,14 +25,26 @@ def measure_speed(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     ledger = Ledger(out, plan.configuration("speed", models.target.digest, models.drafter))
     todo = [] if ledger.complete else [unit for unit in plan.units if unit.key not in ledger.done]
     if todo:
-        decoders = {arm.name: models.decoder(arm, plan.settings) for arm in plan.parsed_arms}
-        constant = constant_columns(plan, models)
-        warm_up(plan, models.target, decoders)
-        for unit in tqdm(todo, desc="prompts", unit="prompt", initial=len(ledger.done), total=len(plan.units)):
-            ids = models.target.encode(unit.item.messages)
-            trials = {name: decoders[name](ids, unit.seed) for name in rotated(list(decoders), unit.turn)}
-            ledger.add(unit.key, rows(unit.columns() | {"prompt_tokens": len(ids)}, trials, plan.baseline, models.target, constant))
+        for unit, measured in measured_units(plan, models, todo):
+            ledger.add(unit.key, measured)
     return ledger.finish()
+
+
+def measured_units(plan: Plan, models: Models, todo: Sequence[Unit]) -> Iterator[tuple[Unit, list[Row]]]:
+    """Each unit as it is finished, with a row per arm. The first pass of every arm is not among them."""
+    decoders = {arm.name: models.decoder(arm, plan.settings) for arm in plan.parsed_arms}
+    constant = constant_columns(plan, models)
+    warm_up(plan, models.target, decoders)
+    for unit in tqdm(todo, desc="prompts", unit="prompt", initial=len(plan.units) - len(todo), total=len(plan.units)):
+        ids = models.target.encode(unit.item.messages)
+        trials = {name: decoders[name](ids, unit.seed) for name in rotated(list(decoders), unit.turn)}
+        yield unit, rows(unit.columns() | {"prompt_tokens": len(ids)}, trials, plan.baseline, models.target, constant)
+
+
+def speed_frame(plan: Plan, models: Models) -> pd.DataFrame:
+    """The same measurement kept in memory: for a notebook, where it is small."""
+    plan.check("speed")
+    return pd.DataFrame([row for _, measured in measured_units(plan, models, plan.units) for row in measured])
 
 
 def warm_up(plan: Plan, target: Target, decoders: dict[str, Decoder]) -> None:
