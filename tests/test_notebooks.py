@@ -146,6 +146,37 @@ def test_start_runs_at_other_parameters_on_another_model(tmp_path, tiny_folders,
         assert part in printed
 
 
+SPEED = {
+    "policy": "confidence,adaptive+copy,lookup",
+    "domains": "math,structured",
+    "max_new_tokens": 10,
+    "block_size": 3,
+    "threads": 1,
+    "dtype": "float32",
+    "price": 0.5,
+}
+
+
+def test_speedup_runs_at_other_parameters_on_another_model(tmp_path, tiny_folders):
+    executed = tmp_path / "folder" / "speedup.ipynb"
+    summary = demo.run(ROOT / "notebooks" / "02_speedup.ipynb", executed, SPEED | tiny_folders)
+    assert summary["policy"] == summary["arm"] == "confidence:0.4+block:3"
+    assert summary["n"] == 2 and summary["low"] <= summary["speedup"] <= summary["high"]
+    assert {"speedup_over_mtp1", "speedup_math", "speedup_over_mtp1_structured"} <= set(summary)
+    assert not any(isinstance(value, dict | list) for value in summary.values()), "a row of a table is flat"
+    assert summary["saved_per_million"] == pytest.approx(0.5 * (1 - 1 / summary["speedup"]))
+
+
+def test_your_model_runs_on_another_model_without_a_drafter(tmp_path, tiny_folders):
+    changed = {"drafter": "", "prompt": "an apple, an apple, an", "max_new_tokens": 12, "threads": 1, "dtype": "float32", "block_size": 4}
+    notebook, executed = ROOT / "notebooks" / "09_your_model.ipynb", tmp_path / "folder" / "yours.ipynb"
+    summary = demo.run(notebook, executed, changed | {"target": tiny_folders["target"], "profile_repeats": 1, "speedups": [1.2]})
+    assert summary["target"] == Path(tiny_folders["target"]).name and summary["fastest"] in ("plain", "copy")
+    assert summary["tau_for_1.2"] > 0 and summary["limit"] > 0 and summary["tau_copy"] >= 1
+    printed = [out.text for cell in cells(executed) for out in cell.outputs if out.output_type == "stream"]
+    assert any("identical" in text for text in printed) and any("refused: RepetitionPenalty" in text for text in printed)
+
+
 def test_a_failing_cell_is_one_line_with_its_own_message(tmp_path):
     notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
     notebook.cells = [

@@ -72,10 +72,14 @@ class Models:
         return arm.decoder(self.target, self.drafter, settings, self.stock)
 
 
+def separated(names: str) -> list[str]:
+    """A comma separates arms where a name follows it, and an arm's numbers where a number does."""
+    return [name.strip() for name in re.split(r",(?=\s*[A-Za-z])", names)]
+
+
 def parse_arms(names: str) -> tuple[Arm, ...]:
     """``"plain,fixed:5,adaptive:0.6,0.3,0.05+copy"`` → arms. Raises ValueError naming the wrong one and the choices."""
-    # A comma separates arms where a name follows it, and an arm's numbers where a number does.
-    arms = tuple(parse_arm(name.strip()) for name in re.split(r",(?=\s*[A-Za-z])", names))
+    arms = tuple(parse_arm(name) for name in separated(names))
     twice = {arm.name for arm in arms if sum(other.name == arm.name for other in arms) > 1}
     if twice:
         raise ValueError(f"arm {min(twice)!r} is named twice: name each arm once")
