@@ -219,6 +219,11 @@ def test_a_peers_steps_are_its_own_and_nothing_is_claimed_about_their_inside(mod
         assert all(r.verify_length == 0 and math.isnan(r.verify_seconds) for r in trial.rounds)
 
 
+def test_copying_alone_leaves_a_drafter_that_is_there_for_other_arms_alone(models):
+    trial = models.decoder(parse_arm("copy"), Settings(max_new_tokens=24))([5, 6, 7, 8, 9], 0)
+    assert {r.source for r in trial.rounds} <= {"", "copy"}
+
+
 def test_a_peer_that_leaves_early_leaves_the_target_whole(models):
     layers = models.target.model.config.num_hidden_layers
     models.decoder(parse_arm("assisted:1"), Settings(max_new_tokens=6))([5, 6, 7], 0)

@@ -42,7 +42,8 @@ class Arm:
 
     def source(self, drafter: Drafter | None, target: Target | None = None) -> DraftSource:
         """The drafter as this arm uses it. target: needed by ``copy`` alone."""
-        return self.wrap(drafter, target) if self.wrap else drafter
+        mine = drafter if self.trained else None
+        return self.wrap(mine, target) if self.wrap else mine
 
     def decoder(self, target: Target, drafter: Drafter | None, settings: Settings, stock: Target | None = None) -> Decoder:
         """Ready to run. Raises ValueError if the drafter cannot serve the policy, or a peer lacks the stock target."""
