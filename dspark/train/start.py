@@ -17,6 +17,12 @@ def frequent_tokens(token_ids: Tensor, assistant: Tensor, count: int, vocab_size
     return frequency.topk(min(count, vocab_size)).indices.sort().values
 
 
+def spread(count: int, last: int, first: int = 0) -> tuple[int, ...]:
+    """``count`` layers from ``first`` to ``last``, evenly; the last one if only one is asked for."""
+    step = (last - first) / max(1, count - 1)
+    return tuple(last - int(step * (count - 1 - i) + 0.5) for i in range(count))
+
+
 def drafter_for(
     target: Target,
     *,
