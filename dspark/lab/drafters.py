@@ -26,6 +26,7 @@ LOOKS = {  # drafter → name, colour, dash
     "dflash": ("DFlash (no sequential head)", FATES["correction"].colour(), "dash"),
     "eagle": ("autoregressive (EAGLE-3-like)", FATES["bonus"].colour(), "dot"),
 }
+HEAD_OFF = "the same drafter, its head switched off"
 OTHER = (GREY, "dashdot")
 
 
@@ -94,7 +95,7 @@ def acceptance_figure(positions: pd.DataFrame, note: str) -> go.Figure:
     """
     figure = go.Figure()
     for drafter, rows in positions.groupby("drafter", sort=False):
-        name, colour, dash = LOOKS.get(drafter, (drafter, *OTHER))
+        name, colour, dash = LOOKS.get(drafter, (drafter, *(LOOKS["dflash"][1:] if drafter == HEAD_OFF else OTHER)))
         figure.add_trace(
             go.Scatter(
                 x=rows["position"],
