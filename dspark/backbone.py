@@ -89,6 +89,15 @@ class Rope(NamedTuple):
         return x * self.cos + torch.cat([-right, left], dim=-1) * self.sin
 
 
+def block_mask(anchors: Tensor, block_size: int, length: int) -> Tensor:
+    """[rows, anchors] → [rows, 1, anchors·γ, length + anchors·γ] bool: context strictly before the anchor, and the own block."""
+    count = anchors.shape[1]
+    owner = torch.arange(count, device=anchors.device).repeat_interleave(block_size)
+    before = torch.arange(length, device=anchors.device) < anchors[..., None]  # [rows, anchors, length]
+    own = (owner[:, None] == owner).expand(anchors.shape[0], -1, -1)
+    return torch.cat([before.repeat_interleave(block_size, 1), own], -1)[:, None]
+
+
 class RMSNorm(nn.RMSNorm):
     """With float32 master weights and bf16 activations, PyTorch's fused kernel wants the weight cast first."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import logging
 import math
@@ -29,7 +30,11 @@ from dspark.target import Target
 
 log = logging.getLogger(__name__)
 
-NATIVE, REFERENCE, SPECULATORS = "DSparkDrafter", "Qwen3DSparkModel", "dspark"
+NATIVE = {  # architecture → where its class lies: ours is at hand, a baseline is imported when one is read
+    "DSparkDrafter": "dspark.draft:Drafter",
+    "EagleDrafter": "dspark.baselines.eagle:EagleDrafter",
+}
+REFERENCE, SPECULATORS = "Qwen3DSparkModel", "dspark"
 FORMAT_VERSION = 1
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -67,7 +72,8 @@ def save_drafter(drafter: Drafter, target: Target, folder: str | Path, *, traini
     tensors = _weights(drafter)
     if config.draft_vocab_size < config.vocab_size:
         tensors["d2t"] = drafter.d2t.to("cpu", torch.int32)
-    about = {"architectures": [NATIVE], "format_version": FORMAT_VERSION, "target": target.name, "target_digest": target.digest}
+    about = {"architectures": [drafter.architecture], "format_version": FORMAT_VERSION}
+    about |= {"target": target.name, "target_digest": target.digest}
     about |= config.to_dict() | {"sts_temperatures": list(drafter.sts_temperatures), "training": training or {}}
     _write(Path(folder), tensors, about)
 
@@ -75,9 +81,11 @@ def save_drafter(drafter: Drafter, target: Target, folder: str | Path, *, traini
 def export_reference(drafter: Drafter, target: Target, folder: str | Path) -> None:
     """Write the reference layout (DeepSpec): the same weights with copies of the target's embedding and head.
 
-    Raises ValueError for a reduced draft vocabulary, which that layout cannot hold, and where :func:`save_drafter` does.
+    Raises ValueError for a reduced draft vocabulary or a baseline, which that layout cannot hold, and where :func:`save_drafter` does.
     """
     config = drafter.config
+    if drafter.architecture != Drafter.architecture:
+        raise ValueError(f"the reference layout holds a {Drafter.architecture}, not a {drafter.architecture}: use save_drafter")
     if config.draft_vocab_size < config.vocab_size:
         found = f"the drafter proposes {config.draft_vocab_size} of {config.vocab_size} tokens"
         raise ValueError(f"{found}, which the reference layout cannot hold: use save_drafter, or train one for the whole vocabulary")
@@ -137,7 +145,7 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
     """Load a drafter, attached to its target in the target's dtype, layout and on its device, ready to draft.
 
     name: ``"default"`` (shipped in the data folder, for the default target), a folder, or a hub id. The format is told from
-    config.json: native, DeepSpec's Qwen3 layout (DSpark and DFlash), or speculators' ``dspark``.
+    config.json: native (DSpark, DFlash and the baselines), DeepSpec's Qwen3 layout (DSpark and DFlash), or speculators' ``dspark``.
     Raises ValueError, naming the value and the remedy, for anything missing, damaged, pickled, not finite, of the wrong shape,
     or made for another target.
     """
@@ -148,8 +156,8 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
         shape = _shape(values, folder)
         _check_sizes(shape, target, folder)
         d2t = _d2t(shape, layout, tensors, folder)
-        copies = {n: tensors.pop(n) for n in ("embed_tokens.weight", "lm_head.weight") if layout != NATIVE and n in tensors}
-        drafter = _assemble(shape, tensors, d2t, target.dtype, folder)
+        copies = {n: tensors.pop(n) for n in ("embed_tokens.weight", "lm_head.weight") if layout not in NATIVE and n in tensors}
+        drafter = _assemble(_class_of(layout), shape, tensors, d2t, target.dtype, folder)
     except (TypeError, AttributeError, KeyError, RuntimeError) as error:  # a number where a dict belongs, sizes beyond any memory, …
         raise ValueError(f"{folder / CONFIG} is malformed: {_line(error)}. Restore it from where the drafter came from") from error
     drafter.sts_temperatures = tuple(map(float, values.get("sts_temperatures") or ()))
@@ -157,9 +165,9 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
     if (path := folder / FILE).exists():
         drafter.phrases = load_phrases(path, None if target.dtype == torch.float16 else target.digest, target.vocab_size)
     _check_copies(copies, target, d2t, folder)
-    if layout == NATIVE and target.dtype == torch.float16:
+    if layout in NATIVE and target.dtype == torch.float16:
         log.warning("%s: not checked against the target's digest, since float16 does not hold every bfloat16 weight", folder)
-    elif layout == NATIVE and config.get("target_digest") != target.digest:
+    elif layout in NATIVE and config.get("target_digest") != target.digest:
         made_for = f"{config.get('target')!r} (weights {config.get('target_digest')!r})"
         found = f"{target.name} (weights {target.digest})"
         raise ValueError(f"the drafter in {folder} was made for {made_for}, not for {found}: load that target, or train a drafter for this")
@@ -256,11 +264,11 @@ def _values(config: dict, folder: Path) -> tuple[str, dict]:
             return SPECULATORS, config | _backbone(config["transformer_layer_config"], folder) | {"target_layer_ids": taps}
     elif config.get("architectures") == [REFERENCE]:
         return REFERENCE, config | _backbone(config, folder) | {"draft_vocab_size": None}
-    elif config.get("architectures") == [NATIVE]:
+    elif config.get("architectures") in [[name] for name in NATIVE]:
         known["format_version"] = config.get("format_version")
         if known["format_version"] == FORMAT_VERSION:
-            return NATIVE, config
-    readable = f"{NATIVE} {FORMAT_VERSION}, {REFERENCE}, and speculators' {SPECULATORS} with sample_from_anchor true"
+            return config["architectures"][0], config
+    readable = f"{' and '.join(NATIVE)} {FORMAT_VERSION}, {REFERENCE}, and speculators' {SPECULATORS} with sample_from_anchor true"
     raise ValueError(f"{folder / CONFIG} describes no drafter that can be read: {known}. Readable are {readable}")
 
 
@@ -326,12 +334,23 @@ def _d2t(shape: DrafterConfig, layout: str, tensors: dict[str, Tensor], folder: 
     return d2t
 
 
-def _assemble(shape: DrafterConfig, tensors: dict[str, Tensor], d2t: Tensor, dtype: torch.dtype, folder: Path) -> Drafter:
+def _class_of(layout: str) -> type[Drafter]:
+    """Drafter, or a baseline's class."""
+    module, name = NATIVE.get(layout, NATIVE[Drafter.architecture]).split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _assemble(
+    kind: type[Drafter], shape: DrafterConfig, tensors: dict[str, Tensor], d2t: Tensor, dtype: torch.dtype, folder: Path
+) -> Drafter:
     layers = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
     if layers != shape.num_hidden_layers:
         raise ValueError(f"the weights in {folder} have {layers} layers, but num_hidden_layers is {shape.num_hidden_layers}: restore them")
-    with torch.device("meta"):  # shapes without memory: the weights that were read become the parameters
-        drafter = Drafter(shape)
+    try:
+        with torch.device("meta"):  # shapes without memory: the weights that were read become the parameters
+            drafter = kind(shape)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
     expected = dict(drafter.named_parameters())
     for problem, names in (("lack", expected.keys() - tensors.keys()), ("have unexpected", tensors.keys() - expected.keys())):
         if names:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.backbone import Context, DrafterConfig, Layer, RMSNorm, Rope
+from dspark.backbone import Context, DrafterConfig, Layer, RMSNorm, Rope, block_mask
 from dspark.packed import PackedLinear, can_pack, pack_linears
 from dspark.phrases import PhraseMemory
 from dspark.rewind import GrowingKV
@@ -106,6 +106,8 @@ class DraftState:
 class Drafter(nn.Module):
     """Backbone, sequential head and confidence head; embedding and LM head are the target's, frozen."""
 
+    architecture = "DSparkDrafter"  # what its config.json says; see :data:`dspark.checkpoint.NATIVE`
+
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config
@@ -132,6 +134,11 @@ class Drafter(nn.Module):
     @property
     def has_confidence(self) -> bool:
         return self.confidence_head is not None
+
+    @torch.no_grad()
+    def start_context(self, norm_weight: Tensor) -> None:
+        """For a fresh drafter whose layers start as copies: the context starts normed as the copied layers expect it."""
+        self.hidden_norm.weight.copy_(norm_weight)
 
     def attach(self, target: Target) -> Drafter:
         """Borrow the target's embedding and LM head. Raises ValueError if the drafter was made for another shape of target."""
@@ -173,6 +180,17 @@ class Drafter(nn.Module):
             x = layer(x, rope, context, mask)
         return self.norm(x)
 
+    def block_hidden(self, token_ids: Tensor, taps: Tensor, tokens: Tensor, previous: Tensor, positions: Tensor) -> Tensor:
+        """What drafting would compute for many blocks of known texts, all in one pass: the training loss is built on it.
+
+        token_ids: [rows, length], the texts · taps: [rows, length, m·hidden] · tokens: anchor and masks, previous: x_{k−1} in the
+        text, positions: where slot k stands, all [rows, anchors, γ]. Returns [rows, anchors, γ, hidden] after the norm. The parallel
+        backbone sees nothing of a text but taps and anchors; a drafter that reads more overrides this.
+        """
+        contexts = [Context(*kv) for kv in self.context(taps)]
+        mask = block_mask(positions[..., 0], positions.shape[-1], taps.shape[1])
+        return self.backbone(tokens.flatten(1), positions.flatten(1), contexts, mask).unflatten(1, positions.shape[1:])
+
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
         return Rope.at(positions, self.config.head_dim, self.config.rope_theta, dtype)
 
@@ -196,8 +214,7 @@ class Drafter(nn.Module):
     @torch.inference_mode()
     def draft(self, state: DraftState, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
         """Propose ``window`` tokens behind the anchor, whose position is the length of the context (Algorithm of §3.1–3.2)."""
-        if not 1 <= window <= self.block_size:
-            raise ValueError(f"window {window} must lie in 1..{self.block_size}, the drafter's block size")
+        self._check_window(window)
         self._absorb(state)
         start, device = state.layers[0].length, self.head_weight.device
         block = torch.full((1, self.block_size), self.config.mask_token_id, device=device)
@@ -221,6 +238,10 @@ class Drafter(nn.Module):
             tokens.append(previous)
             rows.append(probs)
         return Draft(tokens, self._spread(torch.stack(rows)), self._confidence(hidden, embedded))
+
+    def _check_window(self, window: int) -> None:
+        if not 1 <= window <= self.block_size:
+            raise ValueError(f"window {window} must lie in 1..{self.block_size}, the drafter's block size")
 
     def _spread(self, probs: Tensor) -> Tensor:
         """[w, draft_vocab] → [w, vocab]: tokens that the drafter cannot propose get probability zero."""

@@ -122,6 +122,41 @@ def test_losslessness_runs_at_other_parameters(tmp_path):
     assert any("'token C': '4/5'" in text for text in printed)
 
 
+def test_semi_autoregressive_runs_at_other_parameters_on_another_model(tmp_path, tiny_folders):
+    executed = tmp_path / "executed.ipynb"
+    other = {"prompt": "An apple", "slot": 3, "bias": 0.5, "texts": 2, "max_new_tokens": 16, "threads": 1, "dtype": "float32"}
+    papermill.execute_notebook(
+        str(ROOT / "notebooks" / "03_semi_autoregressive.ipynb"),
+        str(executed),
+        other | tiny_folders | {"position": 2, "results": str(tmp_path)},
+        kernel_name="python3",
+        cwd=str(tmp_path),
+    )
+    titles = [
+        output.data["application/vnd.plotly.v1+json"]["layout"]["title"]["text"]
+        for cell in cells(executed)
+        for output in cell.outputs
+        if "application/vnd.plotly.v1+json" in output.get("data", {})
+    ]
+    assert any(title.startswith("Slot 3, behind") for title in titles) and any("head on and off" in title for title in titles)
+
+
+def test_a_drafter_is_trained_for_another_model_at_other_parameters(tmp_path, tiny_folders):
+    executed, out, folder = tmp_path / "executed.ipynb", tmp_path / "out.json", tmp_path / "run"
+    other = {"rows": 6, "tokens": 400, "steps": 5, "anchors": 4, "block_size": 3, "draft_vocab": 100, "max_new_tokens": 8, "threads": 1}
+    papermill.execute_notebook(
+        str(ROOT / "notebooks" / "08_train_a_drafter.ipynb"),
+        str(executed),
+        other | {"target": tiny_folders["target"], "dtype": "float32", "folder": str(folder), "out": str(out)},
+        kernel_name="python3",
+        cwd=str(tmp_path),
+    )
+    summary = json.loads(out.read_text())
+    assert summary["steps"] == len(summary["losses"]) == 5 and len(summary["acceptance"]) == 3 and summary["resumed_at"] == 2
+    target = dspark.load_target(tiny_folders["target"], dtype="float32")
+    assert dspark.load_drafter(folder / "drafter", target).block_size == 3
+
+
 @pytest.mark.parametrize(
     "changed",
     [{"policy": "fixed:2"}, {"policy": "confidence:0.2+copy:2", "temperature": 0.9, "seed": 5, "repeats": 1}],

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import tiny_drafter, tiny_target
 
-from dspark.backbone import Context
-from dspark.train.blocks import block_loss, block_mask, choose_blocks
+from dspark.backbone import Context, block_mask
+from dspark.train.blocks import block_loss, choose_blocks
 from dspark.train.corpus import Corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer

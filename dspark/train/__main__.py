@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import logging
 import signal
 import sys
-import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
+from dspark.bench.plan import Plan
 from dspark.bench.provenance import drafter_digest
-from dspark.checkpoint import load_drafter, save_drafter
+from dspark.checkpoint import data_dir, load_drafter
 from dspark.draft import Drafter
 from dspark.fetch import cache_dir
 from dspark.phrases import FILE, PhraseMemory
@@ -23,7 +21,12 @@ from dspark.target import Target, load_target
 from dspark.train.corpus import Corpus, load_corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
+from dspark.train.run import train_to
 from dspark.train.start import drafter_for, frequent_tokens
+from dspark.train.variants import Recipe, chosen
+
+STAGES = ("train", "decode", "time")
+DECODING = ("domains", "split", "prompts", "tokens", "temperature", "threads")  # options of dspark.bench that compare has as well
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -70,6 +73,18 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--mask-token", type=int, default=3, help="an unused special token of the target")
     drafter.add_argument("--checkpoint-every", type=int, default=500)
     drafter.add_argument("--validate-every", type=int, default=500)
+
+    compare = commands.add_parser("compare", parents=[common], help="train several kinds of drafter alike and decode with them; resumes")
+    compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the drafters, one folder each")
+    compare.add_argument("--results", type=Path, help="folder of the measurements; default data/results")
+    compare.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
+    compare.add_argument("--only", default="main", help="drafters or groups of them: all, main, heads, block, layers, dspark-block8, …")
+    compare.add_argument("--stages", default="train,decode", help=f"of {', '.join(STAGES)}; time needs a quiet machine")
+    options = [option for option in fields(Recipe) if option.metadata] + [option for option in fields(Plan) if option.name in DECODING]
+    for option in options:
+        default = 1.0 if option.name == "temperature" else option.default  # as in the paper's table
+        told = f"{option.metadata['help']}; default {default}"
+        compare.add_argument("--" + option.name.replace("_", "-"), type=type(default), default=default, help=told)
     return top
 
 
@@ -116,27 +131,31 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
         checkpoint_every=args.checkpoint_every,
     )
     trainer = Trainer(target, drafter, store, config, args.out.with_name(args.out.name + ".training"))
-    start = time.time()
-    bar = tqdm(total=args.steps, initial=trainer.step, unit="step", desc="drafter")
-    # Closing the stream is what saves when Ctrl-C ends it.
-    with (trainer.folder / "log.jsonl").open("a") as log, bar, contextlib.closing(trainer.run()) as records:
-        for record in records:
-            bar.update()
-            bar.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau']:.2f}", acceptance=record["acceptance"])
-            if record["step"] % args.validate_every == 0 or record["step"] == args.steps:
-                record |= {"held_out": trainer.validate()}
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-    summary = {
-        "steps": args.steps,
-        "skipped_rows": args.skip_rows,
-        "started_from": started_from,
-        "corpus_rows": len(corpus),
-        "response_tokens": int(corpus.assistant.sum()),
-        "seconds": round(time.time() - start),
-        "held_out": trainer.validate(),
-    }
-    save_drafter(trainer.drafter, target, args.out, training=summary)
+    train_to(trainer, args.out, validate_every=args.validate_every, about={"skipped_rows": args.skip_rows, "started_from": started_from})
+
+
+def compare_drafters(args: argparse.Namespace) -> None:
+    from dspark.train import compare
+
+    variants, stages = chosen(args.only), [stage.strip() for stage in args.stages.split(",")]
+    if wrong := [stage for stage in stages if stage not in STAGES]:
+        raise ValueError(f"stage {wrong[0]!r} is unknown: choose from {', '.join(STAGES)}")
+    recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
+    decoding = {name: getattr(args, name) for name in ("target", "dtype", "device", "seed", *DECODING)}
+    plan = Plan(arms="fixed", baseline="fixed", **decoding)  # made now: a wrong option must not wait for the training
+    results = args.results or data_dir() / "results"
+    if "train" in stages:
+        target = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
+        compare.train_all(target, variants, recipe, args.corpus, args.out, args.features)
+    compare.trained_rows(args.out, results / "drafters-trained.parquet")
+    folders = {variant.name: args.out / variant.name for variant in variants}
+    if len(stages) > stages.count("train"):
+        torch.set_num_threads(args.threads)
+        target = load_target(args.target, dtype=args.dtype, device=args.device)
+        if "decode" in stages:
+            compare.decode_all(target, folders, results, plan)
+        if "time" in stages:
+            compare.time_all(target, folders, results / "drafters-time.parquet")
 
 
 def main() -> None:
@@ -146,8 +165,11 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.default_int_handler)
     try:
-        target = load_target(args.target, dtype=args.dtype, device=args.device, pack=args.command == "corpus")
-        {"corpus": make_corpus, "phrases": remember_phrases, "drafter": train_drafter}[args.command](target, args)
+        if args.command == "compare":
+            compare_drafters(args)
+        else:
+            target = load_target(args.target, dtype=args.dtype, device=args.device, pack=args.command == "corpus")
+            {"corpus": make_corpus, "phrases": remember_phrases, "drafter": train_drafter}[args.command](target, args)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

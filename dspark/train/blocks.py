@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.backbone import Context
 from dspark.draft import Drafter
 from dspark.train.features import Shard
 from dspark.train.losses import HeadLoss, LossWeights, position_weights
@@ -54,15 +53,6 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     return x[row, index]
 
 
-def block_mask(anchors: Tensor, block_size: int, length: int) -> Tensor:
-    """[rows, anchors] → [rows, 1, anchors·γ, length + anchors·γ] bool: context strictly before the anchor, and the own block."""
-    count = anchors.shape[1]
-    owner = torch.arange(count, device=anchors.device).repeat_interleave(block_size)
-    before = torch.arange(length, device=anchors.device) < anchors[..., None]  # [rows, anchors, length]
-    own = (owner[:, None] == owner).expand(anchors.shape[0], -1, -1)
-    return torch.cat([before.repeat_interleave(block_size, 1), own], -1)[:, None]
-
-
 @dataclass(frozen=True)
 class StepResult:
     """loss: scalar with gradient · acceptance: [rows, anchors, γ] 1 − ½‖p_d − p_t‖₁ · valid: the same shape · parts: floats."""
@@ -86,10 +76,7 @@ def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks, weig
     """One forward pass over all blocks of a batch. t2d: [vocab] draft id of each token, −1 if it has none."""
     rows, count, gamma = blocks.positions.shape
     length = shard.token_ids.shape[1]
-    contexts = [Context(*kv) for kv in drafter.context(shard.taps)]
-    mask = block_mask(blocks.anchors, gamma, length)
-    hidden = drafter.backbone(blocks.tokens.flatten(1), blocks.positions.flatten(1), contexts, mask)
-    hidden = hidden.unflatten(1, (count, gamma))  # [rows, anchors, γ, h]
+    hidden = drafter.block_hidden(shard.token_ids, shard.taps, blocks.tokens, blocks.previous, blocks.positions)  # [rows, anchors, γ, h]
 
     embedded = latent = w2 = None
     if drafter.markov_head is not None:

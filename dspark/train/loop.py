@@ -72,6 +72,10 @@ class Trainer:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.safetensors"
 
+    @property
+    def _shape(self) -> dict[str, object]:
+        return {"architecture": self.drafter.architecture} | self.drafter.config.to_dict()
+
     def run(self) -> Iterator[dict[str, object]]:
         """Train from the current step to the end, yielding one record a step; checkpoints on the way and at the end."""
         try:
@@ -154,7 +158,7 @@ class Trainer:
         tensors = {f"weights.{name}": value for name, value in self.drafter.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
-        about = {"step": self.step, "train": asdict(self.config), "drafter": self.drafter.config.to_dict(), "target": self.target.digest}
+        about = {"step": self.step, "train": asdict(self.config), "drafter": self._shape, "target": self.target.digest}
         scratch = self.checkpoint.with_suffix(f".{os.getpid()}.part")
         try:
             save_file({name: value.contiguous() for name, value in tensors.items()}, scratch, {"about": json.dumps(about)})
@@ -166,7 +170,9 @@ class Trainer:
 
     def _resume(self) -> None:
         about, tensors = self._read()
-        wanted = {"train": asdict(self.config), "drafter": self.drafter.config.to_dict(), "target": self.target.digest}
+        wanted = {"train": asdict(self.config), "drafter": self._shape, "target": self.target.digest}
+        if isinstance(about.get("drafter"), dict):  # checkpoints that name no architecture hold the only one of their time
+            about["drafter"] = {"architecture": Drafter.architecture} | about["drafter"]
         for name in ("steps", "checkpoint_every"):  # may change on the way: fewer steps anneal sooner, more go on for longer
             about["train"][name] = wanted["train"][name]
         for key, value in wanted.items():

@@ -17,10 +17,25 @@ def frequent_tokens(token_ids: Tensor, assistant: Tensor, count: int, vocab_size
     return frequency.topk(min(count, vocab_size)).indices.sort().values
 
 
-def drafter_for(target: Target, *, d2t: Tensor | None = None, init_layers: tuple[int, ...] = (), seed: int = 0, **shape: object) -> Drafter:
+def spread(count: int, last: int, first: int = 0) -> tuple[int, ...]:
+    """``count`` layers from ``first`` to ``last``, evenly; the last one if only one is asked for."""
+    step = (last - first) / max(1, count - 1)
+    return tuple(last - int(step * (count - 1 - i) + 0.5) for i in range(count))
+
+
+def drafter_for(
+    target: Target,
+    *,
+    kind: type[Drafter] = Drafter,
+    d2t: Tensor | None = None,
+    init_layers: tuple[int, ...] = (),
+    seed: int = 0,
+    **shape: object,
+) -> Drafter:
     """A fresh drafter shaped like the target's own layers. ``init_layers``: the target layers its layers start as copies of.
 
-    shape: any field of DrafterConfig. Raises ValueError if the target's layers have another layout than the drafter's.
+    kind: DSpark's class or a baseline's · shape: any field of DrafterConfig.
+    Raises ValueError if the target's layers have another layout than the drafter's.
     """
     if wrong := [i for i in init_layers if not 0 <= i < target.num_layers]:
         raise ValueError(f"init_layers {wrong} do not exist: {target.name} has layers 0 to {target.num_layers - 1}")
@@ -44,7 +59,7 @@ def drafter_for(target: Target, *, d2t: Tensor | None = None, init_layers: tuple
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        drafter = Drafter(config)
+        drafter = kind(config)
         for name, weight in drafter.named_parameters():
             if weight.dim() == 2:
                 torch.nn.init.normal_(weight, std=0.02)
@@ -68,4 +83,4 @@ def _start_from(drafter: Drafter, target: Target, init_layers: tuple[int, ...]) 
     with torch.no_grad():
         drafter.fc.weight.mul_(0.1)[:, -target.hidden_size :] += torch.eye(target.hidden_size)
         if "input_layernorm.weight" in copied:
-            drafter.hidden_norm.weight.copy_(copied["input_layernorm.weight"])
+            drafter.start_context(copied["input_layernorm.weight"])

@@ -1,0 +1,130 @@
+"""An autoregressive drafter in the manner of EAGLE-3 (Li et al., 2025): it drafts one token after another.
+
+It reads the same taps as :class:`dspark.draft.Drafter` and borrows the same embedding and head, but its one layer runs once per
+drafted token. What the layer reads at a token's position is that token's embedding and a feature of the position before it: the
+target's taps, fused, where the target has been, and the layer's own output where it has not. Training lives through the same
+steps on the same outputs ("training-time test"), so that drafting meets nothing that training has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dspark.backbone import Context, DrafterConfig, RMSNorm
+from dspark.draft import Draft, Drafter, DraftState
+from dspark.rewind import GrowingKV
+from dspark.sampling import Chance, Sampling
+
+
+@dataclass
+class EagleState(DraftState):
+    """Its cache holds one entry per token but the first, which has no feature before it.
+
+    pending: taps that no entry was made of yet, the last committed token's among them, for its entry is the anchor's ·
+    tokens: the ids at the same positions.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+
+
+class _Unrolled:
+    """Keys and values of the context and of the steps so far, differentiable: what a GrowingKV is while drafting."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.context = Context(*self.context.append(keys, values))
+        return self.context
+
+
+class EagleDrafter(Drafter):
+    """One layer, run once per drafted token; no Markov head, as the layer itself reads the token before."""
+
+    architecture = "EagleDrafter"
+
+    def __init__(self, config: DrafterConfig) -> None:
+        if config.num_hidden_layers != 1 or config.markov_rank:
+            found = f"num_hidden_layers {config.num_hidden_layers} and markov_rank {config.markov_rank}"
+            raise ValueError(f"an {self.architecture} has 1 layer and no Markov head, not {found}: set them to 1 and 0")
+        super().__init__(config)
+        self.embed_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.combine = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+
+    @torch.no_grad()
+    def start_context(self, norm_weight: Tensor) -> None:
+        """The layer norms its input itself; what it reads starts as the sum of feature and embedding, both normed."""
+        self.combine.weight.mul_(0.1).add_(torch.eye(self.config.hidden_size).repeat(1, 2))
+
+    # ---- one step
+
+    def _inputs(self, tokens: Tensor, features: Tensor) -> Tensor:
+        """tokens: [..., n] ids, features: [..., n, hidden] of the positions before theirs → what the layer reads, [..., n, hidden]."""
+        return self.combine(torch.cat([self.embed_norm(self.embed(tokens)), self.hidden_norm(features)], -1))
+
+    def _keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """All that the layer keeps of a token it only looks back at. x: [batch, n, hidden] of :meth:`_inputs`."""
+        layer = self.layers[0]
+        return layer.self_attn.keys_values(layer.input_layernorm(x), self._rope(positions, x.dtype))
+
+    # ---- training
+
+    def block_hidden(self, token_ids: Tensor, taps: Tensor, tokens: Tensor, previous: Tensor, positions: Tensor) -> Tensor:
+        """γ steps of all blocks at once; see :meth:`dspark.draft.Drafter.block_hidden`. ``tokens`` is of no use here."""
+        features, anchors = self.fc(taps), positions[..., 0]  # [rows, length, hidden], [rows, anchors]
+        stands = torch.arange(1, token_ids.shape[1], device=taps.device).expand(len(token_ids), -1)
+        entries = _Unrolled(Context(*self._keys_values(self._inputs(token_ids[:, 1:], features[:, :-1]), stands)))
+        visible = stands[:, None] < anchors[..., None]  # [rows, anchors, length − 1]: context strictly before the anchor, …
+        own = torch.eye(anchors.shape[1], dtype=torch.bool, device=taps.device).expand(len(anchors), -1, -1)
+        before = (anchors - 1).clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])
+        feature, out = features.gather(1, before), []
+        for k in range(positions.shape[-1]):
+            x = self._inputs(previous[..., k], feature)
+            visible = torch.cat([visible, own], -1)  # … and the own block's steps so far
+            feature = self.layers[0](x, self._rope(positions[..., k], x.dtype), entries, visible[:, None])
+            out.append(self.norm(feature))
+        return torch.stack(out, dim=2)
+
+    # ---- drafting
+
+    def new_state(self, prompt: Sequence[int] = ()) -> EagleState:
+        return EagleState([GrowingKV()])
+
+    def extend(self, state: EagleState, token_ids: Sequence[int], taps: Tensor) -> None:
+        """Add committed tokens to the context. taps: [1, tokens, m·hidden]."""
+        state.pending.append(taps)
+        state.tokens.extend(token_ids)
+
+    def _absorb(self, state: EagleState) -> Tensor:
+        """Make entries of all tokens whose feature is known. Returns the feature before the anchor, [1, 1, hidden]."""
+        taps, kv = torch.cat(state.pending, 1), state.layers[0]
+        features = self.fc(taps)
+        if len(state.tokens) > 1:
+            ids = torch.tensor([state.tokens[1:]], device=taps.device)
+            stands = kv.length + 1 + torch.arange(ids.shape[1], device=taps.device)[None]
+            kv.append(*self._keys_values(self._inputs(ids, features[:, :-1]), stands))
+        state.pending, state.tokens = [taps[:, -1:]], state.tokens[-1:]
+        return features[:, -1:]
+
+    @torch.inference_mode()
+    def draft(self, state: EagleState, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
+        """Propose ``window`` tokens behind the anchor, whose position is the length of the context, one step each."""
+        self._check_window(window)
+        feature, kv = self._absorb(state), state.layers[0]
+        entries, previous, tokens, rows, hidden = kv.length, anchor, [], [], []
+        for _ in range(window):
+            place = torch.tensor([[kv.length + 1]], device=feature.device)
+            x = self._inputs(torch.tensor([[previous]], device=feature.device), feature)
+            feature = self.layers[0](x, self._rope(place, x.dtype), kv, None)
+            hidden.append(self.norm(feature)[0, 0])
+            probs = sampling.probs(self.head(hidden[-1][None])[0].float())
+            choice = chance.choose(probs)
+            previous = int(self.d2t[choice])
+            tokens.append(previous)
+            rows.append(probs)
+        kv.rewind(entries)  # what stands on the drafter's own features is dropped, and so is the anchor: its next block makes it anew
+        return Draft(tokens, self._spread(torch.stack(rows)), self._confidence(torch.stack(hidden), []))

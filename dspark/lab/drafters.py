@@ -1,0 +1,227 @@
+"""Drafters side by side: acceptance by position, τ by domain, by depth and by block size, and what the Markov bias does to a token.
+
+Frames are those of ``python -m dspark.train compare`` (one results file per drafter), or of a short run here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from torch import Tensor
+
+from dspark.bench.results import read_results
+from dspark.bench.stats import acceptance_by_position, interval
+from dspark.draft import Drafter
+from dspark.lab.figures import FATES, GREY, dressed
+from dspark.target import Target
+
+LOOKS = {  # drafter → name, colour, dash
+    "dspark": ("DSpark", FATES["draft"].colour(), "solid"),
+    "dflash": ("DFlash (no sequential head)", FATES["correction"].colour(), "dash"),
+    "eagle": ("autoregressive (EAGLE-3-like)", FATES["bonus"].colour(), "dot"),
+}
+HEAD_OFF = "the same drafter, its head switched off"
+OTHER = (GREY, "dashdot")
+
+
+def read_drafters(folder: Path, temperature: float) -> pd.DataFrame:
+    """All comparisons in a results folder at one temperature; ``arm`` names the drafter. Empty if there are none.
+
+    Raises ValueError where files were measured on different prompts, lengths or models: they cannot be compared.
+    """
+    frames = [read_results(path) for path in sorted(folder.glob(f"drafters-t{temperature:g}-*.parquet"))]
+    if not frames:
+        return pd.DataFrame()
+    frame = pd.concat(frames, ignore_index=True)
+    for column in ("split", "n", "max_new_tokens", "target_digest", "dtype", "seed"):
+        if frame[column].nunique() > 1:
+            raise ValueError(f"the drafters in {folder} were measured with {column} {list(frame[column].unique())}: measure them alike")
+    return frame.assign(arm=frame["drafter"])
+
+
+# ---- figures and tables of measured rows
+
+
+def tau_table(frame: pd.DataFrame, reference: str = "dspark", resamples: int = 2000) -> pd.DataFrame:
+    """τ of every drafter by domain, their mean, and by how much the reference exceeds it [95 % bootstrap over prompts].
+
+    frame: rows of one prompt each, columns arm, domain, prompt_id, decoded_tokens, rounds.
+    """
+    if reference not in set(frame["arm"]):
+        raise ValueError(f"{reference!r} was not measured: choose one of {', '.join(sorted(set(frame['arm'])))}")
+    pair = ["decoded_tokens", "rounds"]
+    counts = {  # drafter → domain → [prompts, 2], paired by prompt
+        arm: {d: part.sort_values("prompt_id")[pair].to_numpy(float) for d, part in rows.groupby("domain", sort=False)}
+        for arm, rows in frame.groupby("arm", sort=False)
+    }
+    rng, lines = np.random.default_rng(0), []
+    draws = {d: rng.integers(len(part), size=(resamples, len(part))) for d, part in counts[reference].items()}
+    resampled = {arm: np.mean([_tau(part[draws[d]]) for d, part in by.items()], axis=0) for arm, by in counts.items()}
+    for arm, by in counts.items():
+        taus = {domain: _tau(part) for domain, part in by.items()}
+        mean = np.mean(list(taus.values()))
+        gain = np.mean([_tau(part) for part in counts[reference].values()]) / mean - 1
+        low, high = interval(resampled[reference] / resampled[arm] - 1)
+        told = "–" if arm == reference else f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]"
+        lines.append({"drafter": arm} | {d: f"{t:.2f}" for d, t in taus.items()} | {"mean": f"{mean:.2f}", f"gain of {reference}": told})
+    return pd.DataFrame(lines).set_index("drafter")
+
+
+def _tau(counts: np.ndarray) -> np.ndarray:
+    """[..., prompts, (tokens, rounds)] → tokens over rounds."""
+    tokens, rounds = np.moveaxis(counts.sum(-2), -1, 0)
+    return tokens / np.maximum(rounds, 1)
+
+
+def pooled_positions(frame: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+    """Conditional acceptance in real decoding, all domains together: columns drafter, position, n, acceptance, error (one standard
+    error of a share of n)."""
+    counts = acceptance_by_position(frame[frame["arm"].isin(arms)]).groupby(["arm", "position"], sort=False)[["reached", "accepted"]].sum()
+    counts = counts.reset_index().rename(columns={"arm": "drafter", "reached": "n"})
+    share = counts["accepted"] / counts["n"]
+    return counts.assign(acceptance=share, error=np.sqrt(share * (1 - share) / counts["n"])).drop(columns="accepted")
+
+
+def acceptance_figure(positions: pd.DataFrame, note: str) -> go.Figure:
+    """Fig. 2's twin: of the drafts whose predecessors were all right, how many are? One line per drafter, n in the tooltip.
+
+    positions: columns drafter, position, n, acceptance, error · note: what was counted, for the title.
+    """
+    figure = go.Figure()
+    for drafter, rows in positions.groupby("drafter", sort=False):
+        name, colour, dash = LOOKS.get(drafter, (drafter, *(LOOKS["dflash"][1:] if drafter == HEAD_OFF else OTHER)))
+        figure.add_trace(
+            go.Scatter(
+                x=rows["position"],
+                y=rows["acceptance"],
+                error_y={"array": rows["error"], "color": colour, "thickness": 1},
+                name=name,
+                mode="lines+markers",
+                line={"color": colour, "dash": dash, "width": 2.5},
+                customdata=rows["n"],
+                hovertemplate=name + "<br>position %{x}: %{y:.3f}, n = %{customdata}<extra></extra>",
+            )
+        )
+    figure.update_xaxes(title="position in the block (tokens behind the anchor)", dtick=1)
+    figure.update_yaxes(title="conditional acceptance (share)")
+    return dressed(figure, f"Acceptance by position ({note}, bars: one standard error)", 420)
+
+
+def tau_over(frame: pd.DataFrame, field: str) -> go.Figure:
+    """Figs. 3 and 4: mean τ over the domains with and without the sequential head. field: "drafter_layers" or "drafter_block_size".
+
+    Only drafters that have the base's value in the other field take part. Raises ValueError if the base pair was not measured.
+    """
+    other = {"drafter_layers": "drafter_block_size", "drafter_block_size": "drafter_layers"}[field]
+    base = frame.loc[frame["arm"] == "dspark", other]
+    if base.empty:
+        raise ValueError("'dspark' was not measured: run python -m dspark.train compare --only dspark")
+    figure, kept = go.Figure(), frame[frame[other] == base.iloc[0]]
+    for side in ("dspark", "dflash"):
+        rows = kept[kept["arm"].str.split("-").str[0] == side]
+        points = {
+            value: np.mean([_tau(d[["decoded_tokens", "rounds"]].to_numpy(float)) for _, d in part.groupby("domain")])
+            for value, part in rows.groupby(field)
+        }
+        name, colour, dash = LOOKS[side]
+        line = {"color": colour, "dash": dash, "width": 2.5}
+        figure.add_trace(go.Scatter(x=list(points), y=list(points.values()), name=name, mode="lines+markers", line=line))
+    title = {"drafter_layers": "layers of the drafter (number)", "drafter_block_size": "block size γ (tokens)"}[field]
+    figure.update_xaxes(title=title, tickvals=sorted(kept[field].unique()))
+    figure.update_yaxes(title="τ (tokens per round)")
+    return dressed(figure, f"Tokens per round, mean of the domains (n = {kept['prompt_id'].nunique()} prompts a drafter)", 400)
+
+
+# ---- what the Markov bias does
+
+
+@torch.inference_mode()
+def known_blocks(target: Target, drafter: Drafter, token_ids: Sequence[int], anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks behind some positions of a known text, whose tokens stand for drafts that were all right.
+
+    anchors: [n] positions. Returns probabilities at temperature 1 over the draft vocabulary, [n, γ, draft_vocab] each: of the
+    drafter, of the drafter without its Markov bias, and of the target (whose rest lies outside). Raises ValueError for an anchor
+    with nothing before it or without γ − 1 tokens behind it.
+    """
+    last = len(token_ids) - drafter.block_size
+    if len(anchors) == 0 or not (1 <= int(anchors.min()) and int(anchors.max()) <= last):
+        raise ValueError(f"anchors {anchors.tolist()} must lie in 1..{last} in a text of {len(token_ids)} tokens, and there must be one")
+    ids = torch.tensor([list(token_ids)], device=target.device)
+    logits, taps = target.forward(ids, None, drafter.target_layer_ids)
+    positions = (anchors[:, None] + torch.arange(drafter.block_size)).to(target.device)[None]  # [1, n, γ]
+    previous = ids[0][positions]
+    tokens = torch.full_like(previous, drafter.config.mask_token_id)
+    tokens[..., 0] = previous[..., 0]
+    hidden = drafter.block_hidden(ids, taps, tokens, previous, positions)
+    base, head = drafter.head(hidden)[0].float(), drafter.markov_head
+    biased = base
+    if head is not None:
+        biased = base + head.markov_w2(head.latents(hidden, head.markov_w1(previous)))[0].float()
+    return biased.softmax(-1), base.softmax(-1), logits[0].float().softmax(-1)[:, drafter.d2t][positions[0]]
+
+
+def known_text_acceptance(target: Target, drafter: Drafter, token_ids: Sequence[int], first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Σ min(p_d, p_t) for the block behind every position from ``first`` on, with the Markov bias and without: the conditional
+    acceptance at temperature 1, computed instead of counted. Returns two arrays [anchors, γ]."""
+    anchors = torch.arange(first, len(token_ids) - drafter.block_size + 1)
+    biased, base, p_target = known_blocks(target, drafter, token_ids, anchors)
+    return tuple(torch.minimum(p, p_target).sum(-1).cpu().numpy() for p in (biased, base))
+
+
+def bias_view(target: Target, drafter: Drafter, token_ids: Sequence[int], at: int, top: int = 5) -> pd.DataFrame:
+    """The block behind the anchor ``token_ids[at]``: each slot with the Markov bias, without it, and as the target sees it.
+
+    Every slot's ``top`` tokens of each of the three. Columns: slot (1 … γ) · behind: the text it follows · token, piece · biased,
+    parallel, target: probabilities at temperature 1 · kept_biased, kept_parallel: Σ min(p_d, p_t) of the slot.
+    """
+    views = [p[0] for p in known_blocks(target, drafter, token_ids, torch.tensor([at]))]
+    rows = []
+    for k in range(drafter.block_size):
+        slot = {"slot": k + 1, "behind": target.decode([token_ids[at + k]])}
+        for name, p in zip(("biased", "parallel"), views, strict=False):
+            slot[f"kept_{name}"] = float(torch.minimum(p[k], views[2][k]).sum())
+        for i in dict.fromkeys(i for p in views for i in p[k].topk(min(top, p.shape[-1])).indices.tolist()):
+            token = int(drafter.d2t[i])
+            numbers = {name: float(p[k, i]) for name, p in zip(("biased", "parallel", "target"), views, strict=True)}
+            rows.append(slot | {"token": token, "piece": target.decode([token])} | numbers)
+    return pd.DataFrame(rows)
+
+
+def bias_figure(view: pd.DataFrame, slot: int, top: int = 6) -> go.Figure:
+    """The most probable continuations at one slot: without the bias, with it, and what the target would say."""
+    rows = view[view["slot"] == slot]
+    if rows.empty:
+        raise ValueError(f"slot {slot} is not in the block: choose 1 to {view['slot'].max()}")
+    rows = rows.loc[rows[["parallel", "biased", "target"]].max(axis=1).sort_values(ascending=False).index[:top]].iloc[::-1]
+    labels = [f"“{piece}”".replace("\n", "↵") + f" {token}" for piece, token in zip(rows["piece"], rows["token"], strict=True)]
+    shown = (("target", "the target", GREY), ("biased", "drafter with the bias", FATES["draft"].colour(0.85)))
+    shown += (("parallel", "drafter without it", FATES["correction"].colour(0.85)),)
+    bars = [
+        go.Bar(y=labels, x=rows[column], name=name, orientation="h", marker_color=colour, texttemplate="%{x:.2f}", textposition="outside")
+        for column, name, colour in shown
+    ]
+    figure = go.Figure(bars)
+    figure.update_xaxes(title="probability", range=[0, 1.1])
+    figure.update_yaxes(title="token (text, id)")
+    figure.update_layout(legend={"traceorder": "reversed"})
+    about = rows.iloc[0]
+    behind, without, kept = about["behind"].replace("\n", "↵"), about["kept_parallel"], about["kept_biased"]
+    title = f"Slot {slot}, behind “{behind}”: {without:.0%} kept without the bias, {kept:.0%} with it (n = 1 place)"
+    return dressed(figure, title, 160 + 60 * len(rows))
+
+
+def computed_positions(named: dict[str, Sequence[np.ndarray]]) -> pd.DataFrame:
+    """Arrays [blocks, γ] of several texts under a drafter's name → the frame that :func:`acceptance_figure` draws."""
+    rows = []
+    for drafter, parts in named.items():
+        values = np.concatenate(parts)
+        for k, column in enumerate(values.T, 1):
+            error = column.std(ddof=1) / math.sqrt(len(column)) if len(column) > 1 else math.nan
+            rows.append({"drafter": drafter, "position": k, "n": len(column), "acceptance": column.mean(), "error": error})
+    return pd.DataFrame(rows)

@@ -1,0 +1,164 @@
+"""Drafters trained alike and measured alike: what does each part of the design buy? (The twin of the paper's Table 1 and Figs. 2–4.)
+
+One corpus, one step budget, the same taps, the same batches in the same order, the same draft vocabulary; only what a variant
+names differs. Everything resumes: a finished drafter is not trained again, a finished measurement not repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dspark.bench.arms import Models
+from dspark.bench.plan import Plan, rotated
+from dspark.bench.provenance import drafter_columns, environment
+from dspark.bench.results import Ledger, write_results
+from dspark.bench.speed import measure_speed
+from dspark.checkpoint import load_drafter
+from dspark.draft import Drafter
+from dspark.sampling import Chance, Sampling
+from dspark.target import Target
+from dspark.train.corpus import load_corpus
+from dspark.train.features import FeatureStore
+from dspark.train.loop import Trainer
+from dspark.train.run import train_to
+from dspark.train.start import frequent_tokens
+from dspark.train.variants import VARIANTS, Recipe, Variant
+
+log = logging.getLogger(__name__)
+
+
+def train_all(target: Target, variants: Sequence[Variant], recipe: Recipe, corpus_path: Path, out: Path, features: Path | None) -> None:
+    """Train what is not finished, in the order given, each into its folder ``out/name``. ``target``: not packed.
+
+    Raises ValueError for a folder that holds a drafter of another recipe, corpus or target.
+    """
+    whole = load_corpus(corpus_path)
+    corpus = recipe.text(whole)
+    d2t = frequent_tokens(whole.token_ids, whole.assistant, recipe.draft_vocab, target.vocab_size, target.eos_token_ids)
+    sha = hashlib.sha256(corpus_path.read_bytes()).hexdigest()[:16]
+    wanted = {"recipe": asdict(recipe), "corpus": {"rows": len(whole), "sha256": sha}}
+    for variant in variants:
+        folder = out / variant.name
+        if not _finished(folder, wanted, target):
+            drafter = recipe.start(variant, target, d2t)
+            store = FeatureStore(target, corpus, drafter.target_layer_ids, features)
+            trainer = Trainer(target, drafter, store, recipe.config(), folder.with_name(folder.name + ".training"))
+            train_to(trainer, folder, validate_every=max(1, recipe.steps // 10), about={"variant": variant.name} | wanted)
+
+
+def _finished(folder: Path, wanted: dict[str, object], target: Target) -> bool:
+    if not (folder / "config.json").is_file():
+        return False
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    training = held.get("training", {})
+    if held.get("target_digest") != target.digest or any(training.get(name) != value for name, value in wanted.items()):
+        raise ValueError(f"{folder} holds a drafter of another target, recipe or corpus: choose another --out, or delete it")
+    return True
+
+
+def trained_rows(folder: Path, out: Path) -> pd.DataFrame:
+    """One row per finished drafter in ``folder``, from what its config.json tells: shape, steps, held-out loss, τ and acceptance
+    by position. Written to ``out`` anew each time, as nothing is measured here. Raises ValueError if no drafter is finished."""
+    rows = []
+    for name, variant in VARIANTS.items():
+        if not (folder / name / "config.json").is_file():
+            continue
+        held = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+        training = held["training"]
+        shape = {f.name: getattr(variant, f.name) for f in fields(Variant) if f.name not in ("name", "kind", "rank")}
+        shape |= {"drafter": name, "architecture": held["architectures"][0], "rank": held["markov_rank"]}
+        told = {key: training[key] for key in ("steps", "seconds", "corpus_rows", "response_tokens", "revision", "machine", "threads")}
+        told |= {f"held_out_{key}": training["held_out"][key] for key in ("loss", "tau", "acceptance")}
+        told["corpus_sha256"] = training["corpus"]["sha256"]
+        rows.append(shape | told | {"recipe": json.dumps(training["recipe"]), "target_digest": held["target_digest"]})
+    if not rows:
+        raise ValueError(f"no finished drafter in {folder}: train them first, with --stages train")
+    frame = pd.DataFrame(rows)
+    write_results(frame, out)
+    return frame
+
+
+def decode_all(target: Target, folders: dict[str, Path], results: Path, plan: Plan) -> None:
+    """Real decoding by the plan, one results file per drafter."""
+    for name, folder in folders.items():
+        log.info("decoding with %s", name)
+        measure_speed(
+            replace(plan, drafter=str(folder)),
+            Models(target, load_drafter(folder, target)),
+            results / f"drafters-t{plan.temperature:g}-{name}.parquet",
+        )
+
+
+# ---- what drafting costs
+
+
+def time_all(target: Target, folders: dict[str, Path], out: Path, context: int = 256, repeats: int = 15) -> pd.DataFrame:
+    """One row per drafter and repeat, in ``out`` and returned; the drafters take turns, so a slow spell falls on all of them.
+
+    draft_ms: one block behind ``context`` tokens · head_ms: the sequential head's part of it · verify_ms: the target's pass over
+    the block and its anchor, at the same place. Medians of five, milliseconds.
+    """
+    drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
+    place = environment(target) | {"context": context}
+    about = {name: {"drafter": name} | drafter_columns(drafter) | place for name, drafter in drafters.items()}
+    told = {name: columns["drafter_digest"] for name, columns in about.items()}
+    ledger = Ledger(out, {"mode": "drafters-time", "drafters": told, "repeats": repeats} | place)
+    if not ledger.complete:
+        text = torch.randint(target.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)).tolist()[0]
+        for repeat in tqdm(range(repeats), desc="timing", unit="repeat"):
+            if str(repeat) not in ledger.done:
+                times = {name: _times(target, drafters[name], text) for name in rotated(list(drafters), repeat)}
+                ledger.add(str(repeat), [about[name] | {"repeat": repeat} | columns for name, columns in times.items()])
+    return ledger.finish()
+
+
+def _times(target: Target, drafter: Drafter, text: list[int]) -> dict[str, float]:
+    block, cache, state = drafter.block_size, target.new_cache(), drafter.new_state(text)
+    _, taps = target.forward(torch.tensor([text], device=target.device), cache, drafter.target_layer_ids)
+    drafter.extend(state, text, taps)
+    anchor = text[-1]
+    ids = torch.full((1, block + 1), anchor, device=target.device)
+
+    def verify() -> None:
+        target.forward(ids, cache, drafter.target_layer_ids)
+        cache.rewind(len(text))
+
+    draft = partial(drafter.draft, state, anchor, block, Sampling(1.0), Chance(torch.Generator(target.device).manual_seed(0)))
+    head = partial(_run_head, drafter, torch.zeros(block, drafter.config.hidden_size, dtype=target.dtype, device=target.device))
+    return {"draft_ms": _median_ms(draft, target), "head_ms": _median_ms(head, target), "verify_ms": _median_ms(verify, target)}
+
+
+@torch.inference_mode()
+def _run_head(drafter: Drafter, hidden: Tensor) -> None:
+    """What :meth:`dspark.draft.Drafter.draft` does because there is a sequential head, and nothing else."""
+    if (head := drafter.markov_head) is None:
+        return
+    logits, state = torch.zeros(len(drafter.d2t), device=hidden.device), None
+    for row in hidden:
+        latent, state = head.step(row, head.markov_w1.weight[0], state)
+        logits = logits + head.markov_w2(latent)
+
+
+def _median_ms(call: Callable[[], object], target: Target, times: int = 5) -> float:
+    call()  # the first one pays for memory
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * median(seconds)

@@ -1,0 +1,102 @@
+"""The drafters that are compared with each other, and the recipe that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dspark.baselines.eagle import EagleDrafter
+from dspark.draft import Drafter
+from dspark.target import Target
+from dspark.train.corpus import Corpus
+from dspark.train.loop import TrainConfig
+from dspark.train.start import drafter_for, spread
+
+T = TypeVar("T")
+
+
+def _option(default: T, text: str) -> T:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What sets one drafter apart. rank: −1 is the recipe's, 0 the purely parallel drafter · head: the kind of sequential head."""
+
+    name: str
+    layers: int = 2
+    block_size: int = 5
+    rank: int = -1
+    head: str = "vanilla"
+    kind: type[Drafter] = Drafter
+
+
+def _pairs(what: str, values: Sequence[int]) -> tuple[Variant, ...]:
+    """DSpark and DFlash, side by side, at every value of a field that is not the base's."""
+    sides = (("dspark", -1), ("dflash", 0))
+    short = {"layers": "layers", "block_size": "block"}[what]
+    return tuple(Variant(f"{name}-{short}{value}", rank=rank, **{what: value}) for value in values for name, rank in sides)
+
+
+GROUPS: dict[str, tuple[Variant, ...]] = {  # in order of importance
+    "main": (Variant("dspark"), Variant("dflash", rank=0), Variant("eagle", layers=1, rank=0, kind=EagleDrafter)),
+    "heads": (Variant("gated", head="gated"), Variant("rnn", head="rnn")),
+    "block": _pairs("block_size", (8, 3, 12, 2, 16)),
+    "layers": _pairs("layers", (1, 4, 3)),
+}
+VARIANTS = {variant.name: variant for group in GROUPS.values() for variant in group}
+
+
+def chosen(names: str) -> list[Variant]:
+    """``"dspark,eagle"``, groups by their name, or ``"all"`` → variants, each once. ValueError for a name that is neither."""
+    result: dict[str, Variant] = {}
+    for name in (part.strip() for part in names.split(",")):
+        if name != "all" and name not in GROUPS and name not in VARIANTS:
+            raise ValueError(f"drafter {name!r} is unknown: choose from all, {', '.join(GROUPS)}, {', '.join(VARIANTS)}")
+        group = VARIANTS.values() if name == "all" else GROUPS.get(name) or (VARIANTS[name],)
+        result |= {variant.name: variant for variant in group}
+    return list(result.values())
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all of them share. Every field is an option of ``python -m dspark.train compare``."""
+
+    steps: int = _option(500, "training steps of each drafter")
+    sequences: int = _option(4, "corpus rows per step")
+    anchors: int = _option(64, "blocks per row and step")
+    lr: float = _option(2e-3, "learning rate at the end of the warm-up")
+    skip_rows: int = _option(0, "leave out the first rows of the shuffled corpus")
+    rows: int = _option(0, "use only so many rows of it; 0 for all")
+    taps: str = _option("1,8,15,22,28", "target layers the drafters read")
+    markov_rank: int = _option(48, "of every sequential head")
+    draft_vocab: int = _option(8192, "most frequent response tokens that can be drafted")
+    mask_token: int = _option(3, "an unused special token of the target")
+    seed: int = 0  # of the rows, the batches and the first weights
+
+    def config(self) -> TrainConfig:
+        return TrainConfig(self.steps, self.sequences, self.anchors, self.lr, seed=self.seed, checkpoint_every=100)
+
+    def text(self, corpus: Corpus) -> Corpus:
+        """The rows to train on, the last shard of them held out."""
+        order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(self.seed))
+        return corpus.rows(order[self.skip_rows :][: self.rows or None])
+
+    def start(self, variant: Variant, target: Target, d2t: Tensor) -> Drafter:
+        """A fresh drafter; its layers start as copies of the target's, from the first to the last."""
+        return drafter_for(
+            target,
+            kind=variant.kind,
+            d2t=d2t,
+            init_layers=spread(variant.layers, target.num_layers - 1),
+            seed=self.seed,
+            block_size=variant.block_size,
+            target_layer_ids=tuple(map(int, self.taps.split(","))),
+            markov_rank=self.markov_rank if variant.rank < 0 else variant.rank,
+            markov_head_type=variant.head,
+            mask_token_id=self.mask_token,
+        )

@@ -1,0 +1,174 @@
+"""Comparing drafters: trained alike, measured by the loop that decodes, finished work never done twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_notebooks import tiny_folders  # noqa: F401, a fixture
+
+import dspark
+from dspark.bench.results import read_results
+from dspark.train import __main__ as command
+from dspark.train import compare, run
+from dspark.train.corpus import Corpus, save_corpus
+from dspark.train.features import FeatureStore
+from dspark.train.loop import TrainConfig, Trainer
+from dspark.train.variants import GROUPS, VARIANTS, Recipe, chosen
+
+MAIN = [variant.name for variant in GROUPS["main"]]
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, tiny_folders: dict[str, str]) -> list[str]:  # noqa: F811
+    """A comparison that takes seconds."""
+    ids = torch.randint(4, 300, (12, 40), generator=torch.Generator().manual_seed(0))
+    assistant = torch.zeros(12, 40, dtype=torch.bool)
+    assistant[:, 6:36] = True
+    save_corpus(Corpus(ids, assistant, torch.ones(12)), tmp_path / "corpus.safetensors")
+    options = {
+        **{"target": tiny_folders["target"], "dtype": "float32", "corpus": tmp_path / "corpus.safetensors", "out": tmp_path / "out"},
+        **{"results": tmp_path / "results", "steps": 3, "sequences": 2, "anchors": 4, "taps": "0,2", "markov-rank": 4},
+        **{"draft-vocab": 200, "split": "dev", "prompts": 1, "tokens": 6, "domains": "chat,structured", "threads": 1},
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 rows are one shard otherwise, and that one would be held out."""
+    monkeypatch.setattr(compare, "FeatureStore", partial(FeatureStore, shard_rows=4))
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["dspark.train", "compare", *words])
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    command.main()
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        call(monkeypatch, *words)
+    return str(caught.value)
+
+
+def test_one_command_trains_decodes_times_and_tells_where_every_row_comes_from(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(monkeypatch, *arguments, "--stages", "train,decode,time")
+    results = tmp_path / "results"
+    trained = read_results(results / "drafters-trained.parquet").set_index("drafter")
+    assert list(trained.index) == MAIN and list(trained["layers"]) == [2, 2, 1] and list(trained["rank"]) == [4, 0, 0]
+    assert trained["architecture"].tolist() == ["DSparkDrafter", "DSparkDrafter", "EagleDrafter"]
+    assert (trained["held_out_acceptance"].map(len) == 5).all() and trained["held_out_tau"].between(1, 6).all()
+    timed = read_results(results / "drafters-time.parquet")
+    assert set(timed["drafter"]) == set(MAIN) and len(timed) == 45
+    assert (timed[["draft_ms", "verify_ms"]] > 0).all(axis=None)
+    by_head = timed.groupby("drafter")["head_ms"].median()
+    assert by_head["dspark"] > max(by_head["dflash"], by_head["eagle"])  # nothing to run in them
+    for name in MAIN:
+        rows = read_results(results / f"drafters-t1-{name}.parquet")
+        assert rows["drafter"].eq(name).all() and rows["domain"].tolist() == ["chat", "structured"] and rows["split"].eq("dev").all()
+        assert {"revision", "machine", "torch", "drafter_digest", "target_digest", "temperature", "seed"} <= set(rows.columns)
+        assert (rows["drafter_layers"] == trained.loc[name, "layers"]).all()
+    assert len({rows["drafter_digest"].iloc[0] for rows in map(read_results, results.glob("drafters-t1-*"))}) == 3
+
+
+def test_what_is_finished_is_not_done_again_and_a_longer_list_keeps_it(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(monkeypatch, *arguments, "--only", "dflash")
+    kept = [*tmp_path.glob("results/drafters-t1-*"), *tmp_path.glob("out/dflash/*")]
+    before = {path: path.read_bytes() for path in kept}
+    monkeypatch.setattr(compare, "train_to", lambda trainer, out, **_: pytest.fail(f"{out} was trained again"))
+    call(monkeypatch, *arguments, "--only", "dflash")
+    monkeypatch.setattr(compare, "train_to", run.train_to)
+    call(monkeypatch, *arguments, "--only", "eagle", "--stages", "train")
+    assert read_results(tmp_path / "results" / "drafters-trained.parquet")["drafter"].tolist() == ["dflash", "eagle"]
+    assert all(path.read_bytes() == content for path, content in before.items()) and len(before) == 3
+
+
+def test_a_training_stopped_in_the_middle_ends_as_if_it_had_not_been(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only = ("--only", "eagle", "--stages", "train")
+    call(monkeypatch, *arguments, *only)
+    lines = (tmp_path / "out" / "eagle.training" / "log.jsonl").read_text().splitlines()
+    (tmp_path / "out").rename(tmp_path / "whole")
+
+    stepped = Trainer._train_step
+
+    def interrupted(trainer: Trainer) -> dict[str, object]:
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return stepped(trainer)
+
+    monkeypatch.setattr(Recipe, "config", lambda r: replace(TrainConfig(r.steps, r.sequences, r.anchors, r.lr), checkpoint_every=1))
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    assert "continues from there" in refused(monkeypatch, *arguments, *only)
+    assert not (tmp_path / "out" / "eagle").exists()
+    monkeypatch.setattr(Trainer, "_train_step", stepped)
+    call(monkeypatch, *arguments, *only)
+    records = [json.loads(line) for line in (tmp_path / "out" / "eagle.training" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3] and [r["loss"] for r in records] == [json.loads(line)["loss"] for line in lines]
+    seconds = [r["seconds"] for r in records]
+    assert seconds == sorted(seconds)
+    found, expected = (json.loads((tmp_path / run / "eagle" / "config.json").read_text()) for run in ("out", "whole"))
+    assert found["weights_digest"] == expected["weights_digest"] and found["training"]["held_out"] == expected["training"]["held_out"]
+
+
+def test_all_see_the_same_batches_and_differ_in_what_they_name(tiny_folders: dict[str, str]) -> None:  # noqa: F811
+    target = dspark.load_target(tiny_folders["target"], dtype="float32")
+    recipe = Recipe(taps="0,2", markov_rank=4)
+    drafters = {name: recipe.start(variant, target, torch.arange(200)) for name, variant in VARIANTS.items()}
+    base = drafters["dspark"].config.to_dict()
+    differing = {
+        name: {key for key, value in drafter.config.to_dict().items() if value != base[key]} | {drafter.architecture}
+        for name, drafter in drafters.items()
+    }
+    ours, theirs = {"DSparkDrafter"}, {"EagleDrafter"}
+    assert differing["dspark"] == ours and differing["eagle"] == theirs | {"markov_rank", "num_hidden_layers"}
+    assert differing["gated"] == differing["rnn"] == ours | {"markov_head_type"}
+    assert differing["dflash"] == ours | {"markov_rank"}
+    assert differing["dspark-block8"] == ours | {"block_size"} and differing["dflash-layers3"] == ours | {
+        "markov_rank",
+        "num_hidden_layers",
+    }
+    assert {drafters[f"dspark-block{n}"].block_size for n in (2, 3, 8, 12, 16)} == {2, 3, 8, 12, 16}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--only", "dspark,dflush"), "dflush"),
+        (("--stages", "train,decod"), "decod"),
+        (("--domains", "cod"), "cod"),
+        (("--temperature", "-1"), "-1"),
+    ],
+)
+def test_a_misspelt_option_is_refused_before_anything_loads(
+    arguments: list[str], words: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "load_target", lambda *_, **__: pytest.fail("it loaded"))
+    message = refused(monkeypatch, *arguments, *words)
+    assert named in message and "\n" not in message
+
+
+def test_a_drafter_of_another_recipe_is_not_taken_for_a_finished_one(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    call(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
+    assert "another --out" in refused(monkeypatch, *arguments, "--only", "dflash", "--steps", "4")
+    assert "another target, recipe or corpus" in refused(monkeypatch, *arguments, "--only", "dflash", "--lr", "0.5")
+
+
+def test_decoding_before_training_is_one_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "train them first" in refused(monkeypatch, *arguments, "--stages", "decode")
+
+
+def test_groups_and_names_are_chosen_once_each_and_in_order() -> None:
+    assert [v.name for v in chosen("eagle,main,eagle")] == ["eagle", "dspark", "dflash"]
+    assert [v.name for v in chosen("all")] == list(VARIANTS) and list(VARIANTS)[:3] == MAIN

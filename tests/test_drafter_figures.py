@@ -1,0 +1,161 @@
+"""Pictures of drafters side by side: pure functions of rows, and of known text."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_eagle import eagle
+from tiny import tiny_drafter, tiny_target
+
+from dspark.bench.results import write_results
+from dspark.lab import collision, drafters, published
+from dspark.lab.training import training_curves
+from dspark.sampling import Chance, Sampling
+
+ARMS = {"dspark": (2.0, 2, 5), "dflash": (1.6, 2, 5), "eagle": (1.5, 1, 5), "dspark-block8": (2.2, 2, 8), "dflash-layers4": (1.7, 4, 5)}
+
+
+def rows(split: str = "test") -> pd.DataFrame:
+    """Four domains of three prompts for each drafter, every round the same."""
+    return pd.DataFrame(
+        {
+            **{"arm": arm, "drafter": arm, "domain": domain, "prompt_id": f"{domain}/{i}", "rounds": 10, "decoded_tokens": 10 * tau + i},
+            **{"drafter_layers": layers, "drafter_block_size": block, "reached_at": [10, 8, 4], "accepted_at": [8, 4, 1]},
+            **{"split": split, "n": 3, "max_new_tokens": 64, "target_digest": "t", "dtype": "float32", "seed": 0, "temperature": 1.0},
+        }
+        for arm, (tau, layers, block) in ARMS.items()
+        for domain in ("code", "math")
+        for i in range(3)
+    )
+
+
+# ---- the two phrases
+
+
+@pytest.mark.parametrize("fit", [Fraction(1, 2), Fraction(3, 4), Fraction(1)], ids=str)
+def test_what_comes_out_is_the_targets_law_and_only_the_waste_depends_on_the_drafter(fit: Fraction) -> None:
+    kept, text = collision.accepted_words(fit)
+    assert (
+        text
+        == collision.pair_law(Fraction(1))
+        == {"of course": Fraction(1, 2), "of problem": 0, "no course": 0, "no problem": Fraction(1, 2)}
+    )
+    assert kept == 1 + fit
+
+
+def test_a_bias_of_zero_is_the_parallel_drafter() -> None:
+    assert collision.fit_of(0.0) == Fraction(1, 2)
+    assert float(collision.fit_of(1.0)) == pytest.approx(torch.tensor([1.0, -1.0]).softmax(0)[0].item())
+    shown = collision.collisions({"parallel": Fraction(1, 2)})
+    assert [list(bar.y) for bar in shown.data] == [[0.5, 0, 0, 0.5], [0.25] * 4]
+    with pytest.raises(ValueError, match="2"):
+        collision.pair_law(Fraction(2))
+
+
+# ---- the bias on real tokens
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_a_known_block_is_the_block_that_drafting_would_make(head: str) -> None:
+    target = tiny_target()
+    drafter = tiny_drafter(target, markov_head_type=head, d2t=torch.arange(2, 90))
+    text = torch.randint(4, 90, (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    state = drafter.new_state(text[:5])
+    drafter.extend(state, text[:5], target.forward(torch.tensor([text[:5]]), None, drafter.target_layer_ids)[1])
+    draft = drafter.draft(state, text[5], 4, Sampling(1.0), Chance(torch.Generator().manual_seed(0)))
+    biased, base, _ = drafters.known_blocks(target, drafter, [*text[:6], *draft.tokens], torch.tensor([5]))
+    assert torch.allclose(draft.probs[:, drafter.d2t], biased[0], atol=1e-5)
+    assert not torch.allclose(base, biased, atol=1e-2)
+    other = drafters.known_blocks(target, drafter, [*text[:6], 50, 51, 52, 53], torch.tensor([5]))
+    assert torch.allclose(base, other[1], atol=1e-6) and not torch.allclose(biased, other[0], atol=1e-2)
+
+
+def test_the_view_of_a_block_names_its_slots_and_what_is_kept() -> None:
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    text = list(range(10, 24))
+    biased, base = drafters.known_text_acceptance(target, drafter, text, first=4)
+    assert biased.shape == base.shape == (7, 4)
+    view = drafters.bias_view(target, drafter, text, at=6, top=3)
+    kept = view.groupby("slot")[["kept_biased", "kept_parallel"]].first().to_numpy()
+    assert np.allclose(kept, np.stack([biased[2], base[2]], -1), atol=1e-5)
+    assert view.groupby("slot")["token"].nunique().between(3, 9).all() and view["behind"].unique().tolist() == ["16", "17", "18", "19"]
+    figure = drafters.bias_figure(view, slot=2, top=4)
+    assert "behind “17”" in figure.layout.title.text and f"{kept[1, 0]:.0%} with it" in figure.layout.title.text
+    assert len(figure.data) == 3 and all(len(bar.x) == 4 for bar in figure.data)
+    with pytest.raises(ValueError, match="slot 9"):
+        drafters.bias_figure(view, slot=9)
+    for at in (0, 11):
+        with pytest.raises(ValueError, match=str(at)):
+            drafters.bias_view(target, drafter, text, at=at)
+
+
+def test_a_drafter_without_a_markov_head_is_the_same_with_and_without_its_bias() -> None:
+    target = tiny_target()
+    for drafter in (tiny_drafter(target, markov_rank=0), eagle(target)):
+        biased, base = drafters.known_text_acceptance(target, drafter, list(range(10, 24)), first=4)
+        assert np.array_equal(biased, base) and ((0 < biased) & (biased <= 1)).all()
+
+
+# ---- measured rows
+
+
+def test_files_are_read_together_only_if_measured_alike(tmp_path: Path) -> None:
+    frame = rows()
+    assert drafters.read_drafters(tmp_path, 1.0).empty
+    for arm, part in frame.groupby("arm"):
+        write_results(part.drop(columns="arm"), tmp_path / f"drafters-t1-{arm}.parquet")
+    assert set(drafters.read_drafters(tmp_path, 1.0)["arm"]) == set(ARMS) and drafters.read_drafters(tmp_path, 0.0).empty
+    write_results(rows("dev").query("arm == 'eagle'").drop(columns="arm"), tmp_path / "drafters-t1-eagle.parquet")
+    with pytest.raises(ValueError, match="split"):
+        drafters.read_drafters(tmp_path, 1.0)
+
+
+def test_the_table_gives_tau_and_the_gain_of_the_reference() -> None:
+    table = drafters.tau_table(rows())
+    assert table.loc["dspark", "code"] == "2.10" and table.loc["dflash", "mean"] == "1.70"
+    assert table.loc["dspark", "gain of dspark"] == "–" and table.loc["dflash", "gain of dspark"].startswith(f"{2.1 / 1.7 - 1:+.1%} [+")
+    with pytest.raises(ValueError, match="medusa"):
+        drafters.tau_table(rows(), reference="medusa")
+
+
+def test_positions_are_pooled_by_their_counts_and_drawn_per_drafter() -> None:
+    positions = drafters.pooled_positions(rows(), ["dspark", "dflash", "eagle"])
+    assert set(positions["drafter"]) == {"dspark", "dflash", "eagle"}
+    first = positions[positions["drafter"] == "dspark"]
+    assert first["n"].tolist() == [60, 48, 24] and first["acceptance"].tolist() == [0.8, 0.5, 0.25]
+    assert first["error"].iloc[1] == pytest.approx((0.25 / 48) ** 0.5)
+    figure = drafters.acceptance_figure(positions, "n = 6 prompts")
+    assert [line.name for line in figure.data] == [
+        look[0] for look in drafters.LOOKS.values()
+    ] and "n = 6 prompts" in figure.layout.title.text
+    computed = drafters.computed_positions({"dspark": [np.array([[0.5, 0.2]]), np.array([[0.7, 0.4]])]})
+    assert computed["n"].tolist() == [2, 2] and computed["acceptance"].tolist() == pytest.approx([0.6, 0.3])
+
+
+def test_depth_and_block_size_are_compared_at_the_base_of_the_other() -> None:
+    by_layers, by_block = (drafters.tau_over(rows(), field) for field in ("drafter_layers", "drafter_block_size"))
+    assert [list(line.x) for line in by_layers.data] == [[2], [2, 4]]
+    assert [list(line.x) for line in by_block.data] == [[5, 8], [5]]
+    assert list(by_block.data[0].y) == pytest.approx([2.1, 2.3])
+    with pytest.raises(ValueError, match="--only dspark"):
+        drafters.tau_over(rows().query("arm != 'dspark'"), "drafter_layers")
+
+
+def test_the_published_gain_is_that_of_the_published_numbers() -> None:
+    table = published.published_tau()
+    assert list(table.index) == ["eagle", "dflash", "dspark"] and table.loc["dspark", "MT-Bench"] == 3.64
+    assert table.loc["dflash", "DSpark's gain"] == "+16%"
+
+
+def test_the_curves_of_a_training_grow_with_its_records() -> None:
+    held = {"loss": 2.0, "tau": 1.2, "acceptance": [0.3, 0.2]}
+    records = [{"step": 1, "loss": 3.0, "tau": 1.1}, {"step": 2, "loss": 2.5, "tau": 1.2, "held_out": held}]
+    empty, begun, later = (training_curves(records[:n], steps=9) for n in range(3))
+    assert len(empty.data) == len(begun.data) == 4 and len(later.data) == 6
+    assert later.data[0].y == (3.0, 2.5) and later.data[1].y == (2.0,) and later.layout.title.text == "Training, n = 2 of 9 steps"
