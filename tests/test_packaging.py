@@ -96,7 +96,7 @@ def test_readme_shows_the_two_commands_of_a_newcomer_first():
 
 def test_ci_runs_the_readme_test_command():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert [line for line in text(".ci/run").splitlines() if line.startswith("make ")] [:2] == ["make lint", "make test"]
+    assert [line for line in text(".ci/run").splitlines() if line.startswith("make ")][:2] == ["make lint", "make test"]
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run"])
