@@ -45,7 +45,7 @@ PARTS = RUNS | {
     "Planted": "proof-planted",
     "Killed": "proof-killed",
 }
-ROLES = ("Generate", "Mtp", "Block", "Copy")  # ways to decode that the text speaks of
+ROLES = ("Generate", "Mtp", "Block", "Copy", "Phrases")  # ways to decode that the text speaks of
 
 
 def read_frames(results: Path) -> dict[str, pd.DataFrame]:
@@ -68,9 +68,10 @@ def read_frames(results: Path) -> dict[str, pd.DataFrame]:
 
 
 def roles(frame: pd.DataFrame) -> dict[str, str]:
-    """Role → arm of a speed run, of those that were measured. Block drafts the drafter's whole block, Copy may copy as well."""
+    """Role → measured arm of a speed run. Block drafts the drafter's whole block, Copy also copies, Phrases recalls, too."""
     block_size = frame["drafter_block_size"].max()
-    names = {"Generate": ("generate",), "Mtp": ("mtp1", "fixed:1"), "Block": ("fixed", f"fixed:{block_size}"), "Copy": ("fixed+copy",)}
+    names = {"Generate": ("generate",), "Mtp": ("mtp1", "fixed:1"), "Block": ("fixed", f"fixed:{block_size}")}
+    names |= {"Copy": ("fixed+copy",), "Phrases": ("fixed+phrases",)}
     measured = set(frame["arm"])
     found = {role: [arm for arm in names[role] if arm in measured] for role in ROLES}
     return {role: arms[0] for role, arms in found.items() if arms}
