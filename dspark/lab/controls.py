@@ -1,8 +1,9 @@
-"""Widgets that choose a policy: a name, and only the sliders that this policy reads. Every panel uses them."""
+"""What every panel is made of: widgets that choose a policy, the heatmap's colours, columns, and a place for what went wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
 
 import ipywidgets as w
 
@@ -33,6 +34,7 @@ SLIDERS = {  # name → (label, tooltip)
     "fallback": ("fall back below", "If the target gave the drafts less than this on average, the next step is plain decoding"),
 }
 STYLE = {"description_width": "110px"}
+SHORT = 80  # characters of a prompt in a list
 
 
 def policy_of(kind: str, value: Mapping[str, float], sps: Callable[[], SPS]) -> Policy:
@@ -118,3 +120,43 @@ class PolicyControls:
     def _show_only_what_counts(self) -> None:
         for name, slider in self.sliders.items():
             slider.layout.display = None if name in READ_BY.get(self.kind.value, ()) else "none"
+
+
+def heat_colours() -> w.ToggleButtons:
+    """What the heatmap's colours mean, a name of :data:`dspark.lab.strips.COLOURS`."""
+    return w.ToggleButtons(
+        options=[("fate", "fate"), ("confidence", "confidence"), ("target mass", "target")],
+        description="colour",
+        tooltip="What the colours of the heatmap mean",
+        tooltips=["what became of each draft", "how sure the drafter was", "what the target thought of it"],
+        style={"button_width": "auto", "description_width": "50px"},
+    )
+
+
+def row(children: Sequence[w.Widget]) -> w.HBox:
+    """Side by side where the page is wide enough, else one under the other."""
+    return w.HBox(children, layout=w.Layout(flex_flow="row wrap", grid_gap="4px 16px"))
+
+
+def column(children: Sequence[w.Widget], width: int) -> w.VBox:
+    """width: pixels that it would like to have."""
+    return w.VBox(children, layout=w.Layout(flex=f"1 1 {width}px", min_width=f"{min(width, 300)}px"))
+
+
+def alert(sentence: str) -> str:
+    """HTML that a screen reader reads out; nothing for no sentence."""
+    style = "border-left:4px solid rgb(213,94,0);padding:.2em .6em"
+    return f'<div role="alert" style="{style}">{escape(sentence)}</div>' if sentence else ""
+
+
+def short(prompt: str) -> str:
+    """A prompt as a line of a list."""
+    line = " ".join(prompt.split())
+    return line if len(line) <= SHORT else line[: SHORT - 1] + "…"
+
+
+def family(widget: w.Widget) -> list[w.Widget]:
+    """The widget and all that belongs to it, leaves first: children, layouts, styles. Closing them frees them."""
+    below = [member for child in getattr(widget, "children", ()) for member in family(child)]
+    own = [part for name in ("layout", "style") if isinstance(part := getattr(widget, name, None), w.Widget)]
+    return [*below, *own, widget]

@@ -16,16 +16,18 @@ from typing import ClassVar
 
 import ipywidgets as w
 
+from dspark.bench.prompts import data_dir
 from dspark.decode import DraftSource, Output, Round
 from dspark.draft import Drafter
 from dspark.lab import strips
-from dspark.lab.controls import PolicyControls, policy_of
+from dspark.lab.controls import STYLE, PolicyControls, alert, column, family, heat_colours, policy_of, row, short
 from dspark.lab.session import Request, Session, one_sentence
-from dspark.lab.text import remembered, streaming_text
+from dspark.lab.text import numbers, remembered, streaming_text, tally
 from dspark.lookup import ContextLookup
 from dspark.profile import sps_curve
 from dspark.schedule import FixedWindow
 from dspark.target import Target
+from dspark.trace import Trace, from_rounds, save_trace
 
 EXAMPLES = (
     "Write a Python class for a bank account with deposit, withdraw and balance methods.",
@@ -37,7 +39,6 @@ EXAMPLES = (
 INTERVAL = 0.12  # seconds between two drawings: quicker than that nobody reads, and the decoder wants the processor
 SLOW = 0.7  # seconds that slow motion shows each half of a round
 KEPT = 8  # recordings of plain decoding
-STYLE = {"description_width": "110px"}
 WORDS = {
     "recording": "decoding plainly first, for the race",
     "decoding": "decoding",
@@ -124,7 +125,7 @@ class LivePanel:
     def close(self) -> None:
         """End the decoding and remove the widgets."""
         self.stop()
-        for widget in _family(self.box):
+        for widget in family(self.box):
             widget.close()
 
     # ---- what it stands on
@@ -147,6 +148,23 @@ class LivePanel:
     @property
     def _busy(self) -> bool:
         return self.session is not None and self.session.running
+
+    def trace(self) -> Trace:
+        """The last run as a trace. ValueError if nothing was decoded yet."""
+        if self.session is None or not self.session.rounds:
+            raise ValueError("there is no run to keep yet: press Run first")
+        s, r = self.session, self.session.request
+        rounds = list(s.rounds)
+        return from_rounds(rounds, self.target, s.source, r.prompt, max_new_tokens=r.max_new_tokens, temperature=r.temperature)
+
+    def save(self) -> None:
+        """The Save button: the last run as a trace into the file whose path stands in the box."""
+        try:
+            save_trace(self.trace(), self.path.value)
+        except (ValueError, OSError) as error:
+            self._tell(one_sentence(error))
+        else:
+            self.status.value = f'<span role="status">saved: {escape(self.path.value)}</span>'
 
     def picture(self) -> str:
         """All of it as HTML that needs no widgets: for a notebook that runs in batch."""
@@ -186,8 +204,7 @@ class LivePanel:
 
     def _tell(self, sentence: str) -> None:
         self._told = sentence
-        style = "border-left:4px solid rgb(213,94,0);padding:.2em .6em"
-        self.message.value = f'<div role="alert" style="{style}">{escape(sentence)}</div>' if sentence else ""
+        self.message.value = alert(sentence)
 
     # ---- drawing
 
@@ -212,7 +229,7 @@ class LivePanel:
             state = session.state if session else ""
             finishing = session is not None and state in ("done", "stopped", "failed")
             ended = session is None or session.ended
-            self.status.value = f'<span role="status">{escape(WORDS.get(state, "ready: press Run"))}</span>'
+            self.status.value = f'<span role="status">{WORDS.get(state, "ready: press Run")}</span>'
             for button, off in (
                 (self.run_button, not finishing and state not in ("", "waiting")),
                 (self.stop_button, finishing or not state),
@@ -227,7 +244,7 @@ class LivePanel:
                 self.text.value = streaming_text(rounds, self._decode, ended=ended, judged=session.judged, alternatives=alternatives)
             seen = rounds if session.judged else rounds[:-1]
             policy = session.policy or FixedWindow()
-            self.numbers.value = numbers(seen, session.plain if state != "recording" else ())
+            self.numbers.value = numbers(tally(seen, session.plain if state != "recording" else ()))
             self.heat.value = strips.heat(seen, self._block_size, self.colour.value, self._decode).svg()
             self.windows.value = strips.windows(seen, policy, self._block_size).svg()
             self.lanes.value = self._race(session, seen).svg() if session.plain else ""
@@ -248,7 +265,7 @@ class LivePanel:
         shared = {"style": STYLE, "layout": wide}
         late = shared | {"continuous_update": False}
         self.example = w.Dropdown(
-            options=[("choose an example", "")] + [(_short(e), e) for e in examples],
+            options=[("choose an example", "")] + [(short(e), e) for e in examples],
             description="examples",
             tooltip="Puts one of these prompts into the box below",
             **shared,
@@ -298,33 +315,44 @@ class LivePanel:
         self.slow = w.Checkbox(
             False, description="slow motion", tooltip="Shows each round twice: the drafts as they wait, then the verdict", indent=False
         )
-        self.colour = w.ToggleButtons(
-            options=[("fate", "fate"), ("confidence", "confidence"), ("target mass", "target")],
-            description="colour",
-            tooltip="What the colours of the heatmap mean",
-            tooltips=["what became of each draft", "how sure the drafter was", "what the target thought of it"],
-            style={"button_width": "auto", "description_width": "50px"},
-        )
+        self.colour = heat_colours()
         self.run_button = w.Button(description="Run", icon="play", button_style="primary", tooltip="Decode to the end")
         self.step_button = w.Button(description="Step", icon="step-forward", tooltip="Decode one round and wait")
         self.stop_button = w.Button(description="Stop", icon="stop", tooltip="End the decoding behind the current round")
+        self.path = w.Text(
+            str(data_dir().parent / "runs" / "live.parquet"),
+            description="trace file",
+            tooltip="Where Save keeps the run, for the replay panel",
+            style=STYLE,
+            layout=w.Layout(flex="1 1 300px"),
+        )
+        self.save_button = w.Button(description="Save", icon="save", tooltip="Keep the last run as a trace")
         self.message = w.HTML()
 
     def _make_outputs(self) -> None:
         self.status, self.numbers, self.text, self.heat, self.windows, self.lanes = (w.HTML() for _ in range(6))
-        buttons = w.HBox([self.run_button, self.step_button, self.stop_button], layout=w.Layout(flex_flow="row wrap"))
-        sampling = w.VBox([self.length, self.temperature, self.top_p, self.seed], layout=w.Layout(flex="1 1 280px"))
-        drafting = w.VBox([self.controls.box, self.copy, self.race, self.slow], layout=w.Layout(flex="1 1 280px"))
-        settings = w.HBox([drafting, sampling], layout=w.Layout(flex_flow="row wrap"))
-        words = w.VBox([self.status, self.numbers, self.text], layout=w.Layout(flex="1 1 380px", min_width="320px"))
-        pictures = w.VBox([self.lanes, self.colour, self.heat, self.windows], layout=w.Layout(flex="1 1 480px", min_width="320px"))
-        seen = w.HBox([words, pictures], layout=w.Layout(flex_flow="row wrap", grid_gap="16px"))
-        self.box = w.VBox([self.example, self.prompt, settings, buttons, self.message, seen])
+        buttons = row([self.run_button, self.step_button, self.stop_button])
+        drafting = column([self.controls.box, self.copy, self.race, self.slow], 280)
+        sampling = column([self.length, self.temperature, self.top_p, self.seed], 280)
+        words = column([self.status, self.numbers, self.text], 380)
+        pictures = column([self.lanes, self.colour, self.heat, self.windows], 480)
+        self.box = w.VBox(
+            [
+                self.example,
+                self.prompt,
+                row([drafting, sampling]),
+                buttons,
+                self.message,
+                row([words, pictures]),
+                row([self.path, self.save_button]),
+            ]
+        )
 
     def _wire(self) -> None:
         self.run_button.on_click(lambda _button: self.run())
         self.step_button.on_click(lambda _button: self.step())
         self.stop_button.on_click(lambda _button: self.stop())
+        self.save_button.on_click(lambda _button: self.save())
         self.example.observe(self._take_example, names="value")
         self.copy.observe(self._check, names="value")
         self.colour.observe(self._draw, names="value")
@@ -338,34 +366,7 @@ class LivePanel:
         return self.box._repr_mimebundle_(**options)
 
 
-def numbers(rounds: Sequence[Round], plain: Sequence[Round]) -> str:
-    """τ, speed and what was checked in vain so far, as HTML. plain: rounds of plain decoding, for the ratio."""
-    behind = rounds[1:]
-    tokens, seconds = sum(len(r.committed) for r in behind), sum(r.seconds for r in behind)
-    if not behind or seconds <= 0:
-        return ""
-    parts = [f"<b>{tokens / seconds:.1f}</b> tokens/s", f"τ = <b>{tokens / len(behind):.2f}</b> tokens per round"]
-    if sum(r.seconds for r in plain[1:]) > 0:
-        speed = sum(len(r.committed) for r in plain[1:]) / sum(r.seconds for r in plain[1:])
-        parts.append(f"<b>{tokens / seconds / speed:.2f}×</b> plain decoding’s {speed:.1f} (n = 1 run)")
-    checked = sum(r.verify_length for r in behind)
-    vain = checked - sum(min(r.accepted, len(r.committed)) for r in behind)
-    parts.append(f"{vain} of {checked} checks in vain, {len(behind)} rounds")
-    return f'<div style="font-size:13px">{" · ".join(parts)}</div>'
-
-
 def _whole(rounds: Sequence[Round], request: Request, target: Target) -> bool:
     """Whether the text came to its end, so that it can stand for the next race."""
     tokens = sum(len(r.committed) for r in rounds)
     return tokens >= request.max_new_tokens or rounds[-1].committed[-1] in target.eos_token_ids
-
-
-def _short(prompt: str) -> str:
-    return prompt if len(prompt) <= 80 else prompt[:79] + "…"
-
-
-def _family(widget: w.Widget) -> list[w.Widget]:
-    """The widget and everything that belongs to it: children, layouts, styles."""
-    below = [w_ for child in getattr(widget, "children", ()) for w_ in _family(child)]
-    own = [getattr(widget, name) for name in ("layout", "style") if isinstance(getattr(widget, name, None), w.Widget)]
-    return [*below, *own, widget]

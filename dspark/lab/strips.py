@@ -16,7 +16,7 @@ from dspark.schedule import AdaptiveWindow, ConfidenceThreshold, Policy
 
 COLOURS = {"fate": "fate", "confidence": "confidence c", "target": "target mass p_target"}
 LINE = "rgba(128,128,128,.3)"
-WIDTH, LEFT, RIGHT = 720, 46, 14  # of every strip, and what its axis and its end need
+WIDTH, LEFT, RIGHT, END = 720, 46, 84, 14  # of every strip, its axis, the names of thresholds, and a margin where there are none
 MOVES = {"widen": ("▲", "bonus"), "narrow": ("▼", "correction"), "fall back": ("■", "correction"), "cut": ("▼", "correction")}
 
 
@@ -168,7 +168,7 @@ def windows(rounds: Sequence[Round], policy: Policy, block_size: int) -> Strip:
     for label, value in lines.items():
         y = base - value * low
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GREY}" stroke-dasharray="4 3"/>')
-        parts.append(_text(WIDTH - RIGHT, y - 3, f"{label} {value:.2f}", "end"))
+        parts.append(_text(WIDTH - RIGHT + 4, y + 4, f"{label} {value:.2f}"))
     checked, accepted = sum(r.verify_length for r in rounds), sum(min(r.accepted, len(r.committed)) for r in rounds)
     title = f"How far it looked: {checked - accepted} of {checked} checks were in vain (n = {len(rounds)} rounds)"
     frame = _scale(top, high, ((0, "0"), (1, str(block_size)))) + _scale(top + high + gap, low, ((0, "0"), (0.5, ".5"), (1, "1")))
@@ -182,7 +182,7 @@ def race(lanes: Mapping[str, Sequence[Round]], seconds: float, tokens: int, *, e
     top, high, parts, told = 24, 38, [], []
     totals = {name: sum(r.seconds for r in rounds[1:]) for name, rounds in lanes.items()}
     first = min(totals, key=totals.get)
-    unit = (WIDTH - LEFT - RIGHT) / max(tokens, 1)
+    unit = (WIDTH - LEFT - END) / max(tokens, 1)
     for i, (name, rounds) in enumerate(lanes.items()):
         there = reached(rounds, seconds)
         spent = min(seconds, sum(r.seconds for r in rounds[1:]))
@@ -200,8 +200,8 @@ def race(lanes: Mapping[str, Sequence[Round]], seconds: float, tokens: int, *, e
         if ended and len(lanes) > 1 and name != first and seconds >= totals[first]:
             then = sum(len(r.committed) for r in reached(rounds, totals[first]))
             x = LEFT + then * unit
-            parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y + 9}" y2="{y + 30}" stroke="{_fate("correction")}" stroke-width="2"/>')
-            parts.append(_text(WIDTH - RIGHT, y + 9, f"at token {then} when {first} was through", "end"))
+            parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y + 12}" y2="{y + 28}" stroke="{_fate("correction")}" stroke-width="2"/>')
+            parts.append(_text(WIDTH - END, y + 9, f"at token {then} when {first} was through", "end"))
     return Strip(_title("The race on one prompt (n = 1 run per lane)") + "".join(parts), top + high * len(lanes) + 4, "; ".join(told))
 
 

@@ -5,7 +5,9 @@ A pure function of the rounds so far; :func:`dspark.lab.figures.token_fates` is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 
@@ -88,3 +90,48 @@ def _rather(alternatives: Alternatives | None, index: int, k: int, decode: Decod
         return ""
     named = ", ".join(f"“{decode([token]).replace(NO_CHARACTER, '▯') or '∎'}” {p:.2f}" for token, p in rows[k])
     return f"the target's best: {named}"
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a run came to, the prefill left out. speedup: over plain decoding's tokens/s on the same prompt, NaN where there is none."""
+
+    tokens: int
+    rounds: int
+    seconds: float
+    checked: int
+    in_vain: int
+    plain_tokens_per_second: float
+
+    @property
+    def tokens_per_round(self) -> float:
+        return self.tokens / self.rounds if self.rounds else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else math.nan
+
+    @property
+    def speedup(self) -> float:
+        return self.tokens_per_second / self.plain_tokens_per_second
+
+
+def tally(rounds: Sequence[Round], plain: Sequence[Round] = ()) -> Tally:
+    """Count them. plain: rounds of plain decoding on the same prompt."""
+    rounds, plain = rounds[1:], plain[1:]
+    checked = sum(r.verify_length for r in rounds)
+    kept = sum(min(r.accepted, len(r.committed)) for r in rounds)
+    seconds = sum(r.seconds for r in plain)
+    speed = sum(len(r.committed) for r in plain) / seconds if seconds > 0 else math.nan
+    return Tally(sum(len(r.committed) for r in rounds), len(rounds), sum(r.seconds for r in rounds), checked, checked - kept, speed)
+
+
+def numbers(t: Tally, how: str = "n = 1 run") -> str:
+    """The tally as one line of HTML. how: where its seconds come from."""
+    if not t.rounds:
+        return ""
+    parts = [f"<b>{t.tokens_per_second:.1f}</b> tokens/s", f"τ = <b>{t.tokens_per_round:.2f}</b> tokens per round"]
+    if t.speedup == t.speedup:
+        parts.append(f"<b>{t.speedup:.2f}×</b> plain decoding’s {t.plain_tokens_per_second:.1f} ({escape(how)})")
+    parts.append(f"<b>{t.in_vain}</b> of {t.checked} checks in vain, {t.rounds} rounds")
+    return f'<div style="font-size:13px">{" · ".join(parts)}</div>'
