@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from html import escape
 
 from dspark.decode import Round
 from dspark.lab import strips
@@ -59,7 +58,7 @@ def _text_strip(rounds: Sequence[Round], decode: Decode, lines: int, told: Seque
     for count, text in whole_pieces([token.token_id for token in tokens], decode):
         look = FATES[tokens[start + count - 1].fate]
         start += count
-        for i, part in enumerate(text.split("\n")):
+        for i, part in enumerate(text.expandtabs(4).split("\n")):
             if i:
                 x, y = 0, y + 1
             wide = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in part)
@@ -76,14 +75,14 @@ def _text_strip(rounds: Sequence[Round], decode: Decode, lines: int, told: Seque
     bottom = TOP + 14 + min(y + 1, lines) * LINE + (14 if y >= lines else 0)
     bold = ' font-weight="600"'
     head = "".join(
-        f'<text x="2" y="{13 + 16 * i}" font-size="12"{"" if i else bold}>{escape(words)}</text>' for i, words in enumerate(told)
+        f'<text x="2" y="{13 + 16 * i}" font-size="12"{"" if i else bold}>{strips.legal(words)}</text>' for i, words in enumerate(told)
     )
     return strips.Strip(head + _legend(tokens) + f'<g font-family="monospace" font-size="12">{"".join(boxes)}</g>', bottom, "")
 
 
 def _box(x: int, y: int, wide: int, part: str, ground: str, line: str) -> str:
     left, top = 2 + x * CELL, TOP + y * LINE
-    words = escape(part.replace(" ", "\u00a0"))
+    words = strips.legal(part.replace(" ", "\u00a0"))
     return (
         f'<rect x="{left:.1f}" y="{top}" width="{wide * CELL:.1f}" height="15" rx="2" fill="{ground}"/>'
         f'<line x1="{left:.1f}" x2="{left + wide * CELL:.1f}" y1="{top + 15.5}" y2="{top + 15.5}" stroke="{line}" stroke-width="1.5"/>'

@@ -6,6 +6,7 @@ a README. Text is grey and grounds are transparent, so light and dark pages both
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +16,7 @@ from dspark.lab.figures import DRAFT_STATES, FATES, GREY, NO_CHARACTER, Decode, 
 from dspark.schedule import AdaptiveWindow, ConfidenceThreshold, Policy
 
 COLOURS = {"fate": "fate", "confidence": "confidence c", "target": "target mass p_target"}
+FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 LINE = "rgba(128,128,128,.3)"
 WIDTH, LEFT, RIGHT, END = 720, 46, 84, 14  # of every strip, its axis, the names of thresholds, and a margin where there are none
 MOVES = {"widen": ("▲", "bonus"), "narrow": ("▼", "correction"), "fall back": ("■", "correction"), "cut": ("▼", "correction")}
@@ -30,7 +32,7 @@ class Strip:
 
     def svg(self) -> str:
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height:g}" role="img" aria-label="{escape(self.label)}" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height:g}" role="img" aria-label="{legal(self.label)}" '
             f'style="width:100%;max-width:{WIDTH}px;display:block" font-family="system-ui,sans-serif" font-size="11" fill="{GREY}">'
             f"{self.body}</svg>"
         )
@@ -55,7 +57,7 @@ def heat(rounds: Sequence[Round], block_size: int, colour: str = "fate", decode:
             fill = _fill(r, k, state, colour)
             ring = f' stroke="{DRAFT_STATES["rejected"].colour()}" stroke-width="1.5"' if state == "rejected" else ""
             x, y = LEFT + i * step + 0.5, top + (block_size - 1 - k) * high + 0.5
-            hint = escape(_cell_hint(r, k, state, decode))
+            hint = legal(_cell_hint(r, k, state, decode))
             box = f'x="{x:.1f}" y="{y:.1f}" width="{max(step - 1.5, 1):.1f}" height="{high - 2}" rx="2"'
             cells.append(f'<rect {box} fill="{fill}"{ring}><title>{hint}</title></rect>')
     accepted = sum(row.count("accepted") for row in states)
@@ -220,17 +222,22 @@ def _fate(name: str) -> str:
     return FATES[name].colour(0.85)
 
 
+def legal(words: str) -> str:
+    """Escaped for an SVG; characters that XML forbids become ▯."""
+    return escape(FORBIDDEN.sub("▯", words))
+
+
 def _step(rounds: int) -> float:
     """Pixels from one round to the next: as wide as reads well, narrower where there are many."""
     return min(18.0, (WIDTH - LEFT - RIGHT) / max(rounds, 1))
 
 
 def _title(words: str) -> str:
-    return f'<text x="2" y="13" font-size="12" font-weight="600">{escape(words)}</text>'
+    return f'<text x="2" y="13" font-size="12" font-weight="600">{legal(words)}</text>'
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{legal(words)}</text>'
 
 
 def _scale(top: float, high: float, marks: Sequence[tuple[float, str]]) -> str:
