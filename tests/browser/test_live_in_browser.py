@@ -29,7 +29,7 @@ if CHROMIUM is None:
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "runs" / "browser"
 NOTEBOOK = ROOT / "notebooks" / "01_live_decoding.ipynb"
-PATIENCE = 300_000  # milliseconds for what waits for the models; a busy machine is slow, not wrong
+PATIENCE = int(os.environ.get("DSPARK_PATIENCE", 300_000))  # milliseconds for what waits for the models; a busy machine is slow, not wrong
 NOT_OURS = re.compile(r"favicon|extension|deprecat|ResizeObserver|net::ERR_|Failed to load resource", re.IGNORECASE)
 
 
@@ -81,6 +81,7 @@ def page(lab: str) -> Iterator[object]:
         opened.set_default_timeout(PATIENCE)
         opened.goto(lab)
         yield opened
+        _shot(opened, "last")
         browser.close()
 
 
