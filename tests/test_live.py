@@ -280,9 +280,10 @@ def test_slow_motion_shows_each_block_before_and_after_its_check(target, drafter
 
 def test_race_goes_on_until_plain_decoding_is_through(target, drafter):
     plain = [round_of(0, "", 0, 0, "H"), *(round_of(i, "", 0, 0, "x", seconds=30.0) for i in range(1, 3))]
+    rounds = len(list(dspark.decode(target, drafter, SHORT.prompt, max_new_tokens=12)))
     seen = Seen()
     s = session(target, drafter, plain=plain, changed=seen).start()
-    seen.wait_for("racing", len(list(dspark.decode(target, drafter, SHORT.prompt, max_new_tokens=12))))
+    seen.wait_for("racing", rounds)
     s.stop()
     assert s.state == "stopped" and s.seconds < 60
     s = session(target, drafter, plain=plain, animated=False).start()

@@ -56,7 +56,8 @@ class LivePanel:
 
     policy: a name of :data:`dspark.lab.controls.KINDS` · copy: also draft by copying from the context · thresholds: starting values
     of the policy's sliders (window, threshold, widen, narrow, fallback). A new panel closes the one before it, so a cell that is run
-    again leaves no decoding and no widgets behind. Raises ValueError for an unknown policy.
+    again leaves no decoding and no widgets behind. A model serves one thread at a time: :meth:`stop` before using it elsewhere.
+    Raises ValueError for an unknown policy.
     """
 
     _latest: ClassVar[weakref.ref[LivePanel] | None] = None
