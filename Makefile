@@ -8,7 +8,7 @@ pip := $(python) -m pip --disable-pip-version-check --no-input
 linted := dspark tests notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-notebooks train bench proof paper lint clean
+.PHONY: help demo lab test test-notebooks test-browser train bench proof paper lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ test: $(stamp)  ## run the tests
 
 test-notebooks: $(stamp)  ## run every notebook at its defaults, asserts included
 	$(python) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600 -n auto --maxprocesses 2 --dist loadfile notebooks
+
+test-browser: $(stamp)  ## open the live notebook in JupyterLab and Chromium and use it as a reader would
+	$(pip) install --quiet -c constraints.txt playwright || true  # where it cannot be had, the test says that it was skipped
+	$(python) -m pytest -q -rs tests/browser
 
 train: $(stamp)  ## train a drafter; ARGS="--help" lists the options
 	$(python) -m dspark.train $(ARGS)

@@ -212,6 +212,28 @@ def test_your_model_runs_on_another_model_without_a_drafter(tmp_path, tiny_folde
     assert any("identical" in text for text in printed) and any("refused: RepetitionPenalty" in text for text in printed)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"policy": "adaptive", "widen": 0.02, "narrow": 0.005, "fallback": 0.002, "window": 3},
+        {"policy": "confidence", "threshold": 0.2, "copy": False, "temperature": 0.8, "top_p": 0.9, "seed": 4},
+    ],
+    ids=lambda changed: changed["policy"],
+)
+def test_live_decoding_runs_at_other_parameters_on_another_model(tmp_path, tiny_folders, changed):
+    executed = tmp_path / "folder" / "live.ipynb"
+    small = {"prompt": "他说 <b>&</b> 🙂", "max_new_tokens": 14, "threads": 1, "dtype": "float32"}
+    summary = demo.run(ROOT / "notebooks" / "01_live_decoding.ipynb", executed, small | tiny_folders | changed)
+
+    assert summary["prompt"] == small["prompt"] and summary["policy"] == changed["policy"]
+    if "temperature" not in changed:  # adaptive, exact: the replay makes the rounds that the panel made
+        assert summary["replayed_tokens_per_round"] == summary["tokens_per_round"]
+    shown = [output.data for cell in cells(executed) for output in cell.outputs if "data" in output]
+    assert sum("application/vnd.jupyter.widget-view+json" in data for data in shown) == 3
+    (picture,) = [data["text/html"] for data in shown if "<svg" in data.get("text/html", "")]
+    assert picture.count("<svg") == 3 and "drafted tokens accepted" in picture
+
+
 def test_a_failing_cell_is_one_line_with_its_own_message(tmp_path):
     notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
     notebook.cells = [

@@ -129,21 +129,22 @@ def token_fates(rounds: Sequence[Round], decode: Decode) -> str:
     tokens = fates(rounds)
     spans, start = [], 0
     for count, text in whole_pieces([t.token_id for t in tokens], decode):
-        spans.append(_span(tokens[start : start + count], text, decode))
+        spans.append(span(tokens[start : start + count], text, decode))
         start += count
     body = "".join(spans)
     return (
-        f'<div style="line-height:1.9;font-size:15px">{_legend(tokens)}'
+        f'<div style="line-height:1.9;font-size:15px">{legend(tokens)}'
         f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{body}</div></div>'
     )
 
 
-def _span(group: Sequence[FatedToken], text: str, decode: Decode) -> str:
+def span(group: Sequence[FatedToken], text: str, decode: Decode, notes: Sequence[str] = ()) -> str:
+    """The tokens of one piece of text as HTML; notes are lines more for the tooltip."""
     grounds = [FATES[t.fate].colour(0.33) for t in group]
     ground = grounds[0] if len(set(grounds)) == 1 else f"linear-gradient(90deg,{','.join(grounds)})"
     look = FATES[group[-1].fate]
     style = f"background:{ground};border-bottom:2px {look.line} {look.colour()};border-radius:3px"
-    hint = " | ".join(_hint(t, decode) for t in group)
+    hint = "\n".join([" | ".join(_hint(t, decode) for t in group), *notes])
     shown = escape(text or "∎").replace("\n", '<span style="opacity:.5;user-select:none">↵</span>\n')
     return f'<span title="{escape(hint)}" style="{style}">{shown}</span>'
 
@@ -156,7 +157,8 @@ def _hint(t: FatedToken, decode: Decode) -> str:
     return " · ".join([*words, *(f"{name} {value:.2f}" for name, value in numbers if value is not None)])
 
 
-def _legend(tokens: Sequence[FatedToken]) -> str:
+def legend(tokens: Sequence[FatedToken]) -> str:
+    """How many tokens met which fate, as HTML in the fates' colours."""
     items = []
     for name, look in FATES.items():
         if count := sum(t.fate == name for t in tokens):

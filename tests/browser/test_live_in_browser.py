@@ -1,0 +1,154 @@
+"""01_live_decoding in a real browser: JupyterLab, Debian's Chromium, a hand on the sliders. Run by ``make test-browser``.
+
+Screenshots are kept in runs/browser.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -c constraints.txt -e '.[browser]'")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+if CHROMIUM is None:
+    pytest.skip("no Chromium here: install your system's, or name one in CHROMIUM", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOTS = ROOT / "runs" / "browser"
+NOTEBOOK = ROOT / "notebooks" / "01_live_decoding.ipynb"
+PATIENCE = int(os.environ.get("DSPARK_PATIENCE", 300_000))  # milliseconds for what waits for the models; a busy machine is slow, not wrong
+NOT_OURS = re.compile(r"favicon|extension|deprecat|ResizeObserver|net::ERR_|Failed to load resource", re.IGNORECASE)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """JupyterLab over a copy of the notebook (it saves by itself); its address."""
+    folder, state = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("jupyter")
+    shutil.copy(NOTEBOOK, folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token = secrets.token_hex(16)
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0"]
+    command += [f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}", "--LabApp.extension_manager=readonly"]
+    places = {name: str(state / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    quiet = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}  # asks whether it may fetch news
+    (state / "labconfig").mkdir()
+    (state / "labconfig" / "page_config.json").write_text(json.dumps(quiet), encoding="utf-8")
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with (state / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **places, "PYTHONPATH": paths})
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/api", server, state / "log")
+        yield f"http://127.0.0.1:{port}/lab/tree/{NOTEBOOK.name}?token={token}&reset"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            with urlopen(url, timeout=5):
+                return
+        except (URLError, OSError):
+            time.sleep(0.3)
+    pytest.fail(f"JupyterLab did not start: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture
+def page(lab: str) -> Iterator[object]:
+    """The notebook, opened; ``page.complaints`` collects what the console calls errors."""
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_api.sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        opened = browser.new_page(viewport={"width": 1500, "height": 1400})
+        opened.complaints = []
+        opened.on("pageerror", lambda error: opened.complaints.append(str(error)))
+        opened.on("console", lambda message: message.type == "error" and opened.complaints.append(message.text))
+        opened.set_default_timeout(PATIENCE)
+        opened.goto(lab)
+        yield opened
+        _shot(opened, "last")
+        browser.close()
+
+
+def _shot(page: object, name: str) -> None:
+    page.screenshot(path=SHOTS / f"{name}.png")
+
+
+@pytest.mark.timeout(1500)
+def test_live_notebook_decodes_replays_and_stops_under_a_hand(page):
+    _run_all(page)
+
+    # The replay panel needs no model: the heatmap answers to the keys of its slider while the models still load.
+    heat = page.locator("svg[aria-label*='drafted tokens accepted']").first
+    heat.wait_for(state="attached")
+    handle = page.get_by_role("slider").first  # takes the arrow keys
+    handle.scroll_into_view_if_needed()
+    _all_cells_done(page)
+    handle.scroll_into_view_if_needed()
+    before = heat.get_attribute("aria-label")
+    handle.focus()
+    for _ in range(30):
+        page.keyboard.press("ArrowUp")
+    sync_api.expect(heat).not_to_have_attribute("aria-label", before, timeout=PATIENCE)
+    _shot(page, "replay")
+
+    # The live panel: run it anew with more tokens than it can finish before Stop is pressed.
+    live = page.locator(".jp-OutputArea-output", has=page.get_by_role("button", name="Stop", exact=True)).last
+    live.get_by_role("checkbox", name="slow motion").check()
+    live.get_by_label("prompt").fill("Count from one to a hundred in words.")
+    live.get_by_role("button", name="Run", exact=True).click()
+    live.locator("span[title*='accepted draft'], span[title*='correction']").nth(3).wait_for()
+    live.locator("[role=status]", has_text="decoding").wait_for()
+    page.wait_for_function("[...document.querySelectorAll('span')].some(s => s.title.includes('waits to be checked'))")
+    _shot(page, "decoding")
+    live.get_by_role("button", name="Stop", exact=True).click()
+    live.locator("[role=status]", has_text="stopped").wait_for()
+    tokens = live.locator("span[title*='round ']").count()
+    page.wait_for_timeout(1500)
+    assert live.locator("span[title*='round ']").count() == tokens, "it went on after Stop"
+    live.get_by_role("button", name="confidence", exact=True).click()
+    live.locator("svg[aria-label*='colour: confidence']").wait_for(state="attached")
+    _shot(page, "stopped")
+    assert not page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count()
+    complaints = [words for words in page.complaints if not NOT_OURS.search(words)]
+    (SHOTS / "console.json").write_text(json.dumps(page.complaints, indent=1), encoding="utf-8")
+    assert complaints == []
+
+
+def _run_all(page: object) -> None:
+    """Run All Cells; a slow machine may ask for the kernel first, and then has not run any."""
+    started = page.locator(".jp-CodeCell .jp-InputPrompt", has_text=re.compile(r"[*0-9]")).first
+    choose = page.get_by_role("button", name="Select", exact=True)
+    for _ in range(3):
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").or_(choose).first.wait_for()
+        if not choose.is_visible():
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+            started.or_(choose).first.wait_for()
+        if not choose.is_visible():
+            return
+        choose.click()
+        choose.wait_for(state="hidden")
+
+
+def _all_cells_done(page: object) -> None:
+    numbers = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent)"
+    page.wait_for_function(f"{numbers}.every(words => /[0-9]/.test(words))")
