@@ -88,6 +88,7 @@ def run(out: Path, smoke: bool = False) -> pd.DataFrame:
     done = side_by_side(Piece.compared, todo, 1 if smoke else cores())
     for piece, rows in tqdm(done, desc="texts", unit="prompt", initial=len(pieces) - len(todo), total=len(pieces)):
         ledger.add(piece.key, [row | origin for row in rows])
+    ledger.done = {piece.key: ledger.done[piece.key] for piece in pieces}  # in order, whoever was done first
     return ledger.finish()
 
 
