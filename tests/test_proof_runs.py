@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -89,7 +90,8 @@ def test_the_contents_of_a_cache_are_its_valid_rows_to_the_last_bit() -> None:
     two.rewind(2)
     assert [type(piece) for piece in contents(one)] == [type(piece) for piece in contents(two)]
     before = list(contents(one))
-    one.layers[0].kv.keys[0, 0, 1, 0] += 1e-15
+    with torch.inference_mode():
+        one.layers[0].kv.keys[0, 0, 1, 0] *= 1 + 1e-15
     assert list(contents(one)) != before
     with pytest.raises(TypeError, match="cannot be compared"):
         list(contents(object()))
@@ -170,7 +172,7 @@ def test_a_result_is_kept_while_its_inputs_are_the_same_and_no_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     part = Part()
-    monkeypatch.setattr(command.importlib, "import_module", lambda name: part)
+    monkeypatch.setattr(command, "importlib", SimpleNamespace(import_module=lambda name: part))
     for digest, runs, kept in (("one", 1, False), ("one", 1, True), ("two", 2, False), ("two", 2, True), ("one", 3, False)):
         part.digest = digest
         assert command.prove("enumeration", tmp_path)
@@ -183,7 +185,7 @@ def test_what_a_killed_run_of_other_inputs_left_is_thrown_away_and_of_the_same_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part, out = Part(), tmp_path / "proof-enumeration.parquet"
-    monkeypatch.setattr(command.importlib, "import_module", lambda name: part)
+    monkeypatch.setattr(command, "importlib", SimpleNamespace(import_module=lambda name: part))
     Ledger(out, {"inputs": "other"}).add("old", [{"difference": 1.0, "revision": "abc", "inputs": "other"}])
     assert command.prove("enumeration", tmp_path)
     discard(out)
