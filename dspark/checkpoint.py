@@ -175,8 +175,13 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
     return drafter.pack() if isinstance(target.head, PackedLinear) else drafter
 
 
+def default_drafter() -> Path:
+    """The folder of the drafter that is shipped for the default target."""
+    return data_dir() / "drafters" / "smollm2-135m-instruct"
+
+
 def _folder(name: str | Path) -> Path:
-    path = data_dir() / "drafters" / "smollm2-135m-instruct" if str(name) == "default" else Path(name).expanduser()
+    path = default_drafter() if str(name) == "default" else Path(name).expanduser()
     if path.is_dir():
         return path
     if path.exists() or path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:

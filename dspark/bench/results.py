@@ -25,7 +25,7 @@ class Ledger:
 
     def __init__(self, out: Path, configuration: Row) -> None:
         self.out, self.configuration = out, configuration
-        self.partial = out.with_name(out.name + ".partial.jsonl")
+        self.partial = partial_of(out)
         self.done: dict[str, list[Row]] = {}
         self.complete = out.exists()
         if self.complete:
@@ -65,6 +65,25 @@ class Ledger:
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def configuration_of(out: Path) -> Row:
+    """The configuration of the run that ``out``, or what a killed run left beside it, holds; empty if there is none."""
+    if out.exists():
+        return read_results(out).attrs.get("configuration", {})
+    lines, _ = _whole_lines(partial_of(out))
+    return lines[0]["configuration"] if lines else {}
+
+
+def discard(out: Path) -> None:
+    """Remove the output and what a killed run left beside it."""
+    for path in (out, partial_of(out)):
+        path.unlink(missing_ok=True)
+
+
+def partial_of(out: Path) -> Path:
+    """Where the rows of a run are kept until it ends."""
+    return out.with_name(out.name + ".partial.jsonl")
 
 
 def _whole_lines(path: Path) -> tuple[list[Row], int]:

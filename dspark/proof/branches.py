@@ -6,8 +6,8 @@ fractions, the product's own :func:`dspark.verify.accept` computes exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -88,6 +88,55 @@ def enumerate_law(run: Callable[[Chance], Sequence[int]]) -> tuple[Law, int]:
     return law, leaves
 
 
+@dataclass
+class Junction:
+    """A state on the way, from which several branches go on. reached: its probability · forks: questions answered before it ·
+    law: of the whole texts, given that it was reached, as far as they are enumerated · leaves: of its part of the tree."""
+
+    state: Hashable = None
+    reached: Fraction = Fraction(1)
+    forks: int = 0
+    law: Law = field(default_factory=dict)
+    leaves: int = 0
+
+    def add(self, law: Law, probability: Fraction, leaves: int) -> None:
+        """A part of the tree that is reached with that probability, from the root on."""
+        share = probability / self.reached
+        for outcome, p in law.items():
+            self.law[outcome] = self.law.get(outcome, Fraction(0)) + share * p
+        self.leaves += leaves
+
+
+def enumerate_joined(run: Callable[[Chance], Iterator[tuple[Sequence[int], Hashable]]]) -> tuple[Law, int]:
+    """The law and the number of leaves that :func:`enumerate_law` gives, on trees that are too large for it: branches that come to
+    the same state go on as one.
+
+    ``run`` yields (outcome so far, state) now and then, and at its end. The state must hold everything that what follows depends on.
+    """
+    known: dict[Hashable, tuple[Law, int]] = {}
+    way, path = [Junction()], []  # way: the junctions of this branch that are not yet done
+    while path is not None:
+        chance, outcome = Branches(path), ()
+        for place, (text, state) in enumerate(run(chance), 1):
+            outcome = tuple(text)
+            if place < len(way):
+                assert way[place].state == state, "the same answers led to another state: something is kept from one run to the next"
+            elif state in known:
+                law, leaves = known[state]
+                way[-1].add(law, chance.probability, leaves)
+                break
+            else:
+                way.append(Junction(state, chance.probability, len(chance.forks)))
+        else:
+            way[-1].add({outcome: Fraction(1)}, chance.probability, 1)
+        path = chance.next_path()
+        while len(way) > 1 and (path is None or way[-1].forks >= len(path)):
+            done = way.pop()
+            known[done.state] = done.law, done.leaves
+            way[-1].add(done.law, done.reached, done.leaves)
+    return way[0].law, way[0].leaves
+
+
 def difference(law: Law, expected: Law) -> Fraction:
     """The largest difference of two laws in the probability of one outcome."""
     return max(abs(law.get(outcome, Fraction(0)) - expected.get(outcome, Fraction(0))) for outcome in {**law, **expected})
@@ -116,7 +165,12 @@ class ExactSource:
     def __init__(self, source: DraftSource) -> None:
         self.source = source
         self.block_size, self.target_layer_ids, self.has_confidence = source.block_size, source.target_layer_ids, source.has_confidence
-        self.new_state, self.extend = source.new_state, source.extend
+        self.extend = source.extend
+        self.state: object = None  # of the latest request
+
+    def new_state(self, prompt: Sequence[int]) -> object:
+        self.state = self.source.new_state(prompt)
+        return self.state
 
     def draft(self, state: object, anchor: int, window: int, sampling: ExactSampling, chance: Chance) -> Draft:
         draft = self.source.draft(state, anchor, window, sampling.in_floats, chance)

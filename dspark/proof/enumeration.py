@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -17,15 +17,19 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from dspark.bench.provenance import environment, revision
-from dspark.bench.results import Ledger
+from dspark.bench.provenance import cores, environment
+from dspark.bench.results import Ledger, Row
 from dspark.decode import Round, rounds
 from dspark.proof import tables
-from dspark.proof.branches import ExactSampling, ExactSource, Law, difference, enumerate_law
-from dspark.proof.cases import POLICIES, PROMPT, Case, every_case, few_cases, small_target
+from dspark.proof.branches import ExactSampling, ExactSource, Law, difference, enumerate_joined, enumerate_law
+from dspark.proof.cases import POLICIES, PROMPT, Case, every_case, few_cases, large_cases, small_target
+from dspark.proof.inputs import digest
 from dspark.proof.tables import PAIR, PAIR_POLICIES
+from dspark.proof.workers import side_by_side
+from dspark.rewind import GrowingKV, RewindCache
 from dspark.sampling import Chance
 from dspark.schedule import Policy
 from dspark.target import Target
@@ -92,6 +96,49 @@ def prove(case: Case, policy: Policy | None = None) -> Proof:
     return Proof(law, target_law(target, case.tokens, case.sampling), branches, trips)
 
 
+def prove_joined(case: Case) -> Proof:
+    """As :func:`prove`, for trees that are too large to walk branch by branch: branches whose state is the same to the last bit
+    go on as one. ``trips`` are those that were walked."""
+    target, source = case.models()
+    policy, exact_source = POLICIES[case.policy], ExactSource(source)
+    trips: Counter[Trip] = Counter()
+
+    def run(chance: Chance) -> Iterator[tuple[Sequence[int], Hashable]]:
+        text: list[int] = []
+        for r in rounds(target, exact_source, PROMPT, case.tokens, policy, case.sampling, chance):
+            text += r.committed
+            # The loop's own state: cache and drafter, the text, and of the last round what the policy makes of it.
+            window = policy.window(r if r.index else None, case.block_size)
+            yield text, (tuple(text), window, *contents(target.cache), *contents(exact_source.state))
+            trips.update([Trip.of(r)] if r.index else [])
+
+    law, branches = enumerate_joined(run)
+    return Proof(law, target_law(target, case.tokens, case.sampling), branches, trips)
+
+
+def contents(held: object) -> Iterator[Hashable]:
+    """All that an object holds, piece by piece, tensors as their bytes. Raises TypeError for what it cannot look into."""
+    if isinstance(held, Tensor):
+        yield held.shape
+        yield held.contiguous().numpy().tobytes()
+    elif isinstance(held, RewindCache):
+        yield from (piece for layer in held.layers for piece in contents(layer.kv))
+    elif isinstance(held, GrowingKV):
+        yield held.length
+        yield from (piece for side in (held.view() if held.length else ()) for piece in contents(side))
+    elif is_dataclass(held):
+        yield from (piece for each in fields(held) for piece in contents(getattr(held, each.name)))
+    elif isinstance(held, (list, tuple)):
+        yield len(held)
+        yield from (piece for each in held for piece in contents(each))
+    elif isinstance(held, dict):
+        yield from contents(list(held.items()))
+    elif held is None or isinstance(held, (int, float, str)):
+        yield held
+    else:
+        raise TypeError(f"a state that holds a {type(held).__name__} cannot be compared")
+
+
 @cache
 def target_law(target: Target, limit: int, sampling: ExactSampling) -> Law:
     """The law of the target's own text behind PROMPT: one fresh pass per prefix, and no cache. A text ends behind an
@@ -112,20 +159,33 @@ def target_law(target: Target, limit: int, sampling: ExactSampling) -> Law:
 def run(out: Path, smoke: bool = False) -> pd.DataFrame:
     """One row per case, in ``out`` and returned. Goes on where a killed run stopped. smoke: a few of the small cases.
 
-    branches: leaves of the tree · texts: outcomes with a probability · difference: see :class:`Proof`; anything but 0.0
-    disproves exactness. The last rows are two requests scheduled together, with tables in place of models.
+    branches: leaves of the tree · joined: whether branches in the same state went on as one · texts: outcomes with a probability ·
+    difference: see :class:`Proof`; anything but 0.0 disproves exactness. The last rows are two requests scheduled together, with
+    tables in place of models.
     """
-    cases = few_cases()[:6] if smoke else every_case()
-    ledger = Ledger(out, {"part": "enumeration", "cases": [*(case.name for case in cases), *PAIR_POLICIES], "revision": revision()})
+    cases = few_cases()[:6] if smoke else [*large_cases(), *every_case()]  # the longest first
+    origin = {"inputs": inputs()}
+    ledger = Ledger(out, {"part": "enumeration", "cases": [*(case.name for case in cases), *PAIR_POLICIES]} | origin)
     if not ledger.complete:
-        for case in tqdm(cases, desc="enumeration", unit="case"):
-            if case.name not in ledger.done:
-                proof = prove(case)
-                ledger.add(case.name, [case.columns() | proof.columns | environment(small_target(case.vocab, case.eos))])
+        todo = [case for case in cases if case.name not in ledger.done]
+        done = side_by_side(_row, todo, 1 if smoke else cores())
+        for case, row in tqdm(done, desc="enumeration", unit="case", initial=len(cases) - len(todo), total=len(cases)):
+            ledger.add(case.name, [row | origin])
+        ledger.done = {case.name: ledger.done[case.name] for case in cases}  # in order, whoever was done first
         place = environment(small_target(2, False)) | {"target": "tables", "target_digest": "", "dtype": "fractions"}
         for name in PAIR_POLICIES:
-            ledger.add(name, [_pair_columns(name) | prove_pair(name).columns | place])
+            ledger.add(name, [_pair_columns(name) | prove_pair(name).columns | place | origin])
     return ledger.finish()
+
+
+def inputs() -> str:
+    return digest([__name__])
+
+
+def _row(case: Case) -> Row:
+    joined = case in large_cases()
+    proof = prove_joined(case) if joined else prove(case)
+    return case.columns() | {"joined": joined} | proof.columns | environment(small_target(case.vocab, case.eos))
 
 
 def prove_pair(policy: str) -> Proof:
@@ -136,11 +196,11 @@ def prove_pair(policy: str) -> Proof:
 
 def _pair_columns(policy: str) -> dict[str, object]:
     case = Case(policy, "tables", block_size=tables.BLOCK_SIZE, tokens=tables.BLOCK_SIZE + 1)
-    return case.columns() | {"case": f"{policy} two requests", "requests": len(PAIR)}
+    return case.columns() | {"case": f"{policy} two requests", "requests": len(PAIR), "joined": False}
 
 
 def table(frame: pd.DataFrame) -> str:
-    """Policies × sources: cases, branches and the largest difference."""
+    """Policies: cases, sources, branches and the largest difference."""
     by = frame.groupby("policy", sort=False)
     shown = by.agg(cases=("case", "size"), sources=("source", "nunique"), branches=("branches", "sum"), difference=("difference", "max"))
     return shown.reset_index().to_string(index=False)

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -32,15 +33,18 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dspark.bench.provenance import environment
+from dspark.bench.provenance import cores, environment
 from dspark.bench.results import Ledger, Row, read_results
 from dspark.checkpoint import save_drafter
-from dspark.target import load_target
+from dspark.proof.inputs import digest
+from dspark.proof.workers import side_by_side
+from dspark.target import Target, load_target
 from dspark.train.corpus import Corpus, save_corpus
 from dspark.train.start import drafter_for
 
 SEED = 0
-MOMENTS, WRITES = 30, 6  # kills of each job
+JOBS = {"training": "dspark.train", "benchmark": "dspark.bench"}
+MOMENTS, WRITES, IN_SERIES = 30, 6, 6  # kills of each job, and how many of them follow one another in one process
 LONGEST = 300  # seconds until a run that nobody kills counts as hanging
 PREPARED = ["dspark.proof.killed", "dspark.bench.speed", "dspark.train.loop", "transformers.models.llama.modeling_llama"]
 TIMED = ["prefill_seconds", "seconds", "latency_ms", "draft_ms", "verify_ms", "round_ms", "model_seconds", "other_share"]
@@ -117,7 +121,7 @@ def jobs(folder: Path) -> list[Job]:
     return [
         Job(
             "training",
-            "dspark.train",
+            JOBS["training"],
             lambda out: ["drafter", *_options(training | {"out": out / "drafter", "features": out / "features"})],
             _steps_kept,
             _step_reached,
@@ -126,7 +130,7 @@ def jobs(folder: Path) -> list[Job]:
         ),
         Job(
             "benchmark",
-            "dspark.bench",
+            JOBS["benchmark"],
             lambda out: ["speed", *_options(bench | {"out": out / "speed.parquet"})],
             _rows_kept,
             lambda out: len(_rows_kept(out)),
@@ -245,29 +249,64 @@ def killed_until_done(job: Job, whole: Whole, folder: Path, causes: list[str], d
     return [row | {"equal": equal} for row in rows]
 
 
+@dataclass(frozen=True)
+class Series:
+    """Some kills of one job: as many runs of it as they take. scratch: a folder for all series."""
+
+    scratch: Path
+    job: str
+    number: int
+    causes: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.job}-{self.number}"
+
+    def killed(self) -> list[Row]:
+        job, whole, target = _laboratory(self.scratch / str(os.getpid()), self.job)
+        dice, causes, rows, run = random.Random(f"{SEED}/{self.key}"), list(self.causes), [], 0
+        while causes:
+            found = killed_until_done(job, whole, self.scratch / f"{self.key}-{run}", causes, dice)
+            about = {"job": self.job, "series": self.number, "run": run}
+            rows += [about | row | environment(target) | {"threads": 1} for row in found]
+            run += 1
+        return rows
+
+
+@cache
+def _laboratory(folder: Path, name: str) -> tuple[Job, Whole, Target]:
+    """A job, what it comes to if nobody kills it, and the target that it uses: once for every process."""
+    folder.mkdir(exist_ok=True)
+    (job,) = (job for job in jobs(folder) if job.name == name)
+    return job, _undisturbed(job, folder), load_target(folder / "target", dtype="float32")
+
+
 def run(out: Path, smoke: bool = False) -> pd.DataFrame:
     """One row per kill, in ``out`` and returned; goes on where it was itself killed.
 
-    job: training or benchmark · cause: moment, or write for the middle of one · moment: seconds after the start · killed_at_step:
-    steps taken, or rows measured · finished_before, finished_after: how many of them were safe on disk, at the start and after the
-    kill · equal: nothing that was safe was lost, and the end of this run equals that of the one nobody killed, bit for bit.
-    smoke: 3 moments and 1 write of each.
+    job: training or benchmark · series, run: those with the same numbers are kills of one run · cause: moment, or write for the
+    middle of one · moment: seconds after the start · killed_at_step: steps taken, or rows measured · finished_before,
+    finished_after: how many of them were safe on disk, at the start and after the kill · equal: nothing that was safe was lost, and
+    the end of this run equals that of the one nobody killed, bit for bit. smoke: 3 moments and 1 write of each.
     """
     causes = ["moment"] * (3 if smoke else MOMENTS) + ["write"] * (1 if smoke else WRITES)
+    origin = {"inputs": inputs()}
+    ledger = Ledger(out, {"part": "killed", "kills": len(causes), "seed": SEED} | origin)
     with tempfile.TemporaryDirectory() as scratch:
-        todo = jobs(Path(scratch))
-        about = environment(load_target(Path(scratch) / "target", dtype="float32")) | {"threads": 1}
-        ledger = Ledger(out, {"part": "killed", "kills": len(causes), "seed": SEED, "revision": about["revision"]})
-        for job in [] if ledger.complete else todo:
-            runs = [rows for key, rows in ledger.done.items() if key.startswith(job.name)]
-            planned = random.Random(f"{SEED}/{job.name}").sample(causes, len(causes))[sum(map(len, runs)) :]
-            whole = _undisturbed(job, Path(scratch)) if planned else None
-            while planned:
-                key = f"{job.name}-{len(runs)}"
-                rows = killed_until_done(job, whole, Path(scratch) / key, planned, random.Random(f"{SEED}/{key}"))
-                ledger.add(key, [{"job": job.name, "run": len(runs)} | row | about for row in rows])
-                runs.append(rows)
-    return ledger.finish()
+        series = []
+        for job in JOBS:
+            mixed = random.Random(f"{SEED}/{job}").sample(causes, len(causes))
+            parts = [tuple(mixed[first : first + IN_SERIES]) for first in range(0, len(mixed), IN_SERIES)]
+            series += [Series(Path(scratch), job, number, part) for number, part in enumerate(parts)]
+        todo = [] if ledger.complete else [each for each in series if each.key not in ledger.done]
+        done = side_by_side(Series.killed, todo, 1 if smoke else cores())
+        for each, rows in tqdm(done, desc="killed", unit="series", initial=len(series) - len(todo), total=len(series)):
+            ledger.add(each.key, [row | origin for row in rows])
+    return ledger.finish().sort_values(["job", "series", "run"], ignore_index=True, kind="stable", ascending=[False, True, True])
+
+
+def inputs() -> str:
+    return digest([__name__, *(f"{module}.__main__" for module in JOBS.values())])
 
 
 def _undisturbed(job: Job, scratch: Path) -> Whole:
@@ -287,5 +326,7 @@ def table(frame: pd.DataFrame) -> str:
         when = f"{part['moment'].min():.2f} to {part['moment'].max():.2f} s"
         at = f"{part['killed_at_step'].min()} to {part['killed_at_step'].max()}"
         kills = f"{len(part)} ({(part['cause'] == 'write').sum()})"
-        lines.append(f"{name:10} {kills:18}  {part['run'].nunique():4}  {when:20}  {at:8}  {part['equal'].sum()} of {len(part)}")
+        lines.append(
+            f"{name:10} {kills:18}  {part.groupby(['series', 'run']).ngroups:4}  {when:20}  {at:8}  {part['equal'].sum()} of {len(part)}"
+        )
     return "\n".join(lines)

@@ -6,7 +6,6 @@ A bug is a file in tests/planted: what goes wrong, where others have met it, the
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -29,6 +28,7 @@ import dspark
 from dspark.bench.provenance import cores, revision
 from dspark.bench.results import Ledger, Row
 from dspark.profile import cpu_name
+from dspark.proof.inputs import digest
 
 ROOT = Path(dspark.__file__).resolve().parents[1]
 FORKS = Path(__file__).with_name("forks.py")
@@ -173,7 +173,7 @@ def run(out: Path, smoke: bool = False) -> pd.DataFrame:
     smoke: three bugs. Raises ValueError if a test fails without any bug.
     """
     planted = bugs()[: 3 if smoke else None]
-    ledger = Ledger(out, {"part": "planted", "smoke": smoke, "code": _code()})
+    ledger = Ledger(out, {"part": "planted", "smoke": smoke, "inputs": inputs()})
     waiting = [bug for bug in (clean(planted), *planted) if bug.name not in ledger.done]
     if not ledger.complete:
         for bug, trial in tqdm(try_out(waiting), total=len(waiting), desc="planted bugs"):
@@ -201,15 +201,14 @@ def _row(bug: Bug, trial: Trial, caught: str) -> Row:
         "transformers": transformers.__version__,
         "dspark": dspark.__version__,
         "revision": revision(),
+        "inputs": inputs(),
     }
 
 
-def _code() -> str:
-    """16 hex digits that change with the package, the tests and the bugs."""
-    sha = hashlib.sha256()
-    for path in sorted(path for name in COPIED[:2] for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".toml")):
-        sha.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return sha.hexdigest()[:16]
+def inputs() -> str:
+    """Changes with the package, the tests and the bugs."""
+    files = (path for name in COPIED for path in [ROOT / name, *(ROOT / name).rglob("*")])
+    return digest([__name__], sorted(path for path in files if path.suffix in (".py", ".toml")))
 
 
 def table(frame: pd.DataFrame) -> str:

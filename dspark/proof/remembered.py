@@ -7,12 +7,13 @@ draw: the sequential head, the draws, the confidence, the policy, acceptance, re
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspark.backbone import Context
 from dspark.draft import Drafter
@@ -44,8 +45,10 @@ class Tree:
 def grow(target: Target, prompt: list[int], layer_ids: Sequence[int], sampling: Sampling, tokens: int, cut: float) -> Tree:
     """Enumerate the texts of ``tokens`` new tokens with a probability of at least ``cut`` (and above 0)."""
     tree, cache = Tree(prompt), target.new_cache()
-    logits, taps = target.forward(torch.tensor([prompt] * BATCH, device=target.device), cache, layer_ids, logits_to_keep=1)
-    tree.logits[()], tree.taps[()] = logits[0, -1], taps[:1]
+    logits, taps = target.forward(torch.tensor([prompt], device=target.device), cache, layer_ids, logits_to_keep=1)
+    tree.logits[()], tree.taps[()] = logits[0, -1], taps
+    for layer in cache.layers:  # the prompt runs once, whatever the size of the batch
+        layer.kv.keys, layer.kv.values = (side.repeat(BATCH, 1, 1, 1) for side in (layer.kv.keys, layer.kv.values))
     likely = {(): 1.0}
     for depth in range(1, tokens + 1):
         longer = {}
@@ -175,6 +178,25 @@ class Told:
         assert length == self.length, "only the block is forgotten, and it was never stored"
 
 
+class RememberedStep(nn.Module):
+    """The sequential head's W2. Where its input is a row of W1 and nothing else, it runs once per row."""
+
+    def __init__(self, markov_w1: nn.Embedding, markov_w2: nn.Module) -> None:
+        super().__init__()
+        self.original, self.products = markov_w2, {}
+        weight = markov_w1.weight
+        self.rows = range(weight.data_ptr(), weight.data_ptr() + weight.numel() * weight.element_size())
+
+    def forward(self, latent: Tensor) -> Tensor:
+        if (key := latent.data_ptr()) not in self.rows:
+            return self.original(latent)
+        if key not in self.products:
+            if len(self.products) >= MOST_ROWS:
+                self.products.clear()
+            self.products[key] = self.original(latent)
+        return self.products[key]
+
+
 class RememberingDrafter(Drafter):
     """A drafter, its weights and its own ``draft``, whose backbone and LM head run once per context and anchor, behind one prompt."""
 
@@ -184,6 +206,12 @@ class RememberingDrafter(Drafter):
         self.base: dict[tuple[int, int], Tensor] = {}  # where the hidden states lie and how many → [w, draft_vocab]
         object.__setattr__(self, "head", self._head)
         object.__setattr__(self, "original", drafter)  # not a submodule
+        if drafter.markov_head is not None:
+            head = copy.copy(drafter.markov_head)  # shares its weights
+            head._modules = drafter.markov_head._modules | {
+                "markov_w2": RememberedStep(drafter.markov_head.markov_w1, drafter.markov_head.markov_w2)
+            }
+            self._modules = drafter._modules | {"markov_head": head}
 
     def new_state(self, prompt: Sequence[int] = ()) -> Told:
         return Told()
@@ -234,3 +262,31 @@ class PrefilledTarget(Target):
             assert token_ids[0].tolist() == self.prompt
             return self.prefill
         return super().forward(token_ids, cache, taps, logits_to_keep=logits_to_keep)
+
+
+class WatchedTarget(PrefilledTarget):
+    """And it compares every row that it computes with the tree's row of the same prefix.
+
+    largest: the largest total variation between two such rows · compared: how many. If it is 0, a draw that runs every block and
+    one from memory decide alike from the same coins; so it bounds, row by row, how far the two laws can be apart.
+    """
+
+    def __init__(self, target: Target, tree: Tree, layer_ids: Sequence[int], sampling: Sampling) -> None:
+        super().__init__(target, tree.prompt, layer_ids)
+        self.tree, self.sampling = tree, sampling
+        self.text: list[int] = []
+        self.largest, self.compared = 0.0, 0
+
+    def forward(
+        self, token_ids: Tensor, cache: RewindCache, taps: Sequence[int] = (), *, logits_to_keep: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        before = cache.length - len(self.prompt)
+        logits, hidden = super().forward(token_ids, cache, taps, logits_to_keep=logits_to_keep)
+        if not logits_to_keep:
+            self.text = [*self.text[:before], *token_ids[0].tolist()]
+            for k, row in enumerate(logits[0]):
+                if (prefix := tuple(self.text[: before + k + 1])) in self.tree.logits:
+                    ours, theirs = (self.sampling.probs(each) for each in (row, self.tree.logits[prefix]))
+                    self.largest = max(self.largest, float((ours - theirs).abs().sum() / 2))
+                    self.compared += 1
+        return logits, hidden

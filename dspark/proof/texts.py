@@ -1,14 +1,16 @@
 """Greedy texts of the shipped models, token for token: in float32 every way to decode gives ``model.generate``'s text; in bfloat16
 every divergence is weighed against the rounding measured at that point (:mod:`dspark.bench.identity`).
 
-Nothing is tuned here, so the prompts of both splits are read. Every prompt runs plainly and in a share of the other ways, which
-take turns, so that each of them meets every domain about equally often.
+Nothing is tuned here, so the prompts of both splits are read. Every prompt runs plainly and in a share of the other ways (in float32
+in all of them), which take turns, so that each of them meets every domain about equally often. A prompt's prefill runs once: all
+ways go on from the same cache, rewound between them.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -16,13 +18,19 @@ from tqdm.auto import tqdm
 
 from dspark.bench.arms import Models, parse_arm
 from dspark.bench.identity import compare
-from dspark.bench.measure import Decoder
-from dspark.bench.plan import Plan, rotated
-from dspark.bench.provenance import drafter_columns, revision
+from dspark.bench.measure import Decoder, Settings, by_dspark
+from dspark.bench.plan import Plan, Unit, rotated
+from dspark.bench.provenance import cores, drafter_columns
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
 from dspark.bench.table import identity_table
+from dspark.decode import DraftSource
 from dspark.draft import Drafter
+from dspark.proof.inputs import digest, shipped_files
+from dspark.proof.remembered import PrefilledTarget
+from dspark.proof.workers import side_by_side
+from dspark.schedule import Policy
+from dspark.target import Target
 
 PLAIN = "plain"
 WINDOWS = {f"fixed:{n}": n for n in range(1, 9)} | {"mtp1": 1}
@@ -53,7 +61,7 @@ class Extent:
 
 
 FULL = {
-    "float32": Extent(Plan.domains, {"dev": 13, "test": 12}, tokens=24, share=6),
+    "float32": Extent(Plan.domains, {"dev": 13, "test": 12}, tokens=12, share=len(OTHERS)),
     "bfloat16": Extent(Plan.domains, {"dev": 6, "test": 6}, tokens=24, share=6),
 }
 SMOKE = dict.fromkeys(FULL, Extent("code", {"dev": 1, "test": 1}, tokens=4, share=4))
@@ -66,46 +74,91 @@ def run(out: Path, smoke: bool = False) -> pd.DataFrame:
     tokens, equal, first_divergence, margin, noise: see :func:`dspark.bench.identity.compare`.
     """
     extents = SMOKE if smoke else FULL
-    first = next(iter(extents))
-    models = extents[first].plans(first)[0].load(stock=True)
-    made_with = {"target_digest": models.target.digest} | drafter_columns(models.drafter) | {"revision": revision()}
-    ledger = Ledger(out, {"mode": "texts", "extents": {dtype: asdict(extent) for dtype, extent in extents.items()}} | made_with)
+    origin = {"inputs": inputs()}
+    ledger = Ledger(out, {"mode": "texts", "extents": {dtype: asdict(extent) for dtype, extent in extents.items()}} | origin)
     if ledger.complete:
         return ledger.finish()
-    for dtype, extent in extents.items():
-        plans = extent.plans(dtype)
-        units = list(enumerate(unit for plan in plans for unit in plan.units))
-        todo = [(turn, unit) for turn, unit in units if f"{dtype}/{unit.key}" not in ledger.done]
-        if not todo:
-            continue
-        if dtype != first:
-            models = plans[0].load(stock=True)
-        needed = dict.fromkeys(name for turn, _ in todo for name in extent.ways(turn))
-        ways = {name: Way.of(name, models, plans[0]) for name in needed}
-        for turn, unit in tqdm(todo, desc=dtype, unit="prompt", initial=len(units) - len(todo), total=len(units)):
-            decoders = {name: ways[name].decoder for name in extent.ways(turn)}
-            rows = compare(models, decoders, models.target.encode(unit.item.messages), plans[0].settings)
-            about = {"prompt": unit.item.id, "domain": unit.item.domain}
-            ledger.add(f"{dtype}/{unit.key}", [about | row | ways[row["arm"]].columns | extent.columns for row in rows])
+    pieces = [
+        Piece(dtype, turn, unit, smoke)
+        for dtype, extent in extents.items()
+        for turn, unit in enumerate(unit for plan in extent.plans(dtype) for unit in plan.units)
+    ]
+    todo = [piece for piece in pieces if piece.key not in ledger.done]
+    _bench.cache_clear()
+    done = side_by_side(Piece.compared, todo, 1 if smoke else cores())
+    for piece, rows in tqdm(done, desc="texts", unit="prompt", initial=len(pieces) - len(todo), total=len(pieces)):
+        ledger.add(piece.key, [row | origin for row in rows])
+    ledger.done = {piece.key: ledger.done[piece.key] for piece in pieces}  # in order, whoever was done first
     return ledger.finish()
+
+
+def inputs() -> str:
+    return digest([__name__], shipped_files())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One prompt in one dtype, in all the ways that it runs."""
+
+    dtype: str
+    turn: int
+    unit: Unit
+    smoke: bool
+
+    @property
+    def key(self) -> str:
+        return f"{self.dtype}/{self.unit.key}"
+
+    def compared(self) -> list[Row]:
+        extent, bench = (SMOKE if self.smoke else FULL)[self.dtype], _bench(self.dtype, self.smoke)
+        prompt = bench.models.target.encode(self.unit.item.messages)
+        target = PrefilledTarget(bench.models.target, prompt, bench.models.drafter.target_layer_ids)
+        ways = {name: bench.way(name) for name in extent.ways(self.turn)}
+        decoders = {name: way.decoder(target, bench.plan.settings) for name, way in ways.items()}
+        about = {"prompt": self.unit.item.id, "domain": self.unit.item.domain} | extent.columns
+        return [about | row | ways[row["arm"]].columns for row in compare(bench.models, decoders, prompt, bench.plan.settings)]
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to decode, ready to run. columns: what all its rows say alike."""
+    """A way to decode. source, policy: None for plain decoding · columns: what all its rows say alike."""
 
-    decoder: Decoder
+    source: DraftSource | None
+    policy: Policy | None
     columns: Row
 
-    @classmethod
-    def of(cls, name: str, models: Models, plan: Plan) -> Way:
-        arm, columns = parse_arm(name), constant_columns(plan, models)[name]
+    def decoder(self, target: Target, settings: Settings) -> Decoder:
+        return by_dspark(target, self.source, self.policy, settings)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The models of one dtype, and every way to decode with them."""
+
+    plan: Plan
+    models: Models
+    ways: dict[str, Way] = field(default_factory=dict)
+
+    def way(self, name: str) -> Way:
+        if name not in self.ways:
+            self.ways[name] = self._made(name)
+        return self.ways[name]
+
+    def _made(self, name: str) -> Way:
+        arm, columns = parse_arm(name), constant_columns(self.plan, self.models)[name]
         if not arm.drafts:
-            return cls(models.decoder(arm, plan.settings), columns | {"block_size": 0})
-        drafter = raised(models.drafter, WINDOWS.get(name, 1))
-        block_size = WINDOWS.get(name, arm.source(drafter).block_size)
-        decoder = replace(models, drafter=drafter).decoder(arm, plan.settings)
-        return cls(decoder, columns | drafter_columns(drafter) | {"block_size": block_size})
+            return Way(None, None, columns | {"block_size": 0})
+        drafter = raised(self.models.drafter, WINDOWS.get(name, 1))
+        source, policy = arm.source(drafter), arm.policy(self.models.target)
+        policy.check(source.block_size, source.has_confidence)
+        return Way(source, policy, columns | drafter_columns(drafter) | {"block_size": WINDOWS.get(name, source.block_size)})
+
+
+@lru_cache(maxsize=1)
+def _bench(dtype: str, smoke: bool) -> Bench:
+    """Loaded once for all the prompts that a process takes on; the other dtype's models are let go."""
+    plan = (SMOKE if smoke else FULL)[dtype].plans(dtype)[0]
+    return Bench(plan, plan.load(stock=True))
 
 
 def raised(drafter: Drafter, block_size: int) -> Drafter:
@@ -125,4 +178,5 @@ def table(frame: pd.DataFrame) -> str:
 
 def _shared(frame: pd.DataFrame) -> str:
     others, each = frame["arm"].nunique() - 1, frame.iloc[0]["ways_per_prompt"] - 1
-    return f"{frame['prompt'].nunique()} prompts; each ran plainly and in {each} of the {others} other ways in turn"
+    share = f"all {others} other ways" if each == others else f"{each} of the {others} other ways in turn"
+    return f"{frame['prompt'].nunique()} prompts; each ran plainly and in {share}"
