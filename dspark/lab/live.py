@@ -134,7 +134,7 @@ class LivePanel:
     @property
     def source(self) -> DraftSource:
         """Who drafts: the drafter, or the drafter and copying."""
-        return ContextLookup(self.drafter) if self.copy.value else self.drafter
+        return ContextLookup(self.drafter, phrases=self.drafter.phrases) if self.copy.value else self.drafter
 
     @property
     def request(self) -> Request:
