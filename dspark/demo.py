@@ -55,10 +55,10 @@ def _converted(text: str, kind: str) -> object:
     return value
 
 
-def run(notebook: Path, executed: Path, parameters: Mapping[str, object]) -> dict[str, object]:
+def run(notebook: Path, executed: Path, parameters: Mapping[str, object], *, progress: bool = True) -> dict[str, object]:
     """Run the notebook with these parameters, keep it at ``executed``, and return the summary that it saved beside it.
 
-    Raises ValueError with the cell's own message if a cell fails.
+    progress: show a bar over its cells.     Raises ValueError with the cell's own message if a cell fails.
     """
     executed.parent.mkdir(parents=True, exist_ok=True)
     saved = executed.with_suffix(".json")
@@ -69,6 +69,7 @@ def run(notebook: Path, executed: Path, parameters: Mapping[str, object]) -> dic
             str(executed),
             {**parameters, "out": str(saved)},
             kernel_name="python3",
+            progress_bar=progress,
             cwd=str(notebook.parent),
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # its remarks would break into the progress bar
         )

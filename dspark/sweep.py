@@ -85,7 +85,9 @@ def run_cell(cell: Cell) -> str:
     """Execute the notebook at one point and keep its row; returns "" or, for a cell that failed, what went wrong in one line."""
     start = time.perf_counter()
     try:
-        summary = run(cell.notebook, cell.folder / f"{cell.key}.ipynb", dict(cell.parameters))
+        summary = run(
+            cell.notebook, cell.folder / f"{cell.key}.ipynb", dict(cell.parameters), progress=False
+        )  # the grid has a bar of its own
     except (ValueError, OSError) as error:
         return str(error)
     row = dict(cell.parameters) | {"cell": cell.key, "cell_seconds": time.perf_counter() - start} | summary

@@ -195,7 +195,7 @@ SPEED = {
 def test_speedup_runs_at_other_parameters_on_another_model(tmp_path, tiny_folders):
     executed = tmp_path / "folder" / "speedup.ipynb"
     summary = demo.run(ROOT / "notebooks" / "02_speedup.ipynb", executed, SPEED | tiny_folders)
-    assert summary["policy"] == summary["arm"] == "confidence:0.4+block:3"
+    assert summary["policy"] == SPEED["policy"] and summary["arm"] == "confidence:0.4+block:3"
     assert summary["n"] == 2 and summary["low"] <= summary["speedup"] <= summary["high"]
     assert {"speedup_over_mtp1", "speedup_math", "speedup_over_mtp1_structured"} <= set(summary)
     assert not any(isinstance(value, dict | list) for value in summary.values()), "a row of a table is flat"
