@@ -297,10 +297,10 @@ def test_stopping_the_command_keeps_what_was_trained(command: Callable[..., str]
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dspark.train.__main__.tqdm.set_postfix", stop_at_3)
+        patch.setattr("dspark.train.run.tqdm.set_postfix", stop_at_3)
         assert "continues" in command()
     gc.collect()
     assert (tmp_path / "drafter.training" / "checkpoint.safetensors").is_file()
-    monkeypatch.setattr("dspark.train.__main__.Trainer.run", lambda trainer: pytest.fail(f"resumed at {trainer.step}"))
+    monkeypatch.setattr("dspark.train.run.Trainer.run", lambda trainer: pytest.fail(f"resumed at {trainer.step}"))
     with pytest.raises(pytest.fail.Exception, match="resumed at 3"):
         command()

@@ -205,7 +205,7 @@ def test_every_peers_greedy_text_in_float32_is_plains(models, tmp_path):
     frame = measure_speed(plan, models, tmp_path / "speed.parquet")
     assert frame["equals_baseline"].all(), frame.loc[~frame["equals_baseline"], ["arm", "prompt_id", "first_divergence"]]
     faster = frame[frame["tokens_per_round"] > 1].groupby("arm").size()
-    assert {"lookup", "assisted:3", "copy", "copy:1", "copy+block:3"} <= set(faster.index), faster
+    assert {"lookup", "assisted:3", "copy:1"} <= set(faster.index), faster
 
 
 def test_a_peers_steps_are_its_own_and_nothing_is_claimed_about_their_inside(models):
