@@ -18,6 +18,7 @@ from test_lab import ROUNDS, TEXT, decode, ids, round_of
 from tiny import tiny_drafter, tiny_target
 
 import dspark
+from dspark.bench.results import write_results
 from dspark.decode import Round
 from dspark.lab import figures, sample, strips, text
 from dspark.lab.controls import KINDS, PolicyControls, family, policy_of
@@ -28,7 +29,7 @@ from dspark.lab.still import still
 from dspark.profile import SPSCurve
 from dspark.replay import replay
 from dspark.target import Target
-from dspark.trace import StepTimes, load_trace, record
+from dspark.trace import StepTimes, load_trace, record, trace_row, traces_frame
 
 SHORT = Request("An apple", max_new_tokens=12)
 TIMES = StepTimes({1: 1e-3, 8: 2e-3}, {1: 1e-2, 9: 2e-2}, 1e-5, 1e-4)
@@ -573,6 +574,18 @@ def test_traces_save_and_load(replayed, target, drafter, tmp_path):
     other = ReplayPanel(tmp_path / "kept.parquet")
     assert other.numbers.value == numbers and other.trace.token_ids == made.token_ids
     other.close()
+
+
+def test_file_of_several_traces_offers_each_by_its_prompt(replayed, target, drafter, tmp_path):
+    made = [record(target, drafter, prompt, max_new_tokens=8, times=TIMES) for prompt in ("An apple", "Two pears")]
+    write_results(traces_frame([trace_row(trace) for trace in made]), tmp_path / "two.parquet")
+    replayed.path.value = str(tmp_path / "two.parquet")
+    replayed.load_button.click()
+    assert [label for label, _ in replayed.which.options] == ["An apple", "Two pears"]
+    for i, trace in ((0, made[0]), (1, made[1])):
+        replayed.which.value = i
+        assert replayed.which.index == i and replayed.trace.token_ids == trace.token_ids
+        assert trace.about["prompt"] in replayed.about.value
 
 
 def test_missing_file_is_told_and_the_trace_stays(replayed, tmp_path):

@@ -47,6 +47,7 @@ class ReplayPanel:
         self.rounds: list[Round] = []
         self.plain: list[Round] = []
         self._decode, self._given_decode, self._loaded = None, decode, []
+        self._filling = False
         self._make(policy, thresholds)
         if isinstance(trace, Trace):
             self.show(trace)
@@ -91,13 +92,16 @@ class ReplayPanel:
 
     def _offer(self) -> None:
         """Fill the list of traces and take the first."""
-        self.which.unobserve_all("value")
+        self._filling = True
         self.which.options = [(short(prompt_of(trace)), i) for i, trace in enumerate(self._loaded)]
         self.which.value = 0
-        self.which.observe(self._take, names="value")
+        self._filling = False
         self._take()
 
     def _take(self, _change: object = None) -> None:
+        """Another trace of the file."""
+        if self._filling:
+            return
         self.trace = trace = self._loaded[self.which.value]
         self._decode = remembered(self._given_decode or trace_decode(trace))
         self.plain = replay(trace, Autoregressive())
@@ -144,6 +148,7 @@ class ReplayPanel:
         self.box = w.VBox([files, self.which, self.message, seen])
         self.load_button.on_click(lambda _button: self.load())
         self.save_button.on_click(lambda _button: self.save())
+        self.which.observe(self._take, names="value")
         self.colour.observe(self._move, names="value")
 
     def _repr_mimebundle_(self, **options: object) -> object:
