@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 from dspark.decode import Round
-from dspark.lab.figures import DRAFT_STATES, FATES, GREY, NO_CHARACTER, Decode, draft_states, fates
+from dspark.lab.figures import COPIED, DRAFT_STATES, FATES, GREY, NO_CHARACTER, Decode, draft_states, fates
 from dspark.schedule import AdaptiveWindow, ConfidenceThreshold, Policy
 
 COLOURS = {"fate": "fate", "confidence": "confidence c", "target": "target mass p_target"}
@@ -80,7 +80,7 @@ def _fill(r: Round, k: int, state: str, colour: str) -> str:
 
 def _cell_hint(r: Round, k: int, state: str, decode: Decode | None) -> str:
     token = f" “{decode([r.draft_tokens[k]]).replace(NO_CHARACTER, '▯')}”" if decode else ""
-    copied = " (copied)" if r.source == "copy" else ""
+    copied = COPIED.get(r.source, "")
     named = (("p_target", r.target_probs_of_drafts), ("p_draft", r.draft_probs_of_drafts), ("confidence", r.confidence))
     numbers = "".join(f" · {name} {values[k]:.2f}" for name, values in named if k < len(values) and values[k] == values[k])
     return f"round {r.index}, position {k + 1}: {DRAFT_STATES[state].label}{copied}{token}{numbers}"
