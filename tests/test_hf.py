@@ -223,7 +223,7 @@ def test_a_dictionary_is_returned_where_one_is_asked_for(llama):
         ({"do_sample": True, "logits_processor": LogitsProcessorList([TopKLogitsWarper(3, min_tokens_to_keep=2)])}, "min_tokens_to_keep"),
         ({"logits_to_keep": 5}, "logits_to_keep is 5"),
         ({"return_dict_in_generate": True, "output_scores": True}, "scores cannot be returned"),
-        ({"policy": dspark.FixedWindow(9)}, "a window of 9"),
+        ({"policy": dspark.FixedWindow(99)}, "a window of 99"),
         ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

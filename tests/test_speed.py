@@ -1,0 +1,112 @@
+"""What explains a speed-up, what a window needs, and the headline's pictures: from frames whose truth is known."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+from tiny import tiny_drafter, tiny_target
+
+from dspark.bench.explained import check_predictions, explained
+from dspark.lab import speed
+from dspark.predict import break_even
+from dspark.profile import SPSCurve, profile_draft
+
+PLAIN_MS, DRAFT_MS, VERIFY_MS = 30.0, 6.0, 34.0
+
+
+def run_of(taus: dict[str, float], other_ms: float = 0.0) -> pd.DataFrame:
+    """A run of plain and fixed:3 that obeys the law to the letter, but for ``other_ms`` a round; domain → τ, 100 rounds a prompt."""
+    rows = []
+    for domain, tau in taus.items():
+        for i in range(4):
+            about = {"domain": domain, "prompt_id": f"{domain}/{i}", "theme": "creative" if i == 3 else "x", "temperature": 0.0}
+            about |= {"dtype": "float32", "equals_baseline": True, "baseline": "plain"}
+            first = round(100 * (tau - 1) / 2)  # of 100 rounds so many keep the first draft, and as many of those the second
+            for arm, counts, ms in (
+                ("plain", ([], []), PLAIN_MS),
+                ("fixed:3", ([100, first, first], [first, first, 0]), (DRAFT_MS + VERIFY_MS + other_ms)),
+            ):
+                tokens = 100 + sum(counts[1])
+                seconds = 100 * ms / 1e3
+                row = {"arm": arm, "rounds": 100, "decoded_tokens": tokens, "checked": 300 if counts[0] else 0, "accepted": sum(counts[1])}
+                row |= {"reached_at": counts[0], "accepted_at": counts[1], "seconds": seconds, "model_seconds": seconds}
+                row |= {"latency_ms": 1e3 * seconds / tokens, "round_ms": ms, "tokens_per_round": tokens / 100}
+                row |= {"draft_ms": DRAFT_MS if counts[0] else math.nan, "verify_ms": VERIFY_MS if counts[0] else PLAIN_MS}
+                rows.append(about | row)
+    return pd.DataFrame(rows)
+
+
+def test_a_run_that_obeys_the_law_is_predicted_exactly():
+    frame = run_of({"code": 2.0, "chat": 1.4})
+    points = explained(frame)
+    assert points["predicted"].to_numpy() == pytest.approx(points["speedup"].to_numpy())
+    assert set(points["acceptance"].round(6)) == {round(100 / 300, 6), round(40 / 300, 6)}
+    checked = check_predictions(frame)
+    assert checked["window"].tolist() == [3, 3] and checked["tokens_per_round"].tolist() == pytest.approx([2.0, 1.4])
+    assert checked["error"].abs().max() < 1e-9 and checked["within"].all()
+
+
+def test_time_outside_the_models_shows_as_an_error_of_the_prediction():
+    checked = check_predictions(run_of({"code": 2.0}, other_ms=8.0))
+    assert checked["error"].iloc[0] == pytest.approx(48 / 40 - 1) and not checked["within"].any()
+
+
+def test_a_curve_from_elsewhere_is_used_where_it_is_given():
+    slow = SPSCurve((1, 4), (PLAIN_MS / 1e3, 2 * VERIFY_MS / 1e3))
+    expected = 2.0 * PLAIN_MS / (DRAFT_MS + 2 * VERIFY_MS)
+    assert check_predictions(run_of({"code": 2.0}), slow)["predicted"].iloc[0] == pytest.approx(expected)
+
+
+def test_break_even_is_the_law_solved_for_tau():
+    curve = SPSCurve((1, 8), (0.030, 0.044))
+    points = {(p.window, p.speedup): p for p in break_even(curve, (1, 7), 0.006, (1.0, 1.57))}
+    assert points[7, 1.0].required == pytest.approx(50 / 30) and points[7, 1.0].free == pytest.approx(44 / 30)
+    assert points[7, 1.57].required == pytest.approx(1.57 * 50 / 30) and points[7, 1.57].reachable
+    assert points[1, 1.57].required == pytest.approx(1.57 * 38 / 30) and points[1, 1.57].reachable is (1.57 * 38 / 30 <= 2)
+
+
+def test_drafting_is_timed_at_the_context_asked_for(monkeypatch):
+    target = tiny_target()
+    drafter, seen = tiny_drafter(target), []
+    draft = drafter.draft
+    monkeypatch.setattr(drafter, "draft", lambda state, *rest: (seen.append(state.length), draft(state, *rest))[1])
+    assert profile_draft(target, drafter, context=20, repeats=3) > 0
+    assert seen == [20, 22, 24, 26]
+
+
+def test_the_cost_is_the_price_over_the_speed_up():
+    frame = run_of({"code": 2.0, "chat": 1.4})
+    table = speed.cost(frame, 4.0).set_index("domain")
+    assert table.loc["code", "cost"] == pytest.approx(4.0 * 40 / 30 / 2.0) and table.loc["code", "saved"] == pytest.approx(4 - 8 / 3)
+    with pytest.raises(ValueError, match="price must be positive, got 0"):
+        speed.cost(frame, 0)
+
+
+def test_quoted_numbers_are_marked_and_never_stand_against_plain():
+    beside = speed.published_beside_ours(run_of({"code": 2.0}))
+    assert (beside["source"] == "quoted").sum() == len(speed.PUBLISHED)
+    assert set(beside.loc[beside["source"] == "quoted", "against"]) == {"mtp1"}
+    assert beside.loc[beside["source"] == "measured", "inside"].tolist() == ["below", "below"]
+
+
+@pytest.mark.parametrize("draw", [lambda f: speed.over(f, "plain", quoted=True), speed.law, lambda f: speed.by_kind(f, "fixed:3")])
+def test_figures_have_units_and_say_how_many(draw):
+    figure = draw(run_of({"code": 2.0, "chat": 1.4}))
+    assert "n = " in figure.layout.title.text
+    assert "×" in figure.layout.yaxis.title.text and figure.layout.xaxis.title.text
+
+
+def test_creative_prompts_stand_by_themselves():
+    names = {trace.name.split("<br>")[0] for trace in speed.by_kind(run_of({"code": 2.0, "chat": 1.4}), "fixed:3").data}
+    assert names == {"code", "chat", "creative"}
+
+
+def test_words_without_numbers_take_those_of_the_parameters():
+    names = speed.arms_of("fixed:3,confidence,adaptive+copy,adaptive:0.5,0.2,0.1,lookup,copy", 3, 0.4, (0.6, 0.3, 0.05))
+    assert names[:3] == ["fixed:3+block:3", "confidence:0.4+block:3", "adaptive:0.6,0.3,0.05+copy+block:3"]
+    assert names[3:] == ["adaptive:0.5,0.2,0.1+block:3", "lookup", "copy+block:3"]
+    assert speed.arms_of("fixed", 0, 0.4, (0.6, 0.3, 0.05)) == ["fixed"]
+    with pytest.raises(ValueError, match="'confidnce'"):
+        speed.arms_of("confidnce", 0, 0.4, (0.6, 0.3, 0.05))
