@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import cycle, product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -27,6 +28,7 @@ from dspark.bench.measure import Settings
 from dspark.bench.plan import Plan
 from dspark.bench.results import Ledger
 from dspark.draft import Draft, Drafter
+from dspark.phrases import PhraseMemory
 from dspark.proof import texts
 from dspark.rewind import FIRST_CAPACITY
 from dspark.sampling import Chance, Sampling
@@ -275,7 +277,10 @@ def tiny_models(plan: Plan, stock: bool = False) -> Models:
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[plan.dtype]
     target, plain = (tiny_target(dtype=dtype) for _ in range(2))
     target.tokenizer = letter_tokenizer()
-    return Models(target.pack(), tiny_drafter(target), plain)
+    drafter = tiny_drafter(target)
+    said = np.arange(60).reshape(2, 30) % 15  # every token is followed by the next one
+    drafter.phrases = PhraseMemory.of_text(said, np.ones_like(said, dtype=bool))
+    return Models(target.pack(), drafter, plain)
 
 
 def test_the_proof_by_texts_compares_every_way_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +301,7 @@ def test_the_proof_by_texts_compares_every_way_and_goes_on_after_a_kill(tmp_path
         with pytest.raises(KeyboardInterrupt):
             texts.run(out, smoke=True)
     frame = texts.run(out, smoke=True)
-    assert len(frame) == 2 * 2 * 15 and not frame.duplicated(["dtype", "prompt", "arm"]).any()
+    assert len(frame) == 2 * 2 * (1 + len(texts.OTHERS)) and not frame.duplicated(["dtype", "prompt", "arm"]).any()
     assert list(dict.fromkeys(frame["dtype"] + "/0/" + frame["prompt"]))[:3] == kept
     assert frame.loc[frame["dtype"] == "float32", "equal"].all() and not beyond_rounding(frame).any()
     fixed = frame[frame["arm"].str.fullmatch(r"fixed:\d")]
