@@ -23,7 +23,7 @@ test: $(stamp)  ## run the tests
 	$(python) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-notebooks: $(stamp)  ## run every notebook at its defaults, asserts included
-	$(python) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600 -n auto --maxprocesses 2 --dist loadfile notebooks
+	$(python) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600 notebooks
 
 test-browser: $(stamp)  ## open the live notebook in JupyterLab and Chromium and use it as a reader would
 	$(pip) install --quiet -c constraints.txt playwright || true  # where it cannot be had, the test says that it was skipped
