@@ -16,7 +16,7 @@ from dspark.predict import BreakEven
 MTP1 = "mtp1"
 # Quoted, never measured here: per-user speed at matched throughput over MTP-1, in production on many GPUs.
 PUBLISHED = {"the published range": (1.57, 1.85), "V4-Flash": (1.60, 1.85), "V4-Pro": (1.57, 1.78)}
-COLOURS = [FATES[name].colour() for name in ("draft", "correction", "bonus", "copy")]
+COLOURS = [FATES[name].colour() for name in ("draft", "correction", "bonus", "copy", "phrase")]
 MARKS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 
 
