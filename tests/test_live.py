@@ -467,11 +467,12 @@ def test_fifty_runs_leave_no_threads_and_no_memory(panel):
     threads = threading.active_count()
     tracemalloc.start()
     try:
-        after_warming, after = runs(10), runs(50)
+        held = [runs(10), runs(50), runs(50)]
     finally:
         tracemalloc.stop()
-    assert threading.active_count() == threads
-    assert after - after_warming < 50_000, "more than a kB a run stays"
+    assert threading.active_count() <= threads  # one that an earlier test left may end meanwhile
+    growth = min(held[1] - held[0], held[2] - held[1])  # a leak grows each time, a cache that fills does not
+    assert growth < 50_000, f"{growth} bytes stay after 50 more runs: more than a kB a run"
 
 
 def test_run_can_be_kept_as_a_trace_and_a_bad_path_is_told(panel, tmp_path):

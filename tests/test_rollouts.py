@@ -164,9 +164,10 @@ def test_policies_are_compared_on_the_same_tokens_and_by_the_traces_seconds(mode
     per_domain = [lines.loc[("fixed:4", domain), "tokens_per_second"] for domain in ("code", "chat")]
     assert lines.loc[("fixed:4", "all"), "tokens_per_second"] == pytest.approx((per_domain[0] * per_domain[1]) ** 0.5)
     told = policies.against_windows(lines.reset_index(), policies.ORACLE)
-    assert told["hindsight"] >= 1 and told["single"] >= told["hindsight"] >= told["worst"]
+    least = 1 - 1e-9  # windows may tie, and sums round
+    assert told["hindsight"] >= least and told["single"] >= least * told["hindsight"] >= least**2 * told["worst"]
     fixed = policies.against_windows(lines.reset_index(), told["best_single"])
-    assert fixed["single"] == pytest.approx(1) and fixed["hindsight"] <= 1
+    assert fixed["single"] == pytest.approx(1) and fixed["hindsight"] <= 1 + 1e-9
     with pytest.raises(ValueError, match="replay both"):
         policies.against_windows(lines.reset_index(), "mtp1")
 
