@@ -130,7 +130,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, context: GrowingKV | Context, mask: Tensor | None) -> Tensor:
         queries = rope.rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2))
         keys, values = context.append(*self.keys_values(x, rope))
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+        if mask is None:  # every query sees everything, so a group's heads can stand in line as more queries: faster than enable_gqa
+            in_line = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+            mixed = F.scaled_dot_product_attention(in_line, keys, values).reshape(queries.shape)
+        else:
+            mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 

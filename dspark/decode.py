@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dspark.draft import NOTHING, Draft
-from dspark.sampling import Chance, Sampling
+from dspark.sampling import Chance, Rows, Sampling
 from dspark.schedule import Autoregressive, FixedWindow, Policy
 from dspark.target import Prompt, Target
 from dspark.verify import accept
@@ -166,7 +166,7 @@ def rounds(
         before = cache.length
         logits, taps = target.forward(_row([anchor, *checked], target), cache, layer_ids)
         verified = clock.lap()
-        p_target = sampling.probs(logits[0])  # [ℓ+1, vocab]
+        p_target = Rows(sampling, logits[0])  # [ℓ+1, vocab]
         accepted, next_token = accept(checked, draft.probs, p_target, chance)
         # 4 rewind: the cache keeps the anchor and the accepted drafts
         cache.rewind(before + 1 + accepted)
@@ -184,7 +184,7 @@ def rounds(
             length,
             accepted,
             committed,
-            _of_tokens(p_target if sampling.temperature else logits[0].float().softmax(-1), checked),
+            _of_tokens(p_target if sampling.temperature else Rows(Sampling(1.0), logits[0]), checked),
             _of_tokens(draft.probs, draft.tokens),
             draft.source,
             drafted,
@@ -208,9 +208,9 @@ def _until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> tuple[int, .
     return tuple(tokens)
 
 
-def _of_tokens(probs: Tensor, tokens: Sequence[int]) -> tuple[float, ...]:
+def _of_tokens(probs: Tensor | Rows, tokens: Sequence[int]) -> tuple[float, ...]:
     """probs [≥ n, vocab], n tokens → the probability of each."""
-    return tuple(probs[range(len(tokens)), list(tokens)].tolist()) if tokens else ()
+    return tuple(float(probs[k, token]) for k, token in enumerate(tokens))
 
 
 class _Clock:

@@ -4,7 +4,7 @@ says how likely each is to survive (the paper's §3: semi-autoregressive generat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -87,6 +87,10 @@ class Draft:
     source: str = "drafter"
 
 
+SUREST = 0.98  # no vote silences the drafter
+Vote = Callable[[Sequence[int]], tuple[int, float] | None]  # drafts so far → a token that may come next, and a rate in 0..1
+
+
 NOTHING = Draft([], torch.empty(0, 0), torch.empty(0), "")
 
 
@@ -151,6 +155,7 @@ class Drafter(nn.Module):
         target.check_taps(self.config.target_layer_ids)
         self.to(device=target.device)
         self.head_weight = target.head_weight[self.d2t].to(target.dtype)
+        self.place_of = {token: place for place, token in enumerate(self.d2t.tolist())}
         # Borrowed, not submodules: never saved, never trained.
         object.__setattr__(self, "embed", target.embedding)
         object.__setattr__(self, "head", partial(F.linear, weight=self.head_weight))
@@ -212,8 +217,11 @@ class Drafter(nn.Module):
         state.pending.clear()
 
     @torch.inference_mode()
-    def draft(self, state: DraftState, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
-        """Propose ``window`` tokens behind the anchor, whose position is the length of the context (Algorithm of §3.1–3.2)."""
+    def draft(self, state: DraftState, anchor: int, window: int, sampling: Sampling, chance: Chance, vote: Vote | None = None) -> Draft:
+        """Propose ``window`` tokens behind the anchor, whose position is the length of the context (Algorithm of §3.1–3.2).
+
+        vote: what else is known to follow the drafts so far; see :meth:`_lean`.
+        """
         self._check_window(window)
         self._absorb(state)
         start, device = state.layers[0].length, self.head_weight.device
@@ -225,19 +233,36 @@ class Drafter(nn.Module):
             kv.rewind(start)  # the block's own keys and values are dropped; only context stays
         base = self.head(hidden).float()  # U: [w, draft_vocab]
 
-        tokens, previous, rows, embedded, latent_state = [], anchor, [], [], None
+        tokens, previous, rows, embedded, latent_state, rates = [], anchor, [], [], None, []
         for k in range(window):
             logits = base[k]
             if self.markov_head is not None:
                 embedded.append(self.markov_head.markov_w1.weight[previous])
                 latent, latent_state = self.markov_head.step(hidden[k], embedded[-1], latent_state)
                 logits = logits + self.markov_head.markov_w2(latent)
+            logits, rate = self._lean(logits, vote, tokens)
+            rates.append(rate)
             probs = sampling.probs(logits)
             choice = chance.choose(probs)
             previous = int(self.d2t[choice])
             tokens.append(previous)
             rows.append(probs)
-        return Draft(tokens, self._spread(torch.stack(rows)), self._confidence(hidden, embedded))
+        return Draft(tokens, self._spread(torch.stack(rows)), self._confidence(hidden, embedded, rates))
+
+    def _lean(self, logits: Tensor, vote: Vote | None, tokens: Sequence[int]) -> tuple[Tensor, float]:
+        """The next draft's logits [draft_vocab], leaning to the token that is voted for, and its rate r (0 without a vote).
+
+        The law becomes (1 − r)·softmax(logits) + r·[token], as if the vote were asked in a share r of all cases. Like the
+        sequential head it reads the tokens before x_k only.
+        """
+        token, rate = (vote(tokens) if vote else None) or (None, 0.0)
+        place = self.place_of.get(token)
+        if place is None:
+            return logits, 0.0
+        rate = min(rate, SUREST)
+        logits = logits.clone()
+        logits[place] = torch.logaddexp(logits[place], logits.logsumexp(-1) + math.log(rate / (1 - rate)))
+        return logits, rate
 
     def _check_window(self, window: int) -> None:
         if not 1 <= window <= self.block_size:
@@ -249,10 +274,11 @@ class Drafter(nn.Module):
             return probs
         return probs.new_zeros(probs.shape[0], self.config.vocab_size).index_copy_(1, self.d2t, probs)
 
-    def _confidence(self, hidden: Tensor, embedded: list[Tensor]) -> Tensor:
+    def _confidence(self, hidden: Tensor, embedded: list[Tensor], rates: list[float]) -> Tensor:
+        """c_k; where a vote's rate is higher, that."""
         if self.confidence_head is None:
             return torch.full((hidden.shape[0],), math.nan)
         logits = self.confidence_head(hidden, torch.stack(embedded) if embedded else None).float()
         if self.sts_temperatures:
             logits = logits / logits.new_tensor(self.sts_temperatures[: len(logits)])
-        return torch.sigmoid(logits)
+        return torch.sigmoid(logits).maximum(logits.new_tensor(rates))

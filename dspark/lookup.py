@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 
 MAX_COPY = 12  # tokens
+CONTEXT_RATE = 0.5  # of a vote from the context; constant, so that a draft follows from the text alone and a trace can be replayed
 COPIED = ("copy", "phrase")  # sources of drafts that were looked up, not computed
 
 
@@ -62,9 +64,10 @@ class ContextLookup:
 
     A copy is a draft like any other: its distribution is one-hot, chosen by past tokens alone, and the same exact rule checks
     it. Where nothing repeats, ``phrases`` that the target writes elsewhere are drafted, if there are any that fit, and else the
-    wrapped drafter proposes, at most its own block; without one (None) the round is a plain step, and ``target`` says whose
-    vocabulary is copied: so any causal LM decodes, with nothing trained. min_match: tokens that must repeat, at least 1.
-    max_copy: longest copy in tokens; a copy costs nothing to draft, so it may be longer than the block.
+    wrapped drafter proposes, at most its own block, and hears what is known to follow its drafts; without one (None) the round
+    is a plain step, and ``target`` says whose vocabulary is copied: so any causal LM decodes, with nothing trained.
+    min_match: tokens that must repeat, at least 1. max_copy: longest copy in tokens; a copy costs nothing to draft, so it may
+    be longer than the block.
     """
 
     def __init__(
@@ -125,7 +128,17 @@ class ContextLookup:
                 return self._certain(phrase, rates, "phrase")
         if self.drafter is None:
             return NOTHING
-        return self.drafter.draft(state.drafter, anchor, min(window, self.drafter.block_size), sampling, chance)
+        window = min(window, self.drafter.block_size)
+        return self.drafter.draft(state.drafter, anchor, window, sampling, chance, partial(self._vote, state, anchor))
+
+    def _vote(self, state: LookupState, anchor: int, drafts: Sequence[int]) -> tuple[int, float] | None:
+        """What follows the drafts so far in the context or in a phrase, though nothing known follows the anchor: inside a block
+        the drafter hears it (:meth:`dspark.draft.Drafter.draft`)."""
+        tail = max(self.min_match, ORDERS[0])
+        text = [*state.tokens[-tail:], anchor, *drafts]
+        if (start := state.follows.get(tuple(text[-self.min_match :]))) is not None:
+            return state.tokens[start], CONTEXT_RATE
+        return self.phrases.follower(text) if self.phrases is not None else None
 
     def _certain(self, tokens: list[int], confidence: list[float], source: str) -> Draft:
         """A draft without chance: one-hot distributions."""

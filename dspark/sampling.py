@@ -33,7 +33,7 @@ class Sampling:
         Greedy is the one-hot distribution of the arg max, so that one acceptance rule serves every temperature.
         """
         if self.temperature == 0:
-            best = logits.argmax(-1, keepdim=True)
+            best = logits.float().argmax(-1, keepdim=True)  # over bfloat16 it would take four times as long on a CPU
             return torch.zeros(logits.shape, dtype=torch.float32, device=logits.device).scatter_(-1, best, 1.0)
         logits = logits.float()
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # 0 or less: no temperature makes it overflow to ∞
@@ -53,6 +53,24 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     mass_before = ordered.cumsum(-1) - ordered  # 0 for the first: one token always stays
     kept = ordered.masked_fill(mass_before >= top_p, 0.0)
     return torch.zeros_like(probs).scatter_(-1, index, kept / kept.sum(-1, keepdim=True))
+
+
+class Rows:
+    """[rows, vocab]: ``sampling.probs(logits)``, each row made when it is first asked for.
+
+    Behind the first rejection nobody asks; and a whole block of float32 rows costs more in fresh memory than in arithmetic.
+    """
+
+    def __init__(self, sampling: Sampling, logits: Tensor) -> None:
+        self.sampling, self.logits = sampling, logits
+        self.made: dict[int, Tensor] = {}
+
+    def __getitem__(self, place: int | tuple[int, int]) -> Tensor:
+        """Row k [vocab], or for (k, token) one probability []."""
+        k, *token = place if isinstance(place, tuple) else (place,)
+        if k not in self.made:
+            self.made[k] = self.sampling.probs(self.logits[k])
+        return self.made[k][token[0]] if token else self.made[k]
 
 
 class Chance:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dspark.sampling import Chance
+from dspark.sampling import Chance, Rows
 
 
-def accept(draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor, chance: Chance) -> tuple[int, int]:
+def accept(draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor | Rows, chance: Chance) -> tuple[int, int]:
     """Keep the longest prefix of the drafts that the rule accepts, and draw the one token behind it.
 
     draft_tokens: ℓ ids, x_k drawn from ``p_draft[k−1]`` · p_draft: [≥ ℓ, vocab] float32 · p_target: [ℓ+1, vocab] float32.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.backbone import Context, DrafterConfig, RMSNorm
-from dspark.draft import Draft, Drafter, DraftState
+from dspark.draft import Draft, Drafter, DraftState, Vote
 from dspark.rewind import GrowingKV
 from dspark.sampling import Chance, Sampling
 
@@ -111,20 +111,22 @@ class EagleDrafter(Drafter):
         return features[:, -1:]
 
     @torch.inference_mode()
-    def draft(self, state: EagleState, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
+    def draft(self, state: EagleState, anchor: int, window: int, sampling: Sampling, chance: Chance, vote: Vote | None = None) -> Draft:
         """Propose ``window`` tokens behind the anchor, whose position is the length of the context, one step each."""
         self._check_window(window)
         feature, kv = self._absorb(state), state.layers[0]
-        entries, previous, tokens, rows, hidden = kv.length, anchor, [], [], []
+        entries, previous, tokens, rows, hidden, rates = kv.length, anchor, [], [], [], []
         for _ in range(window):
             place = torch.tensor([[kv.length + 1]], device=feature.device)
             x = self._inputs(torch.tensor([[previous]], device=feature.device), feature)
             feature = self.layers[0](x, self._rope(place, x.dtype), kv, None)
             hidden.append(self.norm(feature)[0, 0])
-            probs = sampling.probs(self.head(hidden[-1][None])[0].float())
+            logits, rate = self._lean(self.head(hidden[-1][None])[0].float(), vote, tokens)
+            rates.append(rate)
+            probs = sampling.probs(logits)
             choice = chance.choose(probs)
             previous = int(self.d2t[choice])
             tokens.append(previous)
             rows.append(probs)
         kv.rewind(entries)  # what stands on the drafter's own features is dropped, and so is the anchor: its next block makes it anew
-        return Draft(tokens, self._spread(torch.stack(rows)), self._confidence(torch.stack(hidden), []))
+        return Draft(tokens, self._spread(torch.stack(rows)), self._confidence(torch.stack(hidden), [], rates))

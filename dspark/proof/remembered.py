@@ -75,20 +75,6 @@ def _add_rows(tree: Tree, target: Target, cache: RewindCache, layer_ids: Sequenc
             tree.logits[text], tree.taps[text] = logits[i, -1], taps[i : i + 1, -1:]
 
 
-class Block:
-    """Rows [n, vocab] of one pass, left where they are: joining them would cost more than the rest of a round."""
-
-    def __init__(self, rows: list[Tensor]) -> None:
-        self.rows = rows
-
-    def __getitem__(self, index: int | tuple) -> Tensor:
-        """As a tensor: [k] a row, [k, token] a number, [ks, tokens] several numbers."""
-        if isinstance(index, int):
-            return self.rows[index]
-        k, token = index
-        return self.rows[k][token] if isinstance(k, int) else torch.stack([self.rows[i][t] for i, t in zip(k, token, strict=True)])
-
-
 class TokenCache:
     """Stands for the target's KV cache: of the text, only the tokens."""
 
@@ -121,7 +107,7 @@ class RememberedTarget:
 
     def forward(
         self, token_ids: Tensor, cache: TokenCache, taps: Sequence[int] = (), *, logits_to_keep: int = 0
-    ) -> tuple[dict[int | tuple[int, int], Block | Tensor], Tensor | None]:
+    ) -> tuple[dict[int | tuple[int, int], list[Tensor] | Tensor], Tensor | None]:
         """As :meth:`dspark.target.Target.forward`; of the logits [1, n, vocab] there are [0] and [0, -1], which the loop reads."""
         first, start = cache.length, len(self.tree.prompt)
         cache.tokens += token_ids[0].tolist()
@@ -130,7 +116,7 @@ class RememberedTarget:
             return {(0, -1): self.tree.logits[()]}, self.tree.taps[()]
         prefixes = [tuple(cache.tokens[start:end]) for end in range(first + 1, cache.length + 1)]
         rows = [self.tree.logits.get(prefix, self.tree.logits[()]) for prefix in prefixes]
-        return {0: Block(rows)}, torch.cat([self.tree.taps.get(prefix, self.no_taps) for prefix in prefixes], 1) if taps else None
+        return {0: rows}, torch.cat([self.tree.taps.get(prefix, self.no_taps) for prefix in prefixes], 1) if taps else None
 
 
 @dataclass(frozen=True)
@@ -144,9 +130,7 @@ class RememberedSampling(Sampling):
         process = super().probs
         self.by_row.update((id(logits), process(logits)) for logits in tree.logits.values())
 
-    def probs(self, logits: Tensor | Block) -> Tensor | Block:
-        if isinstance(logits, Block):
-            return Block([self.by_row[id(row)] for row in logits.rows])
+    def probs(self, logits: Tensor) -> Tensor:
         if id(logits) in self.by_row:
             return self.by_row[id(logits)]
         if self.top_p == 1:
