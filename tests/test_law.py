@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from dspark.draft import Drafter
+from dspark.lookup import CONTEXT_RATE
 from dspark.proof import enumeration
 from dspark.proof.branches import ExactSampling, difference, enumerate_law, exact
 from dspark.proof.cases import HEADS, POLICIES, SAMPLINGS, SCHEDULED, SOURCES, Case, every_case, few_cases, served
@@ -72,6 +74,18 @@ def test_schedules_cut_the_same_block_at_different_places(policy: str) -> None:
 
 def test_the_adaptive_window_moved_both_ways_and_fell_back_to_plain_steps() -> None:
     assert {trip.window for trip in trips("adaptive")} >= {0, 1, 2, 3}
+
+
+def test_in_one_case_the_drafter_heard_a_token_with_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard, lean = [], Drafter._lean
+
+    def listening(self: Drafter, *arguments: object) -> object:
+        heard.append(lean(self, *arguments))
+        return heard[-1]
+
+    monkeypatch.setattr(Drafter, "_lean", listening)
+    enumeration.prove(next(case for case in CASES if case.source == "hearing" and case.vocab == 3))
+    assert {rate for _, rate in heard} == {0.0, CONTEXT_RATE}
 
 
 def test_copies_and_the_drafter_took_turns() -> None:

@@ -47,7 +47,8 @@ POLICIES: dict[str, Policy] = {
 }
 SCHEDULED = ("confidence", "conditional", "prefix-smooth", "prefix-jagged")  # ℓ is chosen after drafting
 HEADS = ("none", "vanilla", "gated", "rnn")
-SOURCES = (*HEADS, "reduced", "copying")
+COPIES = {"copying": 2, "hearing": 1}  # tokens that must repeat; after one of them the drafter often hears what followed its drafts
+SOURCES = (*HEADS, "reduced", *COPIES)
 PLAIN = ExactSampling(1.0)
 TOP_TWO = ExactSampling(1.0, top_k=2)
 SAMPLINGS = (
@@ -84,7 +85,7 @@ class RoundedTarget(Target):
 @dataclass(frozen=True)
 class Case:
     """One small world. policy: key of POLICIES · source: a sequential head; "reduced", vanilla with a draft vocabulary of two
-    tokens; or "copying", ContextLookup around vanilla · tokens: the length limit · eos: does the last token end the text?"""
+    tokens; or a key of COPIES, ContextLookup around vanilla · tokens: the length limit · eos: does the last token end the text?"""
 
     policy: str = "fixed:3"
     source: str = "vanilla"
@@ -109,10 +110,10 @@ class Case:
     def models(self) -> tuple[Target, DraftSource]:
         """Raises ValueError if the source cannot serve the policy."""
         target = small_target(self.vocab, self.eos)
-        head = "vanilla" if self.source in ("reduced", "copying") else self.source
+        head = self.source if self.source in HEADS else "vanilla"
         source: DraftSource = small_drafter(target, head, self.block_size, self.source == "reduced")
-        if self.source == "copying":
-            source = ContextLookup(source, max_copy=self.block_size)
+        if self.source in COPIES:
+            source = ContextLookup(source, COPIES[self.source], max_copy=self.block_size)
         POLICIES[self.policy].check(source.block_size, source.has_confidence)
         return target, source
 
@@ -198,6 +199,7 @@ def few_cases() -> list[Case]:
     deep = [Case("confidence", "vanilla", TOP_TWO, vocab=3, eos=True), Case("prefix-jagged", "vanilla", TOP_TWO, vocab=3, eos=True)]
     shapes = [
         Case("fixed:4", "copying", block_size=4, tokens=6, eos=True),
+        Case("fixed:2", "hearing", vocab=3, block_size=2, tokens=4),
         Case("adaptive", block_size=4, tokens=7, eos=True),
         Case("mtp1", vocab=4, block_size=1, tokens=3),
         Case("fixed:2", "reduced", TOP_TWO, vocab=5, block_size=2, tokens=4),
