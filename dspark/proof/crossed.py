@@ -88,12 +88,18 @@ class Asked:
     coming: list[int]
 
     @classmethod
-    def of(cls, target: Target, prompt: Prompt, tokens: int = 20) -> Asked:
+    def of(cls, target: Target, prompt: Prompt, tokens: int = 16) -> Asked:
         ids = target.encode(prompt)
-        limit = min(tokens, target.max_context - len(ids))
+        room = target.max_context - len(ids)
         endless = copy.copy(target)
         endless.eos_token_ids = frozenset()
-        return cls(target, prompt, tokens, reference(target, ids, limit), reference(endless, ids, limit + max(BLOCK_SIZES) + LONGER))
+        return cls(
+            target,
+            prompt,
+            tokens,
+            reference(target, ids, min(tokens, room)),
+            reference(endless, ids, min(tokens + max(BLOCK_SIZES) + LONGER, room)),
+        )
 
     def source(self, way: Way, block_size: int, turn: int) -> DraftSource:
         """turn: which of the sources the prompt meets this time."""
@@ -174,7 +180,7 @@ SITUATIONS: dict[str, Callable[[int], Asked]] = {
     "window, eager": partial(window, "eager"),
     "window, sdpa": partial(window, "sdpa"),
 }
-PROMPTS = dict(zip(SITUATIONS, (20, 16, 20, 20, 12, 12, 6, 6), strict=True))
+PROMPTS = dict(zip(SITUATIONS, (18, 14, 18, 20, 12, 12, 5, 5), strict=True))
 
 
 @cache
@@ -308,7 +314,7 @@ def table(frame: pd.DataFrame) -> str:
     return "\n\n".join(summed(frame, by).reset_index().to_string(index=False) for by in ("situation", "policy"))
 
 
-def summed(frame: pd.DataFrame, by: str) -> pd.DataFrame:
+def summed(frame: pd.DataFrame, by: str | list[str]) -> pd.DataFrame:
     """Per value of ``by``: texts, of them equal, tokens, accepted and rejected drafts, texts that ended inside a block, longest context."""
     sums = {"texts": "prompts"} | {name: name for name in ("equal", "tokens", "accepted", "rejected", "ended_inside")}
     columns = {name: (column, "sum") for name, column in sums.items()} | {"context": ("context", "max")}
