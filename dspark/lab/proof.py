@@ -124,10 +124,9 @@ def crossed_chart(frame: pd.DataFrame) -> go.Figure:
     """A cell per policy and block size of a ``proof-crossed`` frame: the share of checked drafts that were kept. Neither 0 nor 1 means
     that the texts had to come out equal by keeping and by refusing."""
     cells = summed(frame, ["policy", "block_size"]).reset_index()
-    cells["kept"] = cells["accepted"] / (cells["accepted"] + cells["rejected"]).where(lambda checked: checked > 0)
+    cells["kept"] = cells["accepted"] / (cells["accepted"] + cells["rejected"]).clip(lower=1)
     policies, sizes = list(dict.fromkeys(cells["policy"])), sorted(set(cells["block_size"]))
     wide = {name: cells.pivot(index="policy", columns="block_size", values=name).loc[policies, sizes] for name in cells.columns[2:]}
-    draft = FATES["draft"]
     figure = go.Figure(
         go.Heatmap(
             x=[str(size) for size in sizes],
@@ -137,20 +136,18 @@ def crossed_chart(frame: pd.DataFrame) -> go.Figure:
             zmax=1,
             xgap=2,
             ygap=2,
-            colorscale=[[0, draft.colour(0.06)], [1, draft.colour(0.75)]],
+            colorscale=[[0, "rgb(224,236,244)"], [1, FATES["draft"].colour()]],  # no page shines through, so the text in it is read
             colorbar={"title": "kept", "tickformat": ".0%", "outlinewidth": 0},
             text=wide["equal"].astype(str) + " of " + wide["texts"].astype(str),
             texttemplate="%{text}",
-            textfont={"color": GREY},
             customdata=np.dstack([wide["accepted"], wide["rejected"], wide["tokens"]]),
             hovertemplate="%{y}, block size %{x}: %{text} texts equal, %{customdata[2]} tokens<br>"
             "%{customdata[0]} drafts kept, %{customdata[1]} refused<extra></extra>",
         )
     )
-    figure.update_xaxes(title="block size (tokens)", type="category")
-    figure.update_yaxes(title="policy", type="category", autorange="reversed", automargin=True)
-    apart = int((frame["prompts"] - frame["equal"]).sum())
-    title = f"{frame['prompts'].sum():,} texts, {apart} of them not the reference's; the colour is the share of drafts kept"
+    figure.update_xaxes(title="block size (tokens)", type="category", showgrid=False)
+    figure.update_yaxes(title="policy", type="category", autorange="reversed", automargin=True, showgrid=False)
+    title = f"{frame['equal'].sum():,} of {frame['prompts'].sum():,} texts equal (in each cell: how many); the darker, the more drafts kept"
     return dressed(figure, title, 150 + 28 * len(policies))
 
 
