@@ -149,6 +149,6 @@ class ContextLookup:
 
     def _place(self) -> tuple[int, torch.device]:
         """Width and device of the distributions."""
-        if self.drafter:
-            return self.drafter.config.vocab_size, self.drafter.head_weight.device
-        return self.target.vocab_size, self.target.device
+        if self.target:
+            return self.target.vocab_size, self.target.device
+        return self.drafter.config.vocab_size, self.drafter.head_weight.device

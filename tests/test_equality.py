@@ -15,77 +15,33 @@ import torch
 import transformers.generation.utils as transformers_utils
 from test_decode import policies
 from tiny import tiny_drafter, tiny_target
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 import dspark
-from dspark.backbone import DrafterConfig
 from dspark.bench.arms import Models, parse_arms
 from dspark.bench.identity import beyond_rounding, compare
 from dspark.bench.measure import Settings
 from dspark.bench.plan import Plan
 from dspark.bench.results import Ledger
-from dspark.draft import Draft, Drafter
 from dspark.phrases import PhraseMemory
 from dspark.proof import texts
+from dspark.proof.tiny import (
+    HEADS,
+    SHAPES,
+    WINDOW,
+    Wavering,
+    drafter_of_its_own_shape,
+    letter_tokenizer,
+    random_prompt,
+    reference,
+    sliding_target,
+)
 from dspark.rewind import FIRST_CAPACITY
 from dspark.sampling import Chance, Sampling
-from dspark.target import Target
 from dspark.train.start import drafter_for
 from dspark.verify import accept
 
 BLOCK_SIZES = range(1, 9)
-HEADS = ({"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}, {"markov_rank": 0})
-SHAPES = [  # grouped, single and as many key-value heads as query heads; head and embedding apart, and the same
-    {"num_key_value_heads": kv, "tie_word_embeddings": tied} for kv, tied in product((2, 1, 4), (False, True))
-]
-
-
-def reference(target: Target, prompt: list[int], count: int) -> list[int]:
-    """What transformers alone makes of it."""
-    eos = sorted(target.eos_token_ids) or None
-    ids = torch.tensor([prompt])
-    out = target.model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, eos_token_id=eos, pad_token_id=0
-    )
-    return out[0, len(prompt) :].tolist()
-
-
-def random_prompt(seed: int, length: int, vocab: int = 100) -> list[int]:
-    return torch.randint(4, vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-class Wavering:
-    """Drafts the text that will come, with a wrong token every so often: runs of acceptances of every length, up to whole blocks.
-
-    Tokens behind the end of the text are drafted as well, if ``text`` goes on there. Its confidence is a seeded coin's, so that
-    the policies cut anywhere. errors: share of wrong tokens.
-    """
-
-    target_layer_ids, has_confidence = (0,), True
-
-    def __init__(self, target: Target, text: list[int], block_size: int, errors: float = 0.2, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        wrong = (torch.rand(len(text), generator=generator) < errors).tolist()
-        self.vocab, self.block_size = target.vocab_size, block_size
-        self.text = [(token + w) % self.vocab for token, w in zip(text, wrong, strict=True)]
-        self.confidence = torch.rand(len(text), generator=generator).sqrt()
-
-    def new_state(self, prompt: list[int]) -> dict[str, int]:
-        return {"at": -len(prompt)}
-
-    def extend(self, state: dict[str, int], token_ids: list[int], taps: Tensor) -> None:
-        assert taps.shape[1] == len(token_ids)
-        state["at"] += len(token_ids)
-
-    def draft(self, state: dict[str, int], anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
-        ahead = slice(state["at"] + 1, state["at"] + 1 + window)
-        tokens = self.text[ahead]
-        return Draft(tokens, torch.eye(self.vocab)[tokens], self.confidence[ahead], "wavering")
-
-
 # ---- policies, block sizes, prompts
 
 
@@ -158,23 +114,6 @@ def test_a_block_may_cross_the_caches_capacity_or_end_exactly_there(boundary: in
             assert dspark.generate(target, source, prompt, max_new_tokens=n).token_ids == expected[:n]
 
 
-LETTERS = "".join(map(chr, range(32, 127)))
-TEMPLATE = (
-    "{% for m in messages %}<start>{{ m['role'] }} {{ m['content'] }}<end>{% endfor %}"
-    "{% if add_generation_prompt %}<start>assistant {% endif %}"
-)
-
-
-def letter_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per printable character, 100 in all, with a chat template; token 2 ends a turn and the text."""
-    names = ["<pad>", "<unknown>", "<end>", "<mask>", "<start>", *LETTERS]
-    letters = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unknown>"))
-    letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    letters.decoder = decoders.Fuse()
-    special = {"pad_token": "<pad>", "unk_token": "<unknown>", "eos_token": "<end>", "mask_token": "<mask>", "bos_token": "<start>"}
-    return PreTrainedTokenizerFast(tokenizer_object=letters, chat_template=TEMPLATE, clean_up_tokenization_spaces=False, **special)
-
-
 def test_turns_that_hold_earlier_answers_are_answered_alike() -> None:
     target = tiny_target(seed=5)
     target.tokenizer = letter_tokenizer()
@@ -196,48 +135,11 @@ def test_turns_that_hold_earlier_answers_are_answered_alike() -> None:
 
 # ---- sliding windows
 
-WINDOW = 8
-
-
-def sliding_target(attention: str) -> Target:
-    """A random Gemma3 whose layers alternate between a window of 8 tokens and the whole context."""
-    config = Gemma3TextConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        initializer_range=0.4,
-        tie_word_embeddings=False,
-        max_position_embeddings=1024,
-        eos_token_id=None,
-        attn_implementation=attention,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Target(Gemma3ForCausalLM(config), None, "tiny-gemma3")
-
 
 def test_a_fresh_drafter_takes_its_rope_from_the_layers_that_see_everything() -> None:
     target = sliding_target("eager")
     drafter = drafter_for(target, block_size=3, target_layer_ids=(0, 2), markov_rank=4, mask_token_id=3)
     assert drafter.config.rope_theta == target.config.rope_parameters["full_attention"]["rope_theta"] != 10_000
-
-
-def drafter_of_its_own_shape(target: Target, block_size: int) -> Drafter:
-    """A random drafter for a target whose layers it does not resemble: only the hidden size and the vocabulary are shared."""
-    shape = {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    config = DrafterConfig(
-        target.vocab_size, target.hidden_size, target_layer_ids=(0, 2), mask_token_id=3, block_size=block_size, markov_rank=8, **shape
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(block_size)
-        return Drafter(config).attach(target).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

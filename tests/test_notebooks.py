@@ -122,6 +122,16 @@ def test_losslessness_runs_at_other_parameters(tmp_path):
     assert any("'token C': '4/5'" in text for text in printed)
 
 
+def test_losslessness_shows_what_was_run_and_names_the_rest(tmp_path):
+    executed, folder = tmp_path / "executed.ipynb", tmp_path / "results"
+    folder.mkdir()
+    papermill.execute_notebook(
+        str(ROOT / "notebooks" / "07_losslessness.ipynb"), str(executed), {"results": str(folder)}, kernel_name="python3", cwd=str(tmp_path)
+    )
+    printed = "".join(out.text for cell in cells(executed) for out in cell.outputs if out.output_type == "stream")
+    assert all(f"make proof ARGS={part} " in printed for part in ("enumeration", "sampled", "texts", "crossed", "planted"))
+
+
 def test_semi_autoregressive_runs_at_other_parameters_on_another_model(tmp_path, tiny_folders):
     executed = tmp_path / "executed.ipynb"
     other = {"prompt": "An apple", "slot": 3, "bias": 0.5, "texts": 2, "max_new_tokens": 16, "threads": 1, "dtype": "float32"}

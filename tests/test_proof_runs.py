@@ -16,7 +16,7 @@ import torch
 
 from dspark.bench.results import Ledger, configuration_of, discard
 from dspark.proof import __main__ as command
-from dspark.proof import enumeration, inputs, killed, planted, sampled, texts
+from dspark.proof import crossed, enumeration, inputs, killed, planted, sampled, texts
 from dspark.proof.branches import enumerate_joined, enumerate_law
 from dspark.proof.cases import Case, few_cases, large_cases, served, small_target
 from dspark.proof.enumeration import contents
@@ -137,12 +137,12 @@ def test_the_digest_changes_with_files_and_versions(package: Path, tmp_path: Pat
 
 
 def test_every_part_counts_the_rule_the_loop_and_itself_and_no_picture() -> None:
-    for part in (enumeration, texts, sampled):
+    for part in (enumeration, crossed, texts, sampled):
         names = {str(path.relative_to(inputs.PACKAGE)) for path in inputs.sources([part.__name__])}
         assert names >= {"verify.py", "decode.py", "rewind.py", "sampling.py", "schedule.py", "target.py", "draft.py"}
         assert f"proof/{Path(part.__file__).name}" in names and not any(name.startswith("lab/") for name in names)
     assert {path.suffix for path in inputs.shipped_files()} >= {".jsonl", ".safetensors"}
-    assert len({part.inputs() for part in (enumeration, killed, planted, texts, sampled)}) == 5
+    assert len({part.inputs() for part in (enumeration, killed, planted, crossed, texts, sampled)}) == 6
 
 
 # ---- kept or thrown away

@@ -64,7 +64,14 @@ def memory_line(frame: pd.DataFrame) -> str:
 
 def proof_lines(results: Path) -> str:
     """A list with one sentence per finished part of the proof of exactness; empty if there is none."""
-    sayings = {"enumeration": _enumerated, "sampled": _sampled, "texts": _texts, "planted": _planted, "killed": _killed}
+    sayings = {
+        "enumeration": _enumerated,
+        "sampled": _sampled,
+        "texts": _texts,
+        "crossed": _crossed,
+        "planted": _planted,
+        "killed": _killed,
+    }
     paths = {name: results / f"proof-{name}.parquet" for name in sayings}
     lines = [f"- {say(read_results(paths[name]))}" for name, say in sayings.items() if paths[name].is_file()]
     return (
@@ -96,6 +103,16 @@ def _texts(frame: pd.DataFrame) -> str:
         words = f"greedy text in {dtype}: {rows['equal'].sum()} of {len(rows)} are `model.generate`'s ({of_what})"
         sentences.append(words + (f", {above} of the others part by more than rounding explains" if len(apart) else ""))
     return "; ".join(sentences)
+
+
+def _crossed(frame: pd.DataFrame) -> str:
+    one_way = frame.groupby(["policy", "block_size"])["prompts"].sum().min()
+    return (
+        f"greedy text of tiny random models in float32: {frame['equal'].sum():,} of {frame['prompts'].sum():,} are `model.generate`'s "
+        f"({one_way} prompts in {frame['situation'].nunique()} situations, each with {frame['policy'].nunique()} policies at block sizes "
+        f"{frame['block_size'].min()} to {frame['block_size'].max()}; {frame['accepted'].sum():,} drafts kept, "
+        f"{frame['rejected'].sum():,} refused)"
+    )
 
 
 def _planted(frame: pd.DataFrame) -> str:

@@ -42,6 +42,7 @@ PARTS = RUNS | {
     "Enumeration": "proof-enumeration",
     "Draws": "proof-sampled",
     "Texts": "proof-texts",
+    "Crossed": "proof-crossed",
     "Planted": "proof-planted",
     "Killed": "proof-killed",
 }
@@ -96,7 +97,7 @@ def more_runs(frames: Frames) -> list[str]:
 def macros(frames: Frames, training: Mapping[str, object]) -> list[Macro]:
     """Every value that the text may use. training: what the shipped drafter's config.json says of how it was trained."""
     makers = {"Memory": _memory, "Rewind": _rewind, "Enumeration": _enumeration, "Draws": _draws, "Texts": _texts}
-    makers |= {"Planted": _planted, "Killed": _killed}
+    makers |= {"Crossed": _crossed, "Planted": _planted, "Killed": _killed}
     result = [*_method(), *_training(training)]
     for run, name in RUNS.items():
         if name in frames:
@@ -254,6 +255,17 @@ def _texts(frame: pd.DataFrame) -> Iterator[Macro]:
         sentences.append(f"in {code(dtype)} {_measured(integer(equal))} of {all_of_them} texts are equal ({prompts} prompts){left}")
     yield Macro(MEASURED, "TextsEqual", "; ".join(sentences), dressed=True)
     yield Macro(SETTING, "TextsArms", integer(frame["arm"].nunique()))
+
+
+def _crossed(frame: pd.DataFrame) -> Iterator[Macro]:
+    yield Macro(MEASURED, "CrossedEqual", integer(frame["equal"].sum()))
+    yield Macro(MEASURED, "CrossedTexts", integer(frame["prompts"].sum()))
+    yield Macro(MEASURED, "CrossedKept", integer(frame["accepted"].sum()))
+    yield Macro(MEASURED, "CrossedRefused", integer(frame["rejected"].sum()))
+    yield Macro(SETTING, "CrossedPrompts", integer(frame.groupby(["policy", "block_size"])["prompts"].sum().min()))
+    yield Macro(SETTING, "CrossedPolicies", integer(frame["policy"].nunique()))
+    yield Macro(SETTING, "CrossedSituations", integer(frame["situation"].nunique()))
+    yield Macro(SETTING, "CrossedBlock", integer(frame["block_size"].max()))
 
 
 def _planted(frame: pd.DataFrame) -> Iterator[Macro]:

@@ -33,6 +33,7 @@ PARTS = {
     "enumeration": Part("enumeration", "the law of small models, in fractions, over every branch", lambda f: (f["difference"] == 0).all()),
     "planted": Part("planted", "bugs planted in a copy: each must be caught by a named test", lambda f: (f["caught_by"] != "").all()),
     "killed": Part("killed", "training and benchmarking, killed and resumed", lambda f: f["equal"].all()),
+    "crossed": Part("crossed", "greedy texts of tiny models: every prompt, policy and block size", lambda f: _crossed_holds(f)),
     "texts": Part("texts", "greedy texts against model.generate, token for token", lambda f: _texts_hold(f)),
     "sampled": Part("sampled", "the law of the shipped model, by draws", lambda f: _draws_hold(f)),
 }
@@ -85,6 +86,12 @@ def _texts_hold(frame: pd.DataFrame) -> bool:
     exact = frame["dtype"] == "float32"
     explained = frame["equal"] | (frame["margin"] <= frame["noise"])
     return bool(frame.loc[exact, "equal"].all() and explained[~exact].all())
+
+
+def _crossed_holds(frame: pd.DataFrame) -> bool:
+    """Every text is equal, and no policy had an easy time: each that drafts had drafts kept and drafts refused."""
+    drafted = frame[frame["policy"] != "autoregressive"].groupby("policy")[["accepted", "rejected"]].sum()
+    return bool((frame["equal"] == frame["prompts"]).all() and (drafted > 0).all(axis=None))
 
 
 def _draws_hold(frame: pd.DataFrame) -> bool:
