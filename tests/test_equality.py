@@ -37,7 +37,7 @@ from dspark.proof.tiny import (
     sliding_target,
 )
 from dspark.rewind import FIRST_CAPACITY
-from dspark.sampling import Chance, Sampling
+from dspark.sampling import Chance, Rows, Sampling
 from dspark.train.start import drafter_for
 from dspark.verify import accept
 
@@ -268,9 +268,9 @@ def decoded_cases() -> list[Case]:
     target = tiny_target(eos_token_id=None, initializer_range=0.2)  # flat rows, so that some drafts are accepted
     drafter, cases = tiny_drafter(target), []
 
-    def noting(tokens: list[int], p_draft: Tensor, p_target: Tensor, chance: Chance) -> tuple[int, int]:
+    def noting(tokens: list[int], p_draft: Tensor, p_target: Rows, chance: Chance) -> tuple[int, int]:
         if tokens:
-            cases.append((tokens, p_draft[: len(tokens)], p_target))
+            cases.append((tokens, p_draft[: len(tokens)], torch.stack([p_target[k] for k in range(len(tokens) + 1)])))
         return accept(tokens, p_draft, p_target, chance)
 
     with pytest.MonkeyPatch.context() as patched:
