@@ -276,7 +276,7 @@ def decoded_cases() -> list[Case]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(inspect.getmodule(dspark.decode), "accept", noting)
         for source, options in product((drafter, dspark.ContextLookup(drafter, 1)), ({}, {"top_p": 0.9}, {"top_k": 5})):
-            dspark.generate(target, source, [5, 6, 7] * 4, max_new_tokens=40, temperature=2.0, **options)
+            dspark.generate(target, source, [5, 6, 7] * 4, max_new_tokens=80, temperature=2.0, **options)
     return cases
 
 
