@@ -21,10 +21,17 @@ from urllib.request import urlopen
 
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -c constraints.txt -e '.[browser]'")
+try:
+    from playwright import sync_api
+except ImportError:
+    sync_api = None
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("no Chromium here: install your system's, or name one in CHROMIUM", allow_module_level=True)
+
+# Marks, not a skip of the module: a run without any test is a failure to pytest.
+pytestmark = [
+    pytest.mark.skipif(sync_api is None, reason="playwright is not installed: pip install -c constraints.txt -e '.[browser]'"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install your system's, or name one in CHROMIUM"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "runs" / "browser"
