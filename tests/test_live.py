@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import threading
 import tracemalloc
@@ -13,6 +14,7 @@ from html import unescape
 
 import ipywidgets as w
 import pytest
+import torch
 from ipywidgets.widgets import widget as registry
 from test_lab import ROUNDS, TEXT, decode, ids, round_of
 from tiny import tiny_drafter, tiny_target
@@ -24,7 +26,7 @@ from dspark.lab import figures, sample, strips, text
 from dspark.lab.controls import KINDS, PolicyControls, family, policy_of
 from dspark.lab.live import LivePanel
 from dspark.lab.replaying import ReplayPanel, sample_traces, trace_decode
-from dspark.lab.session import Request, Session
+from dspark.lab.session import Request, Session, Watched
 from dspark.lab.still import still
 from dspark.profile import SPSCurve
 from dspark.replay import replay
@@ -224,12 +226,32 @@ def test_session_decodes_what_decode_decodes(target, drafter, request_):
     s = session(target, drafter, request=request_, plain=None, animated=False).start()
     s.join()
     assert s.state == "done" and s.error == ""
-    assert untimed(s.rounds) == untimed(list(dspark.decode(target, drafter, request_.prompt, **request_.options())))
-    assert untimed(s.plain) == untimed(list(dspark.decode(target, None, request_.prompt, **request_.options())))
+    asked = {name: getattr(request_, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    assert untimed(s.rounds) == untimed(list(dspark.decode(target, drafter, request_.prompt, **asked)))
+    assert untimed(s.plain) == untimed(list(dspark.decode(target, None, request_.prompt, **asked)))
     for r in s.rounds:
         assert [len(row) for row in s.alternatives[r.index]] == [3] * (1 + r.verify_length)
         best = [row[0][0] for row in s.alternatives[r.index]]
         assert request_.temperature or best[len(r.committed) - 1] == r.committed[-1]
+
+
+def test_alternatives_are_as_likely_as_the_temperature_makes_them(target):
+    watched = Watched(target, 0.5)
+    watched.logits = torch.tensor([[0.0, math.log(2), -math.inf]])
+    ((first, second),) = watched.best(2)
+    assert (first[0], second[0]) == (1, 0) and (first[1], second[1]) == pytest.approx((0.8, 0.2))
+
+
+def test_clock_of_the_race_starts_behind_the_prefill(target, drafter):
+    s = session(target, drafter).start()
+    s.join(30)
+    assert s.seconds == pytest.approx(sum(r.seconds for r in s.rounds[1:]))
+
+
+def test_stop_ends_the_recording_of_plain_decoding_and_no_round_follows(target, drafter):
+    s = session(target, drafter, plain=None, changed=lambda s: s.stop() if len(s.plain) == 2 else None).start()
+    s.join(30)
+    assert s.state == "stopped" and len(s.plain) == 2 and s.rounds == []
 
 
 class Seen:
@@ -352,6 +374,48 @@ def test_sliders_reach_the_decoding(panel):
     out = panel.run_to_end()
     assert panel.session.request == Request("Oranges", 20, 0.7, 0.6, 9)
     assert max(len(r.draft_tokens) for r in out.rounds) == 2
+
+
+def test_copying_widens_the_window_that_can_be_asked_for(panel):
+    window, alone = panel.controls.sliders["window"], panel.drafter.block_size
+    seen = [(window.max, window.value)]
+    for value in (True, False):
+        panel.copy.value = value
+        seen.append((window.max, window.value))
+    assert panel.source.block_size == alone < seen[1][0], "a window at the widest stays there"
+    assert seen == [(alone, alone), (seen[1][0], seen[1][0]), (alone, alone)]
+
+
+def test_without_a_race_nothing_is_decoded_plainly(panel):
+    panel.race.value = False
+    panel.run_to_end()
+    assert panel.plain == () and panel.lanes.value == "" and "plain decoding" not in panel.numbers.value
+
+
+def test_slow_motion_is_for_the_eye_only(panel):
+    panel.slow.value = True
+    panel.run_to_end()
+    assert panel.session.pause() == 0, "nobody watches a cell that waits"
+    panel.step()
+    assert panel.session.pause() > 0
+
+
+def test_pictures_and_numbers_leave_out_the_round_that_waits_for_its_check(panel):
+    rounds = len(panel.run_to_end().rounds) - 1
+    assert f"n = {rounds} rounds" in panel.heat.value
+    panel.session.judged, panel.session.state = False, "decoding"
+    panel.colour.value = "target"
+    assert f"n = {rounds - 1} rounds" in panel.heat.value and f", {rounds - 1} rounds" in panel.numbers.value
+    panel.session.judged, panel.session.state = True, "done"
+
+
+def test_session_of_an_earlier_run_says_no_more(panel):
+    panel.run_to_end()
+    earlier = panel.session
+    panel.run_to_end()
+    earlier.state, earlier.error = "failed", "too late"
+    panel._changed(earlier)
+    assert panel.message.value == "" and ">done<" in panel.status.value
 
 
 def test_choosing_an_example_fills_the_prompt(panel):
