@@ -24,7 +24,7 @@ from dspark.bench.results import write_results
 from dspark.decode import Round
 from dspark.lab import figures, sample, strips, text
 from dspark.lab.controls import KINDS, PolicyControls, family, policy_of
-from dspark.lab.live import LivePanel
+from dspark.lab.live import KEPT, LivePanel, _whole
 from dspark.lab.replaying import ReplayPanel, sample_traces, trace_decode
 from dspark.lab.session import Request, Session, Watched
 from dspark.lab.still import still
@@ -488,6 +488,13 @@ def test_plain_decoding_is_recorded_once_for_each_prompt(panel, monkeypatch):
     assert spent == [12, 0]
 
 
+def test_recording_is_whole_once_the_text_has_ended(target):
+    (end,) = target.eos_token_ids
+    first, last = round_of(0, "", 0, 0, "ab"), replace(round_of(1, "", 0, 0, "c"), committed=(end,))
+    assert _whole([first, last], SHORT, target) and not _whole([first], SHORT, target)
+    assert _whole([first], replace(SHORT, max_new_tokens=2), target)
+
+
 def test_half_a_recording_is_not_raced_against_later(panel):
     panel.run_to_end()
     whole = len(panel.plain)
@@ -534,6 +541,7 @@ def test_fifty_runs_leave_no_threads_and_no_memory(panel):
         held = [runs(10), runs(50), runs(50)]
     finally:
         tracemalloc.stop()
+    assert len(panel._recorded) == KEPT
     assert threading.active_count() <= threads  # one that an earlier test left may end meanwhile
     growth = min(held[1] - held[0], held[2] - held[1])  # a leak grows each time, a cache that fills does not
     assert growth < 50_000, f"{growth} bytes stay after 50 more runs: more than a kB a run"

@@ -37,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "runs" / "browser"
 NOTEBOOK = ROOT / "notebooks" / "01_live_decoding.ipynb"
 PATIENCE = int(os.environ.get("DSPARK_PATIENCE", 300_000))  # milliseconds for what waits for the models; a busy machine is slow, not wrong
+# What JupyterLab itself calls an error while it works as it should, each with its reason.
+NOT_OURS = ("Could not restore the debugger state: Canceled future",)  # its debugger asks a kernel that is only just being connected
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +159,7 @@ def test_live_notebook_decodes_replays_and_stops_under_a_hand(page):
     page.wait_for_timeout(1000)  # until the colours are there
     _shot(page, "dark")
     assert not page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count()
-    assert page.complaints == []
+    assert [words for words in page.complaints if not words.startswith(NOT_OURS)] == []
 
 
 def _button(where: object, name: str) -> object:
