@@ -68,7 +68,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def _settings(folder: Path) -> Path:
     """Every cell stays in the page, also where it is scrolled out of sight; nothing is fetched and no news pops up over the buttons."""
     chosen = {
-        "notebook-extension/tracker": {"windowingMode": "none"},
+        "notebook-extension/tracker": {"windowingMode": "none", "autoStartDefaultKernel": True},
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     }
     for name, values in chosen.items():
@@ -171,6 +171,7 @@ def _run_all(page: object) -> None:
     """Run All Cells. A kernel that is only just being connected drops the request or asks which kernel is meant: ask again."""
     page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
     choose = page.locator(".jp-Dialog button.jp-mod-accept")
+    page.add_locator_handler(choose, lambda: choose.click())  # it may come up over the menu at any time
     started = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(p => /[*0-9]/.test(p.textContent))"
     for _ in range(20):
         page.get_by_role("menuitem", name="Run", exact=True).click()
