@@ -26,7 +26,7 @@ test-notebooks: $(stamp)  ## run every notebook at its defaults, asserts include
 	$(python) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600 notebooks
 
 test-browser: $(stamp)  ## open the live notebook in JupyterLab and Chromium and use it as a reader would
-	$(pip) install --quiet -c constraints.txt playwright || true  # where it cannot be had, the test says that it was skipped
+	$(pip) install --quiet --retries 1 --timeout 15 -c constraints.txt playwright || true  # where it cannot be had, the test says that it was skipped
 	$(python) -m pytest -q -rs tests/browser
 
 train: $(stamp)  ## train a drafter; ARGS="--help" lists the options

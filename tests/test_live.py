@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import threading
 import tracemalloc
@@ -13,6 +14,7 @@ from html import unescape
 
 import ipywidgets as w
 import pytest
+import torch
 from ipywidgets.widgets import widget as registry
 from test_lab import ROUNDS, TEXT, decode, ids, round_of
 from tiny import tiny_drafter, tiny_target
@@ -22,9 +24,9 @@ from dspark.bench.results import write_results
 from dspark.decode import Round
 from dspark.lab import figures, sample, strips, text
 from dspark.lab.controls import KINDS, PolicyControls, family, policy_of
-from dspark.lab.live import LivePanel
+from dspark.lab.live import KEPT, LivePanel, _whole
 from dspark.lab.replaying import ReplayPanel, sample_traces, trace_decode
-from dspark.lab.session import Request, Session
+from dspark.lab.session import Request, Session, Watched
 from dspark.lab.still import still
 from dspark.profile import SPSCurve
 from dspark.replay import replay
@@ -224,12 +226,32 @@ def test_session_decodes_what_decode_decodes(target, drafter, request_):
     s = session(target, drafter, request=request_, plain=None, animated=False).start()
     s.join()
     assert s.state == "done" and s.error == ""
-    assert untimed(s.rounds) == untimed(list(dspark.decode(target, drafter, request_.prompt, **request_.options())))
-    assert untimed(s.plain) == untimed(list(dspark.decode(target, None, request_.prompt, **request_.options())))
+    asked = {name: getattr(request_, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    assert untimed(s.rounds) == untimed(list(dspark.decode(target, drafter, request_.prompt, **asked)))
+    assert untimed(s.plain) == untimed(list(dspark.decode(target, None, request_.prompt, **asked)))
     for r in s.rounds:
         assert [len(row) for row in s.alternatives[r.index]] == [3] * (1 + r.verify_length)
         best = [row[0][0] for row in s.alternatives[r.index]]
         assert request_.temperature or best[len(r.committed) - 1] == r.committed[-1]
+
+
+def test_alternatives_are_as_likely_as_the_temperature_makes_them(target):
+    watched = Watched(target, 0.5)
+    watched.logits = torch.tensor([[0.0, math.log(2), -math.inf]])
+    ((first, second),) = watched.best(2)
+    assert (first[0], second[0]) == (1, 0) and (first[1], second[1]) == pytest.approx((0.8, 0.2))
+
+
+def test_clock_of_the_race_starts_behind_the_prefill(target, drafter):
+    s = session(target, drafter).start()
+    s.join(30)
+    assert s.seconds == pytest.approx(sum(r.seconds for r in s.rounds[1:]))
+
+
+def test_stop_ends_the_recording_of_plain_decoding_and_no_round_follows(target, drafter):
+    s = session(target, drafter, plain=None, changed=lambda s: s.stop() if len(s.plain) == 2 else None).start()
+    s.join(30)
+    assert s.state == "stopped" and len(s.plain) == 2 and s.rounds == []
 
 
 class Seen:
@@ -354,6 +376,48 @@ def test_sliders_reach_the_decoding(panel):
     assert max(len(r.draft_tokens) for r in out.rounds) == 2
 
 
+def test_copying_widens_the_window_that_can_be_asked_for(panel):
+    window, alone = panel.controls.sliders["window"], panel.drafter.block_size
+    seen = [(window.max, window.value)]
+    for value in (True, False):
+        panel.copy.value = value
+        seen.append((window.max, window.value))
+    assert panel.source.block_size == alone < seen[1][0], "a window at the widest stays there"
+    assert seen == [(alone, alone), (seen[1][0], seen[1][0]), (alone, alone)]
+
+
+def test_without_a_race_nothing_is_decoded_plainly(panel):
+    panel.race.value = False
+    panel.run_to_end()
+    assert panel.plain == () and panel.lanes.value == "" and "plain decoding" not in panel.numbers.value
+
+
+def test_slow_motion_is_for_the_eye_only(panel):
+    panel.slow.value = True
+    panel.run_to_end()
+    assert panel.session.pause() == 0, "nobody watches a cell that waits"
+    panel.step()
+    assert panel.session.pause() > 0
+
+
+def test_pictures_and_numbers_leave_out_the_round_that_waits_for_its_check(panel):
+    rounds = len(panel.run_to_end().rounds) - 1
+    assert f"n = {rounds} rounds" in panel.heat.value
+    panel.session.judged, panel.session.state = False, "decoding"
+    panel.colour.value = "target"
+    assert f"n = {rounds - 1} rounds" in panel.heat.value and f", {rounds - 1} rounds" in panel.numbers.value
+    panel.session.judged, panel.session.state = True, "done"
+
+
+def test_session_of_an_earlier_run_says_no_more(panel):
+    panel.run_to_end()
+    earlier = panel.session
+    panel.run_to_end()
+    earlier.state, earlier.error = "failed", "too late"
+    panel._changed(earlier)
+    assert panel.message.value == "" and ">done<" in panel.status.value
+
+
 def test_choosing_an_example_fills_the_prompt(panel):
     panel.example.value = panel.example.options[3][1]
     assert panel.prompt.value == panel.example.options[3][1] != SHORT.prompt
@@ -424,6 +488,13 @@ def test_plain_decoding_is_recorded_once_for_each_prompt(panel, monkeypatch):
     assert spent == [12, 0]
 
 
+def test_recording_is_whole_once_the_text_has_ended(target):
+    (end,) = target.eos_token_ids
+    first, last = round_of(0, "", 0, 0, "ab"), replace(round_of(1, "", 0, 0, "c"), committed=(end,))
+    assert _whole([first, last], SHORT, target) and not _whole([first], SHORT, target)
+    assert _whole([first], replace(SHORT, max_new_tokens=2), target)
+
+
 def test_half_a_recording_is_not_raced_against_later(panel):
     panel.run_to_end()
     whole = len(panel.plain)
@@ -470,6 +541,7 @@ def test_fifty_runs_leave_no_threads_and_no_memory(panel):
         held = [runs(10), runs(50), runs(50)]
     finally:
         tracemalloc.stop()
+    assert len(panel._recorded) == KEPT
     assert threading.active_count() <= threads  # one that an earlier test left may end meanwhile
     growth = min(held[1] - held[0], held[2] - held[1])  # a leak grows each time, a cache that fills does not
     assert growth < 50_000, f"{growth} bytes stay after 50 more runs: more than a kB a run"

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 import dspark
 from dspark import demo
+from dspark.lab.text import tally
+from dspark.lookup import ContextLookup
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -236,8 +238,16 @@ def test_live_decoding_runs_at_other_parameters_on_another_model(tmp_path, tiny_
     summary = demo.run(ROOT / "notebooks" / "01_live_decoding.ipynb", executed, small | tiny_folders | changed)
 
     assert summary["prompt"] == small["prompt"] and summary["policy"] == changed["policy"]
-    if "temperature" not in changed:  # adaptive, exact: the replay makes the rounds that the panel made
-        assert summary["replayed_tokens_per_round"] == summary["tokens_per_round"]
+    if "temperature" not in changed:  # adaptive, exact: the panel and the replay make the rounds that decode makes with these thresholds
+        target = dspark.load_target(tiny_folders["target"], dtype="float32")
+        source = ContextLookup(dspark.load_drafter(tiny_folders["drafter"], target))
+        adaptive = dspark.AdaptiveWindow(changed["widen"], changed["narrow"], changed["fallback"], max_window=changed["window"])
+        made, full = (
+            tally(list(dspark.decode(target, source, small["prompt"], policy=policy, max_new_tokens=14)))
+            for policy in (adaptive, dspark.FixedWindow(changed["window"]))
+        )
+        assert summary["tokens_per_round"] == summary["replayed_tokens_per_round"] == pytest.approx(made.tokens_per_round)
+        assert summary["replayed_in_vain"] == made.in_vain < full.in_vain, "a window that never moved"
     shown = [output.data for cell in cells(executed) for output in cell.outputs if "data" in output]
     assert sum("application/vnd.jupyter.widget-view+json" in data for data in shown) == 3
     (picture,) = [data["text/html"] for data in shown if "<svg" in data.get("text/html", "")]

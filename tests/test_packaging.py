@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -97,6 +98,49 @@ def test_readme_shows_the_two_commands_of_a_newcomer_first():
 def test_ci_runs_the_readme_test_command():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert [line for line in text(".ci/run").splitlines() if line.startswith("make ")][:2] == ["make lint", "make test"]
+
+
+WORKS, FAILS = "exit 0", "echo no network >&2; exit 100"
+
+
+@pytest.mark.parametrize(
+    ("chromium", "apt", "browser_test", "code", "ran"),
+    [
+        (WORKS, FAILS, WORKS, 0, True),
+        (WORKS, FAILS, "exit 2", 2, True),
+        (None, WORKS, WORKS, 0, True),
+        (None, WORKS, "exit 2", 2, True),
+        (None, FAILS, WORKS, 0, False),
+        (FAILS, FAILS, WORKS, 0, False),
+        (None, None, WORKS, 0, False),
+    ],
+    ids=["there", "there and failing", "installed", "installed and failing", "offline", "it does not start", "not Debian"],
+)
+def test_ci_runs_the_browser_test_where_there_is_a_browser_and_fails_only_with_that_test(tmp_path, chromium, apt, browser_test, code, ran):
+    """.ci/run among stand-ins for make, apt-get, sudo and Chromium; nothing else is on the PATH."""
+    scripts = {
+        "make": f'echo "make $*"; test "$1" != test-browser || {{ {browser_test}; }}',
+        "sudo": 'shift; "$@"',
+        "chromium": chromium,
+        "apt-get": apt and f'case "$*" in *install*) cp "{tmp_path}/browser" "{tmp_path}/chromium";; esac; {apt}',
+        "browser": apt,
+    }
+    for tool in ("bash", "sh", "dirname", "env", "timeout", "cp"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    for name, script in scripts.items():
+        if script:
+            (tmp_path / name).write_text(f"#!{shutil.which('bash')}\n{script}\n", encoding="utf-8")
+            (tmp_path / name).chmod(0o755)
+    done = subprocess.run([ROOT / ".ci" / "run"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    made = ["make lint", "make test", "make test-notebooks", *["make test-browser"][: int(ran)]]
+    assert done.stdout.splitlines() == made and done.returncode == code, done.stderr
+    assert ("the browser test is skipped" in done.stderr) != ran
+
+
+def test_ci_bounds_what_the_browser_takes():
+    limits = [int(seconds) for seconds in re.findall(r"(?:debian|timeout -k 10) (\d+)", text(".ci/run"))]
+    assert len(limits) == 3 and sum(limits) <= 12 * 60
+    assert "timeout -k 10 420 make test-browser" in text(".ci/run") and 'timeout -k 10 "$1" apt-get' in text(".ci/run")
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run"])

@@ -34,6 +34,7 @@ SLIDERS = {  # name → (label, tooltip)
     "fallback": ("fall back below", "If the target gave the drafts less than this on average, the next step is plain decoding"),
 }
 STYLE = {"description_width": "110px"}
+WIDEST = "420px"  # the longest name of a policy is read whole
 SHORT = 80  # characters of a prompt in a list
 
 
@@ -86,10 +87,12 @@ class PolicyControls:
             description="policy",
             tooltip="How it is decided how many drafted tokens the target checks",
             style=STYLE,
+            layout=w.Layout(width="auto", max_width=WIDEST),
         )
         self.sliders: dict[str, w.IntSlider | w.FloatSlider] = {}
         for name, (label, tooltip) in SLIDERS.items():
             shared = {"description": label, "tooltip": tooltip, "continuous_update": continuous, "style": STYLE}
+            shared["layout"] = w.Layout(width="auto", max_width=WIDEST)
             if name == "window":
                 widest = min(int(values.get("window", block_size)), block_size)
                 self.sliders[name] = w.IntSlider(widest, 1, block_size, **shared)

@@ -163,7 +163,7 @@ def legend(tokens: Sequence[FatedToken]) -> str:
     for name, look in FATES.items():
         if count := sum(t.fate == name for t in tokens):
             style = f"background:{look.colour(0.33)};border-bottom:2px {look.line} {look.colour()};border-radius:3px;padding:0 .4em"
-            items.append(f'<span style="{style}">{look.label}: {count}</span>')
+            items.append(f'<span style="{style};white-space:nowrap">{look.label}: {count}</span>')
     return f'<div style="font-size:12px;margin-bottom:.5em">{" ".join(items)} · {len(tokens)} tokens</div>'
 
 

@@ -262,7 +262,7 @@ class LivePanel:
     # ---- widgets
 
     def _make_inputs(self, prompt: str, examples: Sequence[str], copy: bool, request: Request) -> None:
-        wide = w.Layout(width="100%")
+        wide = w.Layout(width="auto")  # the whole line less its margins
         shared = {"style": STYLE, "layout": wide}
         late = shared | {"continuous_update": False}
         self.example = w.Dropdown(

@@ -133,7 +133,7 @@ class ReplayPanel:
         self.text.value = streaming_text(self.rounds, self._decode)
 
     def _make(self, policy: str, thresholds: dict[str, float]) -> None:
-        wide = w.Layout(width="100%")
+        wide = w.Layout(width="auto")  # the whole line less its margins
         self.path = w.Text(description="file", tooltip="A Parquet file of traces", style=STYLE, layout=w.Layout(flex="1 1 300px"))
         self.load_button = w.Button(description="Load", icon="folder-open", tooltip="Show the traces of this file")
         self.save_button = w.Button(description="Save", icon="save", tooltip="Write the trace that is shown into this file")

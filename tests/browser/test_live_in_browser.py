@@ -21,16 +21,24 @@ from urllib.request import urlopen
 
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -c constraints.txt -e '.[browser]'")
+try:
+    from playwright import sync_api
+except ImportError:
+    sync_api = None
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("no Chromium here: install your system's, or name one in CHROMIUM", allow_module_level=True)
+
+# Marks, not a skip of the module: a run without any test is a failure to pytest.
+pytestmark = [
+    pytest.mark.skipif(sync_api is None, reason="playwright is not installed: pip install -c constraints.txt -e '.[browser]'"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install your system's, or name one in CHROMIUM"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "runs" / "browser"
 NOTEBOOK = ROOT / "notebooks" / "01_live_decoding.ipynb"
 PATIENCE = int(os.environ.get("DSPARK_PATIENCE", 300_000))  # milliseconds for what waits for the models; a busy machine is slow, not wrong
-NOT_OURS = re.compile(r"favicon|extension|deprecat|ResizeObserver|net::ERR_|Failed to load resource", re.IGNORECASE)
+# What JupyterLab itself calls an error while it works as it should, each with its reason.
+NOT_OURS = ("Could not restore the debugger state: Canceled future",)  # its debugger asks a kernel that is only just being connected
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def _settings(folder: Path) -> Path:
     """Every cell stays in the page, also where it is scrolled out of sight; nothing is fetched and no news pops up over the buttons."""
     chosen = {
-        "notebook-extension/tracker": {"windowingMode": "none"},
+        "notebook-extension/tracker": {"windowingMode": "none", "autoStartDefaultKernel": True},
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     }
     for name, values in chosen.items():
@@ -122,32 +130,48 @@ def test_live_notebook_decodes_replays_and_stops_under_a_hand(page):
     _shot(page, "replay")
 
     # The live panel: run it anew with more tokens than it can finish before Stop is pressed.
-    live = page.locator(".jp-OutputArea-output", has=page.get_by_role("button", name="Stop", exact=True)).last
+    live = page.locator(".jp-OutputArea-output", has=_button(page, "Stop"))
     live.get_by_role("checkbox", name="slow motion").check()
     live.get_by_label("prompt").fill("Count from one to a hundred in words.")
-    live.get_by_role("button", name="Run", exact=True).click()
-    live.locator("span[title*='accepted draft'], span[title*='correction']").nth(3).wait_for()
-    live.locator("[role=status]", has_text="decoding").wait_for()
+    _button(live, "Run").click()
+    written = live.locator("span[title*=' · round ']")
+    live.locator("[role=status]", has_text=re.compile("^decoding$")).wait_for()
     page.wait_for_function("[...document.querySelectorAll('span')].some(s => s.title.includes('waits to be checked'))")
+    for at_least in (2, 6):  # it streams: more and more of them while it decodes
+        written.nth(at_least).wait_for()
+        assert live.locator("[role=status]").inner_text() == "decoding"
+    assert written.count() < 48, "the whole text at once"
     _shot(page, "decoding")
-    live.get_by_role("button", name="Stop", exact=True).click()
-    live.locator("[role=status]", has_text="stopped").wait_for()
-    tokens = live.locator("span[title*='round ']").count()
-    page.wait_for_timeout(1500)
-    assert live.locator("span[title*='round ']").count() == tokens, "it went on after Stop"
-    live.get_by_role("button", name="confidence", exact=True).click()
+    _button(live, "Stop").click()
+    live.locator("[role=status]", has_text=re.compile("^stopped$")).wait_for()
+    tokens = written.count()
+    page.wait_for_timeout(3000)  # two rounds of slow motion
+    assert written.count() == tokens < 48, "it went on after Stop"
+    sync_api.expect(_button(live, "Run")).to_be_enabled()
+    sync_api.expect(_button(live, "Stop")).to_be_disabled()
+    _button(live, "confidence").click()
     live.locator("svg[aria-label*='colour: confidence']").wait_for(state="attached")
     _shot(page, "stopped")
+    page.get_by_role("menuitem", name="Settings", exact=True).click()
+    for name in ("Theme", "JupyterLab Dark"):
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{name}$")).click()
+    page.locator("body[data-jp-theme-light='false']").wait_for(state="attached")
+    page.wait_for_timeout(1000)  # until the colours are there
+    _shot(page, "dark")
     assert not page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count()
-    complaints = [words for words in page.complaints if not NOT_OURS.search(words)]
-    (SHOTS / "console.json").write_text(json.dumps(page.complaints, indent=1), encoding="utf-8")
-    assert complaints == []
+    assert [words for words in page.complaints if not words.startswith(NOT_OURS)] == []
+
+
+def _button(where: object, name: str) -> object:
+    """By its words; the icon before them is a letter of its own in the button's name."""
+    return where.get_by_role("button", name=re.compile(rf"(^|\W){name}$"))
 
 
 def _run_all(page: object) -> None:
     """Run All Cells. A kernel that is only just being connected drops the request or asks which kernel is meant: ask again."""
     page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
     choose = page.locator(".jp-Dialog button.jp-mod-accept")
+    page.add_locator_handler(choose, lambda: choose.click())  # it may come up over the menu at any time
     started = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(p => /[*0-9]/.test(p.textContent))"
     for _ in range(20):
         page.get_by_role("menuitem", name="Run", exact=True).click()
