@@ -74,7 +74,7 @@ def by_position(rows: pd.DataFrame, label: str) -> str:
 def diagrams(data: Rollouts, temperatures: Sequence[float]) -> Figure:
     """One panel per position: how often blocks survived to it against the stated a_k, before and after scaling."""
     with printed():
-        figure = Figure(figsize=(WIDTH, 1.9), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.0), layout="constrained")
         panels = figure.subplots(1, data.block_size, sharex=True, sharey=True, squeeze=False)[0]
         for k, axes in enumerate(panels):
             axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
@@ -88,7 +88,7 @@ def diagrams(data: Rollouts, temperatures: Sequence[float]) -> Figure:
                 # Rounded: the same picture though a machine's last bit differs.
                 points = [[round(b[axis], 4) for b in bins] for axis in ("confidence", "frequency")]
                 axes.plot(*points, ms=3, linewidth=0.8, label=f"{label} scaling", **look)
-            dress(axes, f"position {k + 1}, n = {int(data.checked[:, k].sum()):,}", "stated $a_k$", "" if k else "survived (share)")
+            dress(axes, f"position {k + 1}\nn = {int(data.checked[:, k].sum()):,}", "stated $a_k$", "" if k else "survived (share)")
             axes.set_xticks([0, 0.5, 1])
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure

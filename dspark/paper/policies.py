@@ -72,4 +72,4 @@ def table(lines: pd.DataFrame, n: int, label: str) -> str:
         "tokens per second against the fixed window that is the best in each domain once all is known, and against the best single one. "
         "The oracle is a bound, no policy."
     )
-    return floated(tabular("l" + "r" * (len(heads) - 1), heads, rows, size=r"\scriptsize"), about, label)
+    return floated(tabular("l" + "r" * (len(heads) - 1), heads, rows, size=r"\scriptsize\setlength{\tabcolsep}{4pt}"), about, label)

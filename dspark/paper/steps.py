@@ -51,6 +51,7 @@ def curves(frame: pd.DataFrame) -> Figure:
                 axes.plot(line["tokens"], 1e3 * line["seconds"], style, marker=MARKS[i], color=INKS[i], ms=4, linewidth=1.2, label=label)
         axes.plot([], [], ":", color="black", label="drafting a block")
         axes.set_ylim(bottom=0)
+        axes.set_xticks(range(0, int(frame["tokens"].max()) + 1, 2))
         dress(axes, "", "tokens in the pass", "ms per pass")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
