@@ -185,7 +185,7 @@ def by_position(panels: Mapping[str, pd.DataFrame]) -> Figure:
             for drafter, line in rows.groupby("drafter", sort=False):
                 i = _place(drafter)
                 look = {"color": INKS[i], "marker": MARKS[i], "ms": 4, "linewidth": 1.2, "label": NAMES[drafter]}
-                axes.errorbar(line["position"], line["acceptance"], yerr=_spread(line), capsize=2, **look)
+                axes.errorbar(line["position"] + 0.08 * (i - 1), line["acceptance"], yerr=_spread(line), capsize=2, **look)
             dress(axes, title, "position in the block", "conditional acceptance (share)" if axes is axes_of[0] else "")
             axes.set_xticks(range(1, int(rows["position"].max()) + 1))
         axes_of[0].set_ylim(0, 1.1 * max(rows["acceptance"].max() for rows in panels.values()))
