@@ -188,8 +188,9 @@ def by_position(panels: Mapping[str, pd.DataFrame]) -> Figure:
                 axes.errorbar(line["position"] + 0.08 * (i - 1), line["acceptance"], yerr=_spread(line), capsize=2, **look)
             dress(axes, title, "position in the block", "conditional acceptance (share)" if axes is axes_of[0] else "")
             axes.set_xticks(range(1, int(rows["position"].max()) + 1))
-        axes_of[0].set_ylim(0, 1.1 * max(rows["acceptance"].max() for rows in panels.values()))
-        figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        axes_of[0].set_ylim(bottom=0)
+        named = {label: line for axes in axes_of for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False)
     return figure
 
 
