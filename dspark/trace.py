@@ -313,11 +313,16 @@ def load_traces(path: str | Path) -> list[tuple[Row, Trace]]:
     frame = read_results(path)
     if frame.empty:
         raise ValueError(f"{path} has no rows: record traces again with {COMMAND}")
-    kept = [name for name in frame.columns if name not in {*NUMBERS, *LISTS, "about"}]
     try:
-        return [({name: row[name] for name in kept}, row_trace(row)) for row in frame.to_dict("records")]
+        return traces_of(frame)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def traces_of(frame: pd.DataFrame) -> list[tuple[Row, Trace]]:
+    """Every trace in the rows of a file, with the row's other columns. Raises ValueError for rows that are none."""
+    kept = [name for name in frame.columns if name not in {*NUMBERS, *LISTS, "about"}]
+    return [({name: row[name] for name in kept}, row_trace(row)) for row in frame.to_dict("records")]
 
 
 def load_trace(path: str | Path) -> Trace:
