@@ -154,6 +154,17 @@ def tau_over(frame: pd.DataFrame, field: str) -> go.Figure:
     return dressed(figure, f"Tokens per round, mean of the domains (n = {kept['prompt_id'].nunique()} prompts a drafter)", 400)
 
 
+def cost_table(times: pd.DataFrame) -> pd.DataFrame:
+    """Fig. 4's other half: what one block costs, medians over the repeats, and the sequential head's share of a round.
+
+    times: rows of :func:`dspark.train.compare.time_all`, milliseconds.
+    """
+    middle = times.groupby("drafter", sort=False)[["draft_ms", "head_ms", "verify_ms"]].median()
+    share = middle["head_ms"] / (middle["draft_ms"] + middle["verify_ms"])
+    titles = {"draft_ms": "draft (ms)", "head_ms": "of it the sequential head (ms)", "verify_ms": "verify (ms)"}
+    return middle.rename(columns=titles).round(2).assign(**{"head's share of a round": share.map("{:.1%}".format)})
+
+
 # ---- what the Markov bias does
 
 
