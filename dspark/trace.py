@@ -33,6 +33,9 @@ SCHEMA_VERSION = 1
 COMMAND = "python -m dspark.bench.traces"
 
 # Round's fields by how a column holds them: one number a round, or a list a round (laid end to end, with the lengths beside it).
+BROKEN = "\ufffd"  # what decoding shows where bytes of a character are missing
+LONGEST_CHARACTER = 4  # tokens: a byte each
+
 NUMBERS = ("anchor", "window", "verify_length", "accepted", "source", "draft_seconds", "verify_seconds", "seconds")
 LISTS = ("draft_tokens", "confidence", "committed", "target_probs_of_drafts", "draft_probs_of_drafts")
 
@@ -79,7 +82,8 @@ class Trace:
     rounds: round 0 is the prefill. In a complete trace round i stands at the i-th new token: anchor is that token, all γ drafts are
     checked, accepted says how many agree with the greedy text. Otherwise they are the rounds of a live run.
     about: prompt, target, drafter, temperature, block_size, max_new_tokens (of the run, the context's end considered), complete,
-    draft_seconds and verify_seconds (tokens → seconds), copy_seconds, other_seconds, pieces (token id → its text).
+    draft_seconds and verify_seconds (tokens → seconds), copy_seconds, other_seconds, pieces (token id → its text),
+    characters ([token ids, text] of those that several tokens write together; older files have none).
     """
 
     rounds: tuple[Round, ...]
@@ -149,7 +153,7 @@ def record(
     about = _about(target, drafter, prompt, limit, 0.0) | {"complete": True}
     trace = Trace((prefill, *kept), about)
     times = times or measured_times(target, drafter, prompt_ids, kept)
-    return Trace(trace.rounds, about | _times_about(times) | {"pieces": _pieces(target, trace.rounds) if pieces else {}})
+    return Trace(trace.rounds, about | _times_about(times) | (_texts(target, trace) if pieces else {"pieces": {}}))
 
 
 def _judged(r: Round, text: Sequence[int], eos_token_ids: frozenset[int]) -> Round:
@@ -208,7 +212,7 @@ def from_rounds(
     limit = min(max_new_tokens, target.max_context - len(target.encode(prompt)))
     about = _about(target, drafter, prompt, limit, temperature) | {"complete": False}
     times = _times_about(StepTimes(drafted, verified, copied, other))
-    return Trace(stream, about | times | {"pieces": _pieces(target, stream)})
+    return Trace(stream, about | times | _texts(target, Trace(stream, about)))
 
 
 def _by_width(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
@@ -237,9 +241,18 @@ def _times_about(times: StepTimes) -> dict[str, object]:
     return {"draft_seconds": times.draft, "verify_seconds": times.verify, "copy_seconds": times.copy, "other_seconds": times.other}
 
 
-def _pieces(target: Target, stream: Iterable[Round]) -> dict[int, str]:
-    tokens = {token for r in stream for token in (*r.committed, *r.draft_tokens)}
-    return {token: target.decode([token]) for token in sorted(tokens)}
+def _texts(target: Target, trace: Trace) -> dict[str, object]:
+    """What the tokens of a trace write, one by one and, where a character needs several of them, together."""
+    said = [trace.token_ids, *(r.committed for r in trace.rounds), *(r.draft_tokens for r in trace.rounds)]
+    pieces = {token: target.decode([token]) for token in sorted({token for ids in said for token in ids})}
+    characters = {}
+    for ids in map(tuple, said):
+        for start in (i for i, token in enumerate(ids) if BROKEN in pieces[token]):
+            groups = (ids[start : start + n] for n in range(2, LONGEST_CHARACTER + 1))
+            whole = next(((group, text) for group in groups if BROKEN not in (text := target.decode(group))), None)
+            if whole is not None:
+                characters[whole[0]] = whole[1]
+    return {"pieces": pieces, "characters": [[list(group), text] for group, text in sorted(characters.items())]}
 
 
 # ---- files: one row a trace
@@ -313,11 +326,16 @@ def load_traces(path: str | Path) -> list[tuple[Row, Trace]]:
     frame = read_results(path)
     if frame.empty:
         raise ValueError(f"{path} has no rows: record traces again with {COMMAND}")
-    kept = [name for name in frame.columns if name not in {*NUMBERS, *LISTS, "about"}]
     try:
-        return [({name: row[name] for name in kept}, row_trace(row)) for row in frame.to_dict("records")]
+        return traces_of(frame)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def traces_of(frame: pd.DataFrame) -> list[tuple[Row, Trace]]:
+    """Every trace in the rows of a file, with the row's other columns. Raises ValueError for rows that are none."""
+    kept = [name for name in frame.columns if name not in {*NUMBERS, *LISTS, "about"}]
+    return [({name: row[name] for name in kept}, row_trace(row)) for row in frame.to_dict("records")]
 
 
 def load_trace(path: str | Path) -> Trace:

@@ -219,6 +219,14 @@ def test_a_peers_steps_are_its_own_and_nothing_is_claimed_about_their_inside(mod
         assert all(r.verify_length == 0 and math.isnan(r.verify_seconds) for r in trial.rounds)
 
 
+@pytest.mark.parametrize("name", ["copy", "copy:1", "copy+block:3"])
+def test_copying_without_a_drafter_keeps_drafts_of_a_text_that_repeats_itself(name):
+    models = Models(tiny_target(vocab_size=8, eos_token_id=None))  # so few tokens that it must
+    trials = {arm: models.decoder(parse_arm(arm), Settings(max_new_tokens=48))([3, 4, 5], 0) for arm in ("plain", name)}
+    assert trials[name].token_ids == trials["plain"].token_ids
+    assert any(r.accepted for r in trials[name].rounds)
+
+
 def test_copying_alone_leaves_a_drafter_that_is_there_for_other_arms_alone(models):
     trial = models.decoder(parse_arm("copy"), Settings(max_new_tokens=24))([5, 6, 7, 8, 9], 0)
     assert {r.source for r in trial.rounds} <= {"", "copy"}

@@ -138,6 +138,14 @@ def test_positions_are_pooled_by_their_counts_and_drawn_per_drafter() -> None:
     assert computed["n"].tolist() == [2, 2] and computed["acceptance"].tolist() == pytest.approx([0.6, 0.3])
 
 
+def test_the_heads_share_is_of_a_whole_round_and_of_the_median_repeat() -> None:
+    draft, head, verify = [6.0, 5.0, 90.0], [0.5, 0.7, 0.6], [24.0, 30.0, 23.0]
+    times = pd.DataFrame({"drafter": "dspark", "draft_ms": draft, "head_ms": head, "verify_ms": verify})
+    told = drafters.cost_table(pd.concat([times, times.assign(drafter="dflash", head_ms=0.0)]))
+    assert told.loc["dspark"].tolist() == [6.0, 0.6, 24.0, "2.0%"]
+    assert told.loc["dflash", "head's share of a round"] == "0.0%"
+
+
 def test_depth_and_block_size_are_compared_at_the_base_of_the_other() -> None:
     by_layers, by_block = (drafters.tau_over(rows(), field) for field in ("drafter_layers", "drafter_block_size"))
     assert [list(line.x) for line in by_layers.data] == [[2], [2, 4]]

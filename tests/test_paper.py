@@ -12,7 +12,7 @@ import pytest
 
 from dspark.bench.results import read_results, write_results
 from dspark.paper import __main__ as command
-from dspark.paper import build, figures, latency, macros, numbers, quoted, tables, text
+from dspark.paper import build, drafters, figures, latency, macros, numbers, quoted, tables, text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER, DATA = ROOT / "paper", ROOT / "data"
@@ -43,6 +43,24 @@ def keep_only(folder: Path, *names: str) -> None:
     for path in (folder / "data" / "results").glob("*.parquet"):
         if path.stem not in names:
             path.unlink()
+
+
+def compare(folder: Path, *what: str) -> None:
+    """Results of drafters: "trained", "time", or a drafter that decodes as one did in a real run, but for the rounds it takes."""
+    results = folder / "data" / "results"
+    speed = read_results(DATA / "results" / "speed-bfloat16-t1.parquet").query("arm == 'fixed:5'")
+    for name in what:
+        if name == "trained":
+            rows = [(d, 500, 9, 1.25 + i / 8, [0.3, 0.1 * i]) for i, d in enumerate(("dflash", "dspark", "eagle"))]
+            columns = ["drafter", "steps", "corpus_rows", "held_out_tau", "held_out_acceptance"]
+            write_results(pd.DataFrame(rows, columns=columns), results / "drafters-trained.parquet")
+        elif name == "time":
+            rows = [("eagle", 9.0, 0.0), ("dspark", 4.0, 0.5), ("dflash", 3.5, 0.0)]
+            frame = pd.DataFrame(rows, columns=["drafter", "draft_ms", "head_ms"]).assign(verify_ms=32.0, context=256)
+            write_results(pd.concat([frame.assign(repeat=i) for i in range(3)]), results / "drafters-time.parquet")
+        else:
+            rounds = (speed["rounds"] * {"dflash": 1.1, "eagle": 0.9}.get(name, 1)).round().astype(int)
+            write_results(speed.assign(drafter=name, rounds=rounds), results / f"drafters-t1-{name}.parquet")
 
 
 def speed_frame(rows: list[tuple[str, str, float, float, float]]) -> pd.DataFrame:
@@ -79,11 +97,13 @@ def test_committed_files_are_what_the_results_generate_byte_for_byte_and_no_late
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="LaTeX is not installed")
-@pytest.mark.parametrize("everything", [True, False])
-def test_the_paper_is_typeset_whatever_was_measured(copied, everything, generated):
-    if not everything:
+@pytest.mark.parametrize("measured", ["everything", "hardly anything", "drafters"])
+def test_the_paper_is_typeset_whatever_was_measured(copied, measured, generated):
+    if measured != "everything":
         keep_only(copied, "proof-killed")
-    build.write(generated if everything else build.generated(copied / "data"), copied / "paper" / "generated")
+    if measured == "drafters":
+        compare(copied, "trained", "time", "dspark", "dflash", "eagle", "dspark-block8")
+    build.write(generated if measured == "everything" else build.generated(copied / "data"), copied / "paper" / "generated")
     pdf = command.typeset(copied / "paper")
     log = pdf.with_suffix(".log").read_text(errors="replace")
     assert pdf.read_bytes().startswith(b"%PDF")
@@ -179,13 +199,71 @@ def test_quoted_values_stand_in_one_file_with_their_source(generated):
         macros.Macro(macros.MEASURED, "Range", "57", "a newspaper")
 
 
-@pytest.mark.parametrize("kept", [("speed-bfloat16-t1", "proof-texts"), ("proof-killed", "memory-bfloat16-t0")])
+@pytest.mark.parametrize(
+    "kept",
+    [("speed-bfloat16-t1", "proof-texts"), ("proof-killed", "memory-bfloat16-t0"), ("rollouts-dev",), ("traces-test", "sps-bfloat16")],
+)
 def test_what_was_not_measured_is_left_out_and_nothing_else(copied, kept):
     keep_only(copied, *kept)
     made = build.generated(copied / "data")
     assert build.complaints(copied / "paper", made) == []
     flags = numbers.flags(numbers.read_frames(copied / "data" / "results"))
     assert text.included(text.shown(MAIN, flags)) == set(made)
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        ("trained",),
+        ("time",),
+        ("dspark",),
+        ("dflash", "eagle"),
+        ("dspark", "eagle", "time"),
+        ("dspark", "dflash", "eagle", "trained", "time"),
+    ],
+)
+def test_any_part_of_the_comparison_of_drafters_may_be_missing(copied, measured):
+    keep_only(copied, "proof-killed")
+    compare(copied, *measured)
+    made = build.generated(copied / "data")
+    assert build.complaints(copied / "paper", made) == []
+    flags = numbers.flags(numbers.read_frames(copied / "data" / "results"))
+    assert text.included(text.shown(MAIN, flags)) == set(made)
+
+
+def test_dsparks_gain_is_told_with_its_sign_and_in_words_that_follow_from_its_interval(copied):
+    keep_only(copied, "proof-killed")
+    compare(copied, "dspark", "dflash", "eagle", "time")
+    made = build.generated(copied / "data")
+    told = dict(re.findall(r"\\newcommand\{\\Measured(ComparedOver\w+)\}\{\\measured\{(.*)\}\\xspace\}", made["numbers.tex"].decode()))
+    assert told["ComparedOverDflash"].startswith("$+$") and told["ComparedOverDflashVerdict"] == "more"
+    assert told["ComparedOverEagle"].startswith("$-$") and told["ComparedOverEagleVerdict"] == "fewer"
+    assert drafters.verdict(-0.1, 0.1) == "neither clearly more nor clearly fewer"
+    order = [made["table-drafters.tex"].decode().index(name) for name in ("\nDSpark &", "\nDFlash &", "\nautoregressive &")]
+    assert order == sorted(order)
+    # L = (T_draft + T_verify) / τ, computed from what was measured.
+    taus = drafters.tau_gains(drafters.joined([read_results(p) for p in (copied / "data" / "results").glob("drafters-t1-*")], "here"))
+    tau = taus.set_index("drafter")["mean"]["dspark"]
+    assert rf"DSpark \simulated{{{36 / tau:.1f}\,ms}}" in made["numbers.tex"].decode()
+
+
+def test_drafters_that_decoded_other_prompts_are_refused(copied):
+    compare(copied, "dspark", "dflash")
+    path = copied / "data" / "results" / "drafters-t1-dflash.parquet"
+    write_results(read_results(path).assign(n=3), path)
+    with pytest.raises(ValueError, match="measured with n"):
+        build.generated(copied / "data")
+
+
+def test_replayed_speeds_look_computed_and_calibration_looks_measured(generated):
+    assert rb"\simulated{" in generated["table-policies.tex"] and rb"\measured{" not in generated["table-policies.tex"]
+    assert rb"\measured{" in generated["table-confidence.tex"] and rb"\simulated{" not in generated["table-confidence.tex"]
+
+
+def test_a_published_number_stands_in_one_place():
+    """Notebooks and paper quote the same table."""
+    holders = [path.name for path in (ROOT / "dspark").rglob("*.py") if re.search(r"\b(6\.11|0\.769|1\.57)\b", path.read_text("utf-8"))]
+    assert holders == ["published.py"]
 
 
 def test_a_further_run_gets_its_table_and_one_with_mtp1_and_without_copying_is_described_as_such(copied):

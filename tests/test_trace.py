@@ -14,6 +14,7 @@ import dspark
 from dspark.bench.results import read_results, write_results
 from dspark.calibrate import rollouts
 from dspark.decode import Round
+from dspark.lab.replaying import trace_decode
 from dspark.replay import Oracle, replay
 from dspark.schedule import Policy
 from dspark.trace import StepTimes, Trace, from_rounds, load_trace, load_traces, record, save_trace
@@ -141,6 +142,21 @@ def test_a_file_gives_back_the_trace(tmp_path) -> None:
         types = {type(value) for r in found.rounds for value in (r.accepted, r.anchor, *r.committed, *r.confidence)}
         assert types <= {int, float, type(None)}
     assert replay(found, dspark.FixedWindow())  # and what was loaded can be replayed
+
+
+def test_characters_of_several_tokens_are_read_from_a_file_as_they_were_written(tmp_path, monkeypatch) -> None:
+    target, text = tiny_target(vocab_size=256), "so 🙂é done"
+    monkeypatch.setattr(target, "decode", lambda ids: bytes(ids).decode("utf-8", "replace"))
+    prefill, first, rest = text.encode()[:1], text.encode()[1:5], text.encode()[5:]  # the face is cut in two
+    drafts = tuple("🙂".encode())
+    rounds = [Round(0, None, 0, (), (), (), 0, 0, tuple(prefill), (), (), "", 0.0, 1.0, 1.0)]
+    for i, committed in enumerate((first, rest), 1):
+        some = (0.5,) * 4
+        rounds.append(Round(i, 7, 4, drafts, some, some, 4, 0, tuple(committed), some, some, "drafter", 1.0, 1.0, 2.0))
+    save_trace(from_rounds(rounds, target, dspark.ContextLookup(None, target=target), [1]), tmp_path / "t.parquet")
+    decode = trace_decode(load_trace(tmp_path / "t.parquet"))
+    assert decode(list(text.encode())) == text and decode(list(drafts)) == "🙂" and decode(list(drafts[:2])) == "\ufffd\ufffd"
+    assert decode([3]) == "⟨3⟩"
 
 
 def test_a_live_run_can_be_asked_only_what_it_knows() -> None:

@@ -8,11 +8,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dspark import published
 from dspark.calibrate import Rollouts, calibration_error, ranking_quality, reliability
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, dressed
 
-# The paper's Figure 5: acceptance rate without a threshold and at its highest one. Quoted, never measured here.
-PUBLISHED = {"math": (0.769, 0.925), "code": (0.676, 0.920), "chat": (0.457, 0.957)}
 LEAST = 0.05  # checked drafts a round below which an acceptance rate is one of a handful of drafts
 
 
@@ -57,7 +56,7 @@ def published_table(sweep: pd.DataFrame) -> pd.DataFrame:
     for domain, part in sweep[sweep["checked"] >= LEAST].groupby("domain", sort=False):
         part = part.sort_values("threshold")
         low, high = part.iloc[0], part.iloc[-1]
-        paper = PUBLISHED.get(domain)
+        paper = published.ACCEPTANCE.get(domain)
         rows.append(
             {
                 "domain": domain,

@@ -38,10 +38,15 @@ def read_drafters(folder: Path, temperature: float) -> pd.DataFrame:
     frames = [read_results(path) for path in sorted(folder.glob(f"drafters-t{temperature:g}-*.parquet"))]
     if not frames:
         return pd.DataFrame()
+    return joined(frames, folder)
+
+
+def joined(frames: Sequence[pd.DataFrame], where: Path | str) -> pd.DataFrame:
+    """Comparisons as one frame, whose ``arm`` names the drafter. where: for the message of a ValueError if they were not measured alike."""
     frame = pd.concat(frames, ignore_index=True)
     for column in ("split", "n", "max_new_tokens", "target_digest", "dtype", "seed"):
         if frame[column].nunique() > 1:
-            raise ValueError(f"the drafters in {folder} were measured with {column} {list(frame[column].unique())}: measure them alike")
+            raise ValueError(f"the drafters in {where} were measured with {column} {list(frame[column].unique())}: measure them alike")
     return frame.assign(arm=frame["drafter"])
 
 
@@ -49,9 +54,21 @@ def read_drafters(folder: Path, temperature: float) -> pd.DataFrame:
 
 
 def tau_table(frame: pd.DataFrame, reference: str = "dspark", resamples: int = 2000) -> pd.DataFrame:
-    """τ of every drafter by domain, their mean, and by how much the reference exceeds it [95 % bootstrap over prompts].
+    """:func:`tau_gains` in words: τ of every drafter by domain, their mean, and the reference's gain with its interval."""
+    lines = []
+    for row in tau_gains(frame, reference, resamples).to_dict("records"):
+        arm, gain, low, high = (row.pop(name) for name in ("drafter", "gain", "low", "high"))
+        told = "–" if arm == reference else f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]"
+        lines.append({"drafter": arm} | {name: f"{tau:.2f}" for name, tau in row.items()} | {f"gain of {reference}": told})
+    return pd.DataFrame(lines).set_index("drafter")
 
-    frame: rows of one prompt each, columns arm, domain, prompt_id, decoded_tokens, rounds.
+
+def tau_gains(frame: pd.DataFrame, reference: str = "dspark", resamples: int = 2000) -> pd.DataFrame:
+    """Columns drafter, one for each domain's τ, mean, and gain, low, high: by which share the reference's mean exceeds it, with the
+    95 % bootstrap interval over prompts.
+
+    frame: rows of one prompt each, columns arm, domain, prompt_id, decoded_tokens, rounds. Raises ValueError if the reference was
+    not measured.
     """
     if reference not in set(frame["arm"]):
         raise ValueError(f"{reference!r} was not measured: choose one of {', '.join(sorted(set(frame['arm'])))}")
@@ -68,9 +85,8 @@ def tau_table(frame: pd.DataFrame, reference: str = "dspark", resamples: int = 2
         mean = np.mean(list(taus.values()))
         gain = np.mean([_tau(part) for part in counts[reference].values()]) / mean - 1
         low, high = interval(resampled[reference] / resampled[arm] - 1)
-        told = "–" if arm == reference else f"{gain:+.1%} [{low:+.1%}, {high:+.1%}]"
-        lines.append({"drafter": arm} | {d: f"{t:.2f}" for d, t in taus.items()} | {"mean": f"{mean:.2f}", f"gain of {reference}": told})
-    return pd.DataFrame(lines).set_index("drafter")
+        lines.append({"drafter": arm} | taus | {"mean": mean, "gain": gain, "low": low, "high": high})
+    return pd.DataFrame(lines)
 
 
 def _tau(counts: np.ndarray) -> np.ndarray:
@@ -136,6 +152,17 @@ def tau_over(frame: pd.DataFrame, field: str) -> go.Figure:
     figure.update_xaxes(title=title, tickvals=sorted(kept[field].unique()))
     figure.update_yaxes(title="τ (tokens per round)")
     return dressed(figure, f"Tokens per round, mean of the domains (n = {kept['prompt_id'].nunique()} prompts a drafter)", 400)
+
+
+def cost_table(times: pd.DataFrame) -> pd.DataFrame:
+    """Fig. 4's other half: what one block costs, medians over the repeats, and the sequential head's share of a round.
+
+    times: rows of :func:`dspark.train.compare.time_all`, milliseconds.
+    """
+    middle = times.groupby("drafter", sort=False)[["draft_ms", "head_ms", "verify_ms"]].median()
+    share = middle["head_ms"] / (middle["draft_ms"] + middle["verify_ms"])
+    titles = {"draft_ms": "draft (ms)", "head_ms": "of it the sequential head (ms)", "verify_ms": "verify (ms)"}
+    return middle.rename(columns=titles).round(2).assign(**{"head's share of a round": share.map("{:.1%}".format)})
 
 
 # ---- what the Markov bias does

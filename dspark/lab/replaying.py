@@ -5,6 +5,7 @@ Every move of a slider replays the whole text (:mod:`dspark.replay`, millisecond
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dspark.lab.session import one_sentence
 from dspark.lab.text import Tally, numbers, remembered, streaming_text, tally
 from dspark.replay import replay
 from dspark.schedule import Autoregressive
-from dspark.trace import Trace, load_traces, save_trace
+from dspark.trace import LONGEST_CHARACTER, Trace, load_traces, save_trace
 
 
 def sample_traces() -> Path:
@@ -29,8 +30,17 @@ def sample_traces() -> Path:
 
 def trace_decode(trace: Trace) -> Decode:
     """Token ids → text from the pieces that the trace keeps, so that no tokenizer is needed."""
-    pieces = trace.about["pieces"]
-    return lambda token_ids: "".join(pieces.get(token, f"⟨{token}⟩") for token in token_ids)
+    pieces = {(token,): text for token, text in trace.about["pieces"].items()}
+    pieces |= {tuple(group): text for group, text in trace.about.get("characters", ())}
+
+    def decode(token_ids: Sequence[int]) -> str:
+        text, rest = "", tuple(token_ids)
+        while rest:
+            count = next((n for n in range(LONGEST_CHARACTER, 0, -1) if rest[:n] in pieces), 1)
+            text, rest = text + pieces.get(rest[:count], f"⟨{rest[0]}⟩"), rest[count:]
+        return text
+
+    return decode
 
 
 class ReplayPanel:

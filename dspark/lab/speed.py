@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
+from dspark import published
 from dspark.bench.arms import parse_arm, separated
 from dspark.bench.explained import PLAIN, WITHIN, explained
 from dspark.bench.stats import ALL, summarise
@@ -15,7 +16,10 @@ from dspark.predict import BreakEven
 
 MTP1 = "mtp1"
 # Quoted, never measured here: per-user speed at matched throughput over MTP-1, in production on many GPUs.
-PUBLISHED = {"the published range": (1.57, 1.85), "V4-Flash": (1.60, 1.85), "V4-Pro": (1.57, 1.78)}
+PUBLISHED = {
+    name: (round(1 + low, 2), round(1 + high, 2))
+    for name, (low, high) in {"the published range": published.RANGE, **published.GAINS}.items()
+}
 COLOURS = [FATES[name].colour() for name in ("draft", "correction", "bonus", "copy", "phrase")]
 MARKS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 

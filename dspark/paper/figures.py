@@ -25,7 +25,7 @@ STYLE = {"font.size": 8, "pdf.compression": 0, "pdf.fonttype": 42, "axes.titlesi
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
-def _printed() -> AbstractContextManager[None]:
+def printed() -> AbstractContextManager[None]:
     """For print, and the same wherever it is drawn: the reader's own matplotlib settings do not count."""
     return matplotlib.style.context(["default", STYLE])
 
@@ -33,14 +33,14 @@ def _printed() -> AbstractContextManager[None]:
 def pdf(figure: Figure) -> bytes:
     """The figure as a file without date and without the name of the program that wrote it."""
     out = io.BytesIO()
-    with _printed():
+    with printed():
         figure.savefig(out, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
     return out.getvalue()
 
 
 def speedup(frame: pd.DataFrame, arms: Sequence[str]) -> Figure:
     """The README's picture, of these arms, at the paper's width; what was measured stands in the paper's own words."""
-    with _printed():
+    with printed():
         figure = headline(frame[frame["arm"].isin(["plain", *arms])])
     figure.set_size_inches(WIDTH, 2.4)
     figure.supxlabel("")
@@ -56,7 +56,7 @@ def speedup(frame: pd.DataFrame, arms: Sequence[str]) -> Figure:
 
 def acceptance(runs: Mapping[str, pd.DataFrame], arms: Mapping[str, str]) -> Figure:
     """Conditional acceptance by position, a panel for each run and a line for each domain, with 95 % intervals. arms: of each run."""
-    with _printed():
+    with printed():
         figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
         for axes, (run, frame) in zip(panels, runs.items(), strict=True):
@@ -68,7 +68,7 @@ def acceptance(runs: Mapping[str, pd.DataFrame], arms: Mapping[str, str]) -> Fig
                 axes.errorbar(
                     places, part["acceptance"], yerr=spread, color=INKS[i % 4], marker=MARKS[i % 4], ms=4, capsize=2, label=domain
                 )
-            _dress(
+            dress(
                 axes, f"{run.lower()}, {arms[run]}", "position in the block", "conditional acceptance (share)" if axes is panels[0] else ""
             )
             axes.set_xticks(range(1, int(rows["position"].max()) + 1))
@@ -87,7 +87,7 @@ def wilson(hits: np.ndarray, n: np.ndarray, z: float = 1.959964) -> tuple[np.nda
 
 def prediction(runs: Mapping[str, pd.DataFrame]) -> Figure:
     """Speed-up as computed from step times and τ against speed-up as timed: a point for each arm and domain."""
-    with _printed():
+    with printed():
         figure = Figure(figsize=(0.55 * WIDTH, 2.8), layout="constrained")
         axes = figure.subplots()
         spread = [1.0]
@@ -99,7 +99,7 @@ def prediction(runs: Mapping[str, pd.DataFrame]) -> Figure:
             axes.plot(lines["predicted"], lines["speedup"], MARKS[i], color=INKS[i], ms=4, linestyle="none", label=label)
         ends = [0.95 * min(spread), 1.05 * max(spread)]
         axes.plot(ends, ends, color=GREY, linestyle="--", linewidth=1, label="computed = timed")
-        _dress(axes, "", "computed speed-up (×)", "timed speed-up (×)")
+        dress(axes, "", "computed speed-up (×)", "timed speed-up (×)")
         axes.legend(frameon=False, loc="upper left")
         axes.set_xlim(ends)
         axes.set_ylim(ends)
@@ -109,23 +109,23 @@ def prediction(runs: Mapping[str, pd.DataFrame]) -> Figure:
 def exactness(draws: pd.DataFrame, texts: pd.DataFrame) -> Figure:
     """Left: the p-values of the independent tests by draws in order, against the even spread of a true law. Right: margin and noise
     where texts part."""
-    with _printed():
+    with printed():
         figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         p = np.sort(draws.loc[draws["prompt"] != ALL_PROMPTS, "p_value"].to_numpy())
         left.plot((np.arange(len(p)) + 0.5) / len(p), p, ".", color=INKS[0], ms=4)
         left.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
-        _dress(left, f"{len(p)} tests against the target's law", "expected p-value, evenly spread", "p-value")
+        dress(left, f"{len(p)} tests against the target's law", "expected p-value, evenly spread", "p-value")
         apart = texts[~texts["equal"] & np.isfinite(texts["margin"])]
         right.plot(apart["noise"], apart["margin"], ".", color=INKS[1], ms=5, alpha=0.6)
         top = max([1e-3, *apart["noise"], *apart["margin"]]) * 1.05
         right.plot([0, top], [0, top], color=GREY, linestyle="--", linewidth=1)
         title = f"{(~texts['equal']).sum()} of {len(texts)} texts part, {beyond_rounding(texts).sum()} beyond rounding"
-        _dress(right, title, "rounding noise (logits)", "top-2 margin (logits)")
+        dress(right, title, "rounding noise (logits)", "top-2 margin (logits)")
     return figure
 
 
-def _dress(axes: Axes, title: str, x: str, y: str) -> None:
+def dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

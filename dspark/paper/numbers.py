@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from dspark import published
 from dspark.bench.identity import beyond_rounding
 from dspark.bench.plan import SCHEMA_VERSION
 from dspark.bench.results import read_results
 from dspark.bench.stats import ALL, summarise
-from dspark.paper import quoted
+from dspark.lookup import CONTEXT_RATE
+from dspark.paper import confidence, drafters, policies, steps
 from dspark.paper.latency import largest_error, with_prediction
 from dspark.paper.macros import (
     MEASURED,
@@ -45,16 +47,22 @@ PARTS = RUNS | {
     "Crossed": "proof-crossed",
     "Planted": "proof-planted",
     "Killed": "proof-killed",
+    "Confidence": confidence.FILE,
+    "Policies": policies.FILE,
+    "Steps": steps.FILE,
+    "HeldOut": drafters.HELD_OUT,
+    "DraftTimes": drafters.TIMES,
 }
 ROLES = ("Generate", "Mtp", "Block", "Copy", "Phrases")  # ways to decode that the text speaks of
 
 
 def read_frames(results: Path) -> dict[str, pd.DataFrame]:
-    """The results that the paper is made of: the files of PARTS and all speed runs; the folder's other files are not its own.
+    """The results that the paper is made of: the files of PARTS, all speed runs and all compared drafters, no others.
 
     Raises ValueError if there is none, or one is empty or of another schema version.
     """
-    paths = [path for path in sorted(results.glob("*.parquet")) if path.stem in PARTS.values() or path.stem.startswith("speed-")]
+    several = ("speed-", drafters.DECODED)
+    paths = [path for path in sorted(results.glob("*.parquet")) if path.stem in PARTS.values() or path.stem.startswith(several)]
     frames = {path.stem: read_results(path) for path in paths}
     if not frames:
         raise ValueError(f"no results in {results}: make bench measures them")
@@ -86,7 +94,7 @@ def flags(frames: Frames) -> dict[str, bool]:
         result |= {run + role: role in present for role in ROLES}
     result["Speed"] = any(result[run] for run in RUNS)
     result["Block"] = any(result[f"{run}Block"] for run in RUNS)
-    return result | {"MoreRuns": bool(more_runs(frames))}
+    return result | drafters.flags(frames) | {"MoreRuns": bool(more_runs(frames))}
 
 
 def more_runs(frames: Frames) -> list[str]:
@@ -128,6 +136,7 @@ def _method() -> Iterator[Macro]:
     yield Macro(SETTING, "LossConfidence", f"{weights.confidence:g}")
     yield Macro(SETTING, "LossDecay", f"{weights.decay:g}")
     yield Macro(SETTING, "Level", percent(0.95))
+    yield Macro(SETTING, "ContextRate", f"{CONTEXT_RATE:g}")
     laws = first_token_laws()
     yield Macro(SIMULATED, "AppendixWrongLaw", number(float(laws["GlobalArgmax"][A,])))
     yield Macro(SIMULATED, "AppendixPrefixLaw", number(float(laws["PrefixScheduler"][A,])))
@@ -200,7 +209,7 @@ def _speed(run: str, frame: pd.DataFrame) -> Iterator[Macro]:
 
 def place_in_range(gain: float) -> str:
     """Where a gain lies against the published range, as it stands in the text: after "the gain lies"."""
-    low, high = quoted.RANGE
+    low, high = published.RANGE
     return "below" if gain < low else "above" if gain > high else "inside"
 
 

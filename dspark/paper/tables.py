@@ -11,6 +11,7 @@ from dspark.lab.static import caption
 from dspark.paper import quoted
 from dspark.paper.latency import with_prediction
 from dspark.paper.macros import MEASURED, QUOTED, SIMULATED, code, escaped, integer, number, styled, times
+from dspark.published import BENCHMARKS, TAU
 
 
 def speed(frame: pd.DataFrame, label: str) -> str:
@@ -25,7 +26,7 @@ def speed(frame: pd.DataFrame, label: str) -> str:
             rows.append(["", *(_interval(line) for _, line in of_arm.iterrows())])
     heads = ["", *("geometric mean" if d == ALL else escaped(d) for d in domains)]
     about = rf"Speed-up over plain decoding; under it the \SettingLevel interval and $\tau$. {escaped(caption(frame))}."
-    return _float(_tabular("l" + "c" * len(domains), heads, rows, every=2), about, label)
+    return floated(tabular("l" + "c" * len(domains), heads, rows, every=2), about, label)
 
 
 def _interval(line: pd.Series) -> str:
@@ -51,17 +52,17 @@ def latency(runs: Mapping[str, pd.DataFrame], arms: Mapping[str, Sequence[str]],
         r"$\tau\,T_{\mathrm{plain}}/(T_{\mathrm{draft}}+T_{\mathrm{verify}})$."
     )
     domains = next(iter(runs.values()))["domain"].nunique() + 1
-    return _float(_tabular("lllrrrrrr", [*heads, "timed", "computed"], rows, every=domains), about, label)
+    return floated(tabular("lllrrrrrr", [*heads, "timed", "computed"], rows, every=domains), about, label)
 
 
 def published(label: str) -> str:
     """What the paper we reproduce reports for τ."""
-    rows = [[escaped(target), escaped(name), *(styled(QUOTED, number(tau)) for tau in row)] for (target, name), row in quoted.TAU.items()]
+    rows = [[escaped(target), escaped(name), *(styled(QUOTED, number(tau)) for tau in row)] for (target, name), row in TAU.items()]
     about = f"Quoted, not measured here. {escaped(quoted.TAU_SOURCE)}."
-    heads = ["target", "drafter", *map(escaped, quoted.TAU_BENCHMARKS)]
+    heads = ["target", "drafter", *map(escaped, BENCHMARKS)]
     # The caption and the letters say that all of it is quoted; quotation marks in every cell would say it too often.
     size = r"\scriptsize\renewcommand{\quoted}[1]{\textcolor{quotedink}{\textsf{#1}}}"
-    return _float(_tabular("ll" + "r" * len(quoted.TAU_BENCHMARKS), heads, rows, size=size), about, label)
+    return floated(tabular("ll" + "r" * len(BENCHMARKS), heads, rows, size=size), about, label)
 
 
 def planted(frame: pd.DataFrame) -> str:
@@ -88,7 +89,7 @@ def runs(frames: Mapping[str, pd.DataFrame], label: str) -> str:
     about = "The results files behind this paper: one row each, with the code's revisions and the digest of the drafter."
     heads = ["file", "rows", "revision", "torch", "machine", "drafter"]
     wide = r"lrp{0.22\textwidth}llp{0.2\textwidth}"
-    return _float(_tabular(wide, heads, rows, size=r"\scriptsize"), about, label)
+    return floated(tabular(wide, heads, rows, size=r"\scriptsize"), about, label)
 
 
 def _distinct(frame: pd.DataFrame, column: str) -> str:
@@ -96,7 +97,7 @@ def _distinct(frame: pd.DataFrame, column: str) -> str:
     return ", ".join(str(value) for value in values if isinstance(value, str) and value) or "–"
 
 
-def _tabular(columns: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, every: int = 0, size: str = r"\small") -> str:
+def tabular(columns: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, every: int = 0, size: str = r"\small") -> str:
     """every: a little space behind so many rows."""
     lines = [" & ".join(row) + r" \\" + (r"[3pt]" if every and i % every == 0 and i < len(rows) else "") for i, row in enumerate(rows, 1)]
     head = " & ".join(heads) + r" \\"
@@ -104,5 +105,5 @@ def _tabular(columns: str, heads: Sequence[str], rows: Sequence[Sequence[str]], 
     return "\n".join(parts)
 
 
-def _float(tabular: str, about: str, label: str) -> str:
+def floated(tabular: str, about: str, label: str) -> str:
     return f"\\begin{{table}}[htbp]\n\\centering\n\\caption{{{about}}}\\label{{{label}}}\n{tabular}\n\\end{{table}}\n"

@@ -1,0 +1,57 @@
+"""Step times → the curve that the scheduler reads, and the τ that a speed-up takes on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dspark import published
+from dspark.bench.sps import curve_of
+from dspark.lab.static import INKS, MARKS
+from dspark.paper.figures import WIDTH, dress, printed
+from dspark.paper.macros import MEASURED, SETTING, SIMULATED, Macro, integer, number
+from dspark.paper.part import Part
+from dspark.predict import break_even
+
+FILE = "sps-bfloat16"
+SPEEDUPS = {"One": 1.0, "Low": 1 + published.RANGE[0], "High": 1 + published.RANGE[1]}
+
+
+def part(frames: Mapping[str, pd.DataFrame]) -> Part:
+    """The break-even is that of the drafter's whole block behind the shortest context."""
+    return Part((*_macros(frames[FILE]),), {}, {"figure-steps": curves(frames[FILE])}) if FILE in frames else Part()
+
+
+def _macros(frame: pd.DataFrame) -> Iterator[Macro]:
+    context, window = int(frame["context"].min()), int(frame["drafter_block_size"].max())
+    curve = curve_of(frame, context)
+    draft = frame[(frame["kind"] == "draft") & (frame["context"] == context) & (frame["tokens"] == window)]["seconds"].item()
+    yield Macro(SETTING, "StepsContext", integer(context))
+    yield Macro(SETTING, "StepsWindow", integer(window))
+    yield Macro(SETTING, "StepsCeiling", integer(window + 1))
+    yield Macro(SETTING, "StepsRepeats", integer(frame["repeats"].min()))
+    for name, seconds in (("Plain", curve.step_seconds(1)), ("Block", curve.step_seconds(1 + window)), ("Draft", draft)):
+        yield Macro(MEASURED, f"Steps{name}", number(1e3 * seconds, 1) + r"\,ms")
+    for name, needs in zip(SPEEDUPS, break_even(curve, [window], draft, list(SPEEDUPS.values())), strict=True):
+        yield Macro(SIMULATED, f"Needed{name}", number(needs.required))
+        yield Macro(SIMULATED, f"NeededFree{name}", number(needs.free))
+
+
+def curves(frame: pd.DataFrame) -> Figure:
+    """Milliseconds of a target pass, and of drafting a block, over the tokens in it; a line per context length."""
+    with printed():
+        figure = Figure(figsize=(0.7 * WIDTH, 2.4), layout="constrained")
+        axes = figure.subplots()
+        for i, (context, rows) in enumerate(frame.sort_values("tokens").groupby("context")):
+            for kind, style in (("verify", "-"), ("draft", ":")):
+                line = rows[rows["kind"] == kind]
+                label = f"context of {context:,}" if kind == "verify" else None
+                axes.plot(line["tokens"], 1e3 * line["seconds"], style, marker=MARKS[i], color=INKS[i], ms=4, linewidth=1.2, label=label)
+        axes.plot([], [], ":", color="black", label="drafting a block")
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(range(0, int(frame["tokens"].max()) + 1, 2))
+        dress(axes, "", "tokens in the pass", "ms per pass")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
