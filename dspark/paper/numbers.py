@@ -37,6 +37,7 @@ from dspark.proof.statistics import chi2_tail
 from dspark.train.losses import LossWeights
 
 Frames = Mapping[str, pd.DataFrame]  # name of the results file → its rows
+TIMED = ("speed-", "peers-")  # how the names of speed runs begin
 RUNS = {"Greedy": "speed-bfloat16-t0", "Sampled": "speed-bfloat16-t1"}  # the text speaks of these; other runs get a table
 PARTS = RUNS | {
     "Memory": "memory-bfloat16-t0",
@@ -61,7 +62,7 @@ def read_frames(results: Path) -> dict[str, pd.DataFrame]:
 
     Raises ValueError if there is none, or one is empty or of another schema version.
     """
-    several = ("speed-", drafters.DECODED)
+    several = (*TIMED, drafters.DECODED)
     paths = [path for path in sorted(results.glob("*.parquet")) if path.stem in PARTS.values() or path.stem.startswith(several)]
     frames = {path.stem: read_results(path) for path in paths}
     if not frames:
@@ -99,7 +100,7 @@ def flags(frames: Frames) -> dict[str, bool]:
 
 def more_runs(frames: Frames) -> list[str]:
     """Speed runs that the text does not speak of."""
-    return [name for name in frames if name.startswith("speed-") and name not in RUNS.values()]
+    return [name for name in frames if name.startswith(TIMED) and name not in RUNS.values()]
 
 
 def macros(frames: Frames, training: Mapping[str, object]) -> list[Macro]:
