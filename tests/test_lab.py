@@ -293,7 +293,8 @@ def test_block_says_how_many_texts_are_equal_and_what_memory_it_takes(tmp_path):
     memory = [{"arm": arm, "baseline": "plain", "peak_rss_mib": a, "decode_peak_mib": b} for arm, (a, b) in peaks.items()]
     write_results(pd.DataFrame(texts), tmp_path / "results" / "identity-float32-t0.parquet")
     write_results(pd.DataFrame(memory), tmp_path / "results" / "memory-bfloat16-t0.parquet")
-    equal, peak = readme.results_block(tmp_path).split("\n\n")
+    equal, fold, peak, end = readme.results_block(tmp_path).split("\n\n")
+    assert fold == readme.FOLD and end == "</details>"
     assert "in 4 of 6 cases (3 prompts × 2 ways to decode)" in equal
     assert peak == "Peak memory against `plain` (300 MiB): `fixed:5` 1.10×."
     assert "`fixed:5` 1.20×" in readme.memory_line(pd.DataFrame(memory).assign(decode_peak_mib=np.nan))

@@ -13,16 +13,22 @@ from dspark.bench.stats import ALL, summarise
 from dspark.lab.static import caption
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+FOLD = "<details><summary>More: other temperatures, memory, and that the text keeps the model's law</summary>"
 PICTURE = "![Speed-up over plain decoding and tokens per round, by domain](data/figures/headline.svg)"
 
 
 def results_block(data: Path) -> str:
-    """Markdown made of the picture and of every results file in the data folder; the same for the same files."""
+    """Markdown made of the picture and of every results file in the data folder; the same for the same files.
+
+    The picture and the first table are seen at once, the rest is folded.
+    """
     makers = {"speed": speed_markdown, "identity": identity_line, "memory": memory_line}
-    parts = [PICTURE] if (data / "figures" / "headline.svg").is_file() else []
-    parts += [make(read_results(path)) for kind, make in makers.items() for path in sorted((data / "results").glob(f"{kind}-*.parquet"))]
-    parts += [proof_lines(data / "results")]
-    return "\n\n".join(part for part in parts if part) or "No results are committed yet: `make bench` measures them."
+    parts = [make(read_results(path)) for kind, make in makers.items() for path in sorted((data / "results").glob(f"{kind}-*.parquet"))]
+    first, *rest = [part for part in (*parts, proof_lines(data / "results")) if part] or [
+        "No results are committed yet: `make bench` measures them."
+    ]
+    picture = [PICTURE] if (data / "figures" / "headline.svg").is_file() else []
+    return "\n\n".join([*picture, first, *([FOLD, *rest, "</details>"] if rest else [])])
 
 
 def speed_markdown(frame: pd.DataFrame) -> str:
