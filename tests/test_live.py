@@ -345,6 +345,15 @@ def test_buttons_run_step_and_stop(panel):
     assert ">done<" in panel.status.value and len(panel.session.rounds) > 4
 
 
+def test_run_is_off_while_a_text_is_decoded(panel):
+    panel.race.value, panel.slow.value = False, True
+    panel.run_button.click()
+    wait_until(lambda: panel.session.state == "decoding" and not panel.stop_button.disabled)
+    assert panel.run_button.disabled
+    panel.stop_button.click()
+    assert not panel.run_button.disabled
+
+
 def wait_until(holds: object) -> None:
     pause = threading.Event()
     for _ in range(3000):
@@ -618,6 +627,30 @@ def test_shipped_trace_is_complete_small_and_moves_under_the_slider_without_a_mo
         assert replayed.rounds == replay(replayed.trace, dspark.ConfidenceThreshold(value))
     assert vain == sorted(vain, reverse=True) and vain[0] > vain[-1]
     assert all(len(set(column)) == 3 for column in zip(*pictures, strict=True))
+
+
+def test_heatmap_of_a_replay_changes_with_the_colour(replayed):
+    pictures = set()
+    for _, colour in replayed.colour.options:
+        replayed.colour.value = colour
+        pictures.add(replayed.heat.value)
+    assert len(pictures) == len(replayed.colour.options) == 3
+
+
+def test_a_tokenizer_that_is_there_is_used_instead_of_the_traces_pieces():
+    made = ReplayPanel(decode=lambda token_ids: "x" * len(token_ids))
+    assert visible(made.text.value) == "x" * len(made.trace.token_ids)
+    made.close()
+
+
+def test_thresholds_of_a_replay_answer_while_they_are_dragged(replayed):
+    assert all(slider.continuous_update for slider in replayed.controls.sliders.values())
+
+
+@pytest.mark.parametrize(("kind", "on"), [("confidence", "survival"), ("conditional", "conditional")])
+def test_a_threshold_is_held_against_what_its_policy_names(replayed, kind, on):
+    replayed.controls.kind.value, replayed.controls.sliders["threshold"].value = kind, 0.4
+    assert replayed.rounds == replay(replayed.trace, dspark.ConfidenceThreshold(0.4, on=on))
 
 
 @pytest.mark.parametrize("kind", KINDS)
