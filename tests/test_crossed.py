@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from tiny import interrupted
 
-from dspark.bench.results import Ledger, write_results
+from dspark.bench.results import write_results
 from dspark.lab import readme
 from dspark.paper import numbers
 from dspark.proof import __main__ as command
@@ -21,19 +23,12 @@ from dspark.rewind import FIRST_CAPACITY
 def test_every_policy_and_block_size_gives_the_reference_text_in_every_situation_and_a_killed_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, keep, kept = tmp_path / "crossed.parquet", Ledger.add, []
-
-    def add(self: Ledger, key: str, rows: list) -> None:
-        if len(kept) == 3:
-            raise KeyboardInterrupt
-        kept.append(key)
-        keep(self, key, rows)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Ledger, "add", add)
-        with pytest.raises(KeyboardInterrupt):
-            crossed.run(out, smoke=True)
+    out = tmp_path / "crossed.parquet"
+    kept = interrupted(partial(crossed.run, out, smoke=True), after=3)
+    then, compared = [], crossed.Piece.compared
+    monkeypatch.setattr(crossed.Piece, "compared", lambda piece: then.append(piece.key) or compared(piece))
     frame = crossed.run(out, smoke=True)
+    assert [*kept, *then] == [piece.key for piece in few_pieces()]
     assert len(frame) == len(few_pieces()) * len(WAYS) and not frame.duplicated(["situation", "policy", "block_size"]).any()
     assert command.PARTS["crossed"].holds(frame), crossed.table(frame)
     by_situation = crossed.summed(frame, "situation")

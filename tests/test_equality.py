@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers.generation.utils as transformers_utils
 from test_decode import policies
-from tiny import tiny_drafter, tiny_target
+from tiny import interrupted, tiny_drafter, tiny_target
 from torch import Tensor
 
 import dspark
@@ -22,7 +23,6 @@ from dspark.bench.arms import Models, parse_arms
 from dspark.bench.identity import beyond_rounding, compare
 from dspark.bench.measure import Settings
 from dspark.bench.plan import Plan
-from dspark.bench.results import Ledger
 from dspark.phrases import PhraseMemory
 from dspark.proof import texts
 from dspark.proof.tiny import (
@@ -190,18 +190,8 @@ def test_the_proof_by_texts_compares_every_way_and_goes_on_after_a_kill(tmp_path
     monkeypatch.setattr(Plan, "load", tiny_models)
     every_way = {dtype: replace(extent, tokens=6, share=len(texts.OTHERS)) for dtype, extent in texts.SMOKE.items()}
     monkeypatch.setattr(texts, "SMOKE", every_way)
-    out, keep, kept = tmp_path / "texts.parquet", Ledger.add, []
-
-    def add(self: Ledger, key: str, rows: list) -> None:
-        if len(kept) == 3:
-            raise KeyboardInterrupt
-        kept.append(key)
-        keep(self, key, rows)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Ledger, "add", add)
-        with pytest.raises(KeyboardInterrupt):
-            texts.run(out, smoke=True)
+    out = tmp_path / "texts.parquet"
+    kept = interrupted(partial(texts.run, out, smoke=True), after=3)
     frame = texts.run(out, smoke=True)
     assert len(frame) == 2 * 2 * (1 + len(texts.OTHERS)) and not frame.duplicated(["dtype", "prompt", "arm"]).any()
     assert list(dict.fromkeys(frame["dtype"] + "/0/" + frame["prompt"]))[:3] == kept
