@@ -184,7 +184,7 @@ def rounds(
             length,
             accepted,
             committed,
-            _of_tokens(p_target if sampling.temperature else Rows(Sampling(1.0), logits[0]), checked),
+            _of_tokens(p_target, checked) if sampling.temperature else _at_temperature_one(logits[0], checked),
             _of_tokens(draft.probs, draft.tokens),
             draft.source,
             drafted,
@@ -211,6 +211,12 @@ def _until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> tuple[int, .
 def _of_tokens(probs: Tensor | Rows, tokens: Sequence[int]) -> tuple[float, ...]:
     """probs [≥ n, vocab], n tokens → the probability of each."""
     return tuple(float(probs[k, token]) for k, token in enumerate(tokens))
+
+
+def _at_temperature_one(logits: Tensor, tokens: Sequence[int]) -> tuple[float, ...]:
+    """logits [≥ n, vocab], n tokens → the probability of each, without making whole rows of them."""
+    rows = logits[: len(tokens)].float()
+    return tuple((rows[range(len(tokens)), tokens] - rows.logsumexp(-1)).exp().tolist())
 
 
 class _Clock:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.backbone import Context, DrafterConfig, Layer, RMSNorm, Rope, block_mask
-from dspark.packed import PackedLinear, can_pack, pack_linears
+from dspark.fused import FusedBackbone
+from dspark.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, pack_linears
 from dspark.phrases import PhraseMemory
 from dspark.rewind import GrowingKV
 from dspark.sampling import Chance, Sampling
@@ -87,11 +88,10 @@ class Draft:
     source: str = "drafter"
 
 
+NOTHING = Draft([], torch.empty(0, 0), torch.empty(0), "")
+
 SUREST = 0.98  # no vote silences the drafter
 Vote = Callable[[Sequence[int]], tuple[int, float] | None]  # drafts so far → a token that may come next, and a rate in 0..1
-
-
-NOTHING = Draft([], torch.empty(0, 0), torch.empty(0), "")
 
 
 @dataclass
@@ -125,6 +125,7 @@ class Drafter(nn.Module):
         self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
         self.register_buffer("head_weight", torch.empty(0), persistent=False)  # [draft_vocab, hidden], rows of the target's
         self.sts_temperatures: tuple[float, ...] = ()
+        self.fused: FusedBackbone | None = None  # how a packed drafter drafts
         self.phrases: PhraseMemory | None = None  # what the target often writes, for dspark.ContextLookup
 
     @property
@@ -162,10 +163,15 @@ class Drafter(nn.Module):
         return self
 
     def pack(self) -> Drafter:
-        """Lay the weights out for fast CPU passes where that is possible; for drafting only, not for training."""
-        pack_linears(self, keep_weights=True)
+        """Lay the weights out for fast CPU passes where that is possible, in 8 bits where these are the faster; for drafting only."""
         if can_pack(self.head_weight):
-            object.__setattr__(self, "head", PackedLinear(self.head_weight))
+            plain = partial(PackedLinear, keep_weight=True)
+            make = QuantizedLinear if can_quantize(self.head_weight) else plain
+            self.fused = FusedBackbone(self, make)
+            object.__setattr__(self, "head", make(self.head_weight))
+            if self.markov_head is not None:
+                pack_linears(self.markov_head, make)
+            pack_linears(self, plain)
         return self
 
     # ---- the parallel backbone
@@ -212,7 +218,8 @@ class Drafter(nn.Module):
         if not state.pending:  # a second draft from the same context
             return
         first = state.layers[0].length
-        for kv, (keys, values) in zip(state.layers, self.context(torch.cat(state.pending, 1), first), strict=True):
+        context = (self.fused or self).context(torch.cat(state.pending, 1), first)
+        for kv, (keys, values) in zip(state.layers, context, strict=True):
             kv.append(keys, values)
         state.pending.clear()
 
@@ -228,7 +235,7 @@ class Drafter(nn.Module):
         block = torch.full((1, self.block_size), self.config.mask_token_id, device=device)
         block[0, 0] = anchor
         positions = torch.arange(start, start + self.block_size, device=device)[None]
-        hidden = self.backbone(block, positions, state.layers)[0, :window]  # [w, hidden]
+        hidden = (self.fused or self).backbone(block, positions, state.layers)[0, :window]  # [w, hidden]
         for kv in state.layers:
             kv.rewind(start)  # the block's own keys and values are dropped; only context stays
         base = self.head(hidden).float()  # U: [w, draft_vocab]
@@ -272,7 +279,7 @@ class Drafter(nn.Module):
         """[w, draft_vocab] → [w, vocab]: tokens that the drafter cannot propose get probability zero."""
         if self.config.draft_vocab_size == self.config.vocab_size:
             return probs
-        return probs.new_zeros(probs.shape[0], self.config.vocab_size).index_copy_(1, self.d2t, probs)
+        return probs.new_zeros(len(probs), self.config.vocab_size).scatter_(1, self.d2t.expand(len(probs), -1), probs)
 
     def _confidence(self, hidden: Tensor, embedded: list[Tensor], rates: list[float]) -> Tensor:
         """c_k; where a vote's rate is higher, that."""

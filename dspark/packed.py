@@ -3,9 +3,15 @@
 For bfloat16 on a CPU, PyTorch hands each weight to oneDNN in its plain layout and oneDNN rearranges it at every call. With a
 few rows of input that costs more than the product itself. Rearranged once, a pass takes about half the time, and a block of
 eight tokens about as long as one: it is what makes verification nearly free here. Other devices and dtypes are left alone.
+
+A drafter's weights can have 8 bits. The target's never: its law is the text's law, while any law will do to draft from, as long as
+the drafts are judged by that very law.
 """
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +31,30 @@ class PackedLinear(nn.Module):
             self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, self.bias, "none", [], "")
+
+
+class QuantizedLinear(nn.Module):
+    """Nearly that product, in half the time: int8 weights with one scale per output, the input rounded to 8 bits as it comes.
+
+    One scale serves all rows of the input, so it should be a normed one. x: [..., in], any float dtype → [..., out] float32. The
+    plain weight is held as well, for saving it later.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias = weight, bias
+        wide = weight.detach().float()
+        scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny).double() / 127
+        with warnings.catch_warnings():  # this way to make int8 tensors will go; can_quantize tells when it has gone
+            warnings.simplefilter("ignore", UserWarning)
+            rounded = torch.quantize_per_channel(wide, scale, torch.zeros(len(wide), dtype=torch.long), 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.float().reshape(-1, self.in_features)
+        return torch.ops.quantized.linear_dynamic(rows, self.packed).view(*x.shape[:-1], self.out_features)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -40,10 +69,16 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def pack_linears(module: nn.Module, keep_weights: bool = False) -> None:
-    """Replace every ``nn.Linear`` below ``module`` that :func:`can_pack` by a packed one, in place."""
+def can_quantize(weight: Tensor) -> bool:
+    """Whether :func:`can_pack`, and this build has the 8-bit kernels for this processor."""
+    has = hasattr(torch.ops.quantized, "linear_dynamic") and hasattr(torch, "quantize_per_channel")
+    return can_pack(weight) and has and torch.backends.quantized.engine in ("x86", "fbgemm")
+
+
+def pack_linears(module: nn.Module, make: Callable[[Tensor, Tensor | None], nn.Module] = PackedLinear) -> None:
+    """Replace every ``nn.Linear`` below ``module`` that :func:`can_pack` by ``make(weight, bias)``, in place."""
     for name, child in list(module.named_children()):
         if type(child) is nn.Linear and can_pack(child.weight):
-            setattr(module, name, PackedLinear(child.weight, child.bias, keep_weights))
+            setattr(module, name, make(child.weight, child.bias))
         else:
-            pack_linears(child, keep_weights)
+            pack_linears(child, make)

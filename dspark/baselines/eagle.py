@@ -71,6 +71,12 @@ class EagleDrafter(Drafter):
         layer = self.layers[0]
         return layer.self_attn.keys_values(layer.input_layernorm(x), self._rope(positions, x.dtype))
 
+    def _step(self, x: Tensor, place: Tensor, entries: GrowingKV) -> Tensor:
+        """The layer at one position while drafting. x: [1, 1, hidden], place: [1, 1]."""
+        if self.fused is not None:
+            return self.fused.layers[0](x, self.fused.rope(int(place), 1), entries)
+        return self.layers[0](x, self._rope(place, x.dtype), entries, None)
+
     # ---- training
 
     def block_hidden(self, token_ids: Tensor, taps: Tensor, tokens: Tensor, previous: Tensor, positions: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ class EagleDrafter(Drafter):
         for _ in range(window):
             place = torch.tensor([[kv.length + 1]], device=feature.device)
             x = self._inputs(torch.tensor([[previous]], device=feature.device), feature)
-            feature = self.layers[0](x, self._rope(place, x.dtype), kv, None)
+            feature = self._step(x, place, kv)
             hidden.append(self.norm(feature)[0, 0])
             logits, rate = self._lean(self.head(hidden[-1][None])[0].float(), vote, tokens)
             rates.append(rate)
