@@ -167,7 +167,7 @@ class Drafter(nn.Module):
         if can_pack(self.head_weight):
             plain = partial(PackedLinear, keep_weight=True)
             make = QuantizedLinear if can_quantize(self.head_weight) else plain
-            self.fused = FusedBackbone(self, make)
+            self.fused = FusedBackbone(self, plain, make)
             object.__setattr__(self, "head", make(self.head_weight))
             if self.markov_head is not None:
                 pack_linears(self.markov_head, make)

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.backbone import Layer, Rope
-from dspark.packed import PackedLinear
 from dspark.rewind import GrowingKV
 
 if TYPE_CHECKING:
@@ -45,19 +44,19 @@ class FusedLayer:
         turned = rope.rotate(F.rms_norm(heads[:, : -self.keys], (self.head_dim,), eps=self.eps) * self.head_norms)
         keys, values = context.append(turned[:, self.queries :], heads[:, -self.keys :])
         in_line = turned[:, : self.queries].reshape(1, self.keys, -1, self.head_dim)  # a group's heads, as more queries
-        mixed = F.scaled_dot_product_attention(in_line, keys, values).view(1, self.queries, -1, self.head_dim)
+        mixed = F.scaled_dot_product_attention(in_line.to(keys.dtype), keys, values).view(1, self.queries, -1, self.head_dim)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         gate, up = self.gate_and_up(self.before_mlp(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 
 class FusedBackbone:
-    """``context`` and ``backbone`` of a drafter, for one request. make: what a weight [out, in] becomes."""
+    """``context`` and ``backbone`` of a drafter, for one request. of_context, of_block: what a weight [out, in] becomes there."""
 
-    def __init__(self, drafter: Drafter, make: Callable[[Tensor], nn.Module]) -> None:
+    def __init__(self, drafter: Drafter, of_context: Callable[[Tensor], nn.Module], of_block: Callable[[Tensor], nn.Module]) -> None:
         self.drafter, attentions = drafter, [layer.self_attn for layer in drafter.layers]
-        self.layers = [FusedLayer(layer, make) for layer in drafter.layers]
-        self.keys_values = PackedLinear(_joined(*(p for a in attentions for p in (a.k_proj, a.v_proj))))
+        self.layers = [FusedLayer(layer, of_block) for layer in drafter.layers]
+        self.keys_values = of_context(_joined(*(p for a in attentions for p in (a.k_proj, a.v_proj))))
         self.key_norms, self.eps = torch.stack([a.k_norm.weight for a in attentions]).float()[:, None, None], attentions[0].k_norm.eps
         self.table = Rope(torch.empty(1, 1, 0, 0), torch.empty(1, 1, 0, 0))
 

@@ -190,6 +190,7 @@ class RememberingDrafter(Drafter):
         self.base: dict[tuple[int, int], Tensor] = {}  # where the hidden states lie and how many → [w, draft_vocab]
         object.__setattr__(self, "head", self._head)
         object.__setattr__(self, "original", drafter)  # not a submodule
+        self.fused = None  # so that this backbone is asked
         if drafter.markov_head is not None:
             head = copy.copy(drafter.markov_head)  # shares its weights
             head._modules = drafter.markov_head._modules | {
@@ -214,7 +215,7 @@ class RememberingDrafter(Drafter):
             state = self.original.new_state(told.tokens)
             self.original.extend(state, told.tokens, torch.cat(told.taps, 1))
             self.original._absorb(state)
-            self.hidden[text] = self.original.backbone(tokens, positions, state.layers)
+            self.hidden[text] = (self.original.fused or self.original).backbone(tokens, positions, state.layers)
         return self.hidden[text]
 
     def _head(self, hidden: Tensor) -> Tensor:
