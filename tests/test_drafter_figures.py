@@ -146,13 +146,27 @@ def test_the_heads_share_is_of_a_whole_round_and_of_the_median_repeat() -> None:
     assert told.loc["dflash", "head's share of a round"] == "0.0%"
 
 
+def trained() -> pd.DataFrame:
+    """Training records of five drafters and of two more heads."""
+    shapes = [(name, layers, block, 0 if name.startswith("dflash") else 8, "vanilla", tau) for name, (tau, layers, block) in ARMS.items()]
+    shapes += [("gated", 2, 5, 8, "gated", 2.05), ("rnn", 2, 5, 8, "rnn", 1.9)]
+    frame = pd.DataFrame(shapes, columns=["drafter", "layers", "block_size", "rank", "head", "held_out_tau"])
+    architecture = frame["drafter"].map({"eagle": "EagleDrafter"}).fillna("DSparkDrafter")
+    return frame.assign(architecture=architecture, steps=9, held_out_acceptance=[[0.3, 0.2]] * len(frame))
+
+
 def test_depth_and_block_size_are_compared_at_the_base_of_the_other() -> None:
-    by_layers, by_block = (drafters.tau_over(rows(), field) for field in ("drafter_layers", "drafter_block_size"))
+    by_layers, by_block = (drafters.size_figure(trained(), field) for field in ("layers", "block_size"))
     assert [list(line.x) for line in by_layers.data] == [[2], [2, 4]]
     assert [list(line.x) for line in by_block.data] == [[5, 8], [5]]
-    assert list(by_block.data[0].y) == pytest.approx([2.1, 2.3])
+    assert list(by_block.data[0].y) == [2.0, 2.2]
     with pytest.raises(ValueError, match="--only dspark"):
-        drafters.tau_over(rows().query("arm != 'dspark'"), "drafter_layers")
+        drafters.size_figure(trained().query("drafter != 'dspark'"), "layers")
+
+
+def test_heads_are_compared_at_the_base_alone() -> None:
+    table = drafters.head_table(trained())
+    assert table["τ, held out"].to_dict() == {"gated": 2.05, "vanilla": 2.0, "rnn": 1.9, "none": 1.6}
 
 
 def test_the_published_gain_is_that_of_the_published_numbers() -> None:

@@ -50,9 +50,13 @@ def compare(folder: Path, *what: str) -> None:
     results = folder / "data" / "results"
     speed = read_results(DATA / "results" / "speed-bfloat16-t1.parquet").query("arm == 'fixed:5'")
     for name in what:
-        if name == "trained":
-            rows = [(d, 500, 9, 1.25 + i / 8, [0.3, 0.1 * i]) for i, d in enumerate(("dflash", "dspark", "eagle"))]
-            columns = ["drafter", "steps", "corpus_rows", "held_out_tau", "held_out_acceptance"]
+        if name in ("trained", "sizes"):
+            shapes = [("dflash", 2, 5), ("dspark", 2, 5), ("eagle", 1, 5)]
+            if name == "sizes":
+                shapes += [("dflash-layers4", 4, 5), ("dspark-layers1", 1, 5), ("dspark-layers4", 4, 5), ("dflash-layers1", 1, 5)]
+                shapes += [("gated", 2, 5), ("rnn", 2, 5), ("dspark-block8", 2, 8), ("dflash-block8", 2, 8)]
+            rows = [(*shape, 500, 9, 1.25 + i / 8, [0.3, 0.1 * i]) for i, shape in enumerate(shapes)]
+            columns = ["drafter", "layers", "block_size", "steps", "corpus_rows", "held_out_tau", "held_out_acceptance"]
             write_results(pd.DataFrame(rows, columns=columns), results / "drafters-trained.parquet")
         elif name == "time":
             rows = [("eagle", 9.0, 0.0), ("dspark", 4.0, 0.5), ("dflash", 3.5, 0.0)]
@@ -102,7 +106,7 @@ def test_the_paper_is_typeset_whatever_was_measured(copied, measured, generated)
     if measured != "everything":
         keep_only(copied, "proof-killed")
     if measured == "drafters":
-        compare(copied, "trained", "time", "dspark", "dflash", "eagle", "dspark-block8")
+        compare(copied, "sizes", "time", "dspark", "dflash", "eagle", "dspark-block8")
     build.write(generated if measured == "everything" else build.generated(copied / "data"), copied / "paper" / "generated")
     pdf = command.typeset(copied / "paper")
     log = pdf.with_suffix(".log").read_text(errors="replace")
@@ -220,6 +224,7 @@ def test_what_was_not_measured_is_left_out_and_nothing_else(copied, kept):
         ("dflash", "eagle"),
         ("dspark", "eagle", "time"),
         ("dspark", "dflash", "eagle", "trained", "time"),
+        ("sizes",),
     ],
 )
 def test_any_part_of_the_comparison_of_drafters_may_be_missing(copied, measured):
@@ -245,6 +250,15 @@ def test_dsparks_gain_is_told_with_its_sign_and_in_words_that_follow_from_its_in
     taus = drafters.tau_gains(drafters.joined([read_results(p) for p in (copied / "data" / "results").glob("drafters-t1-*")], "here"))
     tau = taus.set_index("drafter")["mean"]["dspark"]
     assert rf"DSpark \simulated{{{36 / tau:.1f}\,ms}}" in made["numbers.tex"].decode()
+
+
+def test_depth_and_block_size_are_told_where_both_sides_were_trained(copied):
+    keep_only(copied, "proof-killed")
+    compare(copied, "sizes")
+    told = dict(re.findall(r"Shape(\w+)\}\{\\\w+\{(.*)\}\\xspace\}", build.generated(copied / "data")["numbers.tex"].decode()))
+    assert (told["FewestLayers"], told["MostLayers"], told["ShallowDspark"], told["DeepDflash"]) == ("1", "4", "1.75", "1.62")
+    assert told["DepthVerdict"] == "more" and told["BlockVerdict"] == "does not grow throughout"
+    assert (told["SmallestBlock"], told["SmallestGain"]) == ("5", r"10.0\,\%") and told["LargestGain"].startswith("$-$")
 
 
 def test_drafters_that_decoded_other_prompts_are_refused(copied):

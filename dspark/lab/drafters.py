@@ -1,6 +1,7 @@
-"""Drafters side by side: acceptance by position, τ by domain, by depth and by block size, and what the Markov bias does to a token.
+"""Drafters side by side: acceptance by position, τ by domain, by depth, block size and head, and what the Markov bias does to a token.
 
-Frames are those of ``python -m dspark.train compare`` (one results file per drafter), or of a short run here.
+Frames are those of ``python -m dspark.train compare`` (one results file per drafter that decoded, one of training records), or of a
+short run here.
 """
 
 from __future__ import annotations
@@ -129,29 +130,48 @@ def acceptance_figure(positions: pd.DataFrame, note: str) -> go.Figure:
     return dressed(figure, f"Acceptance by position ({note}, bars: one standard error)", 420)
 
 
-def tau_over(frame: pd.DataFrame, field: str) -> go.Figure:
-    """Figs. 3 and 4: mean τ over the domains with and without the sequential head. field: "drafter_layers" or "drafter_block_size".
+SIZES = {"layers": "layers of the drafter (number)", "block_size": "block size γ (tokens)"}
 
-    Only drafters that have the base's value in the other field take part. Raises ValueError if the base pair was not measured.
+
+def by_size(trained: pd.DataFrame, field: str) -> pd.DataFrame:
+    """With and without the sequential head at every depth or block size: columns drafter ("dspark" or "dflash"), value, tau.
+
+    trained: training records (``drafters-trained.parquet``), τ that of held-out text · field: a key of SIZES. Only drafters that
+    have the base's value in the other field take part; empty if the base "dspark" was not trained.
     """
-    other = {"drafter_layers": "drafter_block_size", "drafter_block_size": "drafter_layers"}[field]
-    base = frame.loc[frame["arm"] == "dspark", other]
-    if base.empty:
-        raise ValueError("'dspark' was not measured: run python -m dspark.train compare --only dspark")
-    figure, kept = go.Figure(), frame[frame[other] == base.iloc[0]]
+    (other,) = SIZES.keys() - {field}
+    base = trained.loc[trained["drafter"] == "dspark", other]
+    kept = trained[trained["drafter"].str.fullmatch("(dspark|dflash)(-.*)?") & trained[other].isin(base)]
+    sides = kept["drafter"].str.split("-").str[0]
+    return pd.DataFrame({"drafter": sides, "value": kept[field], "tau": kept["held_out_tau"]}).sort_values(["drafter", "value"])
+
+
+def size_figure(trained: pd.DataFrame, field: str) -> go.Figure:
+    """Figs. 3 and 4: τ on held-out text over depth or block size. Raises ValueError if "dspark" was not trained."""
+    points = by_size(trained, field)
+    if points.empty:
+        raise ValueError("'dspark' was not trained: run python -m dspark.train compare --only dspark")
+    figure = go.Figure()
     for side in ("dspark", "dflash"):
-        rows = kept[kept["arm"].str.split("-").str[0] == side]
-        points = {
-            value: np.mean([_tau(d[["decoded_tokens", "rounds"]].to_numpy(float)) for _, d in part.groupby("domain")])
-            for value, part in rows.groupby(field)
-        }
+        line = points[points["drafter"] == side]
         name, colour, dash = LOOKS[side]
-        line = {"color": colour, "dash": dash, "width": 2.5}
-        figure.add_trace(go.Scatter(x=list(points), y=list(points.values()), name=name, mode="lines+markers", line=line))
-    title = {"drafter_layers": "layers of the drafter (number)", "drafter_block_size": "block size γ (tokens)"}[field]
-    figure.update_xaxes(title=title, tickvals=sorted(kept[field].unique()))
-    figure.update_yaxes(title="τ (tokens per round)")
-    return dressed(figure, f"Tokens per round, mean of the domains (n = {kept['prompt_id'].nunique()} prompts a drafter)", 400)
+        look = {"color": colour, "dash": dash, "width": 2.5}
+        figure.add_trace(go.Scatter(x=line["value"], y=line["tau"], name=name, mode="lines+markers", line=look))
+    figure.update_xaxes(title=SIZES[field], tickvals=sorted(points["value"].unique()))
+    figure.update_yaxes(title="τ on held-out text (tokens per round)")
+    steps = ", ".join(map(str, sorted(trained["steps"].unique())))
+    return dressed(figure, f"Tokens per round after {steps} steps of training (n = {len(points)} drafters)", 400)
+
+
+def head_table(trained: pd.DataFrame) -> pd.DataFrame:
+    """The kinds of sequential head in drafters that are otherwise the base: held-out τ and acceptance by position."""
+    base = trained[trained["drafter"] == "dspark"]
+    alike = trained[trained["layers"].isin(base["layers"]) & trained["block_size"].isin(base["block_size"])]
+    alike = alike[alike["architecture"].isin(base["architecture"])]
+    kinds = alike["head"].where(alike["rank"] > 0, "none")
+    shares = [" ".join(f"{a:.3f}" for a in row) for row in alike["held_out_acceptance"]]
+    table = pd.DataFrame({"sequential head": kinds, "τ, held out": alike["held_out_tau"].round(3), "acceptance by position": shares})
+    return table.set_index("sequential head").sort_values("τ, held out", ascending=False)
 
 
 def cost_table(times: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from dspark.bench.plan import SCHEMA_VERSION
 from dspark.bench.results import read_results
 from dspark.bench.stats import ALL, summarise
 from dspark.lookup import CONTEXT_RATE
-from dspark.paper import confidence, drafters, policies, steps
+from dspark.paper import confidence, drafters, policies, shapes, steps
 from dspark.paper.latency import largest_error, with_prediction
 from dspark.paper.macros import (
     MEASURED,
@@ -95,7 +95,7 @@ def flags(frames: Frames) -> dict[str, bool]:
         result |= {run + role: role in present for role in ROLES}
     result["Speed"] = any(result[run] for run in RUNS)
     result["Block"] = any(result[f"{run}Block"] for run in RUNS)
-    return result | drafters.flags(frames) | {"MoreRuns": bool(more_runs(frames))}
+    return result | drafters.flags(frames) | shapes.flags(frames) | {"MoreRuns": bool(more_runs(frames))}
 
 
 def more_runs(frames: Frames) -> list[str]:
