@@ -6,7 +6,8 @@ calibration error of the cumulative product a_k = Π_{i≤k} c_i, with the earli
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +24,14 @@ class Rollouts:
     """What confidence heads said of n drafted blocks and what came of them.
 
     logits: [n, γ] float32 of c_k, before any temperature · survived: [n, γ] bool, x_1..x_k were all accepted ·
-    checked: [n, γ] bool, position k was sent to the target (the others say nothing and are left out).
+    checked: [n, γ] bool, position k was sent to the target (the others say nothing and are left out) · acceptance: [n, γ] float32,
+    Σ min(p_d, p_t), what a head would state that knew both laws; None if nobody listened.
     """
 
     logits: Tensor
     survived: Tensor
     checked: Tensor
+    acceptance: Tensor | None = None
 
     @property
     def block_size(self) -> int:
@@ -46,16 +49,28 @@ class Rollouts:
         chosen = self.checked[:, k]
         return self.survival(temperatures)[chosen, k], self.survived[chosen, k]
 
+    def best(self, k: int) -> tuple[Tensor, Tensor]:
+        """The same with the confidence of a head that knew both laws."""
+        chosen = self.checked[:, k]
+        return self.acceptance[chosen, : k + 1].prod(-1), self.survived[chosen, k]
 
-def rollouts(rounds: Iterable[Round], block_size: int, temperatures: tuple[float, ...] = ()) -> Rollouts:
-    """Collect the drafter's blocks. temperatures: those the drafter carried while it drafted, undone here.
+
+def rollouts(
+    rounds: Iterable[Round],
+    block_size: int,
+    temperatures: tuple[float, ...] = (),
+    acceptances: Iterable[Sequence[float]] | None = None,
+) -> Rollouts:
+    """Collect the drafter's blocks. temperatures: those the drafter carried while it drafted, undone here · acceptances: of each
+    round's checked drafts, if they are known (:mod:`dspark.bench.overheard`).
 
     Copied blocks and rounds that ended the text inside the block are left out: their outcomes are not the head's doing.
     """
     scale = torch.ones(block_size)
     scale[: len(temperatures)] = torch.tensor(temperatures)
-    logits, survived, checked = [], [], []
-    for r in rounds:
+    logits, survived, checked, known = [], [], [], []
+    listened = acceptances is not None
+    for r, acceptance in zip(rounds, acceptances, strict=True) if listened else ((r, ()) for r in rounds):
         if r.source != "drafter" or r.verify_length == 0 or len(r.committed) <= r.accepted:
             continue
         row = torch.full((block_size,), 0.5)
@@ -64,9 +79,10 @@ def rollouts(rounds: Iterable[Round], block_size: int, temperatures: tuple[float
         position = torch.arange(block_size)
         survived.append(position < r.accepted)
         checked.append(position < r.verify_length)
+        known.append(torch.tensor([*acceptance, *[math.nan] * (block_size - len(acceptance))]))
     if not logits:
         raise ValueError("no round of the drafter was checked: roll out with FixedWindow() and a drafter that has a confidence head")
-    return Rollouts(torch.stack(logits), torch.stack(survived), torch.stack(checked))
+    return Rollouts(torch.stack(logits), torch.stack(survived), torch.stack(checked), torch.stack(known) if listened else None)
 
 
 def calibration_error(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> float:
@@ -119,7 +135,8 @@ def calibration_report(data: Rollouts, temperatures: Iterable[float]) -> list[di
     """One row per position with checked blocks: a_k before and after scaling.
 
     position: 1, 2, … · n: checked blocks · survival: share that survived · ece_before, ece_after · noise: error of a perfect head on
-    as many cases (:func:`calibration_noise`, after scaling) · auc_before, auc_after: see :func:`ranking_quality`.
+    as many cases (:func:`calibration_noise`, after scaling) · auc_before, auc_after: see :func:`ranking_quality` · auc_best: of a head
+    that knew both laws, NaN if nobody listened.
     """
     temperatures, rows = tuple(temperatures), []
     for k in range(data.block_size):
@@ -131,6 +148,7 @@ def calibration_report(data: Rollouts, temperatures: Iterable[float]) -> list[di
         row |= {"ece_before": calibration_error(before, outcome), "ece_after": calibration_error(after, outcome)}
         row |= {"noise": calibration_noise(after)}
         row |= {"auc_before": ranking_quality(before, outcome), "auc_after": ranking_quality(after, outcome)}
+        row |= {"auc_best": math.nan if data.acceptance is None else ranking_quality(*data.best(k))}
         rows.append(row)
     return rows
 

@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from dspark.bench.arms import Models
+from dspark.bench.overheard import Overheard
 from dspark.bench.plan import SCHEMA_VERSION, Plan, Unit, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import Ledger, Row, read_rows
@@ -26,6 +27,7 @@ from dspark.calibrate import Rollouts, calibration_report, fit_sts, rollouts
 from dspark.checkpoint import CONFIG, data_dir, load_drafter, save_drafter
 from dspark.decode import generate
 from dspark.draft import Drafter
+from dspark.sampling import Sampling
 from dspark.schedule import FixedWindow
 from dspark.target import Target
 
@@ -35,7 +37,8 @@ FIT, JUDGE = "fit", "judge"
 
 
 def measure_rollouts(plan: Plan, models: Models, out: Path, temperatures: Sequence[float] = TEMPERATURES) -> pd.DataFrame:
-    """One row per run of a prompt: logits of c_k as the head gives them, laid end to end, γ a block, and how far each block survived.
+    """One row per run of a prompt: logits of c_k as the head gives them, laid end to end, γ a block, how far each block survived, and
+    with what probability each of its drafts did (NaN where none was checked).
 
     Resumes. Repeats are new draws, so greedy runs are made once. Raises ValueError for a drafter without a confidence head.
     """
@@ -43,7 +46,7 @@ def measure_rollouts(plan: Plan, models: Models, out: Path, temperatures: Sequen
     if not drafter.has_confidence:
         raise ValueError("the drafter has no confidence head, so there is nothing to calibrate: train one with it")
     drafter.sts_temperatures = ()  # the head's own logits are wanted, and the file must fit the drafter before and after fitting
-    about = plan.configuration("rollouts", target.digest, drafter) | {"temperatures": list(temperatures)}
+    about = plan.configuration("rollouts", target.digest, drafter) | {"temperatures": list(temperatures), "acceptance": True}
     ledger = Ledger(out, about)
     if not ledger.complete:
         constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(drafter) | {"schema_version": SCHEMA_VERSION}
@@ -60,20 +63,22 @@ def measure_rollouts(plan: Plan, models: Models, out: Path, temperatures: Sequen
 
 def _narrow(rows: list[Row]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
-    for name, kind in (("logits", "float32"), ("checked", "int32"), ("survived", "int32")):
+    for name, kind in (("logits", "float32"), ("acceptance", "float32"), ("checked", "int32"), ("survived", "int32")):
         frame[name] = [np.array(values, dtype=kind) for values in frame[name]]
     return frame
 
 
 def _run(target: Target, drafter: Drafter, unit: Unit, temperature: float, tokens: int) -> Row:
     options = {"max_new_tokens": tokens, "temperature": temperature, "seed": unit.seed}
-    stream = generate(target, drafter, unit.item.messages, policy=FixedWindow(), **options).rounds
+    heard = Overheard(target, drafter, Sampling(temperature))
+    stream = generate(heard.target, heard.drafter, unit.item.messages, policy=FixedWindow(), **options).rounds
     try:
-        data = rollouts(stream, drafter.block_size)
+        data = rollouts(stream[1:], drafter.block_size, acceptances=heard.acceptances)
     except ValueError:  # the text ended before a block could be checked
-        return {"blocks": 0, "logits": [], "checked": [], "survived": []}
+        return {"blocks": 0, "logits": [], "acceptance": [], "checked": [], "survived": []}
     counts = {"checked": data.checked.sum(-1).tolist(), "survived": data.survived.sum(-1).tolist()}
-    return {"blocks": len(data.logits), "logits": data.logits.flatten().tolist(), **counts}
+    told = {"logits": data.logits.flatten().tolist(), "acceptance": data.acceptance.flatten().tolist()}
+    return {"blocks": len(data.logits), **told, **counts}
 
 
 def _halves(units: Iterable[Unit]) -> dict[str, str]:
@@ -106,13 +111,16 @@ def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
     for name, value in chosen.items():
         frame = frame[frame[name] == value]
     frame = frame[frame["blocks"] > 0]
+    if "acceptance" not in frame:
+        raise ValueError(f"the rollouts are of an older version, without acceptances: measure them again with {COMMAND}")
     if frame.empty:
         raise ValueError(f"no blocks with {chosen}: roll out more prompts with {COMMAND}")
     block_size = int(frame["drafter_block_size"].iloc[0])
-    logits = torch.tensor([x for row in frame["logits"] for x in row], dtype=torch.float32).reshape(-1, block_size)
+    numbers = ([x for row in frame[name] for x in row] for name in ("logits", "acceptance"))
+    logits, acceptance = (torch.tensor(each, dtype=torch.float32).reshape(-1, block_size) for each in numbers)
     checked, survived = (torch.tensor([n for row in frame[name] for n in row])[:, None] for name in ("checked", "survived"))
     position = torch.arange(block_size)
-    return Rollouts(logits, position < survived, position < checked)
+    return Rollouts(logits, position < survived, position < checked, acceptance)
 
 
 def judged(frame: pd.DataFrame, temperatures: Sequence[float]) -> pd.DataFrame:
