@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.calibrate import Rollouts, calibration_error, fit_sts, ranking_quality, rollouts
+from dspark.calibrate import Rollouts, calibration_error, calibration_report, fit_sts, ranking_quality, rollouts
 from dspark.decode import Round
 
 
@@ -41,6 +41,16 @@ def test_too_high_in_one_bin_does_not_make_up_for_too_low_in_another() -> None:
 def test_an_honest_head_has_next_to_no_error() -> None:
     data = honest(80_000)
     assert all(calibration_error(*data.at(k)) < 0.01 for k in range(3))
+
+
+def test_a_head_that_knew_both_laws_ranks_better_than_one_that_guesses() -> None:
+    """And where nobody listened, nothing is said of it."""
+    data = honest()
+    guessing = data.logits + 2 * torch.randn(data.logits.shape, generator=torch.Generator().manual_seed(1))
+    report = calibration_report(Rollouts(guessing, data.survived, data.checked, data.logits.sigmoid()), ())
+    for k, row in enumerate(report):
+        assert row["auc_best"] == ranking_quality(*data.at(k)) > row["auc_before"] + 0.05
+    assert all(math.isnan(row["auc_best"]) for row in calibration_report(data, ()))
 
 
 def test_scaling_finds_the_temperature_of_every_position() -> None:

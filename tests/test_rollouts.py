@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,11 +14,15 @@ from tiny import tiny_drafter, tiny_target
 import dspark
 from dspark.bench import policies, rollouts, sps, traces
 from dspark.bench.arms import Models
+from dspark.bench.overheard import Overheard
 from dspark.bench.plan import Plan
 from dspark.bench.prompts import load_prompts
 from dspark.bench.results import read_results, write_results
 from dspark.calibrate import calibration_noise, calibration_report, fit_sts, reliability
+from dspark.decode import generate
+from dspark.lookup import ContextLookup
 from dspark.replay import replay
+from dspark.sampling import Sampling
 from dspark.target import Target
 from dspark.trace import StepTimes
 
@@ -61,6 +66,31 @@ def test_an_interrupted_rollout_goes_on_and_no_run_is_there_twice(models: Models
     assert not (tmp_path / "cut.parquet").exists()
     again = rollouts.measure_rollouts(PLAN, models, tmp_path / "cut.parquet")
     pd.testing.assert_frame_equal(again.drop(columns="utc"), whole.drop(columns="utc"))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_listening_changes_no_token_and_hears_the_acceptance_of_every_checked_draft(models: Models, temperature: float) -> None:
+    """Greedy, each draft's acceptance is 0 or 1 and tells how many were kept; sampling, it says how often they are."""
+    expected, kept, drafter = 0.0, 0, ContextLookup(models.drafter)
+    for seed in range(12):
+        heard = Overheard(models.target, drafter, Sampling(temperature))
+        options = {"max_new_tokens": 40, "temperature": temperature, "seed": seed}
+        ours = generate(heard.target, heard.drafter, [5, 9, 11 + seed], **options)
+        theirs = generate(models.target, drafter, [5, 9, 11 + seed], **options)
+        assert ours.token_ids == theirs.token_ids
+        assert len(heard.acceptances) == len(ours.rounds) - 1
+        for found, r in zip(heard.acceptances, ours.rounds[1:], strict=True):
+            assert len(found) == r.verify_length and all(0 <= a <= 1.0001 for a in found)
+            if not temperature:
+                assert sum(np.cumprod(found)) == r.accepted
+            expected, kept = expected + sum(found[:1]), kept + (r.accepted > 0)
+    assert kept > 3 and kept == pytest.approx(expected, abs=4 * np.sqrt(expected))
+
+
+def test_rollouts_of_an_older_version_are_refused(models: Models, tmp_path: Path) -> None:
+    frame = rollouts.measure_rollouts(PLAN, models, tmp_path / "r.parquet").drop(columns="acceptance")
+    with pytest.raises(ValueError, match="measure them again"):
+        rollouts.rollouts_of(frame)
 
 
 def test_one_half_of_the_dev_prompts_fits_and_the_other_judges(models: Models, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def _errors(data: Rollouts, k: int, temperatures: Sequence[float]) -> str:
 def calibration_table(judged: pd.DataFrame) -> pd.DataFrame:
     """A frame of :func:`dspark.bench.rollouts.judged` for the eye."""
     percent = {name: judged[name].map("{:.1%}".format) for name in ("survival", "ece_before", "ece_after", "noise")}
-    auc = {name: judged[name].round(3) for name in ("auc_before", "auc_after")}
+    auc = {name: judged[name].round(3) for name in ("auc_before", "auc_after", "auc_best")}
     names = {"ece_before": "ECE before", "ece_after": "ECE after", "noise": "ECE of a perfect head", "auc_before": "AUC before"}
-    names |= {"auc_after": "AUC after", "survival": "survived", "n": "blocks"}
+    names |= {"auc_after": "AUC after", "auc_best": "AUC of a perfect head", "survival": "survived", "n": "blocks"}
     return judged.assign(**percent, **auc).rename(columns=names).set_index(["temperature", "position"])
