@@ -54,6 +54,18 @@ def greedy_reference(target: dspark.Target, prompt: list[int], count: int) -> li
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_round_tells_what_the_target_gave_each_checked_draft(temperature: float) -> None:
+    """At the temperature of the decoding; greedy, at temperature 1. Adaptive windows and replays live on it."""
+    target, text = tiny_target(), [5, 6, 7]
+    for r in dspark.decode(target, tiny_drafter(target), text, max_new_tokens=30, temperature=temperature):
+        checked = list(r.draft_tokens[: r.verify_length])
+        logits, _ = target.forward(torch.tensor([[*text, *checked]]), None)
+        laws = (logits[0, len(text) - 1 :] / (temperature or 1.0)).softmax(-1)
+        assert r.target_probs_of_drafts == pytest.approx([float(laws[k, token]) for k, token in enumerate(checked)], rel=1e-3)
+        text = [*text, *r.committed]
+
+
 @pytest.mark.parametrize(("block_size", "head"), [(1, "vanilla"), (2, "gated"), (3, "none"), (5, "rnn"), (8, "vanilla")])
 def test_greedy_text_equals_model_generate_for_every_policy(block_size: int, head: str) -> None:
     target = tiny_target()

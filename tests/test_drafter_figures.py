@@ -151,8 +151,7 @@ def trained() -> pd.DataFrame:
     shapes = [(name, layers, block, 0 if name.startswith("dflash") else 8, "vanilla", tau) for name, (tau, layers, block) in ARMS.items()]
     shapes += [("gated", 2, 5, 8, "gated", 2.05), ("rnn", 2, 5, 8, "rnn", 1.9)]
     frame = pd.DataFrame(shapes, columns=["drafter", "layers", "block_size", "rank", "head", "held_out_tau"])
-    architecture = frame["drafter"].map({"eagle": "EagleDrafter"}).fillna("DSparkDrafter")
-    return frame.assign(architecture=architecture, steps=9, held_out_acceptance=[[0.3, 0.2]] * len(frame))
+    return frame.assign(steps=9, held_out_acceptance=[[0.3, 0.2]] * len(frame))
 
 
 def test_depth_and_block_size_are_compared_at_the_base_of_the_other() -> None:

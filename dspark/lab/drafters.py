@@ -167,7 +167,6 @@ def head_table(trained: pd.DataFrame) -> pd.DataFrame:
     """The kinds of sequential head in drafters that are otherwise the base: held-out τ and acceptance by position."""
     base = trained[trained["drafter"] == "dspark"]
     alike = trained[trained["layers"].isin(base["layers"]) & trained["block_size"].isin(base["block_size"])]
-    alike = alike[alike["architecture"].isin(base["architecture"])]
     kinds = alike["head"].where(alike["rank"] > 0, "none")
     shares = [" ".join(f"{a:.3f}" for a in row) for row in alike["held_out_acceptance"]]
     table = pd.DataFrame({"sequential head": kinds, "τ, held out": alike["held_out_tau"].round(3), "acceptance by position": shares})
