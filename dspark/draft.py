@@ -165,13 +165,12 @@ class Drafter(nn.Module):
     def pack(self) -> Drafter:
         """Lay the weights out for fast CPU passes where that is possible, in 8 bits where these are the faster; for drafting only."""
         if can_pack(self.head_weight):
-            plain = partial(PackedLinear, keep_weight=True)
-            make = QuantizedLinear if can_quantize(self.head_weight) else plain
-            self.fused = FusedBackbone(self, plain, make)
+            make = QuantizedLinear if can_quantize(self.head_weight) else PackedLinear
+            self.fused = FusedBackbone(self, PackedLinear, make)
             object.__setattr__(self, "head", make(self.head_weight))
             if self.markov_head is not None:
-                pack_linears(self.markov_head, make)
-            pack_linears(self, plain)
+                pack_linears(self.markov_head, partial(make, keep_weight=True))
+            pack_linears(self, partial(PackedLinear, keep_weight=True))
         return self
 
     # ---- the parallel backbone

@@ -2,7 +2,11 @@
 
 For bfloat16 on a CPU, PyTorch hands each weight to oneDNN in its plain layout and oneDNN rearranges it at every call. With a
 few rows of input that costs more than the product itself. Rearranged once, a pass takes about half the time, and a block of
-eight tokens about as long as one: it is what makes verification nearly free here. Other devices and dtypes are left alone.
+eight tokens about as long as one: it is what makes verification nearly free here.
+
+A CPU without bfloat16 kernels (AVX2 at best) multiplies row after row instead, and verifying a block costs as much as writing it.
+There the weights are laid out in float16 for FBGEMM, which reads them once for six rows and computes in float32: of a bfloat16
+number float16 keeps every digit, unless it is below 2⁻¹⁷. Other devices and dtypes are left alone.
 
 A drafter's weights can have 8 bits. The target's never: its law is the text's law, while any law will do to draft from, as long as
 the drafts are judged by that very law.
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -20,53 +25,85 @@ TYPICAL_ROWS = 8  # the layout is chosen for this many rows and works for any
 
 
 class PackedLinear(nn.Module):
-    """The same product as ``F.linear(x, weight, bias)``. ``keep_weight``: also hold the plain weight, for saving it later."""
+    """The same product as ``F.linear(x, weight, bias)``. ``keep_weight``: also hold the plain weight, for saving it later.
+
+    x: [..., in], any float dtype → [..., out] bfloat16, the sum taken in float32.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, keep_weight: bool = False) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), TYPICAL_ROWS)
-        self.bias = bias
+        self.native, self.bias = has_bfloat16_kernels(), bias
+        if self.native:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), TYPICAL_ROWS)
+        else:
+            self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), None if bias is None else bias.detach().float())
         if keep_weight:
             self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, self.bias, "none", [], "")
+        if self.native:
+            return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, self.bias, "none", [], "")
+        rows = x.bfloat16().float().reshape(-1, self.in_features)
+        return torch.ops.quantized.linear_dynamic_fp16(rows, self.packed).bfloat16().view(*x.shape[:-1], self.out_features)
 
 
 class QuantizedLinear(nn.Module):
-    """Nearly that product, in half the time: int8 weights with one scale per output, the input rounded to 8 bits as it comes.
+    """Nearly that product, in half the time: int8 weights with one scale per output, the input rounded to 8 bits as it comes (to 7
+    where the processor adds pairs of products in 16 bits, which more would overflow).
 
-    One scale serves all rows of the input, so it should be a normed one. x: [..., in], any float dtype → [..., out] float32. The
-    plain weight is held as well, for saving it later.
+    One scale serves all rows of the input, so it should be a normed one. x: [..., in], any float dtype → [..., out] float32.
+    ``keep_weight``: also hold the plain weight, for saving it later.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, keep_weight: bool = False) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight, self.bias = weight, bias
+        self.bias, self.seven_bits = bias, not has_vnni()
         wide = weight.detach().float()
         scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny).double() / 127
         with warnings.catch_warnings():  # this way to make int8 tensors will go; can_quantize tells when it has gone
             warnings.simplefilter("ignore", UserWarning)
             rounded = torch.quantize_per_channel(wide, scale, torch.zeros(len(wide), dtype=torch.long), 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.detach().float())
+        if keep_weight:
+            self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.float().reshape(-1, self.in_features)
-        return torch.ops.quantized.linear_dynamic(rows, self.packed).view(*x.shape[:-1], self.out_features)
+        product = torch.ops.quantized.linear_dynamic(rows, self.packed, self.seven_bits)
+        return product.view(*x.shape[:-1], self.out_features)
+
+
+@cache
+def has_bfloat16_kernels() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices on this CPU, and this build of PyTorch lets it keep them in its own layout."""
+    ops = torch.ops.mkldnn
+    return hasattr(ops, "_linear_pointwise") and hasattr(ops, "_is_mkldnn_bf16_supported") and ops._is_mkldnn_bf16_supported()
+
+
+@cache
+def has_float16_kernels() -> bool:
+    """Whether FBGEMM multiplies by float16 weights on this CPU. Asked by doing it: builds and processors differ."""
+    try:
+        packed = torch.ops.quantized.linear_prepack_fp16(torch.eye(8), None)
+        return torch.equal(torch.ops.quantized.linear_dynamic_fp16(torch.ones(1, 8), packed), torch.ones(1, 8))
+    except (RuntimeError, AttributeError):
+        return False
+
+
+@cache
+def has_vnni() -> bool:
+    """Whether the processor adds 8-bit products in 32 bits. A PyTorch that cannot tell counts as no."""
+    return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether the weight is a bfloat16 matrix on a CPU, and this build of PyTorch has the kernels."""
-    ops = torch.ops.mkldnn
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and hasattr(ops, "_linear_pointwise")
-        and hasattr(ops, "_is_mkldnn_bf16_supported")
-        and ops._is_mkldnn_bf16_supported()
-    )
+    """Whether the weight is a bfloat16 matrix on a CPU, and kernels for it exist: bfloat16 ones, or float16 ones that hold it."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    largest = torch.finfo(torch.float16).max
+    return has_bfloat16_kernels() or (has_float16_kernels() and bool(weight.abs().amax() <= largest))
 
 
 def can_quantize(weight: Tensor) -> bool:

@@ -182,13 +182,14 @@ def is_packed(target: Target) -> bool:
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """The processor's model name, and what PyTorch makes of it: clouds give several generations one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def device_name(device: torch.device) -> str:

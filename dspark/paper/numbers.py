@@ -63,7 +63,11 @@ def read_frames(results: Path) -> dict[str, pd.DataFrame]:
     Raises ValueError if there is none, or one is empty or of another schema version.
     """
     several = (*TIMED, drafters.DECODED)
-    paths = [path for path in sorted(results.glob("*.parquet")) if path.stem in PARTS.values() or path.stem.startswith(several)]
+    paths = [
+        path
+        for path in sorted(results.glob("*.parquet"), key=lambda path: path.stem)
+        if path.stem in PARTS.values() or path.stem.startswith(several)
+    ]
     frames = {path.stem: read_results(path) for path in paths}
     if not frames:
         raise ValueError(f"no results in {results}: make bench measures them")

@@ -1,0 +1,104 @@
+"""Weights in another layout: the same product, whatever kernels the processor has, and 8-bit ones nearly that product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_drafter, tiny_target
+from torch import nn
+
+import dspark.packed
+from dspark.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, has_bfloat16_kernels, has_float16_kernels
+
+MATRIX = torch.zeros(8, 8, dtype=torch.bfloat16)
+needs_8_bits = pytest.mark.skipif(not can_quantize(MATRIX), reason="this CPU or this build of PyTorch has no 8-bit kernels")
+
+
+@pytest.fixture(params=["bfloat16", "float16"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both kinds where both exist: a processor with bfloat16 kernels has the others as well."""
+    if not {"bfloat16": has_bfloat16_kernels, "float16": has_float16_kernels}[request.param]():
+        pytest.skip(f"this CPU or this build of PyTorch has no {request.param} kernels")
+    monkeypatch.setattr(dspark.packed, "has_bfloat16_kernels", lambda: request.param == "bfloat16")
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (2, 3, 64), (2, 8, 64), (40, 64)], ids=str)
+def test_a_packed_layer_gives_the_product_of_the_plain_one(kernels: str, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(48, 64, generator=generator).bfloat16(), torch.randn(48, generator=generator).bfloat16()
+    x = torch.randn(shape, generator=generator).bfloat16()
+    packed, plain = PackedLinear(weight, bias)(x), nn.functional.linear(x.float(), weight.float(), bias.float())
+    assert packed.shape == plain.shape and packed.dtype == torch.bfloat16
+    assert (packed.float() - plain).abs().max() <= plain.abs().max() * 2**-7  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.parametrize("make", [PackedLinear, pytest.param(QuantizedLinear, marks=needs_8_bits)])
+def test_a_packed_layer_takes_a_single_row(kernels: str, make: type[nn.Module]) -> None:
+    """The sequential head reads one vector at a time."""
+    layer, x = make(torch.eye(8, dtype=torch.bfloat16)), torch.arange(8.0)
+    assert torch.allclose(layer(x).float(), x, atol=0.1)
+
+
+def test_the_float16_layout_holds_bfloat16_weights_to_the_last_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All bfloat16 numbers from 2⁻¹⁷ to the largest that float16 holds; smaller ones are off by 2⁻²⁵ at most."""
+    if not has_float16_kernels():
+        pytest.skip("this CPU or this build of PyTorch has no float16 kernels")
+    monkeypatch.setattr(dspark.packed, "has_bfloat16_kernels", lambda: False)
+    every = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16)  # from 0 up
+    held = every[every <= torch.finfo(torch.float16).max][:, None]
+    kept = PackedLinear(held)(torch.ones(1, 1))[0][:, None]
+    large = held >= 2**-17
+    assert torch.equal(kept[large], held[large])
+    assert (kept - held)[~large].abs().max() <= 2**-25
+    too_large = every[every > torch.finfo(torch.float16).max][:1, None]
+    assert can_pack(held) and not can_pack(too_large)
+
+
+def test_packing_changes_neither_text_nor_digest(kernels: str) -> None:
+    plain, packed = (tiny_target(dtype=torch.bfloat16) for _ in range(2))
+    digest = plain.digest
+    packed.pack()
+    assert isinstance(packed.head, PackedLinear) and packed.digest == digest
+    ids = torch.randint(4, 100, (1, 20), generator=torch.Generator().manual_seed(0))
+    a, b = plain.forward(ids, None)[0], packed.forward(ids, None)[0]
+    assert (a - b).abs().max() <= a.abs().max() * 2**-5
+
+
+@needs_8_bits
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 5, 64)], ids=str)
+def test_a_quantized_layer_gives_nearly_the_product(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(48, 64, generator=generator).bfloat16(), torch.randn(48, generator=generator).bfloat16()
+    weight[0] = 0  # a scale of zero would divide by zero
+    x = torch.randn(shape, generator=generator)
+    ours, theirs = QuantizedLinear(weight, bias)(x), nn.functional.linear(x, weight.float(), bias.float())
+    assert ours.shape == theirs.shape and ours.dtype == torch.float32
+    assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+
+@needs_8_bits
+def test_8_bit_products_do_not_overflow() -> None:
+    """Inputs and weights at their largest: a processor that adds pairs of products in 16 bits would clip them."""
+    weight, x = torch.ones(8, 64, dtype=torch.bfloat16), torch.ones(2, 64)
+    assert torch.allclose(QuantizedLinear(weight)(x), torch.tensor(64.0), rtol=0.02)
+
+
+def test_a_packed_drafter_holds_no_weight_twice(kernels: str) -> None:
+    """But those of its own layers, which are saved: what the shortcuts join is kept in its packed form only."""
+    drafter = tiny_drafter(tiny_target(dtype=torch.bfloat16)).pack()
+    shortcuts = [drafter.head, drafter.fused.keys_values]
+    shortcuts += [part for layer in drafter.fused.layers for part in (layer.project, layer.out, layer.gate_and_up, layer.down)]
+    assert not any(hasattr(part, "weight") for part in shortcuts)
+    assert hasattr(drafter.fc, "weight") and hasattr(drafter.markov_head.markov_w2, "weight")
+
+
+def test_without_kernels_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("has_bfloat16_kernels", "has_float16_kernels"):
+        monkeypatch.setattr(dspark.packed, name, lambda: False)
+    assert not can_pack(MATRIX) and not can_quantize(MATRIX)
+    assert type(tiny_target(dtype=torch.bfloat16).pack().head) is nn.Linear
+
+
+def test_only_bfloat16_on_a_cpu_is_packed() -> None:
+    assert not can_pack(MATRIX.float()) and not can_pack(MATRIX.half()) and not can_pack(MATRIX.to("meta"))
