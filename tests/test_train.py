@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import tiny_drafter, tiny_target
 
+import dspark.train.__main__
 from dspark.backbone import Context, block_mask
 from dspark.train.blocks import block_loss, choose_blocks
 from dspark.train.corpus import Corpus
@@ -193,3 +194,20 @@ def test_the_draft_vocabulary_holds_the_frequent_tokens_and_the_end_of_text() ->
     ids = torch.tensor([[7, 7, 7, 8, 8, 9, 5, 5, 5, 5]])
     assistant = torch.tensor([[True] * 6 + [False] * 4])
     assert frequent_tokens(ids, assistant, 3, 20, frozenset([2])).tolist() == [2, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("command", "device", "kernels", "dtype"),
+    [
+        ("drafter", "cpu", True, "bfloat16"),
+        ("drafter", "cpu", False, "float32"),
+        ("compare", "cpu", False, "float32"),
+        ("corpus", "cpu", False, "bfloat16"),  # sampled from packed weights
+        ("drafter", "cuda", False, "bfloat16"),
+    ],
+)
+def test_training_does_not_compute_in_what_the_cpu_has_no_kernels_for(
+    command: str, device: str, kernels: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dspark.train.__main__, "has_bfloat16_kernels", lambda: kernels)
+    assert dspark.train.__main__.usual_dtype(command, device) == dtype

@@ -16,6 +16,7 @@ from dspark.bench.provenance import drafter_digest
 from dspark.checkpoint import data_dir, load_drafter
 from dspark.draft import Drafter
 from dspark.fetch import cache_dir
+from dspark.packed import has_bfloat16_kernels
 from dspark.phrases import FILE, PhraseMemory
 from dspark.target import Target, load_target
 from dspark.train.corpus import Corpus, load_corpus
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--target", default="default", help="'default', a hub id, a folder or a .gguf file")
-    common.add_argument("--dtype", default="bfloat16")
+    common.add_argument("--dtype", help="default bfloat16; float32 to train on a CPU without bfloat16 kernels, where it is faster")
     common.add_argument("--device", default="cpu")
     common.add_argument("--corpus", type=Path, default=cache_dir() / "selfplay.safetensors", help="where the self-play text is kept")
     common.add_argument("--seed", type=int, default=0)
@@ -86,6 +87,12 @@ def parser() -> argparse.ArgumentParser:
         told = f"{option.metadata['help']}; default {default}"
         compare.add_argument("--" + option.name.replace("_", "-"), type=type(default), default=default, help=told)
     return top
+
+
+def usual_dtype(command: str, device: str) -> str:
+    """What is fast there. Training reads the weights as they are, and a CPU without bfloat16 kernels would take eight times as long."""
+    slow = device.startswith("cpu") and not has_bfloat16_kernels()
+    return "float32" if slow and command in ("drafter", "compare") else "bfloat16"
 
 
 def remember_phrases(target: Target, args: argparse.Namespace) -> None:
@@ -164,6 +171,7 @@ def main() -> None:
     # A background job starts with SIGINT ignored, and SIGTERM would skip the last checkpoint: both end the run cleanly here.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.default_int_handler)
+    args.dtype = args.dtype or usual_dtype(args.command, args.device)
     try:
         if args.command == "compare":
             compare_drafters(args)
