@@ -47,7 +47,8 @@ def dspark_generate(
 
     drafter: attached to this very model (``load_drafter(…, Target(model, tokenizer, name))``); None copies from the context, which
     needs nothing trained · policy: default the whole block · token_streamer: like ``streamer``, which transformers does not hand on ·
-    on_round: called with every :class:`~dspark.decode.Round` as it is finished.
+    on_round: called with every :class:`~dspark.decode.Round` as it is finished. A bfloat16 model on a CPU verifies blocks slowly
+    unless it is packed first, in place: ``Target(model, tokenizer, name).pack()``.
     Raises ValueError for what cannot be kept exactly: more than one sequence, padding, beams, other logits processors, scores, a
     filled cache, inputs that are no token ids.
     """

@@ -92,9 +92,10 @@ class Target:
         return sha.hexdigest()[:16]
 
     def pack(self) -> Target:
-        """Lay the weights out for fast CPU passes where that is possible (:mod:`dspark.packed`); the products stay the same."""
+        """Lay the weights out for fast CPU passes where that is possible (:mod:`dspark.packed`), in place; the products stay the same."""
         _ = self.digest  # reads the plain weights, so before they go
         pack_linears(self.model)
+        self.head.weight = self.head_weight  # held anyway; with it the model can be a target again, inside its own ``generate``
         return self
 
     def new_cache(self) -> RewindCache:

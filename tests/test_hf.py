@@ -243,3 +243,13 @@ def test_a_model_in_training_mode_is_refused():
     model = tiny_target().model.train()
     with pytest.raises(ValueError, match=r"model\.eval"):
         model.generate(PROMPT, custom_generate=dspark_generate, max_new_tokens=4)
+
+
+def test_a_packed_model_still_generates_with_us() -> None:
+    target = tiny_target(dtype=torch.bfloat16).pack()
+    drafter = tiny_drafter(target)
+    ours = target.model.generate(
+        PROMPT, custom_generate=dspark_generate, drafter=drafter, do_sample=False, max_new_tokens=12, eos_token_id=None
+    )
+    expected = dspark.generate(target, drafter, PROMPT[0].tolist(), max_new_tokens=12)
+    assert ours[0, PROMPT.shape[1] :].tolist() == expected.token_ids

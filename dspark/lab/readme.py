@@ -13,7 +13,7 @@ from dspark.bench.stats import ALL, summarise
 from dspark.lab.static import caption
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-FOLD = "<details><summary>More: other temperatures, memory, and that the text keeps the model's law</summary>"
+FOLD = "<details><summary>More: other temperatures and processors, memory, and that the text keeps the model's law</summary>"
 PICTURE = "![Speed-up over plain decoding and tokens per round, by domain](data/figures/headline.svg)"
 
 
