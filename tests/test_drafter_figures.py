@@ -15,6 +15,7 @@ from tiny import tiny_drafter, tiny_target
 from dspark.bench.results import write_results
 from dspark.lab import collision, drafters, published
 from dspark.lab.training import training_curves
+from dspark.packed import QuantizedLinear, can_quantize
 from dspark.sampling import Chance, Sampling
 
 ARMS = {"dspark": (2.0, 2, 5), "dflash": (1.6, 2, 5), "eagle": (1.5, 1, 5), "dspark-block8": (2.2, 2, 8), "dflash-layers4": (1.7, 4, 5)}
@@ -73,6 +74,21 @@ def test_a_known_block_is_the_block_that_drafting_would_make(head: str) -> None:
     assert not torch.allclose(base, biased, atol=1e-2)
     other = drafters.known_blocks(target, drafter, [*text[:6], 50, 51, 52, 53], torch.tensor([5]))
     assert torch.allclose(base, other[1], atol=1e-6) and not torch.allclose(biased, other[0], atol=1e-2)
+
+
+def test_a_known_block_is_the_same_alone_and_among_others() -> None:
+    """Also with layers of 8 bits, which round all rows of an input by one scale."""
+    if not can_quantize(torch.zeros(8, 8, dtype=torch.bfloat16)):
+        pytest.skip("this CPU or this build of PyTorch has no 8-bit kernels")
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    object.__setattr__(drafter, "head", QuantizedLinear(drafter.head_weight))
+    drafter.markov_head.markov_w2 = QuantizedLinear(drafter.markov_head.markov_w2.weight)
+    text = torch.randint(4, 90, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    together = drafters.known_blocks(target, drafter, text, torch.arange(3, 20))
+    for i in (0, 9, 16):
+        alone = drafters.known_blocks(target, drafter, text, torch.tensor([3 + i]))
+        assert all(torch.allclose(one[0], all_of_them[i], atol=1e-4) for one, all_of_them in zip(alone, together, strict=True))
 
 
 def test_the_view_of_a_block_names_its_slots_and_what_is_kept() -> None:
