@@ -1,7 +1,10 @@
-"""Is a confidence of 0.8 right in 80 of 100 cases? Calibration error, ranking quality, and sequential temperature scaling (STS).
+"""Is a confidence of 0.8 right in 80 of 100 cases? Calibration error, ranking quality, and what puts a head right.
 
-STS (the paper's §4): position by position, the temperature that divides the logit of c_k is the one with the smallest
-calibration error of the cumulative product a_k = Π_{i≤k} c_i, with the earlier temperatures fixed. Fitted on held-out rollouts.
+A head learns from text that the drafter learned from as well, so on other text it promises too much. No temperature mends that, as
+it moves high and low confidences to opposite sides: an offset does, and it joins the head's bias. Then sequential temperature
+scaling (STS, the paper's §4): position by position, the temperature that divides the logit of c_k is the one with the smallest
+calibration error of the cumulative product a_k = Π_{i≤k} c_i, with the earlier temperatures fixed. Both are fitted on held-out
+rollouts.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.decode import Round
@@ -20,10 +24,24 @@ GRID = torch.logspace(-1, 1, 81).tolist()  # 0.1 … 10; holds 1 exactly, so sca
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """c_k = σ((logit + offset) / T_k): one offset for all positions, and a temperature for each, 1 where none is given."""
+
+    offset: float = 0.0
+    temperatures: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        return f"offset {self.offset:+.3f}, temperatures {', '.join(f'{t:.2f}' for t in self.temperatures) or 'none'}"
+
+
+AS_TRAINED = Calibration()
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """What confidence heads said of n drafted blocks and what came of them.
 
-    logits: [n, γ] float32 of c_k, before any temperature · survived: [n, γ] bool, x_1..x_k were all accepted ·
+    logits: [n, γ] float32 of c_k, as the head gives them · survived: [n, γ] bool, x_1..x_k were all accepted ·
     checked: [n, γ] bool, position k was sent to the target (the others say nothing and are left out) · acceptance: [n, γ] float32,
     Σ min(p_d, p_t), what a head would state that knew both laws; None if nobody listened.
     """
@@ -37,17 +55,16 @@ class Rollouts:
     def block_size(self) -> int:
         return self.logits.shape[1]
 
-    def survival(self, temperatures: Iterable[float] = ()) -> Tensor:
-        """a_k under these temperatures (1 for positions that have none). [n, γ] float32."""
+    def survival(self, calibration: Calibration = AS_TRAINED) -> Tensor:
+        """a_k, so calibrated. [n, γ] float32."""
         scale = torch.ones(self.block_size)
-        given = list(temperatures)
-        scale[: len(given)] = torch.tensor(given)
-        return torch.sigmoid(self.logits / scale).cumprod(-1)
+        scale[: len(calibration.temperatures)] = torch.tensor(calibration.temperatures)
+        return torch.sigmoid((self.logits + calibration.offset) / scale).cumprod(-1)
 
-    def at(self, k: int, temperatures: Iterable[float] = ()) -> tuple[Tensor, Tensor]:
+    def at(self, k: int, calibration: Calibration = AS_TRAINED) -> tuple[Tensor, Tensor]:
         """Confidence and outcome at 0-based position k, checked blocks only: [m] float32 in 0..1 and [m] bool."""
         chosen = self.checked[:, k]
-        return self.survival(temperatures)[chosen, k], self.survived[chosen, k]
+        return self.survival(calibration)[chosen, k], self.survived[chosen, k]
 
     def best(self, k: int) -> tuple[Tensor, Tensor]:
         """The same with the confidence of a head that knew both laws."""
@@ -131,19 +148,19 @@ def reliability(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> list[d
     return rows
 
 
-def calibration_report(data: Rollouts, temperatures: Iterable[float]) -> list[dict[str, float]]:
-    """One row per position with checked blocks: a_k before and after scaling.
+def calibration_report(data: Rollouts, calibration: Calibration) -> list[dict[str, float]]:
+    """One row per position with checked blocks: a_k as the head was trained, and after calibration.
 
     position: 1, 2, … · n: checked blocks · survival: share that survived · ece_before, ece_after · noise: error of a perfect head on
-    as many cases (:func:`calibration_noise`, after scaling) · auc_before, auc_after: see :func:`ranking_quality` · auc_best: of a head
-    that knew both laws, NaN if nobody listened.
+    as many cases (:func:`calibration_noise`, of the calibrated a_k) · auc_before, auc_after: see :func:`ranking_quality` ·
+    auc_best: of a head that knew both laws, NaN if nobody listened.
     """
-    temperatures, rows = tuple(temperatures), []
+    rows = []
     for k in range(data.block_size):
         before, outcome = data.at(k)
         if not len(outcome):
             continue
-        after, _ = data.at(k, temperatures)
+        after, _ = data.at(k, calibration)
         row = {"position": k + 1, "n": len(outcome), "survival": float(outcome.double().mean())}
         row |= {"ece_before": calibration_error(before, outcome), "ece_after": calibration_error(after, outcome)}
         row |= {"noise": calibration_noise(after)}
@@ -153,7 +170,39 @@ def calibration_report(data: Rollouts, temperatures: Iterable[float]) -> list[di
     return rows
 
 
-def fit_sts(data: Rollouts, grid: Iterable[float] = GRID) -> tuple[float, ...]:
+def calibrate(data: Rollouts) -> Calibration:
+    """The offset, then the temperatures, that these rollouts ask for."""
+    offset = fit_offset(data)
+    return Calibration(offset, fit_sts(data, offset))
+
+
+def fit_offset(data: Rollouts) -> float:
+    """The likeliest b of c_1 = σ((logit + b) / T) while T is free as well (Platt scaling); 0 if no block was checked.
+
+    The first position decides: its c_1 is a factor of every a_k, and all blocks have it.
+    """
+    chosen = data.checked[:, 0]
+    if not chosen.any():
+        return 0.0
+    logits, outcome = data.logits[chosen, 0].double(), data.survived[chosen, 0].double()
+    start = torch.tensor([1.0, 0.0], dtype=torch.float64)  # 1/T and b/T
+    line = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([line], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        # The second term weighs as much as one case: it bounds the line where all cases met the same end.
+        pull = (line - start).square().sum() / len(logits)
+        value = F.binary_cross_entropy_with_logits(line[0] * logits + line[1], outcome) + pull
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    slope, height = line.tolist()
+    return height / max(slope, 1 / max(GRID))
+
+
+def fit_sts(data: Rollouts, offset: float = 0.0, grid: Iterable[float] = GRID) -> tuple[float, ...]:
     """One temperature per position, in order, each with the smallest ECE of a_k given the ones before it; 1 where nothing was checked."""
     temperatures: list[float] = []
     for k in range(data.block_size):
@@ -161,6 +210,6 @@ def fit_sts(data: Rollouts, grid: Iterable[float] = GRID) -> tuple[float, ...]:
             temperatures.append(1.0)
             continue
         # Among equals the one nearest to 1: no scaling that the data do not ask for.
-        candidates = sorted(grid, key=lambda t: abs(torch.tensor(t).log()))
-        temperatures.append(min(candidates, key=lambda t: calibration_error(*data.at(k, [*temperatures, t]))))
+        candidates = sorted(grid, key=lambda t: abs(math.log(t)))
+        temperatures.append(min(candidates, key=lambda t: calibration_error(*data.at(k, Calibration(offset, (*temperatures, t))))))
     return tuple(temperatures)

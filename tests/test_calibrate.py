@@ -10,7 +10,18 @@ import torch
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.calibrate import Rollouts, calibration_error, calibration_report, fit_sts, ranking_quality, rollouts
+from dspark.calibrate import (
+    AS_TRAINED,
+    Calibration,
+    Rollouts,
+    calibrate,
+    calibration_error,
+    calibration_report,
+    fit_offset,
+    fit_sts,
+    ranking_quality,
+    rollouts,
+)
 from dspark.decode import Round
 
 
@@ -47,10 +58,10 @@ def test_a_head_that_knew_both_laws_ranks_better_than_one_that_guesses() -> None
     """And where nobody listened, nothing is said of it."""
     data = honest()
     guessing = data.logits + 2 * torch.randn(data.logits.shape, generator=torch.Generator().manual_seed(1))
-    report = calibration_report(Rollouts(guessing, data.survived, data.checked, data.logits.sigmoid()), ())
+    report = calibration_report(Rollouts(guessing, data.survived, data.checked, data.logits.sigmoid()), AS_TRAINED)
     for k, row in enumerate(report):
         assert row["auc_best"] == ranking_quality(*data.at(k)) > row["auc_before"] + 0.05
-    assert all(math.isnan(row["auc_best"]) for row in calibration_report(data, ()))
+    assert all(math.isnan(row["auc_best"]) for row in calibration_report(data, AS_TRAINED))
 
 
 def test_scaling_finds_the_temperature_of_every_position() -> None:
@@ -63,8 +74,35 @@ def test_scaling_never_raises_the_error_on_its_own_data() -> None:
         data = distorted(honest(500, seed=seed), [1.7, 0.8, 1.0])
         found = fit_sts(data)
         for k in range(3):
-            fixed = found[:k]
-            assert calibration_error(*data.at(k, found)) <= calibration_error(*data.at(k, [*fixed, 1.0])) + 1e-12
+            scaled, unscaled = Calibration(0.0, found), Calibration(0.0, (*found[:k], 1.0))
+            assert calibration_error(*data.at(k, scaled)) <= calibration_error(*data.at(k, unscaled)) + 1e-12
+
+
+def test_a_head_that_promises_too_much_is_put_right_by_an_offset_and_temperatures() -> None:
+    """No temperature alone can: it moves high and low confidences to opposite sides."""
+    right = honest(40_000)
+    data = Rollouts(1.5 * right.logits + 0.8, right.survived, right.checked)
+    scaled, found = Calibration(0.0, fit_sts(data)), calibrate(data)
+    assert calibration_error(*data.at(0, scaled)) > 0.03
+    assert all(calibration_error(*data.at(k, found)) < 0.012 for k in range(3))
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_the_offset_is_found_whatever_the_temperature(factor: float) -> None:
+    right = honest(40_000)
+    assert fit_offset(Rollouts(factor * right.logits - 0.7, right.survived, right.checked)) == pytest.approx(0.7, abs=0.05)
+
+
+def test_an_honest_head_gets_no_offset_and_an_unchecked_one_neither() -> None:
+    data = honest(80_000)
+    assert fit_offset(data) == pytest.approx(0, abs=0.03)
+    assert fit_offset(Rollouts(data.logits, data.survived, torch.zeros_like(data.checked))) == 0
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_offset_stays_finite_where_all_drafts_met_the_same_end(kept: bool) -> None:
+    data = Rollouts(torch.zeros(50, 1), torch.full((50, 1), kept), torch.ones(50, 1, dtype=torch.bool))
+    assert 1 < fit_offset(data) * (1 if kept else -1) < 4
 
 
 def test_a_constant_head_is_left_alone_when_it_is_right() -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from dspark.bench.arms import parse_arm
 from dspark.bench.rollouts import rollouts_of
+from dspark.calibrate import AS_TRAINED, Calibration
 from dspark.replay import Oracle, replay
 from dspark.schedule import Autoregressive, ConfidenceThreshold, Policy, PrefixScheduler
 from dspark.trace import StepTimes, Trace
@@ -150,16 +151,16 @@ def _swept(rows: Sequence[Row]) -> pd.DataFrame:
     return total.assign(accepted=total["accepted"] / total["rounds"], checked=total["checked"] / total["rounds"]).reset_index()
 
 
-def threshold_estimate(frame: pd.DataFrame, thresholds: Iterable[float], temperatures: Sequence[float] = ()) -> pd.DataFrame:
+def threshold_estimate(frame: pd.DataFrame, thresholds: Iterable[float], calibration: Calibration = AS_TRAINED) -> pd.DataFrame:
     """The same from rollouts of whole blocks (a frame of :func:`dspark.bench.rollouts.read_rollouts`, one sampling temperature).
 
     An estimate when text is sampled: how far a recorded block survived is cut where the threshold would have cut it, but where later
-    blocks would have started after such a cut is not known, and nothing is reweighted for it. temperatures: of STS.
+    blocks would have started after such a cut is not known, and nothing is reweighted for it.
     """
     rows = []
     for domain in dict.fromkeys(frame["domain"]):
         data = rollouts_of(frame, domain=domain)
-        survival, survived = data.survival(temperatures), (data.survived & data.checked).sum(-1)
+        survival, survived = data.survival(calibration), (data.survived & data.checked).sum(-1)
         n = frame.loc[(frame["domain"] == domain) & (frame["blocks"] > 0), "prompt_id"].nunique()
         for threshold in thresholds:
             lengths = ((survival >= threshold) & data.checked).int().cumprod(-1).sum(-1)

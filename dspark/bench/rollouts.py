@@ -1,4 +1,4 @@
-"""``python -m dspark.bench.rollouts``: let the drafter draft whole blocks on the dev prompts, see what survives, and fit STS to it.
+"""``python -m dspark.bench.rollouts``: let the drafter draft whole blocks on the dev prompts, see what survives, and calibrate it.
 
 One half of the dev prompts is fitted, the other half judges; the test prompts are never touched.
 """
@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from dspark.bench.arms import Models
 from dspark.bench.overheard import Overheard
 from dspark.bench.plan import SCHEMA_VERSION, Plan, Unit, add_options, plan_of
-from dspark.bench.provenance import drafter_columns, environment
+from dspark.bench.provenance import drafter_columns, drafter_digest, environment
 from dspark.bench.results import Ledger, Row, read_rows
-from dspark.calibrate import Rollouts, calibration_report, fit_sts, rollouts
+from dspark.calibrate import Calibration, Rollouts, calibrate, calibration_report, rollouts
 from dspark.checkpoint import CONFIG, data_dir, load_drafter, save_drafter
 from dspark.decode import generate
 from dspark.draft import Drafter
@@ -45,7 +45,7 @@ def measure_rollouts(plan: Plan, models: Models, out: Path, temperatures: Sequen
     drafter, target = models.drafter, models.target
     if not drafter.has_confidence:
         raise ValueError("the drafter has no confidence head, so there is nothing to calibrate: train one with it")
-    drafter.sts_temperatures = ()  # the head's own logits are wanted, and the file must fit the drafter before and after fitting
+    drafter.sts_temperatures = ()  # the head's own logits are wanted
     about = plan.configuration("rollouts", target.digest, drafter) | {"temperatures": list(temperatures), "acceptance": True}
     ledger = Ledger(out, about)
     if not ledger.complete:
@@ -96,6 +96,17 @@ def read_rollouts(path: Path) -> pd.DataFrame:
     return read_rows(path, SCHEMA_VERSION, COMMAND)
 
 
+def kept_rollouts(path: Path, drafter: Drafter) -> pd.DataFrame:
+    """Rollouts of this very drafter, on whatever machine; no other fits may be added to a head. Raises ValueError for another's."""
+    frame, carried = read_rollouts(path), drafter.sts_temperatures
+    drafter.sts_temperatures = ()  # as it was rolled out
+    digest, found = drafter_digest(drafter), sorted(set(frame["drafter_digest"]))
+    drafter.sts_temperatures = carried
+    if found != [digest]:
+        raise ValueError(f"{path} was rolled out with drafter {', '.join(found)}, not with {digest}: leave out --refit to measure anew")
+    return frame
+
+
 def roll_out_here(prompts: int, tokens: int) -> pd.DataFrame:
     """Rollouts of a few dev prompts of each domain on the default models, in memory: for a notebook that wants its own."""
     plan = Plan(arms="fixed", baseline="fixed", split="dev", prompts=prompts, tokens=tokens)
@@ -123,21 +134,26 @@ def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
     return Rollouts(logits, position < survived, position < checked, acceptance)
 
 
-def judged(frame: pd.DataFrame, temperatures: Sequence[float]) -> pd.DataFrame:
-    """Calibration before and after scaling, on the half that was not fitted: one row per sampling temperature and position."""
+def judged(frame: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
+    """Confidence before and after calibration, on the half that was not fitted: one row per sampling temperature and position."""
     kinds = sorted(set(frame["temperature"]))
     return pd.DataFrame(
-        [{"temperature": t} | row for t in kinds for row in calibration_report(rollouts_of(frame, half=JUDGE, temperature=t), temperatures)]
+        [{"temperature": t} | row for t in kinds for row in calibration_report(rollouts_of(frame, half=JUDGE, temperature=t), calibration)]
     )
 
 
-def store(temperatures: Sequence[float], name: str, target: Target) -> Path:
-    """Write the temperatures into the drafter's config; weights and training summary stay. Returns the folder."""
+def store(calibration: Calibration, name: str, target: Target) -> Path:
+    """Add the offset to the bias of the drafter's confidence head, and write the temperatures into its config. Returns the folder.
+
+    All other weights and the training summary stay. The bias is no longer the one that was rolled out: measured anew, there is next
+    to nothing left to add.
+    """
     folder = data_dir() / "drafters" / "smollm2-135m-instruct" if name == "default" else Path(name).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"no drafter folder at {folder}: temperatures can only be stored in a folder, so download the drafter first")
+        raise ValueError(f"no drafter folder at {folder}: a calibration can only be stored in a folder, so download the drafter first")
     drafter = load_drafter(folder, target)
-    drafter.sts_temperatures = tuple(temperatures)
+    drafter.confidence_head.proj.bias += calibration.offset
+    drafter.sts_temperatures = calibration.temperatures
     training = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("training")
     save_drafter(drafter, target, folder, training=training)
     return folder
@@ -148,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, ("arms", "baseline", "split", "temperature", "top_p", "top_k"), prompts=16, repeats=3)
     parser.add_argument("--fit", type=float, default=1.0, help="sampling temperature whose rollouts are fitted; default 1")
-    parser.add_argument("--store", action="store_true", help="write the temperatures into the drafter's config")
+    parser.add_argument("--refit", action="store_true", help="measure nothing: fit what the file holds")
+    parser.add_argument("--store", action="store_true", help="write the calibration into the drafter's folder")
     parser.add_argument("--out", type=Path, help="Parquet file; default data/results/rollouts-dev.parquet")
     options = parser.parse_args(arguments)
     try:
@@ -158,12 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(plan.threads)
         models = plan.load()
         out = options.out or data_dir() / "results" / "rollouts-dev.parquet"
-        frame = measure_rollouts(plan, models, out)
-        temperatures = fit_sts(rollouts_of(frame, half=FIT, temperature=options.fit))
-        print(judged(frame, temperatures).round(4).to_string(index=False))
-        print(f"STS temperatures by position: {', '.join(f'{t:.3f}' for t in temperatures)} · {len(frame)} runs in {out}")
+        frame = kept_rollouts(out, models.drafter) if options.refit else measure_rollouts(plan, models, out)
+        calibration = calibrate(rollouts_of(frame, half=FIT, temperature=options.fit))
+        print(judged(frame, calibration).round(4).to_string(index=False))
+        print(f"{calibration} · {len(frame)} runs in {out}")
         if options.store:
-            print(f"stored in {store(temperatures, plan.drafter, models.target)}")
+            print(f"stored in {store(calibration, plan.drafter, models.target)}")
     except (ValueError, OSError) as error:
         print(f"dspark.bench.rollouts: {error}", file=sys.stderr)
         return 2

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from dspark import published
-from dspark.calibrate import Rollouts, calibration_error, ranking_quality, reliability
+from dspark.calibrate import AS_TRAINED, Calibration, Rollouts, calibration_error, ranking_quality, reliability
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, dressed
 
 LEAST = 0.05  # checked drafts a round below which an acceptance rate is one of a handful of drafts
@@ -69,21 +67,21 @@ def published_table(sweep: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("domain")
 
 
-def reliability_diagrams(data: Rollouts, temperatures: Sequence[float], about: str) -> go.Figure:
-    """One panel per position: how often blocks survived to it against the stated a_k, before and after scaling.
+def reliability_diagrams(data: Rollouts, calibration: Calibration, about: str) -> go.Figure:
+    """One panel per position: how often blocks survived to it against the stated a_k, as trained and calibrated.
 
     data: rollouts that were not fitted. Marks are bins, their size grows with the cases in them; on the diagonal a head is honest.
     """
     width = data.block_size
     reached = [k for k in range(width) if data.checked[:, k].any()]
-    titles = [_errors(data, k, temperatures) for k in reached]
+    titles = [_errors(data, k, calibration) for k in reached]
     figure = make_subplots(1, len(reached), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03)
-    looks = {"before STS": ((), "correction", "circle-open"), "after STS": (tuple(temperatures), "draft", "circle")}
+    looks = {"as trained": (AS_TRAINED, "correction", "circle-open"), "calibrated": (calibration, "draft", "circle")}
     for column, k in enumerate(reached, 1):
         diagonal = go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dash"}, hoverinfo="skip", showlegend=False)
         figure.add_trace(diagonal, row=1, col=column)
-        for name, (scaling, fate, symbol) in looks.items():
-            bins = pd.DataFrame(reliability(*data.at(k, scaling)))
+        for name, (put_right, fate, symbol) in looks.items():
+            bins = pd.DataFrame(reliability(*data.at(k, put_right)))
             size = 5 + 13 * (bins["n"] / bins["n"].max()) ** 0.5
             shown = go.Scatter(
                 x=bins["confidence"],
@@ -104,8 +102,8 @@ def reliability_diagrams(data: Rollouts, temperatures: Sequence[float], about: s
     return _spaced(dressed(figure, f"Stated survival against what came (n = {len(data.logits)} blocks)<br><sup>{about}</sup>", 480))
 
 
-def _errors(data: Rollouts, k: int, temperatures: Sequence[float]) -> str:
-    before, after = data.at(k), data.at(k, temperatures)
+def _errors(data: Rollouts, k: int, calibration: Calibration) -> str:
+    before, after = data.at(k), data.at(k, calibration)
     errors = f"ECE {calibration_error(*before):.1%} → {calibration_error(*after):.1%}"
     return f"position {k + 1}<br><sup>{errors}, AUC {ranking_quality(*after):.2f}</sup>"
 

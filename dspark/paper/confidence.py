@@ -1,14 +1,14 @@
-"""Rollouts → what the paper says of the confidence: calibration and ranking by position, before and after scaling."""
+"""Rollouts → what the paper says of the confidence: calibration and ranking by position, before and after the fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from dspark.bench.rollouts import FIT, JUDGE, judged, rollouts_of
-from dspark.calibrate import Rollouts, fit_sts, reliability
+from dspark.calibrate import AS_TRAINED, Calibration, Rollouts, calibrate, reliability
 from dspark.lab.figures import GREY
 from dspark.lab.static import INKS
 from dspark.paper.figures import WIDTH, dress, printed
@@ -24,25 +24,26 @@ LEAST = 20  # cases in a bin that is drawn
 
 
 def part(frames: Mapping[str, pd.DataFrame]) -> Part:
-    """Temperatures are fitted on one half of the prompts; everything said and shown is of the other."""
+    """Offset and temperatures are fitted on one half of the prompts; everything said and shown is of the other."""
     if FILE not in frames:
         return Part()
     frame = frames[FILE]
-    temperatures = fit_sts(rollouts_of(frame, half=FIT, temperature=FITTED))
-    rows = judged(frame, temperatures)
-    picture = diagrams(rollouts_of(frame, half=JUDGE, temperature=FITTED), temperatures)
+    calibration = calibrate(rollouts_of(frame, half=FIT, temperature=FITTED))
+    rows = judged(frame, calibration)
+    picture = diagrams(rollouts_of(frame, half=JUDGE, temperature=FITTED), calibration)
     table = by_position(rows, "tab:confidence")
-    return Part((*_macros(frame, rows, temperatures),), {"table-confidence": table}, {"figure-reliability": picture})
+    return Part((*_macros(frame, rows, calibration),), {"table-confidence": table}, {"figure-reliability": picture})
 
 
-def _macros(frame: pd.DataFrame, rows: pd.DataFrame, temperatures: Sequence[float]) -> Iterator[Macro]:
+def _macros(frame: pd.DataFrame, rows: pd.DataFrame, calibration: Calibration) -> Iterator[Macro]:
     yield Macro(SETTING, "ConfidencePrompts", integer(frame["prompt_id"].nunique()))
     yield Macro(SETTING, "ConfidenceFitted", f"{FITTED:g}")
     yield Macro(SETTING, "ConfidenceGoal", percent(ECE_GOAL, 1))
     yield Macro(SETTING, "AucGoal", number(AUC_GOAL))
     yield Macro(SETTING, "ConfidenceLeast", integer(LEAST))
     yield Macro(SETTING, "ConfidencePositions", integer(rows["position"].max()))
-    yield Macro(MEASURED, "ConfidenceTemperatures", listed(number(t) for t in temperatures))
+    yield Macro(MEASURED, "ConfidenceOffset", number(calibration.offset))
+    yield Macro(MEASURED, "ConfidenceTemperatures", listed(number(t) for t in calibration.temperatures))
     for temperature, name in NAMES.items():
         part_of = rows[rows["temperature"] == temperature].reset_index(drop=True)
         worst = part_of.loc[part_of["ece_after"].idxmax()]
@@ -67,30 +68,30 @@ def by_position(rows: pd.DataFrame, label: str) -> str:
         body.append([f"{row['temperature']:g}", integer(row["position"]), *(styled(MEASURED, value) for value in values)])
     about = (
         "The confidence $a_k$ on the half of the prompts that was not fitted: share of blocks that survive to position $k$, calibration "
-        "error (ECE) before and after scaling, the error that a perfect head would show on as many cases, AUC before and after, and the "
+        "error (ECE) before and after the fit, the error that a perfect head would show on as many cases, AUC before and after, and the "
         "AUC of a head that knew both laws: greedy it would know the outcome, sampling only its probability."
     )
     heads = ["temperature", "$k$", "blocks", "survive", "ECE before", "after", "perfect", "AUC before", "after", "perfect"]
     return floated(tabular("rr" + "r" * 8, heads, body, every=int(rows["position"].max())), about, label)
 
 
-def diagrams(data: Rollouts, temperatures: Sequence[float]) -> Figure:
-    """One panel per position: how often blocks survived to it against the stated a_k, before and after scaling."""
+def diagrams(data: Rollouts, calibration: Calibration) -> Figure:
+    """One panel per position: how often blocks survived to it against the stated a_k, before and after calibration."""
     with printed():
         figure = Figure(figsize=(WIDTH, 2.0), layout="constrained")
         panels = figure.subplots(1, data.block_size, sharex=True, sharey=True, squeeze=False)[0]
         for k, axes in enumerate(panels):
             axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
             looks = (
-                ("before", (), {"color": INKS[1], "marker": "s", "mfc": "none"}),
-                ("after", temperatures, {"color": INKS[0], "marker": "o"}),
+                ("before", AS_TRAINED, {"color": INKS[1], "marker": "s", "mfc": "none"}),
+                ("after", calibration, {"color": INKS[0], "marker": "o"}),
             )
-            for label, scale, look in looks:
-                confidence, outcome = data.at(k, scale)
+            for label, put_right, look in looks:
+                confidence, outcome = data.at(k, put_right)
                 bins = [b for b in reliability(confidence, outcome) if b["n"] >= LEAST]
                 # Rounded: the same picture though a machine's last bit differs.
                 points = [[round(b[axis], 4) for b in bins] for axis in ("confidence", "frequency")]
-                axes.plot(*points, ms=3, linewidth=0.8, label=f"{label} scaling", **look)
+                axes.plot(*points, ms=3, linewidth=0.8, label=f"{label} calibration", **look)
             dress(axes, f"position {k + 1}\nn = {int(data.checked[:, k].sum()):,}", "stated $a_k$", "" if k else "survived (share)")
             axes.set_xticks([0, 0.5, 1])
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
