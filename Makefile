@@ -6,6 +6,7 @@ python := .venv/bin/python
 stamp := .venv/.installed
 pip := $(python) -m pip --disable-pip-version-check --no-input
 linted := dspark tests notebooks
+nbval := --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lab test test-notebooks test-browser train bench proof paper lint clean
@@ -23,7 +24,7 @@ test: $(stamp)  ## run the tests
 	$(python) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-notebooks: $(stamp)  ## run every notebook at its defaults, asserts included
-	$(python) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600 notebooks
+	OMP_WAIT_POLICY=PASSIVE $(python) -m pytest -q -n auto --maxprocesses 2 --dist loadfile $(nbval) notebooks  # waiting threads give way
 
 test-browser: $(stamp)  ## open the live notebook in JupyterLab and Chromium and use it as a reader would
 	$(pip) install --quiet --retries 1 --timeout 15 -c constraints.txt playwright || true  # where it cannot be had, the test says that it was skipped

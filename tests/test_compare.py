@@ -13,6 +13,7 @@ import torch
 from test_notebooks import tiny_folders  # noqa: F401, a fixture
 
 import dspark
+from dspark.bench.provenance import drafter_digest
 from dspark.bench.results import read_results
 from dspark.train import __main__ as command
 from dspark.train import compare, run
@@ -167,6 +168,17 @@ def test_a_drafter_of_another_recipe_is_not_taken_for_a_finished_one(arguments: 
 
 def test_decoding_before_training_is_one_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "train them first" in refused(monkeypatch, *arguments, "--stages", "decode")
+
+
+def test_what_a_block_costs_is_timed_without_training(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
+    call(monkeypatch, *arguments, "--only", "dflash,dspark-block3", "--stages", "time")
+    timed = read_results(tmp_path / "results" / "drafters-time.parquet").groupby("drafter").first()
+    assert timed["trained"].to_dict() == {"dflash": True, "dspark-block3": False}
+    assert timed["drafter_block_size"].to_dict() == {"dflash": 5, "dspark-block3": 3} and (timed["drafter_vocab"] == 200).all()
+    held = dspark.load_drafter(tmp_path / "out" / "dflash", dspark.load_target(arguments[1], dtype="float32"))
+    assert timed.loc["dflash", "drafter_digest"] == drafter_digest(held)
+    assert not (tmp_path / "out" / "dspark-block3").exists()
 
 
 def test_groups_and_names_are_chosen_once_each_and_in_order() -> None:

@@ -162,6 +162,22 @@ def test_the_heads_share_is_of_a_whole_round_and_of_the_median_repeat() -> None:
     assert told.loc["dflash", "head's share of a round"] == "0.0%"
 
 
+def test_the_heads_share_is_that_of_drafters_which_differ_in_block_size_alone() -> None:
+    rows = [
+        ("dspark", 5, 6.0, 0.6, 24.0),
+        ("dspark-block8", 8, 8.0, 1.6, 24.0),
+        ("dspark-layers4", 5, 9.0, 3.0, 24.0),
+        ("dflash", 5, 5, 0, 24),
+    ]
+    frame = pd.DataFrame(rows, columns=["drafter", "drafter_block_size", "draft_ms", "head_ms", "verify_ms"])
+    times = pd.concat([frame.assign(head_ms=frame["head_ms"] * factor) for factor in (1, 1, 9)])
+    assert drafters.head_shares(times).to_dict() == pytest.approx({5: 0.02, 8: 0.05})
+    figure = drafters.head_share_figure(times)
+    assert list(figure.data[0].x) == [5, 8] and list(figure.data[0].y) == pytest.approx([2, 5]) and "n = 3" in figure.layout.title.text
+    with pytest.raises(ValueError, match="--stages time"):
+        drafters.head_share_figure(times[times["drafter"] == "dflash"])
+
+
 def trained() -> pd.DataFrame:
     """Training records of five drafters and of two more heads."""
     shapes = [(name, layers, block, 0 if name.startswith("dflash") else 8, "vanilla", tau) for name, (tau, layers, block) in ARMS.items()]

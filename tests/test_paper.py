@@ -46,7 +46,7 @@ def keep_only(folder: Path, *names: str) -> None:
 
 
 def compare(folder: Path, *what: str) -> None:
-    """Results of drafters: "trained", "time", or a drafter that decodes as one did in a real run, but for the rounds it takes."""
+    """Results of drafters: "trained", "time", "times" (of two block sizes), or one that decodes as a real run did, but for its rounds."""
     results = folder / "data" / "results"
     speed = read_results(DATA / "results" / "speed-bfloat16-t1.parquet").query("arm == 'fixed:5'")
     for name in what:
@@ -58,9 +58,11 @@ def compare(folder: Path, *what: str) -> None:
             rows = [(*shape, 500, 9, 1.25 + i / 8, [0.3, 0.1 * i]) for i, shape in enumerate(shapes)]
             columns = ["drafter", "layers", "block_size", "steps", "corpus_rows", "held_out_tau", "held_out_acceptance"]
             write_results(pd.DataFrame(rows, columns=columns), results / "drafters-trained.parquet")
-        elif name == "time":
-            rows = [("eagle", 9.0, 0.0), ("dspark", 4.0, 0.5), ("dflash", 3.5, 0.0)]
-            frame = pd.DataFrame(rows, columns=["drafter", "draft_ms", "head_ms"]).assign(verify_ms=32.0, context=256)
+        elif name in ("time", "times"):
+            rows = [("eagle", 5, 9.0, 0.0), ("dspark", 5, 4.0, 0.5), ("dflash", 5, 3.5, 0.0)]
+            rows += [("dspark-block8", 8, 8.0, 1.2)] if name == "times" else []
+            columns = ["drafter", "drafter_block_size", "draft_ms", "head_ms"]
+            frame = pd.DataFrame(rows, columns=columns).assign(verify_ms=32.0, context=256)
             write_results(pd.concat([frame.assign(repeat=i) for i in range(3)]), results / "drafters-time.parquet")
         else:
             rounds = (speed["rounds"] * {"dflash": 1.1, "eagle": 0.9}.get(name, 1)).round().astype(int)
@@ -220,6 +222,7 @@ def test_what_was_not_measured_is_left_out_and_nothing_else(copied, kept):
     [
         ("trained",),
         ("time",),
+        ("times",),
         ("dspark",),
         ("dflash", "eagle"),
         ("dspark", "eagle", "time"),
@@ -261,6 +264,14 @@ def test_depth_and_block_size_are_told_where_both_sides_were_trained(copied):
     assert (told["SmallestBlock"], told["SmallestGain"]) == ("5", r"10.0\,\%") and told["LargestGain"].startswith("$-$")
 
 
+def test_the_heads_share_of_a_round_is_told_over_the_block_sizes_that_were_timed(copied):
+    keep_only(copied, "proof-killed")
+    compare(copied, "times")
+    made = build.generated(copied / "data")["numbers.tex"].decode()
+    told = dict(re.findall(r"\\(?:Measured|Setting)HeadShare(\w+)\}\{\\\w+\{(.*)\}\\xspace\}", made))
+    assert told == {"Blocks": "5 and 8", "Low": r"1.4\,\%", "High": r"3.0\,\%"}
+
+
 def test_drafters_that_decoded_other_prompts_are_refused(copied):
     compare(copied, "dspark", "dflash")
     path = copied / "data" / "results" / "drafters-t1-dflash.parquet"
@@ -276,7 +287,9 @@ def test_replayed_speeds_look_computed_and_calibration_looks_measured(generated)
 
 def test_a_published_number_stands_in_one_place():
     """Notebooks and paper quote the same table."""
-    holders = [path.name for path in (ROOT / "dspark").rglob("*.py") if re.search(r"\b(6\.11|0\.769|1\.57)\b", path.read_text("utf-8"))]
+    holders = [
+        path.name for path in (ROOT / "dspark").rglob("*.py") if re.search(r"\b(6\.11|0\.769|1\.57|0\.013)\b", path.read_text("utf-8"))
+    ]
     assert holders == ["published.py"]
 
 

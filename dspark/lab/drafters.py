@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from dspark import published
 from dspark.bench.results import read_results
 from dspark.bench.stats import acceptance_by_position, interval
 from dspark.draft import Drafter
@@ -182,6 +183,32 @@ def cost_table(times: pd.DataFrame) -> pd.DataFrame:
     share = middle["head_ms"] / (middle["draft_ms"] + middle["verify_ms"])
     titles = {"draft_ms": "draft (ms)", "head_ms": "of it the sequential head (ms)", "verify_ms": "verify (ms)"}
     return middle.rename(columns=titles).round(2).assign(**{"head's share of a round": share.map("{:.1%}".format)})
+
+
+def head_shares(times: pd.DataFrame) -> pd.Series:
+    """Block size γ → the sequential head's share of a round, of DSpark drafters that differ in nothing else; medians over the repeats.
+
+    times: as for :func:`cost_table`. The head runs in sequence, once a token: this is what a longer block costs more.
+    """
+    alike = times[times["drafter"].str.fullmatch(r"dspark(-block\d+)?")]
+    middle = alike.groupby("drafter_block_size")[["draft_ms", "head_ms", "verify_ms"]].median()
+    return middle["head_ms"] / (middle["draft_ms"] + middle["verify_ms"])
+
+
+def head_share_figure(times: pd.DataFrame) -> go.Figure:
+    """Fig. 4's other half over block sizes, beside the published range. Raises ValueError if "dspark" was not timed."""
+    shares = head_shares(times)
+    if shares.empty:
+        raise ValueError("'dspark' was not timed: run python -m dspark.train compare --only main,block --stages time")
+    name, colour, dash = LOOKS["dspark"]
+    line = {"color": colour, "dash": dash, "width": 2.5}
+    figure = go.Figure(go.Scatter(x=shares.index, y=100 * shares, name=name, mode="lines+markers", line=line))
+    low, high = (100 * share for share in published.HEAD_SHARE)
+    figure.add_hrect(low, high, fillcolor=GREY, opacity=0.15, line_width=0, annotation_text="published, on other hardware")
+    figure.update_xaxes(title=SIZES["block_size"], tickvals=list(shares.index))
+    figure.update_yaxes(title="share of a round (%)", rangemode="tozero")
+    n = times.groupby("drafter").size().min()
+    return dressed(figure, f"What the sequential head takes of a round (medians of n = {n} repeats)", 400)
 
 
 # ---- what the Markov bias does

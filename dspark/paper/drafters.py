@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dspark import published
-from dspark.lab.drafters import joined, pooled_positions, tau_gains
+from dspark.lab.drafters import head_shares, joined, pooled_positions, tau_gains
 from dspark.lab.static import INKS, MARKS
 from dspark.paper.figures import WIDTH, dress, printed, wilson
 from dspark.paper.macros import MEASURED, QUOTED, SETTING, SIMULATED, Macro, code, escaped, integer, listed, number, percent, styled
@@ -23,11 +23,12 @@ NAMES = {REFERENCE: "DSpark", "dflash": "DFlash", "eagle": "autoregressive"}
 
 
 def flags(frames: Mapping[str, pd.DataFrame]) -> dict[str, bool]:
-    """Switch → on; HeldOut and DraftTimes are files of their own."""
+    """Switch → on; HeldOut and DraftTimes are files of their own, HeadShares needs drafters of several block sizes in the latter."""
     decoded = {name.removeprefix(DECODED) for name in frames if name.startswith(DECODED)}
     measured = REFERENCE in decoded
     result = {"Decoded": measured, "OverDflash": measured and "dflash" in decoded, "OverEagle": measured and "eagle" in decoded}
     result["DraftCosts"] = TIMES in frames and measured
+    result["HeadShares"] = TIMES in frames and len(head_shares(frames[TIMES])) > 1
     return result | {"Compared": measured or bool({HELD_OUT, TIMES} & frames.keys())}
 
 
@@ -127,6 +128,10 @@ def _times(spent: pd.DataFrame, medians: pd.DataFrame) -> Iterator[Macro]:
     yield Macro(SETTING, "DraftTimesRepeats", integer(spent.groupby("drafter").size().min()))
     told = {drafter: number(ms, 1) + r"\,ms" for drafter, ms in medians["draft_ms"].items()}
     yield Macro(MEASURED, "DraftTimesBlock", _each(MEASURED, told), dressed=True)
+    if len(shares := head_shares(spent)) > 1:
+        yield Macro(SETTING, "HeadShareBlocks", listed(map(integer, shares.index)))
+        yield Macro(MEASURED, "HeadShareLow", percent(shares.min(), 1))
+        yield Macro(MEASURED, "HeadShareHigh", percent(shares.max(), 1))
 
 
 def _latency(medians: pd.DataFrame, gains: pd.DataFrame) -> pd.Series:

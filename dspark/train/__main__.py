@@ -80,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--results", type=Path, help="folder of the measurements; default data/results")
     compare.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
     compare.add_argument("--only", default="main", help="drafters or groups of them: all, main, heads, block, layers, dspark-block8, …")
-    compare.add_argument("--stages", default="train,decode", help=f"of {', '.join(STAGES)}; time needs a quiet machine")
+    compare.add_argument(
+        "--stages", default="train,decode", help=f"of {', '.join(STAGES)}; time needs a quiet machine, not trained drafters"
+    )
     options = [option for option in fields(Recipe) if option.metadata] + [option for option in fields(Plan) if option.name in DECODING]
     for option in options:
         default = 1.0 if option.name == "temperature" else option.default  # as in the paper's table
@@ -151,10 +153,11 @@ def compare_drafters(args: argparse.Namespace) -> None:
     decoding = {name: getattr(args, name) for name in ("target", "dtype", "device", "seed", *DECODING)}
     plan = Plan(arms="fixed", baseline="fixed", **decoding)  # made now: a wrong option must not wait for the training
     results = args.results or data_dir() / "results"
+    bare = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
     if "train" in stages:
-        target = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
-        compare.train_all(target, variants, recipe, args.corpus, args.out, args.features)
-    compare.trained_rows(args.out, results / "drafters-trained.parquet")
+        compare.train_all(bare, variants, recipe, args.corpus, args.out, args.features)
+    if stages != ["time"]:
+        compare.trained_rows(args.out, results / "drafters-trained.parquet")
     folders = {variant.name: args.out / variant.name for variant in variants}
     if len(stages) > stages.count("train"):
         torch.set_num_threads(args.threads)
@@ -162,7 +165,8 @@ def compare_drafters(args: argparse.Namespace) -> None:
         if "decode" in stages:
             compare.decode_all(target, folders, results, plan)
         if "time" in stages:
-            compare.time_all(target, folders, results / "drafters-time.parquet")
+            drafters = compare.to_time(target, bare, variants, recipe, args.corpus, args.out)
+            compare.time_all(target, drafters, results / "drafters-time.parquet")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
@@ -26,7 +27,7 @@ from dspark.bench.plan import Plan, rotated
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import Ledger, write_results
 from dspark.bench.speed import measure_speed
-from dspark.checkpoint import load_drafter
+from dspark.checkpoint import CONFIG, load_drafter, save_drafter
 from dspark.draft import Drafter
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
@@ -34,7 +35,6 @@ from dspark.train.corpus import load_corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import Trainer
 from dspark.train.run import train_to
-from dspark.train.start import frequent_tokens
 from dspark.train.variants import VARIANTS, Recipe, Variant
 
 log = logging.getLogger(__name__)
@@ -46,8 +46,7 @@ def train_all(target: Target, variants: Sequence[Variant], recipe: Recipe, corpu
     Raises ValueError for a folder that holds a drafter of another recipe, corpus or target.
     """
     whole = load_corpus(corpus_path)
-    corpus = recipe.text(whole)
-    d2t = frequent_tokens(whole.token_ids, whole.assistant, recipe.draft_vocab, target.vocab_size, target.eos_token_ids)
+    corpus, d2t = recipe.text(whole), recipe.vocabulary(whole, target)
     sha = hashlib.sha256(corpus_path.read_bytes()).hexdigest()[:16]
     wanted = {"recipe": asdict(recipe), "corpus": {"rows": len(whole), "sha256": sha}}
     for variant in variants:
@@ -60,9 +59,9 @@ def train_all(target: Target, variants: Sequence[Variant], recipe: Recipe, corpu
 
 
 def _finished(folder: Path, wanted: dict[str, object], target: Target) -> bool:
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         return False
-    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    held = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     training = held.get("training", {})
     if held.get("target_digest") != target.digest or any(training.get(name) != value for name, value in wanted.items()):
         raise ValueError(f"{folder} holds a drafter of another target, recipe or corpus: choose another --out, or delete it")
@@ -74,9 +73,9 @@ def trained_rows(folder: Path, out: Path) -> pd.DataFrame:
     by position. Written to ``out`` anew each time, as nothing is measured here. Raises ValueError if no drafter is finished."""
     rows = []
     for name, variant in VARIANTS.items():
-        if not (folder / name / "config.json").is_file():
+        if not (folder / name / CONFIG).is_file():
             continue
-        held = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+        held = json.loads((folder / name / CONFIG).read_text(encoding="utf-8"))
         training = held["training"]
         shape = {f.name: getattr(variant, f.name) for f in fields(Variant) if f.name not in ("name", "kind", "rank")}
         shape |= {"drafter": name, "architecture": held["architectures"][0], "rank": held["markov_rank"]}
@@ -105,22 +104,37 @@ def decode_all(target: Target, folders: dict[str, Path], results: Path, plan: Pl
 # ---- what drafting costs
 
 
-def time_all(target: Target, folders: dict[str, Path], out: Path, context: int = 256, repeats: int = 15) -> pd.DataFrame:
+def to_time(
+    target: Target, bare: Target, variants: Sequence[Variant], recipe: Recipe, corpus_path: Path, folder: Path
+) -> dict[str, tuple[Drafter, bool]]:
+    """Each drafter, and whether it was trained: finished ones from ``folder``, the others as their training would start, since what
+    a block costs depends on shapes and not on weights. bare: the same target, not packed."""
+    found: dict[str, tuple[Drafter, bool]] = {}
+    d2t = recipe.vocabulary(load_corpus(corpus_path), target)
+    with TemporaryDirectory() as fresh:
+        for variant in variants:
+            trained = (folder / variant.name / CONFIG).is_file()
+            if not trained:
+                save_drafter(recipe.start(variant, bare, d2t), bare, Path(fresh) / variant.name)
+            found[variant.name] = load_drafter((folder if trained else Path(fresh)) / variant.name, target), trained
+    return found
+
+
+def time_all(target: Target, drafters: dict[str, tuple[Drafter, bool]], out: Path, context: int = 256, repeats: int = 15) -> pd.DataFrame:
     """One row per drafter and repeat, in ``out`` and returned; the drafters take turns, so a slow spell falls on all of them.
 
     draft_ms: one block behind ``context`` tokens · head_ms: the sequential head's part of it · verify_ms: the target's pass over
     the block and its anchor, at the same place. Medians of five, milliseconds.
     """
-    drafters = {name: load_drafter(folder, target) for name, folder in folders.items()}
     place = environment(target) | {"context": context}
-    about = {name: {"drafter": name} | drafter_columns(drafter) | place for name, drafter in drafters.items()}
+    about = {name: {"drafter": name, "trained": trained} | drafter_columns(d) | place for name, (d, trained) in drafters.items()}
     told = {name: columns["drafter_digest"] for name, columns in about.items()}
     ledger = Ledger(out, {"mode": "drafters-time", "drafters": told, "repeats": repeats} | place)
     if not ledger.complete:
         text = torch.randint(target.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)).tolist()[0]
         for repeat in tqdm(range(repeats), desc="timing", unit="repeat"):
             if str(repeat) not in ledger.done:
-                times = {name: _times(target, drafters[name], text) for name in rotated(list(drafters), repeat)}
+                times = {name: _times(target, drafters[name][0], text) for name in rotated(list(drafters), repeat)}
                 ledger.add(str(repeat), [about[name] | {"repeat": repeat} | columns for name, columns in times.items()])
     return ledger.finish()
 

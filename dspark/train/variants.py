@@ -14,7 +14,7 @@ from dspark.draft import Drafter
 from dspark.target import Target
 from dspark.train.corpus import Corpus
 from dspark.train.loop import TrainConfig
-from dspark.train.start import drafter_for, spread
+from dspark.train.start import drafter_for, frequent_tokens, spread
 
 T = TypeVar("T")
 
@@ -85,6 +85,10 @@ class Recipe:
         """The rows to train on, the last shard of them held out."""
         order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(self.seed))
         return corpus.rows(order[self.skip_rows :][: self.rows or None])
+
+    def vocabulary(self, corpus: Corpus, target: Target) -> Tensor:
+        """d2t of all drafters: the most frequent response tokens of the whole corpus."""
+        return frequent_tokens(corpus.token_ids, corpus.assistant, self.draft_vocab, target.vocab_size, target.eos_token_ids)
 
     def start(self, variant: Variant, target: Target, d2t: Tensor) -> Drafter:
         """A fresh drafter; its layers start as copies of the target's, from the first to the last."""
