@@ -60,9 +60,11 @@ def part(frames: Mapping[str, pd.DataFrame]) -> Part:
 
 
 def _ordered(frame: pd.DataFrame | None) -> pd.DataFrame | None:
-    """The three drafters that the text speaks of first, and the others as they come."""
+    """The three drafters that the text speaks of first, and the others by block size."""
     if frame is None:
         return None
+    if "drafter_block_size" in frame:
+        frame = frame.sort_values("drafter_block_size", kind="stable")
     return frame.sort_values("drafter", key=lambda names: names.map(_place), kind="stable").reset_index(drop=True)
 
 
