@@ -1,4 +1,4 @@
-"""Drafting by copying: when the text repeats itself, the context already holds the block (prompt lookup; Saxena, 2023), and when
+"""Drafting by looking up: when the text repeats itself, the context already holds the block (prompt lookup; Saxena, 2023), and when
 it repeats what the target wrote elsewhere, a memory of phrases does (:mod:`dspark.phrases`)."""
 
 from __future__ import annotations
@@ -15,59 +15,35 @@ from dspark.phrases import ORDERS, PhraseMemory
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 
-MAX_COPY = 12  # tokens
-CONTEXT_RATE = 0.5  # of a vote from the context; constant, so that a draft follows from the text alone and a trace can be replayed
+MAX_COPY = 16  # tokens
+LEAST_SURVIVAL = 0.1  # a block ends where it is this unlikely to be right so far
+# How often what followed an n-gram of so many tokens follows it again, in the target's self-play. Constants, so that a draft follows
+# from the text alone and a trace can be replayed.
+RATES = {1: 0.3, 2: 0.45, 3: 0.55, 4: 0.65, 5: 0.7, 6: 0.9}
+LONGEST = max(RATES)
 COPIED = ("copy", "phrase")  # sources of drafts that were looked up, not computed
 
 
 @dataclass
-class CopyRecord:
-    """How copies have fared in one request: what the confidence in the next one rests on."""
-
-    copy: Sequence[int] = ()  # the last copy, until it is known what really stood there
-    copy_at: int = 0  # the position of its first token
-    right: int = 0  # tokens that copies foretold rightly, and copies that ended in a wrong one
-    wrong: int = 0
-
-    @property
-    def confidence(self) -> float:
-        """The rate at which copies were right so far (rule of succession): known before the next one exists."""
-        return (self.right + 1) / (self.right + self.wrong + 2)
-
-    def expect(self, copy: Sequence[int], at: int) -> None:
-        """A copy was drafted; its first token would stand at position ``at``."""
-        self.copy, self.copy_at = copy, at
-
-    def learn(self, text: Sequence[int]) -> None:
-        """Compare the last copy with the text that came, checked or not: a copy that the policy cut short teaches, too."""
-        for foretold, token in zip(self.copy, text[self.copy_at :] if self.copy else (), strict=False):
-            if foretold != token:
-                self.wrong += 1
-                break
-            self.right += 1
-        self.copy = ()
-
-
-@dataclass
 class LookupState:
-    """Committed tokens, what follows each n-gram among them, and how copies have fared in this request."""
+    """Committed tokens, and what follows each n-gram among them."""
 
     drafter: DraftState | None
     tokens: list[int] = field(default_factory=list)
-    follows: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram → position behind its last occurrence
-    copies: CopyRecord = field(default_factory=CopyRecord)
+    follows: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram → the token behind its last occurrence
 
 
 class ContextLookup:
-    """Wraps a drafter, or does without one: if the last ``min_match`` tokens stand earlier in the context, what followed them
-    there is the draft.
+    """Wraps a drafter, or does without one: token by token, the draft is what followed the longest end of the text that is known.
 
-    A copy is a draft like any other: its distribution is one-hot, chosen by past tokens alone, and the same exact rule checks
-    it. Where nothing repeats, ``phrases`` that the target writes elsewhere are drafted, if there are any that fit, and else the
-    wrapped drafter proposes, at most its own block, and hears what is known to follow its drafts; without one (None) the round
-    is a plain step, and ``target`` says whose vocabulary is copied: so any causal LM decodes, with nothing trained.
-    min_match: tokens that must repeat, at least 1. max_copy: longest copy in tokens; a copy costs nothing to draft, so it may
-    be longer than the block.
+    An end of ``min_match`` tokens or more is known if it stands earlier in the context, one of a phrase if the target writes it
+    elsewhere; of two equally long ones the context's counts. Drafts belong to the text of the next one, so a loop is followed on
+    and on. Such a draft is one like any other: its distribution is one-hot, chosen by past tokens alone, and the same exact rule
+    checks it. Where nothing is known the wrapped drafter proposes, at most its own block, and hears what is known to follow its
+    drafts; without one (None) the round is a plain step, and ``target`` says whose vocabulary is copied: so any causal LM decodes,
+    with nothing trained.
+    min_match: tokens that must repeat, at least 1. max_copy: longest block in tokens; looking up costs nothing, so it may be longer
+    than the drafter's.
     """
 
     def __init__(
@@ -86,6 +62,7 @@ class ContextLookup:
         if max_copy < 1:
             raise ValueError(f"max_copy must be at least 1, got {max_copy}")
         self.drafter, self.phrases, self.target, self.min_match, self.max_copy = drafter, phrases, target, min_match, max_copy
+        self.lengths = range(max(min_match, LONGEST), 0, -1)  # of n-grams, the longest asked first
 
     @property
     def block_size(self) -> int:
@@ -106,39 +83,52 @@ class ContextLookup:
 
     def extend(self, state: LookupState, token_ids: Sequence[int], taps: Tensor | None) -> None:
         for token in token_ids:
-            # Indexed one token late: the n-gram that ends the text has nothing behind it yet.
-            if len(state.tokens) >= self.min_match:
-                state.follows[tuple(state.tokens[-self.min_match :])] = len(state.tokens)
+            # Indexed one token late: the n-grams that end the text have nothing behind them yet.
+            state.follows.update((gram, token) for gram in self._ends(state.tokens))
             state.tokens.append(token)
         if self.drafter:
             self.drafter.extend(state.drafter, token_ids, taps)
 
     def draft(self, state: LookupState, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
-        state.copies.learn([*state.tokens, anchor])
-        text = [*state.tokens[-self.min_match :], anchor]
-        start = state.follows.get(tuple(text[-self.min_match :]))
-        longest = min(window, self.max_copy)
-        if start is not None:
-            copy = [*state.tokens[start:], anchor][:longest]
-            state.copies.expect(copy, len(state.tokens) + 1)
-            return self._certain(copy, [state.copies.confidence] * len(copy), "copy")
-        if self.phrases is not None:
-            phrase, rates = self.phrases.continuation([*state.tokens[-ORDERS[0] :], anchor], longest)
-            if phrase:
-                return self._certain(phrase, rates, "phrase")
+        tokens, rates, sources, survival = [], [], [], 1.0
+        while len(tokens) < min(window, self.max_copy) and (found := self._follower(state, anchor, tokens)) is not None:
+            token, rate, source = found
+            survival *= rate
+            if survival < LEAST_SURVIVAL:
+                break
+            tokens.append(token)
+            rates.append(rate)
+            sources.append(source)
+        if tokens:
+            return self._certain(tokens, rates, sources[0])
         if self.drafter is None:
             return NOTHING
         window = min(window, self.drafter.block_size)
         return self.drafter.draft(state.drafter, anchor, window, sampling, chance, partial(self._vote, state, anchor))
 
+    def _follower(self, state: LookupState, anchor: int, drafts: Sequence[int]) -> tuple[int, float, str] | None:
+        """What follows the longest known end of the text, anchor and drafts included: a token, its rate in 0..1, who knows it."""
+        text = [*state.tokens[-max(self.lengths) :], anchor, *drafts]
+        fresh = set(self._ends(state.tokens))  # behind these stands the anchor, not yet indexed
+        for length in self.lengths:
+            gram = tuple(text[-length:])
+            if len(gram) < length:
+                continue
+            if gram in fresh or gram in state.follows:
+                return anchor if gram in fresh else state.follows[gram], RATES[min(length, LONGEST)], "copy"
+            if self.phrases is not None and length in ORDERS and (found := self.phrases.follower(gram)) is not None:
+                return *found, "phrase"
+        return None
+
+    def _ends(self, tokens: Sequence[int]) -> list[tuple[int, ...]]:
+        """The n-grams that end these tokens, of all lengths that may be copied behind."""
+        return [tuple(tokens[-length:]) for length in self.lengths if self.min_match <= length <= len(tokens)]
+
     def _vote(self, state: LookupState, anchor: int, drafts: Sequence[int]) -> tuple[int, float] | None:
-        """What follows the drafts so far in the context or in a phrase, though nothing known follows the anchor: inside a block
-        the drafter hears it (:meth:`dspark.draft.Drafter.draft`)."""
-        tail = max(self.min_match, ORDERS[0])
-        text = [*state.tokens[-tail:], anchor, *drafts]
-        if (start := state.follows.get(tuple(text[-self.min_match :]))) is not None:
-            return state.tokens[start], CONTEXT_RATE
-        return self.phrases.follower(text) if self.phrases is not None else None
+        """What is known to follow the drafts so far, though nothing known follows the anchor: inside a block the drafter hears it
+        (:meth:`dspark.draft.Drafter.draft`)."""
+        found = self._follower(state, anchor, drafts)
+        return found and found[:2]
 
     def _certain(self, tokens: list[int], confidence: list[float], source: str) -> Draft:
         """A draft without chance: one-hot distributions."""

@@ -17,10 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 FILE = "phrases.safetensors"  # in a drafter's folder
-ORDERS = (5, 4, 3)  # tokens of a remembered n-gram, the longest asked first
+ORDERS = (5, 4, 3)  # tokens of a remembered n-gram
 LEAST_COUNT = 2  # a follower seen once may be chance
 LEAST_RATE = 0.5  # of count / (all followers + 1)
-LEAST_SURVIVAL = 0.08  # a phrase ends where it is this unlikely to be right so far
 
 PRIME, MASK = 0x100000001B3, (1 << 64) - 1
 
@@ -49,27 +48,13 @@ class PhraseMemory:
         order = np.argsort(keys)
         return cls(keys[order], followers[order], rates[order])
 
-    def follower(self, text: Sequence[int]) -> tuple[int, float] | None:
-        """The token that mostly follows the end of ``text``, and its rate in 0..1; None if no n-gram that ends it is known."""
-        for order in ORDERS:
-            if len(text) >= order:
-                key = _key(text[-order:])
-                at = int(np.searchsorted(self.keys, np.uint64(key)))
-                if at < len(self.keys) and int(self.keys[at]) == key:
-                    return int(self.followers[at]), int(self.rates[at]) / 255
-        return None
-
-    def continuation(self, text: Sequence[int], limit: int) -> tuple[list[int], list[float]]:
-        """At most ``limit`` tokens that follow ``text`` one after the other, and the rate of each."""
-        tail, tokens, rates, survival = list(text[-ORDERS[0] :]), [], [], 1.0
-        while len(tokens) < limit and (found := self.follower(tail)) is not None:
-            survival *= found[1]
-            if survival < LEAST_SURVIVAL:
-                break
-            tokens.append(found[0])
-            rates.append(found[1])
-            tail = [*tail, found[0]][-ORDERS[0] :]
-        return tokens, rates
+    def follower(self, gram: Sequence[int]) -> tuple[int, float] | None:
+        """The token that mostly follows this n-gram, and its rate in 0..1; None if that is not known."""
+        key = _key(gram)
+        at = int(np.searchsorted(self.keys, np.uint64(key)))
+        if at == len(self.keys) or int(self.keys[at]) != key:
+            return None
+        return int(self.followers[at]), int(self.rates[at]) / 255
 
     def save(self, path: str | Path, target_digest: str) -> None:
         """Write one file, whole or not at all. Raises ValueError if it cannot be written."""

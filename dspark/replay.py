@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from dspark.decode import Round
-from dspark.lookup import CopyRecord
 from dspark.schedule import Past, Policy
 from dspark.trace import StepTimes, Trace
 
@@ -50,17 +49,12 @@ def replay(trace: Trace, policy: Policy, *, limit: int | None = None) -> list[Ro
 def _walk(trace: Trace, policy: Policy | list[int], limit: int) -> list[Round]:
     """policy: or, for the oracle, how much to draft and check at each position."""
     times, block_size, text = trace.times, int(trace.about["block_size"]), trace.token_ids[:limit]
-    rounds, done, copies, last = [trace.rounds[0]], 1, CopyRecord(), None
+    rounds, done, last = [trace.rounds[0]], 1, None
     while done < len(text):
         r = trace.rounds[done]
         window = policy[done] if isinstance(policy, list) else policy.window(last, block_size)
         drafts = min(window, limit - done - 1, len(r.draft_tokens))
         confidence = torch.tensor(r.confidence[:drafts])
-        if drafts > 0:
-            copies.learn(text[:done])
-            if r.source == "copy":  # how far copies are trusted depends on which ones this policy has seen
-                confidence = torch.full((drafts,), copies.confidence)
-                copies.expect(r.draft_tokens[:drafts], done)
         length = drafts if isinstance(policy, list) else policy.lengths([confidence])[0] if drafts > 0 else 0
         last = _cut(r, len(rounds), window, max(drafts, 0), length, confidence, times)
         last = replace(last, committed=tuple(text[done : done + last.accepted + 1]))

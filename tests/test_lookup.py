@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.lookup import CONTEXT_RATE
+from dspark.lookup import LEAST_SURVIVAL, RATES
 from dspark.sampling import Chance, Sampling
 
 
@@ -28,13 +28,34 @@ def source() -> dspark.ContextLookup:
 
 def test_what_followed_the_last_occurrence_is_copied(source: dspark.ContextLookup) -> None:
     draft = drafted(source, state_after(source, [5, 6, 7, 8, 5, 6, 9, 10, 5]), anchor=6)
-    assert draft.tokens == [9, 10, 5, 6]
+    assert draft.tokens[:3] == [9, 10, 5]
     assert draft.source == "copy"
     assert torch.equal(draft.probs, torch.eye(100)[draft.tokens])
 
 
-def test_a_loop_is_followed_up_to_the_anchor(source: dspark.ContextLookup) -> None:
-    assert drafted(source, state_after(source, [7, 8, 7, 8, 7]), anchor=8).tokens == [7, 8]
+def test_what_followed_the_longest_repeated_end_is_copied(source: dspark.ContextLookup) -> None:
+    """The last occurrence of two tokens gives way to an earlier one of three."""
+    assert drafted(source, state_after(source, [4, 5, 6, 7, 3, 5, 6, 9, 4, 5]), anchor=6).tokens[0] == 7
+
+
+def test_every_draft_is_looked_up_behind_the_ones_before_it(source: dspark.ContextLookup) -> None:
+    """7 follows 5 6, and 8 follows 6 7 where that stood last, in another place."""
+    draft = drafted(source, state_after(source, [5, 6, 7, 1, 6, 7, 8, 2, 5]), anchor=6)
+    assert draft.tokens[0] == 7 and draft.confidence[0] == pytest.approx(RATES[2])
+    assert draft.tokens[1] == 1 and draft.confidence[1] == pytest.approx(RATES[3]), "5 6 7 is longer than 6 7"
+
+
+def test_a_loop_is_followed_on_and_on(source: dspark.ContextLookup) -> None:
+    assert drafted(source, state_after(source, [7, 8, 7, 8, 7, 8, 7]), anchor=8).tokens == [7, 8, 7, 8, 7, 8]
+    assert drafted(source, state_after(source, [3, 7, 7, 7, 7, 7, 7]), anchor=7).tokens == [7, 7, 7, 7, 7, 7]
+
+
+def test_a_block_ends_where_it_has_become_unlikely_to_be_right(source: dspark.ContextLookup) -> None:
+    """Each of these ends stands earlier with two tokens only: the next is 0.45 likely, and 0.45³ is below the least survival."""
+    text = [1, 2, 3, 9, 2, 3, 4, 9, 3, 4, 5, 9, 4, 5, 6, 9, 0, 1]
+    draft = drafted(source, state_after(source, text), anchor=2)
+    assert draft.tokens[0] == 3 and float(draft.confidence.prod()) >= LEAST_SURVIVAL
+    assert len(draft.tokens) < source.max_copy
 
 
 def test_where_nothing_repeats_the_drafter_proposes_at_most_its_own_block(source: dspark.ContextLookup) -> None:
@@ -53,8 +74,8 @@ def test_inside_a_block_the_drafter_hears_what_followed_its_drafts_in_the_contex
     alone = draft(text)  # the drafter itself reads no token but the anchor
     told = draft([anchor, alone.tokens[0], heard, 30, 31])
     assert torch.equal(told.probs[0], alone.probs[0]), "of the first draft the context knows nothing"
-    assert torch.allclose(told.probs[1], (1 - CONTEXT_RATE) * alone.probs[1] + CONTEXT_RATE * torch.eye(100)[heard], atol=1e-6)
-    assert told.confidence[0] == alone.confidence[0] and told.confidence[1] == alone.confidence[1].clamp(min=CONTEXT_RATE)
+    assert torch.allclose(told.probs[1], (1 - RATES[2]) * alone.probs[1] + RATES[2] * torch.eye(100)[heard], atol=1e-6)
+    assert told.confidence[0] == alone.confidence[0] and told.confidence[1] == alone.confidence[1].clamp(min=RATES[2])
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -74,18 +95,16 @@ def test_without_a_token_of_its_vocabulary_a_vote_changes_nothing(vote: object) 
 
 
 def test_copies_never_exceed_window_and_limit(source: dspark.ContextLookup) -> None:
-    text = [5, 6, *range(20, 40), 5]
+    text = [1, 2, 3, 4, 5, 6, *range(20, 40), 1, 2, 3, 4, 5]
     assert len(drafted(source, state_after(source, text), 6, window=3).tokens) == 3
     assert len(drafted(source, state_after(source, text), 6, window=9).tokens) == source.max_copy
 
 
-def test_confidence_is_the_share_of_copied_tokens_that_came_true(source: dspark.ContextLookup) -> None:
-    text = [5, 6, 7, 8, 9, 5]
-    state = state_after(source, text)
-    assert drafted(source, state, 6).confidence[0] == pytest.approx(1 / 2)  # foretells 7 8 9 5 6
-    source.extend(state, [6, 7, 8], torch.zeros(1, 3, 64))  # 7 and 8 came, then 30
-    source.extend(state, [30, 5], torch.zeros(1, 2, 64))
-    assert drafted(source, state, 6).confidence[0] == pytest.approx(3 / 5)  # two right, one wrong, and the prior
+def test_confidence_is_the_rate_of_ends_of_that_length(source: dspark.ContextLookup) -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 3, 4, 5]
+    for length in (2, 3, 4, 5, 6):
+        draft = drafted(source, state_after(source, [*text[:9], *text[15 - length :]]), 6)
+        assert draft.tokens[0] == 7 and draft.confidence[0] == pytest.approx(RATES[length])
 
 
 @pytest.mark.parametrize("option", [{"min_match": 0}, {"max_copy": 0}])

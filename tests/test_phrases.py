@@ -12,7 +12,8 @@ from tiny import tiny_drafter, tiny_target
 
 import dspark
 from dspark.bench.arms import parse_arm
-from dspark.phrases import FILE, LEAST_COUNT, LEAST_RATE, LEAST_SURVIVAL, ORDERS, PhraseMemory, load_phrases
+from dspark.lookup import LEAST_SURVIVAL
+from dspark.phrases import FILE, LEAST_COUNT, LEAST_RATE, ORDERS, PhraseMemory, load_phrases
 
 
 def some_text(rows: int = 40, tokens: int = 30, vocab: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -39,26 +40,38 @@ def test_what_is_remembered_is_what_one_counts_by_hand() -> None:
     kept = 0
     for gram, followers in by_hand(ids, assistant).items():
         best, rate = max(followers.values()), max(followers.values()) / (sum(followers.values()) + 1)
-        found = PhraseMemory.follower(memory, gram) if len(gram) == ORDERS[-1] else memory.follower(gram)
+        found = memory.follower(gram)
         if best >= LEAST_COUNT and rate >= LEAST_RATE:
             kept += 1
             assert found is not None and followers[found[0]] == best
             assert found[1] == pytest.approx(rate, abs=1 / 255)
-        elif len(gram) == ORDERS[-1]:  # the longer ones fall back on the shorter
+        else:
             assert found is None
     assert kept == len(memory) > 20
 
 
+def drafted(source: dspark.ContextLookup, tokens: list[int], anchor: int, window: int = 4) -> dspark.draft.Draft:
+    state = source.new_state(tokens)
+    source.extend(state, tokens, torch.zeros(1, len(tokens), 64))
+    return source.draft(state, anchor, window, dspark.sampling.Sampling(), dspark.sampling.Chance())
+
+
 def test_a_phrase_ends_where_it_has_become_unlikely_or_long_enough() -> None:
     text = np.tile(np.arange(8), (3, 4))
-    memory = PhraseMemory.of_text(text, np.ones_like(text, dtype=bool))
-    tokens, rates = memory.continuation([5, 6, 7], 20)
-    assert tokens == [*range(8), *range(8), *range(4)][: len(tokens)] and len(tokens) == len(rates)
-    assert np.prod(rates) >= LEAST_SURVIVAL and (len(tokens) == 20 or np.prod(rates) * min(rates) < LEAST_SURVIVAL)
-    assert memory.continuation([5, 6, 7], 2)[0] == [0, 1]
-    assert memory.continuation([7, 6, 5], 20) == ([], [])
+    memory, target = PhraseMemory.of_text(text, np.ones_like(text, dtype=bool)), tiny_target()
+
+    def phrase(memory: PhraseMemory, tokens: list[int], anchor: int, window: int) -> dspark.draft.Draft:
+        """min_match: more than there are, so that the context is silent."""
+        return drafted(dspark.ContextLookup(None, min_match=9, max_copy=20, phrases=memory, target=target), tokens, anchor, window)
+
+    found = phrase(memory, [5, 6], 7, 20)
+    assert found.tokens == [*range(8), *range(8), *range(4)][: len(found.tokens)] and found.source == "phrase"
+    survival = float(found.confidence.prod())
+    assert survival >= LEAST_SURVIVAL and (len(found.tokens) == 20 or survival * float(found.confidence.min()) < LEAST_SURVIVAL)
+    assert phrase(memory, [5, 6], 7, 2).tokens == [0, 1]
+    assert phrase(memory, [7, 6], 5, 20).tokens == []
     unsure = PhraseMemory(memory.keys, memory.followers, np.full_like(memory.rates, 128))
-    assert len(unsure.continuation([5, 6, 7], 20)[0]) == 3, "½ · ½ · ½ · ½ is less than the least survival"
+    assert len(phrase(unsure, [5, 6], 7, 20).tokens) == 3, "½ · ½ · ½ · ½ is less than the least survival"
 
 
 def test_a_memory_survives_its_file_and_others_are_refused(tmp_path: Path) -> None:
@@ -95,20 +108,17 @@ def test_greedy_text_is_the_targets_and_phrases_are_accepted() -> None:
     assert sum(r.accepted for r in phrases) > 10
 
 
-def test_the_context_is_asked_before_the_memory_and_the_drafter_last() -> None:
+def test_the_longest_known_end_counts_then_the_context_then_the_memory_and_the_drafter_last() -> None:
     target = tiny_target()
     text = np.array([[5, 6, 7, 50], [5, 6, 7, 50]])
     memory = PhraseMemory.of_text(text, np.ones_like(text, dtype=bool))
     source = dspark.ContextLookup(tiny_drafter(target), phrases=memory)
-
-    def drafted(tokens: list[int], anchor: int) -> dspark.draft.Draft:
-        state = source.new_state(tokens)
-        source.extend(state, tokens, torch.zeros(1, len(tokens), 64))
-        return source.draft(state, anchor, 4, dspark.sampling.Sampling(), dspark.sampling.Chance())
-
-    assert drafted([6, 7, 60, 5, 6], 7).tokens[0] == 60
-    assert (drafted([1, 5, 6], 7).tokens, drafted([1, 5, 6], 7).source) == ([50], "phrase")
-    assert drafted([1, 6, 5], 7).source == "drafter"
+    assert drafted(source, [5, 6, 7, 60, 5, 6], 7).tokens[0] == 60, "three tokens in the context, three in the memory"
+    found = drafted(source, [6, 7, 60, 5, 6], 7)
+    assert (found.tokens[0], found.source) == (50, "phrase"), "two tokens in the context, three in the memory"
+    assert (drafted(source, [1, 5, 6], 7).tokens, drafted(source, [1, 5, 6], 7).source) == ([50], "phrase")
+    assert drafted(source, [6, 7, 60, 6], 7).source == "copy"
+    assert drafted(source, [1, 6, 5], 7).source == "drafter"
 
 
 def test_a_drafters_folder_brings_its_phrases_and_the_arm_needs_them(tmp_path: Path) -> None:

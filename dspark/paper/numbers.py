@@ -13,7 +13,7 @@ from dspark.bench.identity import beyond_rounding
 from dspark.bench.plan import SCHEMA_VERSION
 from dspark.bench.results import read_results
 from dspark.bench.stats import ALL, summarise
-from dspark.lookup import CONTEXT_RATE
+from dspark.lookup import LEAST_SURVIVAL, LONGEST, RATES
 from dspark.paper import confidence, drafters, policies, shapes, steps
 from dspark.paper.latency import largest_error, with_prediction
 from dspark.paper.macros import (
@@ -141,7 +141,10 @@ def _method() -> Iterator[Macro]:
     yield Macro(SETTING, "LossConfidence", f"{weights.confidence:g}")
     yield Macro(SETTING, "LossDecay", f"{weights.decay:g}")
     yield Macro(SETTING, "Level", percent(0.95))
-    yield Macro(SETTING, "ContextRate", f"{CONTEXT_RATE:g}")
+    yield Macro(SETTING, "ContextRateLow", f"{RATES[2]:g}")
+    yield Macro(SETTING, "ContextRateHigh", f"{RATES[LONGEST]:g}")
+    yield Macro(SETTING, "ContextLongest", integer(LONGEST))
+    yield Macro(SETTING, "LookupLeast", f"{LEAST_SURVIVAL:g}")
     laws = first_token_laws()
     yield Macro(SIMULATED, "AppendixWrongLaw", number(float(laws["GlobalArgmax"][A,])))
     yield Macro(SIMULATED, "AppendixPrefixLaw", number(float(laws["PrefixScheduler"][A,])))
