@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dspark.draft import NOTHING, Draft
+from dspark.draft import NOTHING, Admits, Draft
 from dspark.sampling import Chance, Rows, Sampling
 from dspark.schedule import Autoregressive, FixedWindow, Policy
 from dspark.target import Prompt, Target
@@ -32,8 +32,8 @@ class DraftSource(Protocol):
         """The target has processed these committed tokens; taps [1, tokens, m·hidden] stand for the same positions,
         None if it asked for none."""
 
-    def draft(self, state: object, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
-        """Propose at most ``window`` tokens behind the anchor."""
+    def draft(self, state: object, anchor: int, window: int, sampling: Sampling, chance: Chance, admits: Admits) -> Draft:
+        """Propose at most ``window`` tokens behind the anchor. admits: c_1..c_k → is x_k worth drawing? A source need not ask."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Round:
     """One trip round the loop. Round 0 is the prefill: it drafts nothing and commits the first token.
 
     anchor: x_0, the last committed token before this round (None in the prefill) · window: tokens the policy asked for ·
-    draft_tokens: x_1..x_w · confidence, survival: c_k and a_k · verify_length: ℓ ≤ w, how many the target checked ·
+    draft_tokens: x_1..x_w · confidence, survival: c_k and a_k, w of them,
+    and one more where the token behind was not worth drawing · verify_length: ℓ ≤ w, how many the target checked ·
     accepted ≤ ℓ · committed: the accepted drafts and one correction or bonus, nothing behind an end-of-text token ·
     target_probs_of_drafts: ℓ numbers, what the target gave the checked drafts (at temperature 1 when decoding is greedy) ·
     draft_probs_of_drafts: w numbers, the probabilities they were drawn with · source: who drafted ("" if nobody) ·
@@ -157,7 +158,7 @@ def rounds(
         # 1 draft. The round's last token is never a draft, so more than limit − done − 1 of them could not be kept.
         window = policy.window(last, drafter.block_size) if drafting else 0
         room = min(window, limit - done - 1)
-        draft = drafter.draft(state, anchor, room, sampling, chance) if room > 0 else NOTHING
+        draft = drafter.draft(state, anchor, room, sampling, chance, policy.admits) if room > 0 else NOTHING
         drafted = clock.lap()
         # 2 schedule
         length = policy.lengths([draft.confidence])[0] if draft.tokens else 0

@@ -79,7 +79,8 @@ class Draft:
     """A proposed block of w tokens.
 
     tokens: w ids of the target's vocabulary · probs: [w, vocab] float32, exactly the distributions they were drawn from ·
-    confidence: [w] float32, c_k (calibrated if the drafter carries temperatures) · source: who proposed it.
+    confidence: [w] float32, c_k (calibrated if the drafter carries temperatures); [w + 1] if the draft ended because the token behind
+    was not worth drawing · source: who proposed it.
     """
 
     tokens: list[int]
@@ -91,7 +92,13 @@ class Draft:
 NOTHING = Draft([], torch.empty(0, 0), torch.empty(0), "")
 
 SUREST = 0.98  # no vote silences the drafter
+Admits = Callable[[Sequence[float]], bool]  # c_1..c_k → is x_k worth drawing? See dspark.schedule.Policy.admits
 Vote = Callable[[Sequence[int]], tuple[int, float] | None]  # drafts so far → a token that may come next, and a rate in 0..1
+
+
+def everything(confidence: Sequence[float]) -> bool:
+    """Admits the whole block."""
+    return True
 
 
 @dataclass
@@ -110,7 +117,7 @@ class DraftState:
 class Drafter(nn.Module):
     """Backbone, sequential head and confidence head; embedding and LM head are the target's, frozen."""
 
-    architecture = "DSparkDrafter"  # what its config.json says; see :data:`dspark.checkpoint.NATIVE`
+    architecture = "DSparkDrafter"  # what its config.json says; see :data:`dspark.layouts.NATIVE`
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -223,10 +230,20 @@ class Drafter(nn.Module):
         state.pending.clear()
 
     @torch.inference_mode()
-    def draft(self, state: DraftState, anchor: int, window: int, sampling: Sampling, chance: Chance, vote: Vote | None = None) -> Draft:
+    def draft(
+        self,
+        state: DraftState,
+        anchor: int,
+        window: int,
+        sampling: Sampling,
+        chance: Chance,
+        admits: Admits = everything,
+        vote: Vote | None = None,
+    ) -> Draft:
         """Propose ``window`` tokens behind the anchor, whose position is the length of the context (Algorithm of §3.1–3.2).
 
-        vote: what else is known to follow the drafts so far; see :meth:`_lean`.
+        admits: asked before each token is drawn; the draft ends where it says no. vote: what else is known to follow the drafts so
+        far; see :meth:`_lean`.
         """
         self._check_window(window)
         self._absorb(state)
@@ -239,21 +256,23 @@ class Drafter(nn.Module):
             kv.rewind(start)  # the block's own keys and values are dropped; only context stays
         base = self.head(hidden).float()  # U: [w, draft_vocab]
 
-        tokens, previous, rows, embedded, latent_state, rates = [], anchor, [], [], None, []
+        tokens, previous, rows, confidence, embedded, latent_state = [], anchor, [], [], None, None
         for k in range(window):
             logits = base[k]
             if self.markov_head is not None:
-                embedded.append(self.markov_head.markov_w1.weight[previous])
-                latent, latent_state = self.markov_head.step(hidden[k], embedded[-1], latent_state)
+                embedded = self.markov_head.markov_w1.weight[previous]
+                latent, latent_state = self.markov_head.step(hidden[k], embedded, latent_state)
                 logits = logits + self.markov_head.markov_w2(latent)
             logits, rate = self._lean(logits, vote, tokens)
-            rates.append(rate)
+            confidence.append(self._confidence(hidden[k], embedded, k, rate))
+            if not admits(confidence):
+                break
             probs = sampling.probs(logits)
             choice = chance.choose(probs)
             previous = int(self.d2t[choice])
             tokens.append(previous)
             rows.append(probs)
-        return Draft(tokens, self._spread(torch.stack(rows)), self._confidence(hidden, embedded, rates))
+        return Draft(tokens, self._spread(rows), torch.tensor(confidence))
 
     def _lean(self, logits: Tensor, vote: Vote | None, tokens: Sequence[int]) -> tuple[Tensor, float]:
         """The next draft's logits [draft_vocab], leaning to the token that is voted for, and its rate r (0 without a vote).
@@ -274,17 +293,20 @@ class Drafter(nn.Module):
         if not 1 <= window <= self.block_size:
             raise ValueError(f"window {window} must lie in 1..{self.block_size}, the drafter's block size")
 
-    def _spread(self, probs: Tensor) -> Tensor:
-        """[w, draft_vocab] → [w, vocab]: tokens that the drafter cannot propose get probability zero."""
+    def _spread(self, rows: Sequence[Tensor]) -> Tensor:
+        """w rows [draft_vocab] → [w, vocab]: tokens that the drafter cannot propose get probability zero."""
+        if not rows:
+            return NOTHING.probs
+        probs = torch.stack(rows)
         if self.config.draft_vocab_size == self.config.vocab_size:
             return probs
         return probs.new_zeros(len(probs), self.config.vocab_size).scatter_(1, self.d2t.expand(len(probs), -1), probs)
 
-    def _confidence(self, hidden: Tensor, embedded: list[Tensor], rates: list[float]) -> Tensor:
-        """c_k; where a vote's rate is higher, that."""
+    def _confidence(self, hidden: Tensor, embedded: Tensor | None, k: int, rate: float) -> float:
+        """c of slot k, 0-based; where a vote's rate is higher, that. NaN without a head."""
         if self.confidence_head is None:
-            return torch.full((hidden.shape[0],), math.nan)
-        logits = self.confidence_head(hidden, torch.stack(embedded) if embedded else None).float()
+            return math.nan
+        logit = self.confidence_head(hidden[None], None if embedded is None else embedded[None]).float()
         if self.sts_temperatures:
-            logits = logits / logits.new_tensor(self.sts_temperatures[: len(logits)])
-        return torch.sigmoid(logits).maximum(logits.new_tensor(rates))
+            logit = logit / self.sts_temperatures[k]
+        return max(float(torch.sigmoid(logit)), rate)

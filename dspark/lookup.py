@@ -3,14 +3,15 @@ it repeats what the target wrote elsewhere, a memory of phrases does (:mod:`dspa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from dspark.draft import NOTHING, Draft, Drafter, DraftState
+from dspark.draft import NOTHING, Admits, Draft, Drafter, DraftState, everything
 from dspark.phrases import ORDERS, PhraseMemory
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
@@ -21,6 +22,7 @@ LEAST_SURVIVAL = 0.1  # a block ends where it is this unlikely to be right so fa
 # from the text alone and a trace can be replayed.
 RATES = {1: 0.3, 2: 0.45, 3: 0.55, 4: 0.65, 5: 0.7, 6: 0.9}
 LONGEST = max(RATES)
+Gram = tuple[int, ...]
 COPIED = ("copy", "phrase")  # sources of drafts that were looked up, not computed
 
 
@@ -30,7 +32,7 @@ class LookupState:
 
     drafter: DraftState | None
     tokens: list[int] = field(default_factory=list)
-    follows: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram → the token behind its last occurrence
+    follows: dict[Gram, int] = field(default_factory=dict)  # n-gram → the token behind its last occurrence
 
 
 class ContextLookup:
@@ -89,45 +91,46 @@ class ContextLookup:
         if self.drafter:
             self.drafter.extend(state.drafter, token_ids, taps)
 
-    def draft(self, state: LookupState, anchor: int, window: int, sampling: Sampling, chance: Chance) -> Draft:
-        tokens, rates, sources, survival = [], [], [], 1.0
-        while len(tokens) < min(window, self.max_copy) and (found := self._follower(state, anchor, tokens)) is not None:
-            token, rate, source = found
+    def draft(self, state: LookupState, anchor: int, window: int, sampling: Sampling, chance: Chance, admits: Admits = everything) -> Draft:
+        """Looking up costs nothing, so ``admits`` is the wrapped drafter's to ask."""
+        text = [*state.tokens[-max(self.lengths) :], anchor]
+        follows = ChainMap(dict.fromkeys(self._ends(state.tokens), anchor), state.follows)  # the anchor, not yet indexed, included
+        tokens, rates, source, survival = [], [], "", 1.0
+        while len(tokens) < min(window, self.max_copy) and (found := self._follower(follows, [*text, *tokens])) is not None:
+            token, rate, known_by = found
             survival *= rate
             if survival < LEAST_SURVIVAL:
                 break
+            source = source or known_by
             tokens.append(token)
             rates.append(rate)
-            sources.append(source)
         if tokens:
-            return self._certain(tokens, rates, sources[0])
+            return self._certain(tokens, rates, source)
         if self.drafter is None:
             return NOTHING
         window = min(window, self.drafter.block_size)
-        return self.drafter.draft(state.drafter, anchor, window, sampling, chance, partial(self._vote, state, anchor))
+        return self.drafter.draft(state.drafter, anchor, window, sampling, chance, admits, partial(self._vote, follows, text))
 
-    def _follower(self, state: LookupState, anchor: int, drafts: Sequence[int]) -> tuple[int, float, str] | None:
-        """What follows the longest known end of the text, anchor and drafts included: a token, its rate in 0..1, who knows it."""
-        text = [*state.tokens[-max(self.lengths) :], anchor, *drafts]
-        fresh = set(self._ends(state.tokens))  # behind these stands the anchor, not yet indexed
+    def _follower(self, follows: Mapping[Gram, int], text: Sequence[int]) -> tuple[int, float, str] | None:
+        """What follows the longest known end of the text: a token, its rate in 0..1, who knows it."""
         for length in self.lengths:
             gram = tuple(text[-length:])
             if len(gram) < length:
                 continue
-            if gram in fresh or gram in state.follows:
-                return anchor if gram in fresh else state.follows[gram], RATES[min(length, LONGEST)], "copy"
+            if gram in follows:
+                return follows[gram], RATES[min(length, LONGEST)], "copy"
             if self.phrases is not None and length in ORDERS and (found := self.phrases.follower(gram)) is not None:
                 return *found, "phrase"
         return None
 
-    def _ends(self, tokens: Sequence[int]) -> list[tuple[int, ...]]:
+    def _ends(self, tokens: Sequence[int]) -> list[Gram]:
         """The n-grams that end these tokens, of all lengths that may be copied behind."""
         return [tuple(tokens[-length:]) for length in self.lengths if self.min_match <= length <= len(tokens)]
 
-    def _vote(self, state: LookupState, anchor: int, drafts: Sequence[int]) -> tuple[int, float] | None:
+    def _vote(self, follows: Mapping[Gram, int], text: Sequence[int], drafts: Sequence[int]) -> tuple[int, float] | None:
         """What is known to follow the drafts so far, though nothing known follows the anchor: inside a block the drafter hears it
         (:meth:`dspark.draft.Drafter.draft`)."""
-        found = self._follower(state, anchor, drafts)
+        found = self._follower(follows, [*text, *drafts])
         return found and found[:2]
 
     def _certain(self, tokens: list[int], confidence: list[float], source: str) -> Draft:

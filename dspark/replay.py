@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dspark.decode import Round
+from dspark.lookup import COPIED
 from dspark.schedule import Past, Policy
 from dspark.trace import StepTimes, Trace
 
@@ -56,30 +57,32 @@ def _walk(trace: Trace, policy: Policy | list[int], limit: int) -> list[Round]:
         drafts = min(window, limit - done - 1, len(r.draft_tokens))
         confidence = torch.tensor(r.confidence[:drafts])
         length = drafts if isinstance(policy, list) else policy.lengths([confidence])[0] if drafts > 0 else 0
-        last = _cut(r, len(rounds), window, max(drafts, 0), length, confidence, times)
+        last = _cut(r, len(rounds), window, max(drafts, 0), length, times)
         last = replace(last, committed=tuple(text[done : done + last.accepted + 1]))
         rounds.append(last)
         done += len(last.committed)
     return rounds
 
 
-def _cut(r: Round, index: int, window: int, drafts: int, length: int, confidence: torch.Tensor, times: StepTimes) -> Round:
-    """The round with ``drafts`` of its drafts made and ``length`` of them checked."""
+def _cut(r: Round, index: int, window: int, drafts: int, length: int, times: StepTimes) -> Round:
+    """The round with a room of ``drafts`` tokens and ``length`` of them checked."""
     source = r.source if drafts else ""
-    drafted, verified = times.draft_seconds(drafts, source), times.sps.step_seconds(1 + length)
+    drawn = drafts if source in COPIED else length  # a drafter stops where the policy does, looking up does not
+    confidence = torch.tensor(r.confidence[: min(drawn + 1, drafts)])  # of the token that was not worth drawing as well
+    drafted, verified = times.draft_seconds(len(confidence), source), times.sps.step_seconds(1 + length)
     accepted = min(r.accepted, length)
     return Round(
         index,
         r.anchor,
         window,
-        r.draft_tokens[:drafts],
+        r.draft_tokens[:drawn],
         tuple(confidence.tolist()),
         tuple(confidence.cumprod(-1).tolist()),
         length,
         accepted,
         r.committed[: accepted + 1],
         r.target_probs_of_drafts[:length],
-        r.draft_probs_of_drafts[:drafts],
+        r.draft_probs_of_drafts[:drawn],
         source,
         drafted,
         verified,
@@ -122,12 +125,11 @@ def _estimate(trace: Trace, policy: Policy) -> list[Round]:
             raise ValueError(
                 f"round {r.index} drafted {len(r.draft_tokens)} tokens, but the policy wants {window}: record the run with FixedWindow()"
             )
-        drafts = min(window, len(r.draft_tokens))
-        confidence = torch.tensor(r.confidence[:drafts])
-        length = policy.lengths([confidence])[0] if drafts else 0
+        drafts = min(window, len(r.confidence))
+        length = policy.lengths([torch.tensor(r.confidence[:drafts])])[0] if drafts else 0
         if length > r.verify_length:
             raise ValueError(
                 f"round {r.index} checked {r.verify_length} drafts, but the policy wants {length}: record the run with FixedWindow()"
             )
-        rounds.append(_cut(r, len(rounds), window, drafts, length, confidence, trace.times))
+        rounds.append(_cut(r, len(rounds), window, drafts, length, trace.times))
     return rounds

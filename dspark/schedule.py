@@ -1,9 +1,10 @@
 """Scheduling policies: how many of the drafted tokens are worth checking.
 
 A policy answers two questions. ``window``, before drafting: how many tokens to draft, from past rounds alone (0 = plain
-autoregressive step, the drafter is not run). ``lengths``, after drafting: how many of them to verify, from the survival
-probabilities a_k = Π_{i≤k} c_i of all active requests. c_k does not depend on x_k, and cutting at k reads only c_1..c_k,
-so no cut ever depends on the token it cuts: that is why the output law stays the target's.
+autoregressive step, the drafter is not run). ``lengths``: how many of them to verify, from the survival probabilities
+a_k = Π_{i≤k} c_i of all active requests; for a single one ``admits`` asks it already while the block is drawn. c_k does not
+depend on x_k, and cutting at k reads only c_1..c_k, so no cut ever depends on the token it cuts: that is why the output law
+stays the target's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -35,6 +37,13 @@ class Policy:
     def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
         """Tokens to verify for each of R requests. confidence: R tensors [w_r] float32, c_k of each request's draft."""
         return [len(c) for c in confidence]
+
+    def admits(self, confidence: Sequence[float]) -> bool:
+        """Is the next token of a request, alone in its round, worth drawing? confidence: c_1..c_k, asked before x_k is drawn.
+
+        A cut at k reads c_1..c_k alone, so it can be made as soon as these are known, and what would not be checked is not drawn.
+        """
+        return self.lengths([torch.tensor(confidence)]) == [len(confidence)]
 
     def check(self, block_size: int, has_confidence: bool) -> None:
         """Raises ValueError if this policy cannot run with such a drafter."""

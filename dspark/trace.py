@@ -266,7 +266,7 @@ def trace_row(trace: Trace) -> Row:
         row[name] = [-1 if value is None else value for value in values]  # the prefill has no anchor
     for name in LISTS:
         row[name] = [value for r in trace.rounds for value in getattr(r, name)]
-    for name in ("draft_tokens", "committed"):
+    for name in ("draft_tokens", "confidence", "committed"):
         row[f"{name}_lengths"] = [len(getattr(r, name)) for r in trace.rounds]
     return row
 
@@ -278,7 +278,8 @@ def row_trace(row: Row) -> Trace:
         raise ValueError(f"the trace has schema version {version}, but this code reads {SCHEMA_VERSION}: record it again")
     try:
         lengths = {"draft_tokens": row["draft_tokens_lengths"], "committed": row["committed_lengths"]}
-        lengths |= {"confidence": lengths["draft_tokens"], "draft_probs_of_drafts": lengths["draft_tokens"]}
+        lengths["draft_probs_of_drafts"] = lengths["draft_tokens"]
+        lengths["confidence"] = row.get("confidence_lengths", lengths["draft_tokens"])  # older files have one per draft
         lengths |= {"target_probs_of_drafts": row["verify_length"]}
         columns = {name: _cut(row[name], lengths[name]) for name in LISTS} | {name: list(row[name]) for name in NUMBERS}
         about = json.loads(row["about"])
@@ -309,7 +310,7 @@ def traces_frame(rows: Iterable[Row]) -> pd.DataFrame:
     frame = pd.DataFrame(list(rows))
     kinds = {"source": "str", **dict.fromkeys(("confidence", "draft_probs_of_drafts", "target_probs_of_drafts"), "float32")}
     kinds |= dict.fromkeys(("draft_seconds", "verify_seconds", "seconds"), "float32")
-    for name in (*NUMBERS, *LISTS, "draft_tokens_lengths", "committed_lengths"):
+    for name in (*NUMBERS, *LISTS, "draft_tokens_lengths", "confidence_lengths", "committed_lengths"):
         if (kind := kinds.get(name, "int32")) != "str":
             frame[name] = [np.array(values, dtype=kind) for values in frame[name]]
     return frame

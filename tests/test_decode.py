@@ -42,7 +42,7 @@ class Oracle:
     def extend(self, state: dict[str, int], token_ids: list[int], taps: torch.Tensor) -> None:
         state["at"] += len(token_ids)
 
-    def draft(self, state: dict[str, int], anchor: int, window: int, sampling: object, chance: object) -> object:
+    def draft(self, state: dict[str, int], anchor: int, window: int, *unread: object) -> object:
         from dspark.draft import Draft
 
         tokens = self.continuation[state["at"] + 1 :][:window]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from tiny import tiny_drafter, tiny_target
 from torch import Tensor
 
 from dspark.backbone import Context, DrafterConfig
-from dspark.draft import Drafter, DraftState
+from dspark.draft import Draft, Drafter, DraftState
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 
@@ -138,3 +140,25 @@ def test_an_impossible_shape_is_refused(field: str, value: object) -> None:
     }
     with pytest.raises(ValueError, match=str(value)):
         DrafterConfig(**(shape | {field: value}))
+
+
+def test_a_draft_ends_before_the_first_token_that_is_not_worth_drawing() -> None:
+    """Asked with c_1..c_k before x_k is drawn; what was drawn until then is what a whole block starts with."""
+    target, asked = tiny_target(), []
+    drafter = tiny_drafter(target)
+
+    def drafted(worth: int) -> Draft:
+        def admits(confidence: Sequence[float]) -> bool:
+            asked.append(list(confidence))
+            return len(confidence) <= worth
+
+        state, _ = ready(target, drafter, [5, 9, 11, 4, 30])
+        return drafter.draft(state, 7, 4, Sampling(1.0), Chance(torch.Generator().manual_seed(0)), admits)
+
+    whole = drafted(4)
+    assert [len(confidence) for confidence in asked] == [1, 2, 3, 4]
+    for worth in range(4):
+        short = drafted(worth)
+        assert short.tokens == whole.tokens[:worth]
+        assert len(short.probs) == worth and torch.equal(short.probs, whole.probs[:worth].reshape(short.probs.shape))
+        assert torch.equal(short.confidence, whole.confidence[: worth + 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -181,6 +182,21 @@ def test_a_live_run_can_be_asked_only_what_it_knows() -> None:
         replay(live(dspark.FixedWindow(1)), dspark.FixedWindow(3))
     with pytest.raises(ValueError, match="FixedWindow"):
         replay(live(dspark.ConfidenceThreshold(0.6)), dspark.FixedWindow(4))
+
+
+def test_a_run_that_stopped_drafting_can_be_asked_for_less(tmp_path: Path) -> None:
+    """The confidence that it stopped at is kept, in the file as well: without it a round would look like a short block."""
+    target = tiny_target(eos_token_id=None)
+    drafter, policy = tiny_drafter(target), dspark.ConfidenceThreshold(0.3)
+    out = dspark.generate(target, drafter, PROMPT, max_new_tokens=40, policy=policy)
+    save_trace(from_rounds(out.rounds, target, drafter, PROMPT, max_new_tokens=40), tmp_path / "trace.parquet")
+    trace = load_trace(tmp_path / "trace.parquet")
+    assert any(len(r.confidence) == len(r.draft_tokens) + 1 for r in trace.rounds)
+    assert_same(replay(trace, policy), out.rounds)
+    stricter = replay(trace, dspark.ConfidenceThreshold(0.5))
+    assert sum(r.verify_length for r in stricter) < sum(r.verify_length for r in out.rounds)
+    with pytest.raises(ValueError, match="FixedWindow"):
+        replay(trace, dspark.ConfidenceThreshold(0.1))
 
 
 @pytest.mark.parametrize(("limit", "told"), [(0, r"1\.\.5"), (6, "got 6")])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.backbone import Context, DrafterConfig, RMSNorm
-from dspark.draft import Draft, Drafter, DraftState, Vote
+from dspark.draft import Admits, Draft, Drafter, DraftState, Vote, everything
 from dspark.rewind import GrowingKV
 from dspark.sampling import Chance, Sampling
 
@@ -117,22 +117,33 @@ class EagleDrafter(Drafter):
         return features[:, -1:]
 
     @torch.inference_mode()
-    def draft(self, state: EagleState, anchor: int, window: int, sampling: Sampling, chance: Chance, vote: Vote | None = None) -> Draft:
+    def draft(
+        self,
+        state: EagleState,
+        anchor: int,
+        window: int,
+        sampling: Sampling,
+        chance: Chance,
+        admits: Admits = everything,
+        vote: Vote | None = None,
+    ) -> Draft:
         """Propose ``window`` tokens behind the anchor, whose position is the length of the context, one step each."""
         self._check_window(window)
         feature, kv = self._absorb(state), state.layers[0]
-        entries, previous, tokens, rows, hidden, rates = kv.length, anchor, [], [], [], []
-        for _ in range(window):
+        entries, previous, tokens, rows, confidence = kv.length, anchor, [], [], []
+        for k in range(window):
             place = torch.tensor([[kv.length + 1]], device=feature.device)
             x = self._inputs(torch.tensor([[previous]], device=feature.device), feature)
             feature = self._step(x, place, kv)
-            hidden.append(self.norm(feature)[0, 0])
-            logits, rate = self._lean(self.head(hidden[-1][None])[0].float(), vote, tokens)
-            rates.append(rate)
+            hidden = self.norm(feature)[0, 0]
+            logits, rate = self._lean(self.head(hidden[None])[0].float(), vote, tokens)
+            confidence.append(self._confidence(hidden, None, k, rate))
+            if not admits(confidence):
+                break
             probs = sampling.probs(logits)
             choice = chance.choose(probs)
             previous = int(self.d2t[choice])
             tokens.append(previous)
             rows.append(probs)
         kv.rewind(entries)  # what stands on the drafter's own features is dropped, and so is the anchor: its next block makes it anew
-        return Draft(tokens, self._spread(torch.stack(rows)), self._confidence(torch.stack(hidden), [], rates))
+        return Draft(tokens, self._spread(rows), torch.tensor(confidence))

@@ -72,7 +72,7 @@ def summary(trial: Trial) -> dict[str, object]:
         "prefill_seconds": trial.prefill_seconds,
         "seconds": trial.seconds,
         "latency_ms": 1e3 * _ratio(trial.seconds, tokens),
-        "draft_ms": 1e3 * _median([r.draft_seconds for r in rounds if r.draft_tokens]),
+        "draft_ms": 1e3 * _median([r.draft_seconds for r in rounds if r.source]),
         "verify_ms": 1e3 * _median([r.verify_seconds for r in rounds]),
         "round_ms": 1e3 * _median([r.seconds for r in rounds]),
         "model_seconds": model,

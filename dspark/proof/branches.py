@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from dspark.decode import DraftSource
-from dspark.draft import Draft
+from dspark.draft import Admits, Draft
 from dspark.sampling import Chance, Sampling
 
 Law = dict[tuple[int, ...], Fraction]
@@ -172,6 +172,6 @@ class ExactSource:
         self.state = self.source.new_state(prompt)
         return self.state
 
-    def draft(self, state: object, anchor: int, window: int, sampling: ExactSampling, chance: Chance) -> Draft:
-        draft = self.source.draft(state, anchor, window, sampling.in_floats, chance)
+    def draft(self, state: object, anchor: int, window: int, sampling: ExactSampling, chance: Chance, admits: Admits) -> Draft:
+        draft = self.source.draft(state, anchor, window, sampling.in_floats, chance, admits)
         return replace(draft, probs=exact(draft.probs))

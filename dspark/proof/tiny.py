@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dspark.backbone import DrafterConfig
-from dspark.draft import Draft, Drafter, Vote
+from dspark.draft import Admits, Draft, Drafter, everything
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 from dspark.train.start import drafter_for
@@ -144,7 +144,10 @@ class Wavering:
         assert taps.shape[1] == len(token_ids)
         state["at"] += len(token_ids)
 
-    def draft(self, state: dict[str, int], anchor: int, window: int, sampling: Sampling, chance: Chance, vote: Vote | None = None) -> Draft:
+    def draft(
+        self, state: dict[str, int], anchor: int, window: int, sampling: Sampling, chance: Chance, admits: Admits = everything
+    ) -> Draft:
         ahead = slice(state["at"] + 1, state["at"] + 1 + window)
-        tokens = self.text[ahead]
-        return Draft(tokens, torch.eye(self.vocab)[tokens], self.confidence[ahead], "wavering")
+        tokens, confidence = self.text[ahead], self.confidence[ahead]
+        drawn = next((k for k in range(len(tokens)) if not admits(confidence[: k + 1].tolist())), len(tokens))
+        return Draft(tokens[:drawn], torch.eye(self.vocab)[tokens[:drawn]], confidence[: drawn + 1], "wavering")
