@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from dspark.bench.measure import Trial
 from dspark.bench.results import write_results
 from dspark.decode import Round
-from dspark.lab import figures, readme, static, tables
+from dspark.lab import figures, readme, scheduling, static, tables
+from dspark.schedule import PrefixScheduler
 
 BYTES = {i: bytes([i]) for i in range(256)}
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,6 +168,14 @@ def test_same_records_give_the_same_figures_and_stay_as_they_were():
     ):
         assert draw() == draw()
     assert repr(ROUNDS) == before
+
+
+@pytest.mark.parametrize("tokens", [("a",), ()], ids=["named", "nameless"])
+def test_the_schedulers_path_names_what_was_drawn_and_what_was_not(tokens):
+    path = list(PrefixScheduler({1: 1.0, 2: 0.9, 3: 0.5}.__getitem__).admissions([torch.tensor([0.9, 0.2])]))
+    bars = scheduling.admission_path(path, tokens).data[0]
+    assert list(bars.x) == ["anchor alone", *(["1: “a”", "2: not drawn"] if tokens else ["draft 1", "draft 2"])]
+    assert [round(y, 3) for y in bars.y] == [1.0, 1.71, 1.04]
 
 
 def test_race_counts_tokens_over_seconds_behind_the_prefill():

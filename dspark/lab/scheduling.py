@@ -35,11 +35,13 @@ def step_times(curve: SPSCurve, about: str) -> go.Figure:
 def admission_path(path: Sequence[Admission], tokens: Sequence[str] = ()) -> go.Figure:
     """Expected tokens per second along the path of Algorithm 1, for one request; the first fall ends it.
 
-    path: of :meth:`dspark.schedule.PrefixScheduler.admissions` · tokens: texts of the drafts, for the labels.
+    path: of :meth:`dspark.schedule.PrefixScheduler.admissions` · tokens: texts of the drafts, for the labels; where the path goes on
+    behind them, drafting ended there.
     """
     path = [step for step in path if step.request == 0]
-    labels = ["anchor alone"]
-    labels += [f"{step.position}: “{tokens[step.position - 1]}”" if tokens else f"draft {step.position}" for step in path[1:]]
+    named = [f"{position}: “{token}”" for position, token in enumerate(tokens, 1)]
+    nameless = "{}: not drawn" if named else "draft {}"
+    labels = ["anchor alone", *named, *(nameless.format(k) for k in range(len(named) + 1, len(path)))][: len(path)]
     looks = [DRAFT_STATES["accepted" if step.admitted else "rejected"] for step in path]
     figure = go.Figure(
         go.Bar(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dspark.backbone import DrafterConfig
-from dspark.draft import Admits, Draft, Drafter, everything
+from dspark.draft import Admits, Draft, Drafter, Vote, everything
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 from dspark.train.start import drafter_for
@@ -145,7 +145,14 @@ class Wavering:
         state["at"] += len(token_ids)
 
     def draft(
-        self, state: dict[str, int], anchor: int, window: int, sampling: Sampling, chance: Chance, admits: Admits = everything
+        self,
+        state: dict[str, int],
+        anchor: int,
+        window: int,
+        sampling: Sampling,
+        chance: Chance,
+        admits: Admits = everything,
+        vote: Vote | None = None,
     ) -> Draft:
         ahead = slice(state["at"] + 1, state["at"] + 1 + window)
         tokens, confidence = self.text[ahead], self.confidence[ahead]
