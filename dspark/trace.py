@@ -44,7 +44,8 @@ LISTS = ("draft_tokens", "confidence", "committed", "target_probs_of_drafts", "d
 class StepTimes:
     """Seconds of the two models' steps on one machine.
 
-    draft: tokens in a draft → seconds · verify: tokens in a target pass, anchor included → seconds · copy: seconds of a draft
+    draft: tokens in a draft → seconds; one that ended in front of a token not worth drawing had its confidence computed, and counts
+    it · verify: tokens in a target pass, anchor included → seconds · copy: seconds of a draft
     that was copied · other: seconds of a round outside both models.
     """
 
@@ -205,7 +206,7 @@ def from_rounds(
 ) -> Trace:
     """A live run as a trace (not complete): its rounds, with step times taken from the rounds themselves, as far as their widths go."""
     stream = tuple(stream)
-    drafted = _by_width((len(r.draft_tokens), r.draft_seconds) for r in stream if r.draft_tokens and r.source not in COPIED)
+    drafted = _by_width((len(r.confidence), r.draft_seconds) for r in stream if r.source and r.source not in COPIED)
     verified = _by_width((1 + r.verify_length, r.verify_seconds) for r in stream[1:])
     copied = median([r.draft_seconds for r in stream if r.source in COPIED] or [0.0])
     other = median([r.seconds - r.draft_seconds - r.verify_seconds for r in stream[1:]] or [0.0])
@@ -307,7 +308,7 @@ def _plain(value: object) -> object:
 
 def traces_frame(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows of traces with the narrow column types of the file."""
-    frame = pd.DataFrame(list(rows))
+    frame = pd.DataFrame([{"confidence_lengths": row["draft_tokens_lengths"]} | row for row in rows])  # rows of an older run have none
     kinds = {"source": "str", **dict.fromkeys(("confidence", "draft_probs_of_drafts", "target_probs_of_drafts"), "float32")}
     kinds |= dict.fromkeys(("draft_seconds", "verify_seconds", "seconds"), "float32")
     for name in (*NUMBERS, *LISTS, "draft_tokens_lengths", "confidence_lengths", "committed_lengths"):

@@ -170,11 +170,15 @@ def test_same_records_give_the_same_figures_and_stay_as_they_were():
     assert repr(ROUNDS) == before
 
 
-@pytest.mark.parametrize("tokens", [("a",), ()], ids=["named", "nameless"])
-def test_the_schedulers_path_names_what_was_drawn_and_what_was_not(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "names"),
+    [(["a"], ["1: “a”", "2: not drawn"]), ([], ["1: not drawn", "2: not drawn"]), (None, ["draft 1", "draft 2"])],
+    ids=["named", "nothing drawn", "nameless"],
+)
+def test_the_schedulers_path_names_what_was_drawn_and_what_was_not(tokens, names):
     path = list(PrefixScheduler({1: 1.0, 2: 0.9, 3: 0.5}.__getitem__).admissions([torch.tensor([0.9, 0.2])]))
     bars = scheduling.admission_path(path, tokens).data[0]
-    assert list(bars.x) == ["anchor alone", *(["1: “a”", "2: not drawn"] if tokens else ["draft 1", "draft 2"])]
+    assert list(bars.x) == ["anchor alone", *names]
     assert [round(y, 3) for y in bars.y] == [1.0, 1.71, 1.04]
 
 

@@ -18,7 +18,7 @@ from dspark.decode import Round
 from dspark.lab.replaying import trace_decode
 from dspark.replay import Oracle, replay
 from dspark.schedule import Policy
-from dspark.trace import StepTimes, Trace, from_rounds, load_trace, load_traces, record, save_trace
+from dspark.trace import StepTimes, Trace, from_rounds, load_trace, load_traces, record, row_trace, save_trace, trace_row, traces_frame
 
 TIMES = StepTimes({n: 1e-3 + 1e-4 * n for n in range(1, 9)}, {n: 1e-2 + 1e-3 * n for n in range(1, 10)}, 1e-5, 1e-4)
 PROMPT = [5, 6, 7]
@@ -100,9 +100,9 @@ def test_every_position_of_a_complete_trace_holds_a_whole_checked_block() -> Non
 def test_seconds_are_the_traces_step_times() -> None:
     target = tiny_target(eos_token_id=None)
     trace = record(target, tiny_drafter(target), PROMPT, max_new_tokens=12, times=TIMES)
-    for policy in (dspark.FixedWindow(2), dspark.Autoregressive()):
+    for policy in (dspark.FixedWindow(2), dspark.Autoregressive(), dspark.ConfidenceThreshold(0.3)):
         for r in replay(trace, policy)[1:]:
-            assert r.draft_seconds == pytest.approx(TIMES.draft.get(len(r.draft_tokens), 0.0))
+            assert r.draft_seconds == pytest.approx(TIMES.draft.get(len(r.confidence), 0.0))
             assert r.verify_seconds == pytest.approx(TIMES.verify[1 + r.verify_length])
             assert r.seconds == pytest.approx(r.draft_seconds + r.verify_seconds + 1e-4)
 
@@ -197,6 +197,24 @@ def test_a_run_that_stopped_drafting_can_be_asked_for_less(tmp_path: Path) -> No
     assert sum(r.verify_length for r in stricter) < sum(r.verify_length for r in out.rounds)
     with pytest.raises(ValueError, match="FixedWindow"):
         replay(trace, dspark.ConfidenceThreshold(0.1))
+
+
+def test_a_run_in_which_nothing_was_worth_drawing_has_step_times() -> None:
+    target = tiny_target(eos_token_id=None)
+    drafter, policy = tiny_drafter(target), dspark.ConfidenceThreshold(1.0)
+    out = dspark.generate(target, drafter, PROMPT, max_new_tokens=10, policy=policy)
+    trace = from_rounds(out.rounds, target, drafter, PROMPT, max_new_tokens=10)
+    assert {len(r.draft_tokens) for r in out.rounds} == {0} and set(trace.times.draft) == {1}
+    assert_same(replay(trace, policy), out.rounds)
+
+
+def test_a_file_of_before_drafts_could_end_early_is_read_and_joined() -> None:
+    target = tiny_target()
+    row = trace_row(record(target, tiny_drafter(target), PROMPT, max_new_tokens=6, times=TIMES))
+    old = {name: value for name, value in row.items() if name != "confidence_lengths"}
+    frame = traces_frame([old, row])
+    assert [list(lengths) for lengths in frame["confidence_lengths"]] == [row["confidence_lengths"]] * 2
+    assert row_trace(old) == row_trace(row)
 
 
 @pytest.mark.parametrize(("limit", "told"), [(0, r"1\.\.5"), (6, "got 6")])

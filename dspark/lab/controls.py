@@ -28,7 +28,7 @@ READ_BY = {
 }
 SLIDERS = {  # name → (label, tooltip)
     "window": ("window (tokens)", "How many tokens a round drafts: always that many, or at most that many if the window adapts"),
-    "threshold": ("confidence", "Checking stops before the first draft whose confidence, or survival, lies under this"),
+    "threshold": ("confidence", "Drafting stops before the first token whose confidence, or survival, lies under this"),
     "widen": ("widen above", "If the target gave the drafts more than this on average, the window grows by one"),
     "narrow": ("narrow below", "If the target gave the drafts less than this on average, the window shrinks by one"),
     "fallback": ("fall back below", "If the target gave the drafts less than this on average, the next step is plain decoding"),

@@ -32,15 +32,15 @@ def step_times(curve: SPSCurve, about: str) -> go.Figure:
     )
 
 
-def admission_path(path: Sequence[Admission], tokens: Sequence[str] = ()) -> go.Figure:
+def admission_path(path: Sequence[Admission], tokens: Sequence[str] | None = None) -> go.Figure:
     """Expected tokens per second along the path of Algorithm 1, for one request; the first fall ends it.
 
     path: of :meth:`dspark.schedule.PrefixScheduler.admissions` · tokens: texts of the drafts, for the labels; where the path goes on
     behind them, drafting ended there.
     """
     path = [step for step in path if step.request == 0]
-    named = [f"{position}: “{token}”" for position, token in enumerate(tokens, 1)]
-    nameless = "{}: not drawn" if named else "draft {}"
+    named = [f"{position}: “{token}”" for position, token in enumerate(tokens or (), 1)]
+    nameless = "draft {}" if tokens is None else "{}: not drawn"
     labels = ["anchor alone", *named, *(nameless.format(k) for k in range(len(named) + 1, len(path)))][: len(path)]
     looks = [DRAFT_STATES["accepted" if step.admitted else "rejected"] for step in path]
     figure = go.Figure(
