@@ -37,6 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "runs" / "browser"
 NOTEBOOK = ROOT / "notebooks" / "01_live_decoding.ipynb"
 PATIENCE = int(os.environ.get("DSPARK_PATIENCE", 300_000))  # milliseconds for what waits for the models; a busy machine is slow, not wrong
+PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent)"
+KERNEL_IDLE = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
 # What JupyterLab itself calls an error while it works as it should, each with its reason.
 NOT_OURS = ("Could not restore the debugger state: Canceled future",)  # its debugger asks a kernel that is only just being connected
 
@@ -168,24 +170,36 @@ def _button(where: object, name: str) -> object:
 
 
 def _run_all(page: object) -> None:
-    """Run All Cells. A kernel that is only just being connected drops the request or asks which kernel is meant: ask again."""
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+    """Run All Cells, once the kernel is there for good, and again if the request was dropped all the same.
+
+    While the page opens, the kernel is said to be idle before there is one, and its connection may be made twice: whatever is asked for
+    until then is forgotten, also where the cells have got their asterisks already. A cell that ran has a number.
+    """
     choose = page.locator(".jp-Dialog button.jp-mod-accept")
-    page.add_locator_handler(choose, lambda: choose.click())  # it may come up over the menu at any time
-    started = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(p => /[*0-9]/.test(p.textContent))"
-    for _ in range(20):
+    page.add_locator_handler(choose, lambda: choose.click())  # which kernel is meant; it may come up over the menu at any time
+    ran = f"{PROMPTS}.some(words => /[0-9]/.test(words))"
+    for _ in range(5):
+        _stays(page, KERNEL_IDLE, seconds=3)
+        if page.evaluate(ran):  # later than the 30 seconds
+            return
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        for _ in range(10):
-            page.wait_for_timeout(1000)
-            if choose.is_visible():
-                choose.click()
-                break
-            if page.evaluate(started):
-                return
+        try:
+            page.wait_for_function(ran, timeout=30_000)
+            return
+        except sync_api.TimeoutError:
+            continue
     pytest.fail("no cell was run")
 
 
+def _stays(page: object, condition: str, seconds: int) -> None:
+    """Wait until it has been true at every look for that long."""
+    seen, end = 0, time.monotonic() + PATIENCE / 1000
+    while seen < 5 * seconds:
+        assert time.monotonic() < end, f"never lasting: {condition}"
+        seen = seen + 1 if page.evaluate(condition) else 0
+        page.wait_for_timeout(200)
+
+
 def _all_cells_done(page: object) -> None:
-    numbers = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent)"
-    page.wait_for_function(f"{numbers}.every(words => /[0-9]/.test(words))")
+    page.wait_for_function(f"{PROMPTS}.every(words => /[0-9]/.test(words))")
