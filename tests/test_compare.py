@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -92,6 +93,20 @@ def test_what_is_finished_is_not_done_again_and_a_longer_list_keeps_it(
     call(monkeypatch, *arguments, "--only", "eagle", "--stages", "train")
     assert read_results(tmp_path / "results" / "drafters-trained.parquet")["drafter"].tolist() == ["dflash", "eagle"]
     assert all(path.read_bytes() == content for path, content in before.items()) and len(before) == 3
+
+
+def test_a_record_outlives_its_weights_among_drafters_that_were_trained_alike(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = tmp_path / "results" / "drafters-trained.parquet"
+    for name in ("eagle", "dspark"):
+        call(monkeypatch, *arguments, "--only", name, "--stages", "train")
+        shutil.rmtree(tmp_path / "out" / name)
+    call(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
+    assert read_results(records)["drafter"].tolist() == MAIN and read_results(records)["recipe"].nunique() == 1
+    other = tmp_path / "other"
+    call(monkeypatch, *arguments, "--only", "eagle", "--stages", "train", "--steps", "2", "--out", str(other))
+    assert read_results(records)["drafter"].tolist() == ["eagle"], "of another recipe"
 
 
 def test_a_training_stopped_in_the_middle_ends_as_if_it_had_not_been(

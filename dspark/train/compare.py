@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from dspark.bench.arms import Models
 from dspark.bench.plan import Plan, rotated
 from dspark.bench.provenance import drafter_columns, environment
-from dspark.bench.results import Ledger, write_results
+from dspark.bench.results import Ledger, read_results, write_results
 from dspark.bench.speed import measure_speed
 from dspark.checkpoint import CONFIG, load_drafter, save_drafter
 from dspark.draft import Drafter
@@ -70,7 +70,8 @@ def _finished(folder: Path, wanted: dict[str, object], target: Target) -> bool:
 
 def trained_rows(folder: Path, out: Path) -> pd.DataFrame:
     """One row per finished drafter in ``folder``, from what its config.json tells: shape, steps, held-out loss, τ and acceptance
-    by position. Written to ``out`` anew each time, as nothing is measured here. Raises ValueError if no drafter is finished."""
+    by position. Written to ``out`` anew each time, as nothing is measured here; rows that ``out`` has of other drafters stay if
+    target, corpus and recipe are these, as their weights need not be kept. Raises ValueError if no drafter is finished."""
     rows = []
     for name, variant in VARIANTS.items():
         if not (folder / name / CONFIG).is_file():
@@ -86,8 +87,17 @@ def trained_rows(folder: Path, out: Path) -> pd.DataFrame:
     if not rows:
         raise ValueError(f"no finished drafter in {folder}: train them first, with --stages train")
     frame = pd.DataFrame(rows)
+    if out.is_file():
+        frame = _with_others(frame, read_results(out))
     write_results(frame, out)
     return frame
+
+
+def _with_others(frame: pd.DataFrame, earlier: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` and what was trained like it before, in the order of VARIANTS."""
+    alike = frame[["target_digest", "corpus_sha256", "recipe"]].drop_duplicates()
+    others = earlier[earlier["drafter"].isin(VARIANTS.keys() - set(frame["drafter"]))].merge(alike)
+    return pd.concat([frame, others]).sort_values("drafter", key=lambda names: names.map(list(VARIANTS).index), ignore_index=True)
 
 
 def decode_all(target: Target, folders: dict[str, Path], results: Path, plan: Plan) -> None:
