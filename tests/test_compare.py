@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from test_notebooks import tiny_folders  # noqa: F401, a fixture
@@ -107,6 +108,18 @@ def test_a_record_outlives_its_weights_among_drafters_that_were_trained_alike(
     other = tmp_path / "other"
     call(monkeypatch, *arguments, "--only", "eagle", "--stages", "train", "--steps", "2", "--out", str(other))
     assert read_results(records)["drafter"].tolist() == ["eagle"], "of another recipe"
+
+
+def test_records_never_replace_a_file_that_holds_something_else(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = tmp_path / "results" / "drafters-trained.parquet"
+    records.parent.mkdir()
+    pd.DataFrame({"drafter": ["eagle"], "target_digest": ["0"]}).to_parquet(records)
+    before = records.read_bytes()
+    message = refused(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
+    assert str(records) in message and "'corpus_sha256'" in message and "--results" in message
+    assert records.read_bytes() == before and (tmp_path / "out" / "dflash" / "model.safetensors").is_file()
 
 
 def test_a_training_stopped_in_the_middle_ends_as_if_it_had_not_been(

@@ -71,7 +71,8 @@ def _finished(folder: Path, wanted: dict[str, object], target: Target) -> bool:
 def trained_rows(folder: Path, out: Path) -> pd.DataFrame:
     """One row per finished drafter in ``folder``, from what its config.json tells: shape, steps, held-out loss, τ and acceptance
     by position. Written to ``out`` anew each time, as nothing is measured here; rows that ``out`` has of other drafters stay if
-    target, corpus and recipe are these, as their weights need not be kept. Raises ValueError if no drafter is finished."""
+    target, corpus and recipe are these, as their weights need not be kept. Raises ValueError if no drafter is finished or ``out`` holds
+    something else."""
     rows = []
     for name, variant in VARIANTS.items():
         if not (folder / name / CONFIG).is_file():
@@ -88,15 +89,17 @@ def trained_rows(folder: Path, out: Path) -> pd.DataFrame:
         raise ValueError(f"no finished drafter in {folder}: train them first, with --stages train")
     frame = pd.DataFrame(rows)
     if out.is_file():
-        frame = _with_others(frame, read_results(out))
+        frame = _with_others(frame, out)
     write_results(frame, out)
     return frame
 
 
-def _with_others(frame: pd.DataFrame, earlier: pd.DataFrame) -> pd.DataFrame:
-    """``frame`` and what was trained like it before, in the order of VARIANTS."""
-    alike = frame[["target_digest", "corpus_sha256", "recipe"]].drop_duplicates()
-    others = earlier[earlier["drafter"].isin(VARIANTS.keys() - set(frame["drafter"]))].merge(alike)
+def _with_others(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
+    """``frame`` and what ``out`` has of drafters that were trained like these, in the order of VARIANTS."""
+    earlier, alike = read_results(out), ["target_digest", "corpus_sha256", "recipe"]
+    if missing := {"drafter", *alike} - set(earlier):
+        raise ValueError(f"{out} holds no training records (no column {min(missing)!r}): delete it, or choose another --results")
+    others = earlier[earlier["drafter"].isin(VARIANTS.keys() - set(frame["drafter"]))].merge(frame[alike].drop_duplicates(), on=alike)
     return pd.concat([frame, others]).sort_values("drafter", key=lambda names: names.map(list(VARIANTS).index), ignore_index=True)
 
 

@@ -38,6 +38,7 @@ SHOTS = ROOT / "runs" / "browser"
 NOTEBOOK = ROOT / "notebooks" / "01_live_decoding.ipynb"
 PATIENCE = int(os.environ.get("DSPARK_PATIENCE", 300_000))  # milliseconds for what waits for the models; a busy machine is slow, not wrong
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent)"
+CHOOSE = ".jp-Dialog button.jp-mod-accept"  # JupyterLab asks which kernel is meant; it may come up over the menu at any time
 KERNEL_IDLE = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
 # What JupyterLab itself calls an error while it works as it should, each with its reason.
 NOT_OURS = ("Could not restore the debugger state: Canceled future",)  # its debugger asks a kernel that is only just being connected
@@ -175,8 +176,8 @@ def _run_all(page: object) -> None:
     While the page opens, the kernel is said to be idle before there is one, and its connection may be made twice: whatever is asked for
     until then is forgotten, also where the cells have got their asterisks already. A cell that ran has a number.
     """
-    choose = page.locator(".jp-Dialog button.jp-mod-accept")
-    page.add_locator_handler(choose, lambda: choose.click())  # which kernel is meant; it may come up over the menu at any time
+    choose = page.locator(CHOOSE)
+    page.add_locator_handler(choose, lambda: choose.click())
     ran = f"{PROMPTS}.some(words => /[0-9]/.test(words))"
     for _ in range(5):
         _stays(page, KERNEL_IDLE, seconds=3)
@@ -198,6 +199,8 @@ def _stays(page: object, condition: str, seconds: int) -> None:
     while seen < 5 * seconds:
         assert time.monotonic() < end, f"never lasting: {condition}"
         seen = seen + 1 if page.evaluate(condition) else 0
+        if page.locator(CHOOSE).is_visible():  # a look alone does not call the handler
+            page.locator(CHOOSE).click()
         page.wait_for_timeout(200)
 
 
