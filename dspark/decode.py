@@ -33,7 +33,8 @@ class DraftSource(Protocol):
         None if it asked for none."""
 
     def draft(self, state: object, anchor: int, window: int, sampling: Sampling, chance: Chance, admits: Admits) -> Draft:
-        """Propose at most ``window`` tokens behind the anchor. admits: c_1..c_k → is x_k worth drawing? A source need not ask."""
+        """Propose at most ``window`` tokens behind the anchor. admits: c_1..c_k → is x_k worth drawing? A source need not
+        ask: the schedule decides again behind it. But then its traces hold no more than was drawn, and a replay takes it to have asked."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def rounds(
         draft = drafter.draft(state, anchor, room, sampling, chance, policy.admits) if room > 0 else NOTHING
         drafted = clock.lap()
         # 2 schedule
-        length = policy.lengths([draft.confidence])[0] if draft.tokens else 0
+        length = min(policy.lengths([draft.confidence])[0], len(draft.tokens)) if draft.tokens else 0
         # 3 verify
         checked = draft.tokens[:length]
         before = cache.length

@@ -243,7 +243,7 @@ class Drafter(nn.Module):
         """Propose ``window`` tokens behind the anchor, whose position is the length of the context (Algorithm of §3.1–3.2).
 
         admits: asked before each token is drawn; the draft ends where it says no. vote: what else is known to follow the drafts so
-        far; see :meth:`_lean`.
+        far; see :meth:`_heard` and :meth:`_lean`.
         """
         self._check_window(window)
         self._absorb(state)
@@ -258,36 +258,40 @@ class Drafter(nn.Module):
 
         tokens, previous, rows, confidence, embedded, latent_state = [], anchor, [], [], None, None
         for k in range(window):
-            logits = base[k]
             if self.markov_head is not None:
                 embedded = self.markov_head.markov_w1.weight[previous]
-                latent, latent_state = self.markov_head.step(hidden[k], embedded, latent_state)
-                logits = logits + self.markov_head.markov_w2(latent)
-            logits, rate = self._lean(logits, vote, tokens)
+            place, rate = self._heard(vote, tokens)
             confidence.append(self._confidence(hidden[k], embedded, k, rate))
             if not admits(confidence):
                 break
-            probs = sampling.probs(logits)
+            logits = base[k]
+            if self.markov_head is not None:
+                latent, latent_state = self.markov_head.step(hidden[k], embedded, latent_state)
+                logits = logits + self.markov_head.markov_w2(latent)
+            probs = sampling.probs(self._lean(logits, place, rate))
             choice = chance.choose(probs)
             previous = int(self.d2t[choice])
             tokens.append(previous)
             rows.append(probs)
         return Draft(tokens, self._spread(rows), torch.tensor(confidence))
 
-    def _lean(self, logits: Tensor, vote: Vote | None, tokens: Sequence[int]) -> tuple[Tensor, float]:
-        """The next draft's logits [draft_vocab], leaning to the token that is voted for, and its rate r (0 without a vote).
+    def _heard(self, vote: Vote | None, tokens: Sequence[int]) -> tuple[int, float]:
+        """Where in the draft vocabulary the token stands that is voted for, and its rate r; r = 0 where there is none."""
+        token, rate = (vote(tokens) if vote else None) or (None, 0.0)
+        place = self.place_of.get(token)
+        return (0, 0.0) if place is None else (place, min(rate, SUREST))
+
+    def _lean(self, logits: Tensor, place: int, rate: float) -> Tensor:
+        """The next draft's logits [draft_vocab], leaning to the token that is voted for.
 
         The law becomes (1 − r)·softmax(logits) + r·[token], as if the vote were asked in a share r of all cases. Like the
         sequential head it reads the tokens before x_k only.
         """
-        token, rate = (vote(tokens) if vote else None) or (None, 0.0)
-        place = self.place_of.get(token)
-        if place is None:
-            return logits, 0.0
-        rate = min(rate, SUREST)
+        if not rate:
+            return logits
         logits = logits.clone()
         logits[place] = torch.logaddexp(logits[place], logits.logsumexp(-1) + math.log(rate / (1 - rate)))
-        return logits, rate
+        return logits
 
     def _check_window(self, window: int) -> None:
         if not 1 <= window <= self.block_size:

@@ -69,7 +69,7 @@ def _cut(r: Round, index: int, window: int, drafts: int, length: int, times: Ste
     source = r.source if drafts else ""
     drawn = drafts if source in COPIED else length  # a drafter stops where the policy does, looking up does not
     confidence = torch.tensor(r.confidence[: min(drawn + 1, drafts)])  # of the token that was not worth drawing as well
-    drafted, verified = times.draft_seconds(len(confidence), source), times.sps.step_seconds(1 + length)
+    drafted, verified = times.draft_seconds(drawn, source), times.sps.step_seconds(1 + length)
     accepted = min(r.accepted, length)
     return Round(
         index,
@@ -98,7 +98,7 @@ def _best_lengths(trace: Trace, limit: int) -> list[int]:
         r = trace.rounds[done]
         ways = []
         for n in range(min(r.accepted, limit - done - 1) + 1):
-            step = times.draft_seconds(n, r.source) + times.sps.step_seconds(1 + n) + times.other
+            step = times.draft_seconds(n, r.source if n else "") + times.sps.step_seconds(1 + n) + times.other
             ways.append((step + seconds[min(done + n + 1, end)], n))
         seconds[done], best[done] = min(ways)
     return best

@@ -145,6 +145,9 @@ class Shortened(Policy):
     def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
         return self.policy.lengths(confidence)
 
+    def admits(self, confidence: Sequence[float]) -> bool:
+        return self.policy.admits(confidence)
+
     def check(self, block_size: int, has_confidence: bool) -> None:
         if self.n > block_size:
             raise ValueError(f"blocks of {self.n} tokens are more than the drafter's block size {block_size}: choose 1..{block_size}")
@@ -206,9 +209,9 @@ class PrefixScheduler(_NeedsConfidence):
     fall is what keeps the law: whether (r, j) is admitted depends on survivals at or above a_{r,j} alone, hence on x_{r,<j}, never on
     x_{r,j} or later tokens. A search for the best budget over ALL candidates would read later confidences and bias it (Appendix A).
 
-    draft_seconds: what the round has spent on drafting by then. 0 is the paper's rule, made for servers that draft while they
-    verify; on one stream the draft is waited for, and a round that was dear to begin with should check more. max_window: tokens to
-    draft, None for the whole block; a constant, as drafts that are hardly ever checked cost time, too.
+    draft_seconds: what the parallel pass of the drafter takes. 0 is the paper's rule, made for servers that draft while they verify;
+    on one stream the pass is waited for, and a round that was dear to begin with should check more. max_window: tokens to draft at
+    most, None for the whole block; a constant.
     """
 
     sps: Callable[[int], float]

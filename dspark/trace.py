@@ -44,9 +44,9 @@ LISTS = ("draft_tokens", "confidence", "committed", "target_probs_of_drafts", "d
 class StepTimes:
     """Seconds of the two models' steps on one machine.
 
-    draft: tokens in a draft → seconds; one that ended in front of a token not worth drawing had its confidence computed, and counts
-    it · verify: tokens in a target pass, anchor included → seconds · copy: seconds of a draft
-    that was copied · other: seconds of a round outside both models.
+    draft: tokens in a draft → seconds, 0 for one that was asked for and ended at once; the confidence of the token that it ended in
+    front of comes free · verify: tokens in a target pass, anchor included → seconds · copy: seconds of a draft that was copied ·
+    other: seconds of a round outside both models.
     """
 
     draft: dict[int, float]
@@ -55,14 +55,14 @@ class StepTimes:
     other: float = 0.0
 
     def draft_seconds(self, tokens: int, source: str = "drafter") -> float:
-        """Seconds of drafting so many tokens; 0 for none."""
-        if not tokens:
+        """Seconds until so many tokens are drawn; 0.0 where nobody drafts (no source)."""
+        if not source:
             return 0.0
-        return self.copy if source in COPIED else self._drafts.step_seconds(tokens)
+        return self.copy if source in COPIED else self._drafts.step_seconds(1 + tokens)
 
     @cached_property
     def _drafts(self) -> SPSCurve:
-        return _curve(self.draft)
+        return _curve({1 + tokens: seconds for tokens, seconds in self.draft.items()})  # its widths start at 1
 
     @cached_property
     def sps(self) -> SPSCurve:
@@ -186,15 +186,16 @@ def measured_times(
 
 
 def draft_times(target: Target, drafter: DraftSource, prompt_ids: Sequence[int], repeats: int) -> dict[int, float]:
-    """Median seconds of drafting 1, 2, … γ tokens behind these ones."""
+    """Median seconds of drafting 0, 1, … γ tokens behind these ones; 0: the block is asked for, and its first token refused."""
     _, taps = target.forward(torch.tensor([prompt_ids], device=target.device), target.new_cache(), drafter.target_layer_ids)
     state = drafter.new_state(prompt_ids)
     drafter.extend(state, prompt_ids, taps)
     seconds: dict[int, list[float]] = {}
     for turn in range(repeats + 1):
-        for width in range(1, drafter.block_size + 1):
+        for width in range(drafter.block_size + 1):
+            chance, admits = Chance(torch.Generator(target.device)), lambda confidence, width=width: len(confidence) <= width
             clock = _Clock(target.device)
-            drafter.draft(state, prompt_ids[-1], width, Sampling(), Chance(torch.Generator(target.device)))
+            drafter.draft(state, prompt_ids[-1], max(width, 1), Sampling(), chance, admits)
             if turn:  # the first one of each width absorbs the prompt or pays for buffers
                 seconds.setdefault(width, []).append(clock.lap())
             drafter.extend(state, prompt_ids[-1:], taps[:, -1:])  # as after a round: the next draft has context to absorb
@@ -206,7 +207,7 @@ def from_rounds(
 ) -> Trace:
     """A live run as a trace (not complete): its rounds, with step times taken from the rounds themselves, as far as their widths go."""
     stream = tuple(stream)
-    drafted = _by_width((len(r.confidence), r.draft_seconds) for r in stream if r.source and r.source not in COPIED)
+    drafted = _by_width((len(r.draft_tokens), r.draft_seconds) for r in stream if r.source and r.source not in COPIED)
     verified = _by_width((1 + r.verify_length, r.verify_seconds) for r in stream[1:])
     copied = median([r.draft_seconds for r in stream if r.source in COPIED] or [0.0])
     other = median([r.seconds - r.draft_seconds - r.verify_seconds for r in stream[1:]] or [0.0])

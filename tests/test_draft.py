@@ -10,7 +10,7 @@ from tiny import tiny_drafter, tiny_target
 from torch import Tensor
 
 from dspark.backbone import Context, DrafterConfig
-from dspark.draft import Draft, Drafter, DraftState
+from dspark.draft import Draft, Drafter, DraftState, SequentialHead
 from dspark.sampling import Chance, Sampling
 from dspark.target import Target
 
@@ -162,3 +162,19 @@ def test_a_draft_ends_before_the_first_token_that_is_not_worth_drawing() -> None
         assert short.tokens == whole.tokens[:worth]
         assert len(short.probs) == worth and torch.equal(short.probs, whole.probs[:worth].reshape(short.probs.shape))
         assert torch.equal(short.confidence, whole.confidence[: worth + 1])
+
+
+@pytest.mark.parametrize("worth", range(4))
+def test_a_token_that_is_not_worth_drawing_costs_its_confidence_alone(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, stepped = tiny_target(), []
+    drafter, step = tiny_drafter(target), SequentialHead.step
+
+    def counting(self: SequentialHead, *arguments: object) -> object:
+        stepped.append(arguments)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(SequentialHead, "step", counting)
+    state, _ = ready(target, drafter, [5, 9, 11, 4, 30])
+    chance = Chance(torch.Generator().manual_seed(0))
+    draft = drafter.draft(state, 7, 4, Sampling(1.0), chance, lambda confidence: len(confidence) <= worth)
+    assert len(stepped) == len(draft.tokens) == len(draft.confidence) - 1 == worth

@@ -81,13 +81,13 @@ def test_the_adaptive_window_moved_both_ways_and_fell_back_to_plain_steps() -> N
 
 
 def test_in_one_case_the_drafter_heard_a_token_with_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard, lean = [], Drafter._lean
+    heard, hear = [], Drafter._heard
 
     def listening(self: Drafter, *arguments: object) -> object:
-        heard.append(lean(self, *arguments))
+        heard.append(hear(self, *arguments))
         return heard[-1]
 
-    monkeypatch.setattr(Drafter, "_lean", listening)
+    monkeypatch.setattr(Drafter, "_heard", listening)
     enumeration.prove(next(case for case in CASES if case.source == "hearing" and case.vocab == 3))
     assert {0.0} < {rate for _, rate in heard} <= {0.0, *RATES.values()}
 

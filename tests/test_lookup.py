@@ -81,7 +81,8 @@ def test_inside_a_block_the_drafter_hears_what_followed_its_drafts_in_the_contex
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_a_vote_is_asked_in_its_share_of_the_cases(source: dspark.ContextLookup, rate: float) -> None:
     logits = torch.randn(100, generator=torch.Generator().manual_seed(1))
-    leaning, counted = source.drafter._lean(logits, lambda drafts: (7, rate), [])
+    place, counted = source.drafter._heard(lambda drafts: (7, rate), [])
+    leaning = source.drafter._lean(logits, place, counted)
     expected = (1 - rate) * logits.softmax(-1) + rate * torch.eye(100)[7]
     assert counted == rate and torch.allclose(leaning.softmax(-1), expected, atol=1e-6)
 
@@ -91,7 +92,7 @@ def test_without_a_token_of_its_vocabulary_a_vote_changes_nothing(vote: object) 
     drafter = tiny_drafter(tiny_target(), draft_vocab_size=50)
     drafter.place_of = {token: place for token, place in drafter.place_of.items() if token != 3}
     logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
-    assert drafter._lean(logits, vote, [])[0] is logits and drafter._lean(logits, vote, [])[1] == 0
+    assert drafter._lean(logits, *drafter._heard(vote, [])) is logits and drafter._heard(vote, [])[1] == 0
 
 
 def test_copies_never_exceed_window_and_limit(source: dspark.ContextLookup) -> None:

@@ -8,7 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler
+from dspark.proof.counterexample import GlobalArgmax
+from dspark.schedule import (
+    MTP1,
+    AdaptiveWindow,
+    Autoregressive,
+    ConfidenceThreshold,
+    FixedWindow,
+    Policy,
+    PrefixScheduler,
+    Shortened,
+)
 
 
 def flat(_: int) -> float:
@@ -133,3 +143,9 @@ def test_the_adaptive_window_follows_the_mass_that_the_target_gave() -> None:
 def test_impossible_settings_are_refused(make: object) -> None:
     with pytest.raises(ValueError):
         make()
+
+
+def test_a_policy_in_shorter_blocks_admits_what_it_admits_itself() -> None:
+    """Also one that is not asked for lengths while a block is drawn, as the counterexample of Appendix A."""
+    within = GlobalArgmax({1: 1.0, 2: 0.5, 3: 0.45}.__getitem__)
+    assert within.admits([0.1]) and Shortened(within, 2).admits([0.1]) and within.lengths([torch.tensor([0.1])]) == [0]

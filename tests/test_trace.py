@@ -20,7 +20,7 @@ from dspark.replay import Oracle, replay
 from dspark.schedule import Policy
 from dspark.trace import StepTimes, Trace, from_rounds, load_trace, load_traces, record, row_trace, save_trace, trace_row, traces_frame
 
-TIMES = StepTimes({n: 1e-3 + 1e-4 * n for n in range(1, 9)}, {n: 1e-2 + 1e-3 * n for n in range(1, 10)}, 1e-5, 1e-4)
+TIMES = StepTimes({n: 1e-3 + 1e-4 * n for n in range(9)}, {n: 1e-2 + 1e-3 * n for n in range(1, 10)}, 1e-5, 1e-4)
 PROMPT = [5, 6, 7]
 REAL = ("confidence", "survival", "target_probs_of_drafts", "draft_probs_of_drafts")
 
@@ -102,7 +102,7 @@ def test_seconds_are_the_traces_step_times() -> None:
     trace = record(target, tiny_drafter(target), PROMPT, max_new_tokens=12, times=TIMES)
     for policy in (dspark.FixedWindow(2), dspark.Autoregressive(), dspark.ConfidenceThreshold(0.3)):
         for r in replay(trace, policy)[1:]:
-            assert r.draft_seconds == pytest.approx(TIMES.draft.get(len(r.confidence), 0.0))
+            assert r.draft_seconds == pytest.approx(TIMES.draft[len(r.draft_tokens)] if r.source else 0.0)
             assert r.verify_seconds == pytest.approx(TIMES.verify[1 + r.verify_length])
             assert r.seconds == pytest.approx(r.draft_seconds + r.verify_seconds + 1e-4)
 
@@ -122,7 +122,7 @@ def test_no_policy_is_faster_than_the_oracle() -> None:
 def test_step_times_are_measured_for_every_width() -> None:
     target = tiny_target(eos_token_id=None)
     trace = record(target, dspark.ContextLookup(tiny_drafter(target), 1, max_copy=6), PROMPT, max_new_tokens=4)
-    assert list(trace.times.draft) == [1, 2, 3, 4] and list(trace.times.verify) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(trace.times.draft) == [0, 1, 2, 3, 4] and list(trace.times.verify) == [1, 2, 3, 4, 5, 6, 7]
     assert all(seconds > 0 for seconds in (*trace.times.draft.values(), *trace.times.verify.values()))
     assert all(r.seconds > 0 for r in replay(trace, dspark.FixedWindow()))
 
@@ -204,7 +204,7 @@ def test_a_run_in_which_nothing_was_worth_drawing_has_step_times() -> None:
     drafter, policy = tiny_drafter(target), dspark.ConfidenceThreshold(1.0)
     out = dspark.generate(target, drafter, PROMPT, max_new_tokens=10, policy=policy)
     trace = from_rounds(out.rounds, target, drafter, PROMPT, max_new_tokens=10)
-    assert {len(r.draft_tokens) for r in out.rounds} == {0} and set(trace.times.draft) == {1}
+    assert {len(r.draft_tokens) for r in out.rounds} == {0} and set(trace.times.draft) == {0}
     assert_same(replay(trace, policy), out.rounds)
 
 

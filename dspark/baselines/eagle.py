@@ -136,11 +136,11 @@ class EagleDrafter(Drafter):
             x = self._inputs(torch.tensor([[previous]], device=feature.device), feature)
             feature = self._step(x, place, kv)
             hidden = self.norm(feature)[0, 0]
-            logits, rate = self._lean(self.head(hidden[None])[0].float(), vote, tokens)
+            place, rate = self._heard(vote, tokens)
             confidence.append(self._confidence(hidden, None, k, rate))
             if not admits(confidence):
                 break
-            probs = sampling.probs(logits)
+            probs = sampling.probs(self._lean(self.head(hidden[None])[0].float(), place, rate))
             choice = chance.choose(probs)
             previous = int(self.d2t[choice])
             tokens.append(previous)

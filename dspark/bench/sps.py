@@ -37,7 +37,9 @@ def measure_sps(plan: Plan, models: Models, out: Path, repeats: int = 15) -> pd.
         prompt = torch.randint(target.vocab_size, (context,), generator=torch.Generator().manual_seed(plan.seed)).tolist()
         drafts = draft_times(target, models.drafter, prompt, repeats)
         for kind, seconds in (("verify", dict(zip(curve.widths, curve.seconds, strict=True))), ("draft", drafts)):
-            rows += [{"context": context, "kind": kind, "tokens": n, "seconds": took, "repeats": repeats} for n, took in seconds.items()]
+            rows += [
+                {"context": context, "kind": kind, "tokens": n, "seconds": took, "repeats": repeats} for n, took in seconds.items() if n
+            ]
     constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(models.drafter)
     when = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "schema_version": SCHEMA_VERSION}
     frame = pd.DataFrame(rows).assign(**constant, **when)

@@ -45,7 +45,7 @@ POLICIES: dict[str, Policy] = {
     "prefix-smooth": PrefixScheduler(SMOOTH),
     "prefix-jagged": PrefixScheduler(JAGGED),
 }
-SCHEDULED = ("confidence", "conditional", "prefix-smooth", "prefix-jagged")  # ℓ is chosen after drafting
+SCHEDULED = ("confidence", "conditional", "prefix-smooth", "prefix-jagged")  # ℓ follows the confidences
 HEADS = ("none", "vanilla", "gated", "rnn")
 COPIES = {"copying": 2, "hearing": 1}  # tokens that must repeat; after one of them the drafter often hears what followed its drafts
 SOURCES = (*HEADS, "reduced", *COPIES)
