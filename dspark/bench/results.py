@@ -120,7 +120,7 @@ def write_results(frame: pd.DataFrame, path: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
         scratch = Path(file.name)
     try:
-        pq.write_table(table, scratch)
+        pq.write_table(table, scratch, compression="zstd")
         scratch.chmod(0o644)
         scratch.replace(path)
     finally:
