@@ -58,7 +58,7 @@ def _converted(text: str, kind: str) -> object:
 def run(notebook: Path, executed: Path, parameters: Mapping[str, object], *, progress: bool = True) -> dict[str, object]:
     """Run the notebook with these parameters, keep it at ``executed``, and return the summary that it saved beside it.
 
-    progress: show a bar over its cells.     Raises ValueError with the cell's own message if a cell fails.
+    progress: show a bar over its cells. Raises ValueError with the cell's own message if a cell fails.
     """
     executed.parent.mkdir(parents=True, exist_ok=True)
     saved = executed.with_suffix(".json")
@@ -94,7 +94,7 @@ def report(summary: Mapping[str, object], executed: Path) -> str:
         f"--- the text, {with_drafts}",
         str(s["text"]),
         "",
-        f"--- the same text, plain decoding ({s['comparison']})",
+        f"--- plain decoding ({s['comparison']})",
         str(s["plain_text"]),
         "",
         f"{'plain decoding':{width}}  {s['plain_tokens_per_second']:.1f} tokens/s",

@@ -237,11 +237,12 @@ def command(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Run `python -m dspark.train drafter` in this process with tiny settings; returns what it exits with."""
     save_corpus(corpus(), tmp_path / "corpus.safetensors")
     settings = {"target": model_folder, "dtype": "float32", "corpus": tmp_path / "corpus.safetensors", "out": tmp_path / "drafter"}
-    settings |= {"steps": 4, "sequences": 2, "anchors": 2, "taps": "0,2", "init-layers": "0", "block-size": 3, "markov-rank": 4}
+    settings |= {"steps": 4, "sequences": 2, "anchors": 2, "taps": "0,2", "init-layers": "0", "block-size": 3}
+    settings |= {"markov-rank": 4, "mask-token": 3}
 
     def run(**changes: object) -> str:
         chosen = settings | {name.replace("_", "-"): value for name, value in changes.items()}
-        arguments = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+        arguments = [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
         monkeypatch.setattr(sys, "argv", ["train", "drafter", *arguments])
         try:
             main()
@@ -268,6 +269,7 @@ def command(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"block_size": 0}, "block_size"),
         ({"init_layers": "9"}, "9"),
         ({"mask_token": 100}, "100"),
+        ({"mask_token": None}, "--mask-token"),  # this target has no tokenizer, so no special token
         ({"draft_vocab": 0}, "draft_vocab"),
         ({"markov_rank": -1}, "markov_rank"),
         ({"rows": 3}, "shards"),
@@ -289,6 +291,14 @@ def test_training_goes_on_from_a_trained_drafter_with_its_own_shape(command: Cal
     assert {name for name in first if first[name] != more[name]} == {"training", "weights_digest"}
     assert more["training"]["started_from"] and first["training"]["started_from"] == ""
     assert (first["training"]["corpus_rows"], more["training"]["corpus_rows"]) == (70, 68)
+
+
+def test_a_model_of_any_depth_is_read_at_layers_that_it_has(command: Callable[..., str], tmp_path: Path) -> None:
+    assert command(taps=None, init_layers=None) == ""
+    made = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    layers = tiny_target().num_layers
+    assert made["target_layer_ids"] == sorted(set(made["target_layer_ids"])) and max(made["target_layer_ids"]) < layers
+    assert made["num_hidden_layers"] == 2
 
 
 def test_stopping_the_command_keeps_what_was_trained(command: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -381,7 +381,7 @@ def test_parquet_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     old = pd.DataFrame({"a": [1]})
     write_results(old, path)
 
-    def half(_table: object, scratch: Path) -> None:
+    def half(_table: object, scratch: Path, **_: object) -> None:
         scratch.write_bytes(b"PAR1 half")
         raise OSError(28, "No space left on device")
 
@@ -417,6 +417,16 @@ def test_the_command_measures_prints_and_shows_again(models, tmp_path, monkeypat
     assert "speed-up over generate" in shown and "2 test prompts" in shown and "1 threads" in shown and "greedy" in shown
     assert command.main(["show", out, "--baseline", "mtp2"]) == 2
     assert command.main(["show", str(tmp_path / "none.parquet")]) == 2
+
+
+def test_a_run_without_a_place_is_kept_apart_from_committed_results_and_from_runs_with_other_options(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Plan, "load", lambda *_, **__: models)
+    monkeypatch.chdir(tmp_path)
+    for tokens in ("4", "5", "4"):
+        arguments = ["--arms", "plain,mtp1", "--domains", "chat", "--prompts", "1", "--tokens", tokens, "--threads", "1"]
+        assert command.main(arguments) == 0
+    found = sorted(path.relative_to(tmp_path).parent.as_posix() for path in tmp_path.rglob("*.parquet"))
+    assert found == ["runs/bench", "runs/bench"]
 
 
 # ---- where it ran

@@ -294,11 +294,22 @@ def test_picture_of_missing_results_is_one_line(tmp_path, capsys):
 def test_block_holds_every_arm_and_domain_with_interval_and_tau(tmp_path):
     write_results(results(), tmp_path / "results" / "speed-bfloat16-t0.parquet")
     block = readme.results_block(tmp_path)
-    head, rule, *rows = block.split("\n")[2:]
+    head, rule, *rows = block.split("\n\n")[1].split("\n")
     assert head == "| | code | chat | geometric mean |" and rule == "|---|---|---|---|"
     assert [row.split(" | ")[0] for row in rows] == ["| `generate`", "| `fixed:5`"]
     assert all(re.fullmatch(r"1\.\d\d× \[1\.\d\d, 1\.\d\d\], τ 2\.00", cell) for cell in rows[1].strip("| ").split(" | ")[1:])
     assert "τ" not in rows[0] and "greedy, bfloat16, 32 new tokens, n = 8 test prompts a domain, 2 threads of a machine" in block
+
+
+def test_remarks_under_a_table_hold_the_ratio_to_mtp1_and_the_texts_that_are_equal():
+    frame = results()
+    mtp = frame[frame["arm"] == "fixed:5"].assign(arm="mtp1", latency_ms=lambda rows: 2 * rows["latency_ms"])
+    parted = frame["equals_baseline"].where((frame["arm"] != "fixed:5") | (frame["domain"] != "code"), other=False)
+    ratio, texts = readme.speed_markdown(pd.concat([frame.assign(equals_baseline=parted), mtp])).split("\n\n")[2:]
+    assert ratio == "Over `mtp1`, geometric mean: `fixed:5` 2.00× [2.00, 2.00]."
+    assert texts == "Texts that are `plain`'s token for token: `generate` 16 of 16, `fixed:5` 8 of 16, `mtp1` 16 of 16."
+    sampled = readme.speed_markdown(frame.assign(temperature=1.0))
+    assert "token for token" not in sampled and "mtp1" not in sampled
 
 
 def test_block_says_how_many_texts_are_equal_and_what_memory_it_takes(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +195,22 @@ def test_the_draft_vocabulary_holds_the_frequent_tokens_and_the_end_of_text() ->
     ids = torch.tensor([[7, 7, 7, 8, 8, 9, 5, 5, 5, 5]])
     assistant = torch.tensor([[True] * 6 + [False] * 4])
     assert frequent_tokens(ids, assistant, 3, 20, frozenset([2])).tolist() == [2, 7, 8]
+
+
+@pytest.mark.parametrize("layers", range(1, 40))
+def test_taps_that_nobody_chose_are_different_layers_of_the_target(layers: int) -> None:
+    taps = dspark.train.__main__.spread_taps(layers)
+    assert list(taps) == sorted(set(taps)) and 0 <= taps[0] and taps[-1] < max(layers - 1, 1)
+    assert len(taps) == min(5, max(layers - 2, 1))
+
+
+def test_the_mask_is_a_special_token_that_no_text_holds() -> None:
+    added = {token: SimpleNamespace(special=token != 4) for token in range(8)}
+    target = SimpleNamespace(name="t", eos_token_ids=frozenset([2]), tokenizer=SimpleNamespace(added_tokens_decoder=added))
+    text = SimpleNamespace(token_ids=torch.tensor([[0, 1], [3, 9]]))
+    assert dspark.train.__main__.unused_special_token(target, text) == 5
+    with pytest.raises(ValueError, match="--mask-token"):
+        dspark.train.__main__.unused_special_token(target, SimpleNamespace(token_ids=torch.arange(8)))
 
 
 @pytest.mark.parametrize(

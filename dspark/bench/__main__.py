@@ -13,8 +13,8 @@ import torch
 from dspark.bench.arms import CHOICES
 from dspark.bench.identity import beyond_rounding, check_identity
 from dspark.bench.memory import measure_memory
+from dspark.bench.place import place
 from dspark.bench.plan import add_options, plan_of
-from dspark.bench.prompts import data_dir
 from dspark.bench.results import read_results
 from dspark.bench.rewind import measure_rewind, rewind_table
 from dspark.bench.speed import measure_speed
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("mode", nargs="?", choices=MODES, default="speed", metavar="mode", help="see above; default speed")
     add_options(parser)
-    parser.add_argument("--out", type=Path, help="Parquet file; default data/results/MODE-DTYPE-tTEMPERATURE.parquet")
+    parser.add_argument("--out", type=Path, help="Parquet file; default one in runs/bench that is named after the options")
     parser.set_defaults(run=_measure)
     return parser
 
@@ -72,7 +72,7 @@ def _measure(options: argparse.Namespace) -> int:
     plan = plan_of(options)
     mode = options.mode
     plan.check(mode)
-    out = options.out or data_dir() / "results" / f"{mode}-{plan.dtype}-t{plan.temperature:g}.parquet"
+    out = options.out or place(f"{mode}-{plan.dtype}-t{plan.temperature:g}", plan)
     if mode == "rewind":
         print(rewind_table(measure_rewind(plan, out)))
         return 0

@@ -15,10 +15,10 @@ import pandas as pd
 import torch
 
 from dspark.bench.arms import Models
+from dspark.bench.place import place
 from dspark.bench.plan import SCHEMA_VERSION, Plan, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import read_rows, write_results
-from dspark.checkpoint import data_dir
 from dspark.profile import WIDTHS, SPSCurve, profile_sps
 from dspark.trace import draft_times
 
@@ -66,12 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     unused = ("arms", "baseline", "domains", "split", "prompts", "tokens", "temperature", "top_p", "top_k")
     add_options(parser, unused, repeats=15)
-    parser.add_argument("--out", type=Path, help="Parquet file; default data/results/sps-DTYPE.parquet")
+    parser.add_argument("--out", type=Path, help="Parquet file; default one in runs/bench that is named after the options")
     options = parser.parse_args(arguments)
     try:
         plan = plan_of(options, arms="fixed", baseline="fixed", prompts=1)
         torch.set_num_threads(plan.threads)
-        out = options.out or data_dir() / "results" / f"sps-{plan.dtype}.parquet"
+        out = options.out or place(f"sps-{plan.dtype}", plan)
         frame = measure_sps(plan, plan.load(), out, plan.repeats)
         shown = frame.assign(ms=1e3 * frame["seconds"]).pivot_table(index=["context", "kind"], columns="tokens", values="ms")
         print(f"{shown.round(2).to_string()}\nmilliseconds, medians of {plan.repeats} · {len(frame)} rows in {out}")

@@ -14,10 +14,10 @@ import torch
 from tqdm.auto import tqdm
 
 from dspark.bench.arms import Models
+from dspark.bench.place import place
 from dspark.bench.plan import Plan, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import Ledger, Row, read_rows
-from dspark.checkpoint import data_dir
 from dspark.decode import DraftSource
 from dspark.trace import (
     COMMAND,
@@ -85,13 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     add_options(parser, ("arms", "baseline", "temperature", "top_p", "top_k", "repeats", "seed"), prompts=10, tokens=96)
     parser.add_argument("--copy", action="store_true", help="also draft by copying where the text repeats itself")
-    parser.add_argument("--out", type=Path, help="Parquet file; default data/results/traces-SPLIT[-copy].parquet")
+    parser.add_argument("--out", type=Path, help="Parquet file; default one in runs/bench that is named after the options")
     options = parser.parse_args(arguments)
     try:
         arm = "fixed" + "+copy" * options.copy
         plan = plan_of(options, arms=arm, baseline=arm)
         torch.set_num_threads(plan.threads)
-        out = options.out or data_dir() / "results" / f"traces-{plan.split}{'-copy' * options.copy}.parquet"
+        out = options.out or place(f"traces-{plan.split}{'-copy' * options.copy}", plan)
         frame = record_traces(plan, plan.load(), out)
         print(f"{len(frame)} traces, {sum(map(len, frame['accepted'])) - len(frame)} rounds in {out}, {out.stat().st_size / 1e3:.0f} kB")
     except (ValueError, OSError) as error:

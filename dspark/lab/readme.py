@@ -14,6 +14,7 @@ from dspark.lab.static import caption
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 FOLD = "<details><summary>More: other temperatures and processors, memory, and that the text keeps the model's law</summary>"
+MTP1 = "mtp1"
 PICTURE = "![Speed-up over plain decoding and tokens per round, by domain](data/figures/headline.svg)"
 
 
@@ -43,12 +44,32 @@ def speed_markdown(frame: pd.DataFrame) -> str:
         if arm != baseline:
             of_arm = lines[lines["arm"] == arm].set_index("domain")
             rows.append(f"| `{arm}` | " + " | ".join(_cell(of_arm.loc[d]) for d in domains) + " |")
-    return "\n".join(rows)
+    remarks = [remark for remark in (_over_mtp1(frame), _same_texts(frame)) if remark]
+    return "\n".join(rows) + "".join(f"\n\n{remark}" for remark in remarks)
 
 
 def _cell(line: pd.Series) -> str:
     text = f"{line['speedup']:.2f}× [{line['low']:.2f}, {line['high']:.2f}]"
     return text + (f", τ {line['tokens_per_round']:.2f}" if line["tokens_per_round"] > 1 else "")
+
+
+def _over_mtp1(frame: pd.DataFrame) -> str:
+    """What the published range was measured against; empty for a run without it."""
+    if MTP1 not in set(frame["arm"]):
+        return ""
+    lines = summarise(frame, MTP1)
+    lines = lines[(lines["domain"] == ALL) & (lines["tokens_per_round"] > 1) & (lines["arm"] != MTP1)]
+    ratios = (f"`{line['arm']}` {line['speedup']:.2f}× [{line['low']:.2f}, {line['high']:.2f}]" for _, line in lines.iterrows())
+    return f"Over `{MTP1}`, geometric mean: {', '.join(ratios)}."
+
+
+def _same_texts(frame: pd.DataFrame) -> str:
+    """How many greedy texts came out token for token as the baseline's; empty where text was sampled."""
+    if frame["temperature"].max() > 0:
+        return ""
+    baseline, of_arms = frame.iloc[0]["baseline"], frame.groupby("arm", sort=False)["equals_baseline"]
+    counts = (f"`{arm}` {int(equal.sum())} of {len(equal)}" for arm, equal in of_arms if arm != baseline)
+    return f"Texts that are `{baseline}`'s token for token: {', '.join(counts)}."
 
 
 def identity_line(frame: pd.DataFrame) -> str:
@@ -106,7 +127,9 @@ def _texts(frame: pd.DataFrame) -> str:
     for dtype, rows in frame.groupby("dtype", sort=False):
         apart = rows[~rows["equal"]]
         above = (apart["margin"] > apart["noise"]).sum()
-        of_what = f"{rows['prompt'].nunique()} prompts, {rows['arm'].nunique()} ways to decode"
+        ways, all_ways = rows["ways_per_prompt"].max(), rows["arm"].nunique()
+        each = f"{ways} ways" if ways == all_ways else f"{ways} of {all_ways} ways"
+        of_what = f"{rows['prompt'].nunique()} prompts, each decoded in {each}, {rows['max_new_tokens'].max()} new tokens"
         words = f"greedy text in {dtype}: {rows['equal'].sum()} of {len(rows)} are `model.generate`'s ({of_what})"
         sentences.append(words + (f", {above} of the others part by more than rounding explains" if len(apart) else ""))
     return "; ".join(sentences)

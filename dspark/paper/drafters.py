@@ -51,6 +51,7 @@ def part(frames: Mapping[str, pd.DataFrame]) -> Part:
         panels[f"counted while decoding, {frame['prompt_id'].nunique()} prompts"] = positions
     if spent is not None:
         medians = spent.groupby("drafter", sort=False)[["draft_ms", "head_ms", "verify_ms"]].median()
+        medians["pass_ms"] = _passes(spent)
         macros += _times(spent, medians)
         tables["table-draft-times"] = costs(medians, gains, "tab:draft-times")
         if gains is not None:
@@ -136,9 +137,15 @@ def _times(spent: pd.DataFrame, medians: pd.DataFrame) -> Iterator[Macro]:
         yield Macro(MEASURED, "HeadShareHigh", percent(shares.max(), 1))
 
 
+def _passes(spent: pd.DataFrame) -> pd.Series:
+    """One T_verify in ms for all drafters of a block size: it is the same pass of the target, timed beside each of them."""
+    sizes = spent.groupby("drafter", sort=False)["drafter_block_size"].first()
+    return sizes.map(spent.groupby("drafter_block_size")["verify_ms"].median())
+
+
 def _latency(medians: pd.DataFrame, gains: pd.DataFrame) -> pd.Series:
     """L = (T_draft + T_verify) / τ in ms, by drafter; NaN where τ was not measured."""
-    return (medians["draft_ms"] + medians["verify_ms"]) / gains.set_index("drafter")["mean"].reindex(medians.index)
+    return (medians["draft_ms"] + medians["pass_ms"]) / gains.set_index("drafter")["mean"].reindex(medians.index)
 
 
 def _latencies(medians: pd.DataFrame, gains: pd.DataFrame) -> Iterator[Macro]:
@@ -177,7 +184,7 @@ def costs(medians: pd.DataFrame, gains: pd.DataFrame | None, label: str) -> str:
     about = (
         r"Milliseconds to draft a block behind \SettingDraftTimesContext tokens, the sequential head's part of it, the target's pass over "
         r"the block, the head's share of the round, and the latency per token $L=(T_{\mathrm{draft}}+T_{\mathrm{verify}})/\tau$ with the "
-        r"mean $\tau$."
+        r"mean $\tau$ and one $T_{\mathrm{verify}}$ for all drafters of a block size, the median of theirs."
     )
     heads = ["drafter", r"$T_{\mathrm{draft}}$", "head", r"$T_{\mathrm{verify}}$", "head's share", "$L$"]
     return floated(tabular("l" + "r" * 5, heads, rows), about, label)

@@ -265,11 +265,11 @@ def _texts(frame: pd.DataFrame) -> Iterator[Macro]:
     sentences = []
     for dtype, rows in frame.groupby("dtype", sort=False):
         equal, beyond = rows["equal"].sum(), beyond_rounding(rows).sum()
-        all_of_them, apart, those, prompts = (
-            _measured(integer(n)) for n in (len(rows), len(rows) - equal, beyond, rows["prompt"].nunique())
-        )
+        prompts, ways, tokens = rows["prompt"].nunique(), rows["ways_per_prompt"].max(), rows["max_new_tokens"].max()
+        extent = f"{integer(prompts)} prompts, {integer(ways)} ways each, {integer(tokens)} new tokens"
+        all_of_them, apart, those = (_measured(integer(n)) for n in (len(rows), len(rows) - equal, beyond))
         left = f", and {those} of the other {apart} part by more than rounding explains" if equal < len(rows) else ""
-        sentences.append(f"in {code(dtype)} {_measured(integer(equal))} of {all_of_them} texts are equal ({prompts} prompts){left}")
+        sentences.append(f"in {code(dtype)} {_measured(integer(equal))} of {all_of_them} texts are equal ({extent}){left}")
     yield Macro(MEASURED, "TextsEqual", "; ".join(sentences), dressed=True)
     yield Macro(SETTING, "TextsArms", integer(frame["arm"].nunique()))
 

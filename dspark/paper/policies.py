@@ -26,7 +26,9 @@ def part(frames: Mapping[str, pd.DataFrame]) -> Part:
     block_size = int(traces[0][1].about["block_size"])
     lines = pooled(replayed(traces, ["plain", *windows(block_size), *OTHERS]))
     n, tokens = len(traces), traces[0][1].about["max_new_tokens"]
-    return Part((*_macros(lines, n, tokens, block_size),), {"table-policies": table(lines, n, "tab:policies")})
+    first = frames[FILE].iloc[0]
+    place = f"{first['threads']} threads of {first['machine']}"
+    return Part((*_macros(lines, n, tokens, block_size),), {"table-policies": table(lines, n, place, "tab:policies")})
 
 
 def _macros(lines: pd.DataFrame, n: int, tokens: int, block_size: int) -> Iterator[Macro]:
@@ -53,8 +55,8 @@ def _macros(lines: pd.DataFrame, n: int, tokens: int, block_size: int) -> Iterat
         yield Macro(SIMULATED, f"Policy{name}OverWorst", percent(mine["tokens_per_second"] / single.min(), 1))
 
 
-def table(lines: pd.DataFrame, n: int, label: str) -> str:
-    """lines: of :func:`dspark.bench.policies.pooled`."""
+def table(lines: pd.DataFrame, n: int, place: str, label: str) -> str:
+    """lines: of :func:`dspark.bench.policies.pooled` · place: where the step times were measured."""
     whole = lines[lines["domain"] == ALL].set_index("policy")
     domains = [domain for domain in dict.fromkeys(lines["domain"]) if domain != ALL]
     by_domain = lines.set_index(["policy", "domain"])["speedup"]
@@ -67,9 +69,9 @@ def table(lines: pd.DataFrame, n: int, label: str) -> str:
         rows.append([code(policy), *(styled(SIMULATED, value) for value in values)])
     heads = ["policy", r"$\tau$", "checked", "accepted", *map(escaped, domains), "all", "of best each", "of best one"]
     about = (
-        f"Every policy, replayed over the same {styled(SETTING, integer(n))} greedy texts with the same step times: tokens and checked "
-        "drafts per round, share of the checked drafts accepted, speed-up over plain decoding by domain and in the geometric mean, and "
-        "tokens per second against the fixed window that is the best in each domain once all is known, and against the best single one. "
-        "The oracle is a bound, no policy."
+        f"Every policy, replayed over the same {styled(SETTING, integer(n))} greedy texts with the same step times, those of "
+        f"{escaped(place)}: tokens and checked drafts per round, share of the checked drafts accepted, speed-up over plain decoding by "
+        "domain and in the geometric mean, and tokens per second against the fixed window that is the best in each domain once all is "
+        "known, and against the best single one. The oracle is a bound, no policy."
     )
     return floated(tabular("l" + "r" * (len(heads) - 1), heads, rows, size=r"\scriptsize\setlength{\tabcolsep}{4pt}"), about, label)

@@ -115,7 +115,8 @@ def jobs(folder: Path) -> list[Job]:
     _write_models(folder)
     common = {"target": folder / "target", "dtype": "float32"}
     training = common | {"corpus": folder / "corpus.safetensors", "steps": 90, "sequences": 2, "anchors": 4, "checkpoint-every": 3}
-    training |= {"taps": "0,1", "init-layers": "0", "block-size": 3, "markov-rank": 4, "draft-vocab": 60, "validate-every": 1000}
+    training |= {"taps": "0,1", "init-layers": "0", "mask-token": 3, "block-size": 3, "markov-rank": 4}
+    training |= {"draft-vocab": 60, "validate-every": 1000}
     bench = common | {"drafter": folder / "drafter", "arms": "plain,fixed:3,adaptive+copy", "domains": "chat", "threads": 1}
     bench |= {"prompts": 6, "tokens": 8, "temperature": 1.0, "repeats": 2}
     return [

@@ -23,7 +23,7 @@ from dspark.train.corpus import Corpus, load_corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.run import train_to
-from dspark.train.start import drafter_for, frequent_tokens
+from dspark.train.start import drafter_for, frequent_tokens, spread
 from dspark.train.variants import Recipe, chosen
 
 STAGES = ("train", "decode", "time")
@@ -66,12 +66,12 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--anchors", type=int, default=64, help="blocks per row and step")
     drafter.add_argument("--lr", type=float, default=1.5e-3)
     drafter.add_argument("--block-size", type=int, default=5)
-    drafter.add_argument("--taps", type=integers, default=(1, 8, 15, 22, 28), help="target layers the drafter reads")
-    drafter.add_argument("--init-layers", type=integers, default=(0, 29), help="target layers that the drafter's layers start from")
+    drafter.add_argument("--taps", type=integers, help="target layers the drafter reads; default five of them, spread evenly")
+    drafter.add_argument("--init-layers", type=integers, help="target layers that the drafter's layers start from; default first and last")
     drafter.add_argument("--markov-rank", type=int, default=48, help="0 for the purely parallel drafter (DFlash)")
     drafter.add_argument("--head", default="vanilla", choices=("vanilla", "gated", "rnn"))
     drafter.add_argument("--draft-vocab", type=int, default=8192, help="most frequent response tokens that can be drafted")
-    drafter.add_argument("--mask-token", type=int, default=3, help="an unused special token of the target")
+    drafter.add_argument("--mask-token", type=int, help="default the first special token that stands nowhere in the corpus")
     drafter.add_argument("--checkpoint-every", type=int, default=500)
     drafter.add_argument("--validate-every", type=int, default=500)
 
@@ -110,17 +110,34 @@ def make_corpus(target: Target, args: argparse.Namespace) -> None:
     self_play(target, args.corpus, rows=args.rows, tokens=args.tokens, batch=args.batch, seed=args.seed)
 
 
+def unused_special_token(target: Target, corpus: Corpus) -> int:
+    """What can stand for a token still unknown: it must never be one of the text. Raises ValueError if there is none."""
+    added = target.tokenizer.added_tokens_decoder if target.tokenizer else {}
+    special = {token for token, about in added.items() if about.special} - target.eos_token_ids
+    unused = special - set(corpus.token_ids.unique().tolist())
+    if not unused:
+        raise ValueError(f"{target.name} has no special token that the corpus does without: name a token nobody writes with --mask-token")
+    return min(unused)
+
+
+def spread_taps(layers: int, most: int = 5) -> tuple[int, ...]:
+    """Layers to read of a target with so many: evenly from the second to the last but one, as far as it has them."""
+    last = max(layers - 2, 0)
+    first = min(1, last)
+    return spread(min(most, last - first + 1), last, first)
+
+
 def fresh_drafter(target: Target, corpus: Corpus, args: argparse.Namespace) -> Drafter:
     return drafter_for(
         target,
         d2t=frequent_tokens(corpus.token_ids, corpus.assistant, args.draft_vocab, target.vocab_size, target.eos_token_ids),
-        init_layers=args.init_layers,
+        init_layers=args.init_layers or spread(min(2, target.num_layers), target.num_layers - 1),
         seed=args.seed,
         block_size=args.block_size,
-        target_layer_ids=args.taps,
+        target_layer_ids=args.taps or spread_taps(target.num_layers),
         markov_rank=args.markov_rank,
         markov_head_type=args.head,
-        mask_token_id=args.mask_token,
+        mask_token_id=unused_special_token(target, corpus) if args.mask_token is None else args.mask_token,
     )
 
 
