@@ -42,8 +42,8 @@ class Round:
     """One trip round the loop. Round 0 is the prefill: it drafts nothing and commits the first token.
 
     anchor: x_0, the last committed token before this round (None in the prefill) · window: tokens the policy asked for ·
-    draft_tokens: x_1..x_w · confidence, survival: c_k and a_k, w of them,
-    and one more where the token behind was not worth drawing · verify_length: ℓ ≤ w, how many the target checked ·
+    draft_tokens: x_1..x_w · confidence, survival: c_k and a_k, w of them, or w + 1 where the policy ended the draft: the last one is
+    of the token that was not drawn · verify_length: ℓ ≤ w, how many the target checked ·
     accepted ≤ ℓ · committed: the accepted drafts and one correction or bonus, nothing behind an end-of-text token ·
     target_probs_of_drafts: ℓ numbers, what the target gave the checked drafts (at temperature 1 when decoding is greedy) ·
     draft_probs_of_drafts: w numbers, the probabilities they were drawn with · source: who drafted ("" if nobody) ·
@@ -111,8 +111,10 @@ def decode(
 ) -> Iterator[Round]:
     """Speculative decoding as a stream of rounds; the tokens follow the target's own law exactly.
 
-    prompt: a string (one user turn), chat messages, or token ids. policy: how far to look ahead, default the drafter's whole
-    block. temperature 0 is greedy. Ends behind an end-of-text token, after ``max_new_tokens``, or at the context's end.
+    drafter: who proposes (:func:`~dspark.load_drafter`, :class:`~dspark.ContextLookup`), None for plain decoding. prompt: a string (one
+    user turn), chat messages, or token ids. policy: how far to look ahead, default the drafter's whole block. temperature 0 is greedy;
+    top_p in 0..1, top_k tokens, 0 for all. seed: of all draws. Ends behind an end-of-text token, after ``max_new_tokens``, or at the
+    context's end.
     Raises ValueError, before anything runs, for an empty or too long prompt, a bad option, or a policy the drafter cannot serve.
     """
     policy = checked_policy(policy, drafter)

@@ -18,8 +18,8 @@ from dspark.target import Target
 
 MAX_COPY = 16  # tokens
 LEAST_SURVIVAL = 0.1  # a block ends where it is this unlikely to be right so far
-# How often what followed an n-gram of so many tokens follows it again, in the target's self-play. Constants, so that a draft follows
-# from the text alone and a trace can be replayed.
+# How often what followed an n-gram of so many tokens follows it again: set after a trial count on self-play text. Constants, so
+# that a draft follows from the text alone and a trace can be replayed.
 RATES = {1: 0.3, 2: 0.45, 3: 0.55, 4: 0.65, 5: 0.7, 6: 0.9}
 LONGEST = max(RATES)
 Gram = tuple[int, ...]
@@ -38,12 +38,12 @@ class LookupState:
 class ContextLookup:
     """Wraps a drafter, or does without one: token by token, the draft is what followed the longest end of the text that is known.
 
-    An end of ``min_match`` tokens or more is known if it stands earlier in the context, one of a phrase if the target writes it
-    elsewhere; of two equally long ones the context's counts. Drafts belong to the text of the next one, so a loop is followed on
-    and on. Such a draft is one like any other: its distribution is one-hot, chosen by past tokens alone, and the same exact rule
-    checks it. Where nothing is known the wrapped drafter proposes, at most its own block, and hears what is known to follow its
-    drafts; without one (None) the round is a plain step, and ``target`` says whose vocabulary is copied: so any causal LM decodes,
-    with nothing trained.
+    Each draft is what followed the longest n-gram that ends the text: at least ``min_match`` tokens of it in the context, or one of
+    ``phrases``; of two equally long ones the context's counts. Drafts made so far count as text, so a loop is followed on and on. The
+    distribution of such a draft is one-hot, chosen by past tokens alone, and the same exact rule checks it. Where nothing is known the
+    wrapped drafter proposes, at most its own block, and hears what is known to follow its drafts; without one (None) the round is a
+    plain step, and ``target`` says whose vocabulary is copied: so any causal LM decodes, with nothing trained.
+
     min_match: tokens that must repeat, at least 1. max_copy: longest block in tokens; looking up costs nothing, so it may be longer
     than the drafter's.
     """

@@ -168,7 +168,7 @@ class ConfidenceThreshold(_NeedsConfidence):
     whether x_k is checked does not depend on what x_k is, so the law is exact.
     """
 
-    threshold: float = 0.5
+    threshold: float = 0.1
     on: str = "survival"
 
     def __post_init__(self) -> None:
@@ -209,9 +209,9 @@ class PrefixScheduler(_NeedsConfidence):
     fall is what keeps the law: whether (r, j) is admitted depends on survivals at or above a_{r,j} alone, hence on x_{r,<j}, never on
     x_{r,j} or later tokens. A search for the best budget over ALL candidates would read later confidences and bias it (Appendix A).
 
-    draft_seconds: what the parallel pass of the drafter takes. 0 is the paper's rule, made for servers that draft while they verify;
-    on one stream the pass is waited for, and a round that was dear to begin with should check more. max_window: tokens to draft at
-    most, None for the whole block; a constant.
+    draft_seconds: of the drafter's parallel pass. 0, the paper's rule, leaves it out: a server drafts while it verifies. On one stream
+    the pass is waited for, so Θ can count it, and a little more is checked. max_window: tokens to draft at most, None for the whole
+    block; a constant.
     """
 
     sps: Callable[[int], float]

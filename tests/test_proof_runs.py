@@ -126,6 +126,20 @@ def test_the_digest_changes_with_every_source_that_is_imported_and_no_other(pack
     assert (inputs.digest(["small.a"]) != before) == counts
 
 
+@pytest.mark.parametrize(
+    ("source", "counts"),
+    [
+        ('"""New words."""\nx = 1  # and a remark\n', False),
+        ('def f():\n    """Says nothing to Python."""\n    "nor does this"\n\n\nx = 1\n', True),
+        ('x = "1"\n', True),
+    ],
+)
+def test_the_digest_does_not_change_with_words_for_people(package: Path, source: str, counts: bool) -> None:
+    before = inputs.digest(["small.a"])
+    (package / "c.py").write_text(source)
+    assert (inputs.digest(["small.a"]) != before) == counts
+
+
 def test_the_digest_changes_with_files_and_versions(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"1")
