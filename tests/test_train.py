@@ -206,9 +206,9 @@ def test_taps_that_nobody_chose_are_different_layers_of_the_target(layers: int) 
 
 def test_the_mask_is_a_special_token_that_no_text_holds() -> None:
     added = {token: SimpleNamespace(special=token != 4) for token in range(8)}
-    target = SimpleNamespace(name="t", eos_token_ids=frozenset([2]), tokenizer=SimpleNamespace(added_tokens_decoder=added))
+    target = SimpleNamespace(name="t", eos_token_ids=frozenset([2]), tokenizer=SimpleNamespace(added_tokens_decoder=added, bos_token_id=5))
     text = SimpleNamespace(token_ids=torch.tensor([[0, 1], [3, 9]]))
-    assert dspark.train.__main__.unused_special_token(target, text) == 5
+    assert dspark.train.__main__.unused_special_token(target, text) == 6
     with pytest.raises(ValueError, match="--mask-token"):
         dspark.train.__main__.unused_special_token(target, SimpleNamespace(token_ids=torch.arange(8)))
 

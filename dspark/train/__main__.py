@@ -111,10 +111,11 @@ def make_corpus(target: Target, args: argparse.Namespace) -> None:
 
 
 def unused_special_token(target: Target, corpus: Corpus) -> int:
-    """What can stand for a token still unknown: it must never be one of the text. Raises ValueError if there is none."""
+    """What can stand for a token still unknown: one with no other role that no text holds. Raises ValueError if there is none."""
     added = target.tokenizer.added_tokens_decoder if target.tokenizer else {}
     special = {token for token, about in added.items() if about.special} - target.eos_token_ids
-    unused = special - set(corpus.token_ids.unique().tolist())
+    roles = {getattr(target.tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad", "unk", "sep", "cls")}
+    unused = special - roles - set(corpus.token_ids.unique().tolist())
     if not unused:
         raise ValueError(f"{target.name} has no special token that the corpus does without: name a token nobody writes with --mask-token")
     return min(unused)
