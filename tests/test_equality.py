@@ -203,8 +203,9 @@ def test_the_proof_by_texts_compares_every_way_and_goes_on_after_a_kill(tmp_path
 
 def test_the_proof_by_texts_runs_a_hundred_prompts_in_every_way_and_shares_fairly_where_it_does_not() -> None:
     assert {f"fixed:{n}" for n in BLOCK_SIZES} < set(texts.OTHERS)
-    for dtype, prompts, least in (("float32", 100, 100), ("bfloat16", 48, 19)):
+    for dtype, prompts in (("float32", 100), ("bfloat16", 48)):
         extent = texts.FULL[dtype]
+        least = prompts * extent.share // len(texts.OTHERS)  # no way can have more where all have the same
         units = [unit for plan in extent.plans(dtype) for unit in plan.units]
         assert len({unit.item.id for unit in units}) == prompts
         met = pd.DataFrame(
