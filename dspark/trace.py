@@ -45,7 +45,7 @@ class StepTimes:
     """Seconds of the two models' steps on one machine.
 
     draft: tokens in a draft → seconds, 0 for one that was asked for and ended at once; the confidence of the token that it ended in
-    front of comes free · verify: tokens in a target pass, anchor included → seconds · copy: seconds of a draft that was copied ·
+    front of is not counted · verify: tokens in a target pass, anchor included → seconds · copy: seconds of a draft that was copied ·
     other: seconds of a round outside both models.
     """
 

@@ -149,3 +149,5 @@ def test_a_policy_in_shorter_blocks_admits_what_it_admits_itself() -> None:
     """Also one that is not asked for lengths while a block is drawn, as the counterexample of Appendix A."""
     within = GlobalArgmax({1: 1.0, 2: 0.5, 3: 0.45}.__getitem__)
     assert within.admits([0.1]) and Shortened(within, 2).admits([0.1]) and within.lengths([torch.tensor([0.1])]) == [0]
+    strict = ConfidenceThreshold(0.5)
+    assert not strict.admits([0.1]) and not Shortened(strict, 2).admits([0.1]) and Shortened(strict, 2).admits([0.6])

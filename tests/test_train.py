@@ -17,6 +17,7 @@ from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.losses import HeadLoss, LossWeights, position_weights
 from dspark.train.start import drafter_for, frequent_tokens
+from dspark.train.unchosen import spread_taps, unused_special_token
 
 
 def corpus(rows: int = 12, tokens: int = 24, vocab: int = 100) -> Corpus:
@@ -199,7 +200,7 @@ def test_the_draft_vocabulary_holds_the_frequent_tokens_and_the_end_of_text() ->
 
 @pytest.mark.parametrize("layers", range(1, 40))
 def test_taps_that_nobody_chose_are_different_layers_of_the_target(layers: int) -> None:
-    taps = dspark.train.__main__.spread_taps(layers)
+    taps = spread_taps(layers)
     assert list(taps) == sorted(set(taps)) and 0 <= taps[0] and taps[-1] < max(layers - 1, 1)
     assert len(taps) == min(5, max(layers - 2, 1))
 
@@ -208,9 +209,9 @@ def test_the_mask_is_a_special_token_that_no_text_holds() -> None:
     added = {token: SimpleNamespace(special=token != 4) for token in range(8)}
     target = SimpleNamespace(name="t", eos_token_ids=frozenset([2]), tokenizer=SimpleNamespace(added_tokens_decoder=added, bos_token_id=5))
     text = SimpleNamespace(token_ids=torch.tensor([[0, 1], [3, 9]]))
-    assert dspark.train.__main__.unused_special_token(target, text) == 6
+    assert unused_special_token(target, text) == 6
     with pytest.raises(ValueError, match="--mask-token"):
-        dspark.train.__main__.unused_special_token(target, SimpleNamespace(token_ids=torch.arange(8)))
+        unused_special_token(target, SimpleNamespace(token_ids=torch.arange(8)))
 
 
 @pytest.mark.parametrize(

@@ -167,9 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fit", type=float, default=1.0, help="sampling temperature whose rollouts are fitted; default 1")
     parser.add_argument("--refit", action="store_true", help="measure nothing: fit what the file holds")
     parser.add_argument("--store", action="store_true", help="write the calibration into the drafter's folder")
-    parser.add_argument(
-        "--out", type=Path, help="Parquet file; default one in runs/bench named after the options, with --refit the committed one"
-    )
+    parser.add_argument("--out", type=Path, help="Parquet file; default one in runs/bench that is named after the options")
     options = parser.parse_args(arguments)
     try:
         plan = plan_of(options, arms="fixed", baseline="fixed", split="dev")
@@ -177,8 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"fit must be one of {', '.join(f'{t:g}' for t in TEMPERATURES)}, got {options.fit:g}")
         torch.set_num_threads(plan.threads)
         models = plan.load()
-        committed = data_dir() / "results" / "rollouts-dev.parquet"
-        out = options.out or (committed if options.refit else place("rollouts-dev", plan))
+        out = options.out or place("rollouts-dev", plan)
         frame = kept_rollouts(out, models.drafter) if options.refit else measure_rollouts(plan, models, out)
         calibration = calibrate(rollouts_of(frame, half=FIT, temperature=options.fit))
         print(judged(frame, calibration).round(4).to_string(index=False))

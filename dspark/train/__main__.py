@@ -24,6 +24,7 @@ from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.run import train_to
 from dspark.train.start import drafter_for, frequent_tokens, spread
+from dspark.train.unchosen import spread_taps, unused_special_token
 from dspark.train.variants import Recipe, chosen
 
 STAGES = ("train", "decode", "time")
@@ -108,24 +109,6 @@ def make_corpus(target: Target, args: argparse.Namespace) -> None:
     from dspark.train.selfplay import self_play
 
     self_play(target, args.corpus, rows=args.rows, tokens=args.tokens, batch=args.batch, seed=args.seed)
-
-
-def unused_special_token(target: Target, corpus: Corpus) -> int:
-    """What can stand for a token still unknown: one with no other role that no text holds. Raises ValueError if there is none."""
-    added = target.tokenizer.added_tokens_decoder if target.tokenizer else {}
-    special = {token for token, about in added.items() if about.special} - target.eos_token_ids
-    roles = {getattr(target.tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad", "unk", "sep", "cls")}
-    unused = special - roles - set(corpus.token_ids.unique().tolist())
-    if not unused:
-        raise ValueError(f"{target.name} has no special token that the corpus does without: name a token nobody writes with --mask-token")
-    return min(unused)
-
-
-def spread_taps(layers: int, most: int = 5) -> tuple[int, ...]:
-    """Layers to read of a target with so many: evenly from the second to the last but one, as far as it has them."""
-    last = max(layers - 2, 0)
-    first = min(1, last)
-    return spread(min(most, last - first + 1), last, first)
 
 
 def fresh_drafter(target: Target, corpus: Corpus, args: argparse.Namespace) -> Drafter:
