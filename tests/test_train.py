@@ -17,7 +17,7 @@ from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.losses import HeadLoss, LossWeights, position_weights
 from dspark.train.start import drafter_for, frequent_tokens
-from dspark.train.unchosen import spread_taps, unused_special_token
+from dspark.train.unchosen import spread_taps, unused_token
 
 
 def corpus(rows: int = 12, tokens: int = 24, vocab: int = 100) -> Corpus:
@@ -205,13 +205,17 @@ def test_taps_that_nobody_chose_are_different_layers_of_the_target(layers: int) 
     assert len(taps) == min(5, max(layers - 2, 1))
 
 
-def test_the_mask_is_a_special_token_that_no_text_holds() -> None:
+def test_the_mask_is_a_token_that_no_text_holds_and_a_special_one_if_there_is() -> None:
     added = {token: SimpleNamespace(special=token != 4) for token in range(8)}
-    target = SimpleNamespace(name="t", eos_token_ids=frozenset([2]), tokenizer=SimpleNamespace(added_tokens_decoder=added, bos_token_id=5))
+    tokenizer = SimpleNamespace(added_tokens_decoder=added, bos_token_id=5)
+    target = SimpleNamespace(name="t", vocab_size=12, eos_token_ids=frozenset([2, 11]), tokenizer=tokenizer)
     text = SimpleNamespace(token_ids=torch.tensor([[0, 1], [3, 9]]))
-    assert unused_special_token(target, text) == 6
+    assert unused_token(target, text) == 6
+    assert unused_token(target, SimpleNamespace(token_ids=torch.arange(8))) == 10
+    target.tokenizer = None
+    assert unused_token(target, text) == 10
     with pytest.raises(ValueError, match="--mask-token"):
-        unused_special_token(target, SimpleNamespace(token_ids=torch.arange(8)))
+        unused_token(target, SimpleNamespace(token_ids=torch.arange(12)))
 
 
 @pytest.mark.parametrize(

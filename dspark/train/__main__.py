@@ -24,7 +24,7 @@ from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.run import train_to
 from dspark.train.start import drafter_for, frequent_tokens, spread
-from dspark.train.unchosen import spread_taps, unused_special_token
+from dspark.train.unchosen import spread_taps, unused_token
 from dspark.train.variants import Recipe, chosen
 
 STAGES = ("train", "decode", "time")
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--markov-rank", type=int, default=48, help="0 for the purely parallel drafter (DFlash)")
     drafter.add_argument("--head", default="vanilla", choices=("vanilla", "gated", "rnn"))
     drafter.add_argument("--draft-vocab", type=int, default=8192, help="most frequent response tokens that can be drafted")
-    drafter.add_argument("--mask-token", type=int, help="default the first special token that stands nowhere in the corpus")
+    drafter.add_argument("--mask-token", type=int, help="default a special token that stands nowhere in the corpus, else any such token")
     drafter.add_argument("--checkpoint-every", type=int, default=500)
     drafter.add_argument("--validate-every", type=int, default=500)
 
@@ -121,7 +121,7 @@ def fresh_drafter(target: Target, corpus: Corpus, args: argparse.Namespace) -> D
         target_layer_ids=args.taps or spread_taps(target.num_layers),
         markov_rank=args.markov_rank,
         markov_head_type=args.head,
-        mask_token_id=unused_special_token(target, corpus) if args.mask_token is None else args.mask_token,
+        mask_token_id=unused_token(target, corpus) if args.mask_token is None else args.mask_token,
     )
 
 

@@ -7,15 +7,18 @@ from dspark.train.corpus import Corpus
 from dspark.train.start import spread
 
 
-def unused_special_token(target: Target, corpus: Corpus) -> int:
-    """What can stand for a token still unknown: one with no other role that no text holds. Raises ValueError if there is none."""
+def unused_token(target: Target, corpus: Corpus) -> int:
+    """What can stand for a token still unknown: a special one with no other role that no text holds, else the last token that none holds.
+
+    Raises ValueError if the corpus holds every token.
+    """
     added = target.tokenizer.added_tokens_decoder if target.tokenizer else {}
-    special = {token for token, about in added.items() if about.special} - target.eos_token_ids
+    special = {token for token, about in added.items() if about.special}
     roles = {getattr(target.tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad", "unk", "sep", "cls")}
-    unused = special - roles - set(corpus.token_ids.unique().tolist())
+    unused = set(range(target.vocab_size)) - set(corpus.token_ids.unique().tolist()) - target.eos_token_ids - roles
     if not unused:
-        raise ValueError(f"{target.name} has no special token that the corpus does without: name a token nobody writes with --mask-token")
-    return min(unused)
+        raise ValueError(f"the corpus holds every token of {target.name}: name one that can stand for an unknown token with --mask-token")
+    return min(unused & special, default=max(unused))
 
 
 def spread_taps(layers: int, most: int = 5) -> tuple[int, ...]:
