@@ -61,7 +61,7 @@ def published(label: str) -> str:
     about = f"Quoted, not measured here. {escaped(quoted.TAU_SOURCE)}."
     heads = ["target", "drafter", *map(escaped, BENCHMARKS)]
     # The caption and the letters say that all of it is quoted; quotation marks in every cell would say it too often.
-    size = r"\scriptsize\renewcommand{\quoted}[1]{\textcolor{quotedink}{\textsf{#1}}}"
+    size = r"\scriptsize\setlength{\tabcolsep}{5pt}\renewcommand{\quoted}[1]{\textcolor{quotedink}{\textsf{#1}}}"
     return floated(tabular("ll" + "r" * len(BENCHMARKS), heads, rows, size=size), about, label)
 
 
@@ -88,7 +88,7 @@ def runs(frames: Mapping[str, pd.DataFrame], label: str) -> str:
         )
     about = "The results files behind this paper: one row each, with the code's revisions and the digest of the drafter."
     heads = ["file", "rows", "revision", "torch", "machine", "drafter"]
-    wide = r"lrp{0.22\textwidth}llp{0.2\textwidth}"
+    wide = r"lrp{0.19\textwidth}llp{0.16\textwidth}"
     return floated(tabular(wide, heads, rows, size=r"\scriptsize"), about, label)
 
 
