@@ -12,7 +12,7 @@ import pytest
 
 from dspark.bench.results import read_results, write_results
 from dspark.paper import __main__ as command
-from dspark.paper import build, drafters, figures, latency, macros, numbers, quoted, tables, text
+from dspark.paper import build, drafters, figures, latency, macros, numbers, quoted, steps, tables, text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER, DATA = ROOT / "paper", ROOT / "data"
@@ -347,6 +347,15 @@ def test_where_nothing_but_the_models_takes_time_the_computed_speedup_is_the_tim
     assert latency.largest_error(lines) < 1e-12
     slower = lines.assign(speedup=lines["speedup"] * [1, 0.8, 1])
     assert latency.largest_error(slower) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("changed", [{}, {"machine": "another"}, {"dtype": "float32"}, {"threads": 1}])
+def test_step_times_foretell_only_runs_in_the_same_place(changed):
+    frames = {name: read_results(DATA / "results" / f"{name}.parquet") for name in (steps.FILE, "speed-bfloat16-t0", "peers-bfloat16-t0")}
+    frames["speed-bfloat16-t0"] = frames["speed-bfloat16-t0"].assign(**changed)
+    assert set(steps.foreseen(frames).get("arm", ())) == (set() if changed else {"mtp1", "fixed:5"})
+    assert steps.flags(frames) == {"Foreseen": not changed}
+    assert any("Foreseen" in macro.name for macro in steps.part(frames).macros) == (not changed)
 
 
 def test_tables_give_measured_and_computed_speedups_their_own_look():

@@ -8,20 +8,48 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dspark import published
+from dspark.bench.explained import WITHIN, check_predictions
 from dspark.bench.sps import curve_of
 from dspark.lab.static import INKS, MARKS
 from dspark.paper.figures import WIDTH, dress, printed
-from dspark.paper.macros import MEASURED, SETTING, SIMULATED, Macro, integer, number
+from dspark.paper.macros import MEASURED, SETTING, SIMULATED, Macro, integer, number, percent
 from dspark.paper.part import Part
 from dspark.predict import break_even
 
 FILE = "sps-bfloat16"
+PLACE = ("target", "machine", "device", "dtype", "threads")  # step times foretell runs that agree in these
 SPEEDUPS = {"One": 1.0, "Low": 1 + published.RANGE[0], "High": 1 + published.RANGE[1]}
+
+
+def flags(frames: Mapping[str, pd.DataFrame]) -> dict[str, bool]:
+    return {"Foreseen": not foreseen(frames).empty}
 
 
 def part(frames: Mapping[str, pd.DataFrame]) -> Part:
     """The break-even is that of the drafter's whole block behind the shortest context."""
-    return Part((*_macros(frames[FILE]),), {}, {"figure-steps": curves(frames[FILE])}) if FILE in frames else Part()
+    if FILE not in frames:
+        return Part()
+    return Part((*_macros(frames[FILE]), *_foreseen(foreseen(frames))), {}, {"figure-steps": curves(frames[FILE])})
+
+
+def foreseen(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """:func:`dspark.bench.explained.check_predictions` by the step times measured apart, of all speed runs in the same place."""
+    if FILE not in frames:
+        return pd.DataFrame()
+    steps = frames[FILE]
+    curve, place = curve_of(steps, int(steps["context"].min())), steps.iloc[0]
+    runs = (frame for name, frame in frames.items() if name.startswith("speed-"))
+    checks = [check_predictions(run, curve) for run in runs if all(run.iloc[0][same] == place[same] for same in PLACE)]
+    return pd.concat(checks) if checks else pd.DataFrame()
+
+
+def _foreseen(checked: pd.DataFrame) -> Iterator[Macro]:
+    if checked.empty:
+        return
+    yield Macro(SIMULATED, "ForeseenWithin", integer(checked["within"].sum()))
+    yield Macro(SETTING, "ForeseenCases", integer(len(checked)))
+    yield Macro(SETTING, "ForeseenTolerance", percent(WITHIN))
+    yield Macro(SIMULATED, "ForeseenError", percent(checked["error"].abs().max()))
 
 
 def _macros(frame: pd.DataFrame) -> Iterator[Macro]:
