@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_drafter, tiny_target
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import dspark.train.__main__
 from dspark.backbone import Context, block_mask
+from dspark.target import Target
 from dspark.train.blocks import block_loss, choose_blocks
 from dspark.train.corpus import Corpus
 from dspark.train.features import FeatureStore
@@ -134,6 +138,47 @@ def test_a_training_resumed_twice_equals_an_uninterrupted_one_bit_for_bit(tmp_pa
     assert found == losses
     for a, b in zip(whole.drafter.state_dict().values(), broken.drafter.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt here, whatever the test runner made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("method", "kept"), [("_loss", 3), ("optimizer", 4)])
+def test_ctrl_c_in_the_middle_of_a_step_keeps_every_finished_one(tmp_path: Path, interruptible: None, method: str, kept: int) -> None:
+    """An update that has begun is finished; before it nothing of the step is lost but the time."""
+    run, whole = trainer(tmp_path / "a", steps=9), trainer(tmp_path / "b", steps=9)
+    inside = run.optimizer.step if method == "optimizer" else run._loss
+
+    def interrupted(*arguments: object) -> object:
+        if run.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return inside(*arguments)
+
+    owner, name = (run.optimizer, "step") if method == "optimizer" else (run, "_loss")
+    setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(run.run())
+    again = trainer(tmp_path / "a", steps=9)
+    assert again.step == kept and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len([record for _, record in zip(range(kept), whole.run(), strict=False)]) == kept
+    for a, b in zip(again.drafter.state_dict().values(), whole.drafter.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_target_whose_law_is_not_its_heads_is_refused() -> None:
+    """Soft caps, scales and shifts stand between the head and the law; the loss reads the head."""
+    shape = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = Gemma2Config(**shape, num_key_value_heads=2, head_dim=8, initializer_range=0.6, final_logit_softcapping=5.0)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="caps, scales or shifts"):
+        FeatureStore(Target(Gemma2ForCausalLM(config), None, "capped"), corpus(), (0, 2))
+    config.final_logit_softcapping = None
+    FeatureStore(Target(Gemma2ForCausalLM(config), None, "plain"), corpus(), (0, 2))
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dspark.train.corpus import Corpus
 
 SHARD_ROWS = 64  # 200 MB of features at hidden 576 and five taps
 BATCH_ROWS = 8
+PROBE = 16  # tokens that show whether logits are the head's
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,22 @@ class FeatureStore:
             raise ValueError(f"the corpus holds token {highest}, but {target.name} has {target.vocab_size}: choose text of this target")
         self.target, self.corpus, self.taps, self.folder = target, corpus, tuple(taps), folder
         self.shard_rows = shard_rows
+        self._check_head()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Training reads the target's law off its head; a target that caps, scales or shifts what the head says has another one."""
+        token_ids = self.corpus.token_ids[:1, :PROBE].to(self.target.device)
+        if not token_ids.numel():
+            return
+        said = self.target.model(input_ids=token_ids, use_cache=False).logits.float()
+        head = self.target.head(self.target.model.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state).float()
+        if (said - head).abs().max() > max(1e-3, 4 * torch.finfo(self.target.dtype).eps) * said.abs().max():
+            raise ValueError(
+                f"{self.target.name} caps, scales or shifts its logits behind the head: a drafter would learn another law from it"
+            )
 
     def __len__(self) -> int:
         return -(-len(self.corpus) // self.shard_rows)

@@ -18,6 +18,7 @@ from dspark.draft import Drafter
 from dspark.target import Target
 from dspark.train.blocks import Blocks, StepResult, block_loss, choose_blocks
 from dspark.train.features import FeatureStore, Shard
+from dspark.train.interrupt import held_back
 from dspark.train.losses import LossWeights
 
 
@@ -77,13 +78,13 @@ class Trainer:
         return {"architecture": self.drafter.architecture} | self.drafter.config.to_dict()
 
     def run(self) -> Iterator[dict[str, object]]:
-        """Train from the current step to the end, yielding one record a step; checkpoints on the way and at the end."""
+        """Train from the current step to the end, yielding one record a step; checkpoints on the way, at the end and when it is stopped."""
         try:
             while self.step < self.config.steps:
                 yield self._train_step()
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
-        except GeneratorExit:  # the consumer stopped early, by Ctrl-C perhaps
+        except (GeneratorExit, KeyboardInterrupt):  # the consumer stopped early; Ctrl-C, which mostly comes during a step
             self.save()
             raise
         self.save()
@@ -101,8 +102,9 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.clip)
         if not torch.isfinite(norm):
             raise ValueError(f"the gradient is {norm.item()} at step {self.step}: lower learning_rate ({self.config.learning_rate})")
-        self.optimizer.step()
-        self.step += 1
+        with held_back():
+            self.optimizer.step()
+            self.step += 1
         return {"step": self.step, "lr": self.config.rate(self.step - 1), "grad_norm": norm.item(), **result.summary()}
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ def train_to(trainer: Trainer, out: Path, *, validate_every: int, about: dict[st
     """
     start, before = time.time(), _seconds_before(trainer)
     bar = tqdm(total=trainer.config.steps, initial=trainer.step, unit="step", desc=out.name)
-    # Closing the stream is what saves when Ctrl-C ends it.
+    # Closing the stream saves as well, when Ctrl-C comes here.
     with (trainer.folder / "log.jsonl").open("a") as log, bar, contextlib.closing(trainer.run()) as records:
         for record in records:
             bar.update()
@@ -34,7 +34,7 @@ def train_to(trainer: Trainer, out: Path, *, validate_every: int, about: dict[st
             log.flush()
     corpus = trainer.store.corpus
     summary = {
-        "steps": trainer.config.steps,
+        "steps": trainer.step,
         **about,
         "corpus_rows": len(corpus),
         "response_tokens": int(corpus.assistant.sum()),
