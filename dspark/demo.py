@@ -49,7 +49,7 @@ def _converted(text: str, kind: str) -> object:
         return text
     if kind in ("int", "float"):
         return {"int": int, "float": float}[kind](text)
-    value = json.loads(text)
+    value = json.loads(text.lower() if kind == "bool" else text)  # True is how Python writes it
     if kind == "list[str]" and not (isinstance(value, list) and value and all(isinstance(part, str) for part in value)):
         raise ValueError(kind)
     return value

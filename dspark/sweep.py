@@ -14,9 +14,9 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import nbformat
@@ -53,7 +53,7 @@ class Cell:
 
 
 def grid(notebook: Path, pairs: Sequence[tuple[str, str]], folder: Path) -> list[Cell]:
-    """Every combination of the values, the last name turning fastest.
+    """Every combination of the values once, the last name turning fastest.
 
     pairs: (name, values), values separated by commas or one JSON list of values (for values that hold commas or are lists
     themselves). Raises ValueError for a notebook without ``out``, a name that it lacks or that is given twice, and a value of
@@ -66,7 +66,8 @@ def grid(notebook: Path, pairs: Sequence[tuple[str, str]], folder: Path) -> list
         if name == "out" or names.count(name) > 1:
             raise ValueError(f"parameter {name!r} " + ("belongs to the sweep" if name == "out" else "is given twice") + ": leave it out")
     axes = [[(name, value) for value in _values(name, text)] for name, text in pairs]
-    return [Cell(notebook, tuple(checked_parameters(point, notebook).items()), folder) for point in product(*axes)]
+    cells = (Cell(notebook, tuple(checked_parameters(point, notebook).items()), folder) for point in product(*axes))
+    return list(dict.fromkeys(cells))  # 0.4 and 0.40 are one value
 
 
 def _values(name: str, text: str) -> list[str]:
@@ -88,7 +89,7 @@ def run_cell(cell: Cell) -> str:
         summary = run(
             cell.notebook, cell.folder / f"{cell.key}.ipynb", dict(cell.parameters), progress=False
         )  # the grid has a bar of its own
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # a kernel that does not start is a RuntimeError
         return str(error)
     row = dict(cell.parameters) | {"cell": cell.key, "cell_seconds": time.perf_counter() - start} | summary
     scratch = cell.row_path.with_suffix(".tmp")
@@ -98,11 +99,14 @@ def run_cell(cell: Cell) -> str:
 
 
 def run_locally(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
-    """Each cell in a process of its own pool, ``jobs`` at a time, as they finish."""
+    """Each cell in a process of its own pool, ``jobs`` at a time, as they finish. No cell waits in the pool: Ctrl-C would not reach it."""
+    todo = iter(cells)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run_cell, cell): cell for cell in cells}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        running = {pool.submit(run_cell, cell): cell for cell in islice(todo, jobs)}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+                running |= {pool.submit(run_cell, cell): cell for cell in islice(todo, 1)}
 
 
 def run_on_ray(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -50,6 +51,46 @@ def test_the_grid_is_the_product_of_its_axes(notebook, tmp_path):
     cells = sweep.grid(notebook, [("x", "3,5"), ("word", '["a,b", "c"]')], tmp_path)
     assert [dict(cell.parameters) for cell in cells] == [{"x": x, "word": word} for x in (3, 5) for word in ("a,b", "c")]
     assert len({cell.key for cell in cells}) == 4
+
+
+def test_a_value_that_is_named_twice_is_one_cell(notebook, log):
+    assert swept(notebook, "-p", "x", "3,03,3") == 0
+    assert log.read_text() == "3 a " and table(notebook)["square"].tolist() == [9]
+
+
+def test_an_interrupted_sweep_goes_on_and_holds_no_row_twice(notebook, log, monkeypatch, capsys):
+    def interrupted(cells, jobs):
+        for i, cell in enumerate(cells):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield cell, sweep.run_cell(cell)
+
+    monkeypatch.setitem(sweep.ENGINES, "local", interrupted)
+    assert swept(notebook, "-p", "x", "2,3,4,5") == 130
+    assert "goes on from there" in capsys.readouterr().err
+    assert swept(notebook, "-p", "x", "2,3,4,5") == 0  # what is left is two cells: it gets through
+    assert log.read_text() == "2 a 3 a 4 a 5 a "
+    assert table(notebook)["square"].tolist() == [4, 9, 16, 25]
+
+
+def test_no_cell_waits_where_ctrl_c_would_not_reach_it(monkeypatch):
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(sweep, "run_cell", lambda cell: "")
+    taken = []
+    stream = sweep.run_locally((taken.append(i) or i for i in range(9)), jobs=2)
+    for told in range(1, 10):
+        next(stream)
+        assert len(taken) <= told + 1  # what was told of, and what runs or is about to be told
+    assert list(stream) == [] and taken == list(range(9))
+
+
+def test_a_kernel_that_does_not_start_is_a_failed_cell(notebook, monkeypatch, capsys):
+    def silent(*_, **__):
+        raise RuntimeError("Kernel didn't respond in 60 seconds")
+
+    monkeypatch.setattr("papermill.execute_notebook", silent)
+    cell = sweep.grid(notebook, [("x", "2")], notebook.parent)[0]
+    assert sweep.run_cell(cell) == "Kernel didn't respond in 60 seconds" and cell.row() is None
 
 
 def test_finished_cells_are_kept_and_a_wider_grid_runs_only_what_is_new(notebook, log):
