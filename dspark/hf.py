@@ -1,7 +1,8 @@
 """``model.generate(**inputs, custom_generate=dspark_generate, drafter=…, policy=…)``: our loop inside transformers' own call.
 
 Everything that the call asks for is kept exactly (length, end-of-text tokens, stopping criteria, temperature, top-k, top-p, PyTorch's
-global generator) or refused in one sentence: nothing is silently ignored.
+global generator) or refused in one sentence. Two things do not get here, as transformers keeps them to itself: ``streamer`` (pass
+``token_streamer``) and ``stop_strings`` (pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``).
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ def dspark_generate(
     """Pass it as ``custom_generate``. Returns what ``generate`` returns: prompt and new tokens [1, length].
 
     drafter: attached to this very model (``load_drafter(…, Target(model, tokenizer, name))``); None copies from the context, which
-    needs nothing trained · policy: default the whole block · token_streamer: like ``streamer``, which transformers does not hand on ·
+    needs nothing trained · policy: default the whole block · token_streamer: like ``streamer``, which transformers does not hand on
+    and of which it writes the prompt alone, so that who reads it waits for ever ·
     on_round: called with every :class:`~dspark.decode.Round` as it is finished. A bfloat16 model on a CPU verifies blocks slowly
     unless it is packed first, in place: ``Target(model, tokenizer, name).pack()``.
     Raises ValueError for what cannot be kept exactly: more than one sequence, padding, beams, other logits processors, scores, a
-    filled cache, inputs that are no token ids.
+    filled cache, inputs that are no token ids, models whose layers keep more than keys and values.
     """
     _check(model, input_ids, generation_config, model_kwargs)
     ends = [c for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
@@ -87,9 +89,11 @@ class _Borrowed(Target):
 
     def __init__(self, model: nn.Module, eos_token_ids: Iterable[int]) -> None:
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
-        super().__init__(model, None, type(model).__name__)
-        for weight in trainable:
-            weight.requires_grad_(True)
+        try:
+            super().__init__(model, None, type(model).__name__)
+        finally:
+            for weight in trainable:
+                weight.requires_grad_(True)
         self.eos_token_ids = frozenset(eos_token_ids)
 
 
@@ -122,15 +126,17 @@ def _sampling(processors: LogitsProcessorList, do_sample: bool) -> Sampling:
 def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, object]) -> None:
     """Raises ValueError for the first thing that the loop would not keep."""
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    others = sorted(name for name, value in kwargs.items() if value is not None and name not in PREPARED)
+    others = sorted(name for name, value in kwargs.items() if value is not None and not _is_empty(value) and name not in PREPARED)
     kept = [name for name in ("scores", "logits", "attentions", "hidden_states") if getattr(config, f"output_{name}", None)]
     mode = config.get_generation_mode().value
     refused = {
         f"{type(model).__name__} has an encoder: dspark decodes causal LMs": model.config.is_encoder_decoder,
+        f"{type(model).__name__} is no plain stack of attention layers: dspark cannot rewind its cache": not _rewinds(model),
         f"generate was asked for {mode}: dspark does greedy_search and sample": mode not in ("greedy_search", "sample"),
         f"got {input_ids.shape[0]} sequences: dspark decodes one at a time, loop over them": input_ids.shape[0] != 1,
         "the prompt is empty: pass input_ids": input_ids.shape[1] == 0,
         "the prompt is padded: pass it without padding": mask is not None and not bool(torch.as_tensor(mask == 1).all()),
+        "position_ids are not 0, 1, 2, …: dspark counts positions itself": _moved(kwargs.get("position_ids"), input_ids.shape[1]),
         "past_key_values already holds tokens: dspark keeps a cache of its own": cache is not None and cache.get_seq_length() > 0,
         f"logits_to_keep is {kwargs.get('logits_to_keep')}: dspark chooses itself": kwargs.get("logits_to_keep") not in (None, 0, 1),
         f"{', '.join(others)} cannot be passed on: dspark decodes text from token ids alone": bool(others),
@@ -140,6 +146,26 @@ def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs
     for reason, applies in refused.items():
         if applies:
             raise ValueError(reason)
+
+
+def _is_empty(value: object) -> bool:
+    """What transformers hands to models that also see, when they are shown nothing."""
+    return isinstance(value, dict) and not value
+
+
+def _moved(position_ids: object, length: int) -> bool:
+    """Whether they are other positions than 0 … length − 1, of which generate itself passes one row or several."""
+    if position_ids is None:
+        return False
+    given = torch.as_tensor(position_ids)
+    return given.shape[-1:] != (length,) or bool((given != torch.arange(length, device=given.device)).any())
+
+
+def _rewinds(model: nn.Module) -> bool:
+    """Whether a cache of the model is undone by forgetting rows: attention alone, in layers that can be tapped."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    attention = all(kind.endswith("_attention") and kind != "linear_attention" for kind in kinds)
+    return attention and isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList)
 
 
 def _check_attached(source: DraftSource, target: Target) -> None:

@@ -6,9 +6,13 @@ import pytest
 import torch
 from tiny import tiny_drafter, tiny_target
 from transformers import (
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
@@ -225,6 +229,8 @@ def test_a_dictionary_is_returned_where_one_is_asked_for(llama):
         ({"return_dict_in_generate": True, "output_scores": True}, "scores cannot be returned"),
         ({"policy": dspark.FixedWindow(99)}, "a window of 99"),
         ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 3, 4, 20, 21, 22, 23, 24]])}, "counts positions itself"),
+        ({"position_ids": torch.arange(9)[None]}, "counts positions itself"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -232,6 +238,35 @@ def test_what_cannot_be_kept_is_refused_in_one_sentence(llama, options, told):
     with pytest.raises(ValueError, match=told) as error:
         llama.generate(**({"inputs": PROMPT, "custom_generate": dspark_generate, "max_new_tokens": 4, "top_k": 0} | options))
     assert "\n" not in str(error.value)
+
+
+def test_positions_that_are_the_usual_ones_are_taken(llama):
+    positions = torch.arange(PROMPT.shape[1])[None]
+    stock, ours, _ = both(llama, position_ids=positions, do_sample=False, max_new_tokens=8)
+    assert ours == stock
+
+
+def test_a_model_that_also_sees_decodes_text_alone():
+    text = Gemma3TextConfig(**SHAPE, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
+    sight = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    torch.manual_seed(3)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4)).eval()
+    stock, ours, rounds = both(model, do_sample=False, max_new_tokens=30, eos_token_id=None)
+    assert ours == stock and any(r.verify_length for r in rounds)
+
+
+def test_a_model_whose_cache_cannot_be_rewound_is_refused_and_left_as_it_was():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)).eval()
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is no plain stack of attention layers"):
+        model.generate(PROMPT, custom_generate=dspark_generate, do_sample=False, max_new_tokens=4)
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 def test_a_drafter_of_another_model_is_refused(llama):
