@@ -18,7 +18,7 @@ from statistics import median
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dspark.bench.provenance import drafter_digest
 from dspark.bench.results import Row, read_results, write_results
@@ -173,7 +173,7 @@ def measured_times(
 ) -> StepTimes:
     """Medians of drafts and target passes of every width behind this prompt. kept: rounds that say what copies and the rest cost."""
     kept = list(kept)
-    inner = getattr(drafter, "drafter", drafter)  # copying costs next to nothing; the drafter round which it is wrapped does not
+    inner = _inner(drafter)  # copying costs next to nothing; the drafter round which it is wrapped does not
     widths = range(1, drafter.block_size + 2)
     context = min(len(prompt_ids), target.max_context - widths[-1])
     curve = profile_sps(target, context=max(context, 1), widths=widths, repeats=repeats)
@@ -188,6 +188,7 @@ def measured_times(
 def draft_times(target: Target, drafter: DraftSource, prompt_ids: Sequence[int], repeats: int) -> dict[int, float]:
     """Median seconds of drafting 0, 1, … γ tokens behind these ones; 0: the block is asked for, and its first token refused."""
     _, taps = target.forward(torch.tensor([prompt_ids], device=target.device), target.new_cache(), drafter.target_layer_ids)
+    last = None if taps is None else taps[:, -1:]  # lookups read none
     state = drafter.new_state(prompt_ids)
     drafter.extend(state, prompt_ids, taps)
     seconds: dict[int, list[float]] = {}
@@ -198,7 +199,7 @@ def draft_times(target: Target, drafter: DraftSource, prompt_ids: Sequence[int],
             drafter.draft(state, prompt_ids[-1], max(width, 1), Sampling(), chance, admits)
             if turn:  # the first one of each width absorbs the prompt or pays for buffers
                 seconds.setdefault(width, []).append(clock.lap())
-            drafter.extend(state, prompt_ids[-1:], taps[:, -1:])  # as after a round: the next draft has context to absorb
+            drafter.extend(state, prompt_ids[-1:], last)  # as after a round: the next draft has context to absorb
     return {width: median(took) for width, took in seconds.items()}
 
 
@@ -224,9 +225,15 @@ def _by_width(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
     return {width: median(seconds[width]) for width in sorted(seconds)}
 
 
+def _inner(source: DraftSource) -> DraftSource:
+    """The drafter round which lookups are wrapped; lookups themselves where there is none."""
+    return getattr(source, "drafter", None) or source
+
+
 def _about(target: Target, drafter: DraftSource, prompt: Prompt, limit: int, temperature: float) -> dict[str, object]:
-    inner = getattr(drafter, "drafter", drafter)
+    inner = _inner(drafter)
     name = drafter_digest(inner) if isinstance(inner, nn.Module) else type(inner).__name__
+    prompt = prompt.flatten().tolist() if isinstance(prompt, Tensor) else prompt
     return {
         "prompt": prompt if isinstance(prompt, str) else [part if isinstance(part, dict) else int(part) for part in prompt],
         "target": target.name,

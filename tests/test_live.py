@@ -31,7 +31,7 @@ from dspark.lab.still import still
 from dspark.profile import SPSCurve
 from dspark.replay import replay
 from dspark.target import Target
-from dspark.trace import StepTimes, load_trace, record, trace_row, traces_frame
+from dspark.trace import StepTimes, load_trace, record, save_trace, trace_row, traces_frame
 
 SHORT = Request("An apple", max_new_tokens=12)
 TIMES = StepTimes({1: 1e-3, 8: 2e-3}, {1: 1e-2, 9: 2e-2}, 1e-5, 1e-4)
@@ -613,6 +613,16 @@ def replayed() -> Iterator[ReplayPanel]:
     made = ReplayPanel()
     yield made
     made.close()
+
+
+@pytest.mark.parametrize("window", [2, 5, 8, 12])
+def test_a_window_that_is_asked_for_is_the_one_that_is_shown(tmp_path, window):
+    target = tiny_target()
+    long = record(target, dspark.ContextLookup(tiny_drafter(target)), [5, 6, 7, 8, 5, 6, 7], max_new_tokens=24)
+    save_trace(long, tmp_path / "long.parquet")
+    panel = ReplayPanel(tmp_path / "long.parquet", policy="fixed", window=window)
+    assert panel.controls.sliders["window"].value == window and {r.window for r in panel.rounds[1:]} == {window}
+    panel.close()
 
 
 def test_shipped_trace_is_complete_small_and_moves_under_the_slider_without_a_model(replayed, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from test_decode import greedy_reference, policies
 from test_equality import Wavering, random_prompt
 from tiny import full_disk, tiny_drafter, tiny_target
@@ -16,6 +17,7 @@ from dspark.bench.results import read_results, write_results
 from dspark.calibrate import rollouts
 from dspark.decode import Round
 from dspark.lab.replaying import trace_decode
+from dspark.lookup import ContextLookup
 from dspark.replay import Oracle, replay
 from dspark.schedule import Policy
 from dspark.trace import StepTimes, Trace, from_rounds, load_trace, load_traces, record, row_trace, save_trace, trace_row, traces_frame
@@ -125,6 +127,14 @@ def test_step_times_are_measured_for_every_width() -> None:
     assert list(trace.times.draft) == [0, 1, 2, 3, 4] and list(trace.times.verify) == [1, 2, 3, 4, 5, 6, 7]
     assert all(seconds > 0 for seconds in (*trace.times.draft.values(), *trace.times.verify.values()))
     assert all(r.seconds > 0 for r in replay(trace, dspark.FixedWindow()))
+
+
+@pytest.mark.parametrize("prompt", [[5, 6, 7, 8, 5, 6, 7], torch.tensor([[5, 6, 7, 8, 5, 6, 7]])], ids=["list", "tensor"])
+def test_lookups_without_a_drafter_are_recorded_and_the_prompt_is_kept(prompt: object) -> None:
+    target = tiny_target()
+    trace = record(target, ContextLookup(None, target=target), prompt, max_new_tokens=12)
+    assert trace.about["prompt"] == [5, 6, 7, 8, 5, 6, 7] and trace.about["drafter"] == "ContextLookup"
+    assert trace.times.draft and len(trace.token_ids) == 12
 
 
 def test_a_file_gives_back_the_trace(tmp_path) -> None:

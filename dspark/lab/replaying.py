@@ -149,7 +149,8 @@ class ReplayPanel:
         self.save_button = w.Button(description="Save", icon="save", tooltip="Write the trace that is shown into this file")
         self.which = w.Dropdown(description="trace", tooltip="Which prompt of the file", style=STYLE, layout=wide)
         self.colour = heat_colours()
-        self.controls = PolicyControls(policy, 8, self._move, continuous=True, **thresholds)
+        widest = int(thresholds.get("window", 7)) + 1  # until a trace is there; a window that was asked for is not the widest
+        self.controls = PolicyControls(policy, widest, self._move, continuous=True, **thresholds)
         self.message, self.about, self.numbers, self.lanes, self.heat, self.windows, self.text = (w.HTML() for _ in range(7))
         files = row([self.path, self.load_button, self.save_button])
         left = column([self.controls.box, self.numbers, self.about, self.text], 380)
