@@ -27,7 +27,16 @@ def rows(split: str = "test") -> pd.DataFrame:
         {
             **{"arm": arm, "drafter": arm, "domain": domain, "prompt_id": f"{domain}/{i}", "rounds": 10, "decoded_tokens": 10 * tau + i},
             **{"drafter_layers": layers, "drafter_block_size": block, "reached_at": [10, 8, 4], "accepted_at": [8, 4, 1]},
-            **{"split": split, "n": 3, "max_new_tokens": 64, "target_digest": "t", "dtype": "float32", "seed": 0, "temperature": 1.0},
+            **{
+                "split": split,
+                "n": 3,
+                "max_new_tokens": 64,
+                "target_digest": "t",
+                "dtype": "float32",
+                "seed": 0,
+                "temperature": 1.0,
+                "schema_version": 1,
+            },
         }
         for arm, (tau, layers, block) in ARMS.items()
         for domain in ("code", "math")

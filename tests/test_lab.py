@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from dspark.bench.measure import Trial
+from dspark.bench.plan import SCHEMA_VERSION
 from dspark.bench.results import write_results
 from dspark.decode import Round
-from dspark.lab import figures, readme, scheduling, static, tables
+from dspark.lab import drafters, figures, proof, readme, scheduling, static, tables
 from dspark.schedule import PrefixScheduler
 
 BYTES = {i: bytes([i]) for i in range(256)}
@@ -271,6 +272,7 @@ def results(baseline: str = "plain") -> pd.DataFrame:
                 made = tables.summary(trial(text, 1 if gain <= 1 else 2, 1 / gain * rng.uniform(0.9, 1.1)))
                 rows.append({"arm": arm, "domain": domain, "prompt_id": f"{domain}/{i}", "equals_baseline": True} | made)
     shared = {"baseline": baseline, "target": "tiny", "temperature": 0.0, "dtype": "bfloat16", "max_new_tokens": 32, "n": 8}
+    shared["schema_version"] = SCHEMA_VERSION
     return pd.DataFrame(rows).assign(**shared, split="test", threads=2, machine="a machine", device="cpu")
 
 
@@ -301,6 +303,28 @@ def test_block_holds_every_arm_and_domain_with_interval_and_tau(tmp_path):
     assert "τ" not in rows[0] and "greedy, bfloat16, 32 new tokens, n = 8 test prompts a domain, 2 threads of a machine" in block
 
 
+def test_a_file_of_another_version_or_without_rows_is_refused_wherever_it_is_drawn(tmp_path, capsys):
+    folder, frame = tmp_path / "results", results()
+    drawn = {"speed-x": readme.results_block, "drafters-t0-dspark": lambda data: drafters.read_drafters(data / "results", 0.0)}
+    for wrong, told in ((frame.assign(schema_version=99), "schema version 99"), (frame[:0], "no rows")):
+        for name, draw in drawn.items():
+            path = folder / f"{name}.parquet"
+            write_results(wrong, path)
+            with pytest.raises(ValueError, match=rf"{name}\.parquet has {told}.*dspark\.bench"):
+                draw(tmp_path)
+            assert static.main(["--results", str(path), "--out", str(tmp_path / "a.svg")]) == 1
+            assert told in capsys.readouterr().err
+            path.unlink()
+    write_results(pd.DataFrame({"bug": []}), folder / "proof-planted.parquet")
+    with pytest.raises(ValueError, match=r"planted\.parquet has no rows.*make proof ARGS=planted"):
+        proof.read_parts(folder)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_no_notebook_draws_results_that_were_not_looked_at(path):
+    assert "read_results" not in path.read_text(encoding="utf-8")
+
+
 def test_remarks_under_a_table_hold_the_ratio_to_mtp1_and_the_texts_that_are_equal():
     frame = results()
     mtp = frame[frame["arm"] == "fixed:5"].assign(arm="mtp1", latency_ms=lambda rows: 2 * rows["latency_ms"])
@@ -316,13 +340,15 @@ def test_block_says_how_many_texts_are_equal_and_what_memory_it_takes(tmp_path):
     texts = [{"arm": arm, "prompt_id": i, "dtype": "float32", "equal": i < 2} for arm in ("plain", "fixed:5") for i in range(3)]
     peaks = {"plain": (400.0, 300.0), "fixed:5": (480.0, 330.0)}
     memory = [{"arm": arm, "baseline": "plain", "peak_rss_mib": a, "decode_peak_mib": b} for arm, (a, b) in peaks.items()]
-    write_results(pd.DataFrame(texts), tmp_path / "results" / "identity-float32-t0.parquet")
-    write_results(pd.DataFrame(memory), tmp_path / "results" / "memory-bfloat16-t0.parquet")
+    place = {"schema_version": SCHEMA_VERSION, "threads": 2, "machine": "a machine", "device": "cpu"}
+    texts, memory = (pd.DataFrame(rows).assign(**place) for rows in (texts, memory))
+    write_results(texts, tmp_path / "results" / "identity-float32-t0.parquet")
+    write_results(memory, tmp_path / "results" / "memory-bfloat16-t0.parquet")
     equal, fold, peak, end = readme.results_block(tmp_path).split("\n\n")
     assert fold == readme.FOLD and end == "</details>"
     assert "in 4 of 6 cases (3 prompts × 2 ways to decode)" in equal
-    assert peak == "Peak memory against `plain` (300 MiB): `fixed:5` 1.10×."
-    assert "`fixed:5` 1.20×" in readme.memory_line(pd.DataFrame(memory).assign(decode_peak_mib=np.nan))
+    assert peak == "Peak memory against `plain` (300 MiB; 2 threads of a machine): `fixed:5` 1.10×."
+    assert "`fixed:5` 1.20×" in readme.memory_line(memory.assign(decode_peak_mib=np.nan))
 
 
 def test_rewriting_changes_only_what_stands_between_the_markers():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dspark import published
-from dspark.bench.results import read_results
+from dspark.bench.read import read_speed
 from dspark.bench.stats import acceptance_by_position, interval
 from dspark.draft import Drafter
 from dspark.lab.figures import FATES, GREY, dressed
@@ -37,7 +37,7 @@ def read_drafters(folder: Path, temperature: float) -> pd.DataFrame:
 
     Raises ValueError where files were measured on different prompts, lengths or models: they cannot be compared.
     """
-    frames = [read_results(path) for path in sorted(folder.glob(f"drafters-t{temperature:g}-*.parquet"))]
+    frames = [read_speed(path) for path in sorted(folder.glob(f"drafters-t{temperature:g}-*.parquet"))]
     if not frames:
         return pd.DataFrame()
     return joined(frames, folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dspark.bench.prompts import data_dir
-from dspark.bench.results import read_results
+from dspark.bench.read import read_speed, read_unversioned
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.static import caption
 
@@ -25,7 +25,7 @@ def results_block(data: Path) -> str:
     """
     makers = {"speed": speed_markdown, "identity": identity_line, "memory": memory_line}
     files = sorted((data / "results").glob("*.parquet"), key=lambda path: path.stem)
-    parts = [make(read_results(path)) for kind, make in makers.items() for path in files if path.stem.startswith(f"{kind}-")]
+    parts = [make(read_speed(path)) for kind, make in makers.items() for path in files if path.stem.startswith(f"{kind}-")]
     first, *rest = [part for part in (*parts, proof_lines(data / "results")) if part] or [
         "No results are committed yet: `make bench` measures them."
     ]
@@ -87,7 +87,9 @@ def memory_line(frame: pd.DataFrame) -> str:
     column = "peak_rss_mib" if frame["decode_peak_mib"].isna().any() else "decode_peak_mib"
     peaks = frame.groupby("arm", sort=False)[column].median()
     ratios = ", ".join(f"`{arm}` {peak / peaks[baseline]:.2f}×" for arm, peak in peaks.items() if arm != baseline)
-    return f"Peak memory against `{baseline}` ({peaks[baseline]:.0f} MiB): {ratios}."
+    first = frame.iloc[0]
+    place = f"{first['threads']} threads of {first['machine']}" if first["device"] == "cpu" else str(first["device"])
+    return f"Peak memory against `{baseline}` ({peaks[baseline]:.0f} MiB; {place}): {ratios}."
 
 
 def proof_lines(results: Path) -> str:
@@ -101,7 +103,7 @@ def proof_lines(results: Path) -> str:
         "killed": _killed,
     }
     paths = {name: results / f"proof-{name}.parquet" for name in sayings}
-    lines = [f"- {say(read_results(paths[name]))}" for name, say in sayings.items() if paths[name].is_file()]
+    lines = [f"- {say(read_unversioned(paths[name], 'make proof'))}" for name, say in sayings.items() if paths[name].is_file()]
     return (
         "\n".join(["That the text keeps the model's law (`make proof`, [notebook](notebooks/07_losslessness.ipynb)):", "", *lines])
         if lines

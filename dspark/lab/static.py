@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dspark.bench.prompts import data_dir
-from dspark.bench.results import read_results
+from dspark.bench.read import read_speed
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.figures import FATES, GREY
 
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         out = options.out or data_dir() / "figures" / "headline.svg"
-        figure = headline(read_results(options.results or data_dir() / "results" / HEADLINE))
+        figure = headline(read_speed(options.results or data_dir() / "results" / HEADLINE))
         out.parent.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context({"svg.hashsalt": "dspark"}):  # the same results give the same bytes
             figure.savefig(out, transparent=True, dpi=150, metadata={"Date": None} if out.suffix == ".svg" else None)
