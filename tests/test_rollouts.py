@@ -212,6 +212,7 @@ def test_policies_are_compared_on_the_same_tokens_and_by_the_traces_seconds(mode
     assert (frame.groupby("prompt_id")["tokens"].nunique() == 1).all()
     lines = policies.pooled(frame).set_index(["policy", "domain"])
     assert (lines.loc["plain", "tokens_per_round"] == 1).all() and (lines.loc["plain", "speedup"] == 1).all()
+    assert (lines.loc["plain", "draft_share"] == 0).all() and lines.loc["fixed:4", "draft_share"].between(0, 1, inclusive="neither").all()
     per_domain = [lines.loc[("fixed:4", domain), "tokens_per_second"] for domain in ("code", "chat")]
     assert lines.loc[("fixed:4", "all"), "tokens_per_second"] == pytest.approx((per_domain[0] * per_domain[1]) ** 0.5)
     told = policies.against_windows(lines.reset_index(), policies.ORACLE)

@@ -45,7 +45,8 @@ def policy_of(name: str) -> Callable[[StepTimes, int], Policy]:
 
 
 def replayed(traces: Traces, names: Iterable[str]) -> pd.DataFrame:
-    """Every policy on every trace: domain, prompt_id, policy, tokens (behind the first), rounds, seconds, drafted, checked, accepted."""
+    """Every policy on every trace: domain, prompt_id, policy, tokens (behind the first), rounds, seconds, draft_seconds (of them),
+    drafted, checked, accepted."""
     policies = {name: policy_of(name) for name in names}
     rows = []
     for about, trace in traces:
@@ -55,6 +56,7 @@ def replayed(traces: Traces, names: Iterable[str]) -> pd.DataFrame:
                 "tokens": sum(len(r.committed) for r in rounds),
                 "rounds": len(rounds),
                 "seconds": math.fsum(r.seconds for r in rounds),
+                "draft_seconds": math.fsum(r.draft_seconds for r in rounds),
                 "drafted": sum(len(r.draft_tokens) for r in rounds),
                 "checked": sum(r.verify_length for r in rounds),
                 "accepted": sum(r.accepted for r in rounds),
@@ -68,7 +70,7 @@ def pooled(frame: pd.DataFrame) -> pd.DataFrame:
 
     n: prompts · tokens_per_round: τ · tokens_per_second: in a domain all tokens over all seconds; for "all" the geometric mean of the
     domains · speedup: over "plain", NaN where that was not replayed · acceptance: accepted over checked drafts · checked, accepted: a
-    round.
+    round · draft_share: of the seconds.
     """
     rows = []
     for policy, part in frame.groupby("policy", sort=False):
@@ -82,7 +84,7 @@ def pooled(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _line(policy: str, domain: str, part: pd.DataFrame) -> Row:
-    total = part[["tokens", "rounds", "seconds", "drafted", "checked", "accepted"]].sum()
+    total = part[["tokens", "rounds", "seconds", "draft_seconds", "drafted", "checked", "accepted"]].sum()
     return {
         "policy": policy,
         "domain": domain,
@@ -93,6 +95,7 @@ def _line(policy: str, domain: str, part: pd.DataFrame) -> Row:
         "acceptance": total["accepted"] / total["checked"] if total["checked"] else math.nan,
         "checked": total["checked"] / total["rounds"] if total["rounds"] else math.nan,
         "accepted": total["accepted"] / total["rounds"] if total["rounds"] else math.nan,
+        "draft_share": total["draft_seconds"] / total["seconds"] if total["seconds"] else math.nan,
     }
 
 

@@ -48,6 +48,7 @@ def part(frames: Mapping[str, pd.DataFrame]) -> Part:
         macros += _decoded(frame, gains)
         tables["table-drafters"] = by_domain(gains, "tab:drafters")
         positions = pooled_positions(frame, [name for name in NAMES if name in set(frame["arm"])])
+        macros += _ends(positions)
         panels[f"counted while decoding, {frame['prompt_id'].nunique()} prompts"] = positions
     if spent is not None:
         medians = spent.groupby("drafter", sort=False)[["draft_ms", "head_ms", "verify_ms"]].median()
@@ -114,6 +115,14 @@ def _decoded(frame: pd.DataFrame, gains: pd.DataFrame) -> Iterator[Macro]:
             yield Macro(MEASURED, f"ComparedOver{name}Low", signed(line["low"]))
             yield Macro(MEASURED, f"ComparedOver{name}High", signed(line["high"]))
             yield Macro(MEASURED, f"ComparedOver{name}Verdict", verdict(line["low"], line["high"]))
+
+
+def _ends(positions: pd.DataFrame) -> Iterator[Macro]:
+    """Whether acceptance falls along the block, once all before it was right: its first and last position."""
+    lines = {drafter: line.sort_values("position")["acceptance"] for drafter, line in positions.groupby("drafter")}
+    told = {drafter: f"{number(line.iloc[0])} to {number(line.iloc[-1])}" for drafter in NAMES if (line := lines.get(drafter)) is not None}
+    yield Macro(SETTING, "ComparedPositions", integer(positions["position"].max()))
+    yield Macro(MEASURED, "ComparedEnds", _each(MEASURED, told), dressed=True)
 
 
 def signed(gain: float) -> str:

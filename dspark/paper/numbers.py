@@ -37,7 +37,6 @@ from dspark.proof.statistics import chi2_tail
 from dspark.train.losses import LossWeights
 
 Frames = Mapping[str, pd.DataFrame]  # name of the results file → its rows
-TIMED = ("speed-", "peers-")  # how the names of speed runs begin
 RUNS = {"Greedy": "speed-bfloat16-t0", "Sampled": "speed-bfloat16-t1"}  # the text speaks of these; other runs get a table
 PARTS = RUNS | {
     "Memory": "memory-bfloat16-t0",
@@ -54,6 +53,7 @@ PARTS = RUNS | {
     "HeldOut": drafters.HELD_OUT,
     "DraftTimes": drafters.TIMES,
 }
+DRAFT_SHARE = 0.15  # of T_plain: the goal for T_draft
 ROLES = ("Generate", "Mtp", "Block", "Copy", "Phrases")  # ways to decode that the text speaks of
 
 
@@ -62,7 +62,7 @@ def read_frames(results: Path) -> dict[str, pd.DataFrame]:
 
     Raises ValueError if there is none, or one is empty or of another schema version.
     """
-    several = (*TIMED, drafters.DECODED)
+    several = (*steps.TIMED, drafters.DECODED)
     paths = [
         path
         for path in sorted(results.glob("*.parquet"), key=lambda path: path.stem)
@@ -104,7 +104,7 @@ def flags(frames: Frames) -> dict[str, bool]:
 
 def more_runs(frames: Frames) -> list[str]:
     """Speed runs that the text does not speak of."""
-    return [name for name in frames if name.startswith(TIMED) and name not in RUNS.values()]
+    return [name for name in frames if name.startswith(steps.TIMED) and name not in RUNS.values()]
 
 
 def macros(frames: Frames, training: Mapping[str, object]) -> list[Macro]:
@@ -141,6 +141,7 @@ def _method() -> Iterator[Macro]:
     yield Macro(SETTING, "LossConfidence", f"{weights.confidence:g}")
     yield Macro(SETTING, "LossDecay", f"{weights.decay:g}")
     yield Macro(SETTING, "Level", percent(0.95))
+    yield Macro(SETTING, "DraftShareGoal", percent(DRAFT_SHARE))
     yield Macro(SETTING, "ContextRateLow", f"{RATES[2]:g}")
     yield Macro(SETTING, "ContextRateHigh", f"{RATES[LONGEST]:g}")
     yield Macro(SETTING, "ContextLongest", integer(LONGEST))
@@ -205,6 +206,7 @@ def _speed(run: str, frame: pd.DataFrame) -> Iterator[Macro]:
         yield Macro(MEASURED, f"{name}Place", place_in_range(whole["speedup"] - 1))
         yield Macro(MEASURED, f"{name}Tau", number(whole["tokens_per_round"]))
         yield Macro(MEASURED, f"{name}Draft", number(whole["draft_ms"], 1) + r"\,ms")
+        yield Macro(MEASURED, f"{name}DraftShare", percent(whole["draft_ms"] / whole["plain_ms"], 1))
         yield Macro(MEASURED, f"{name}Verify", number(whole["verify_ms"], 1) + r"\,ms")
         yield Macro(SIMULATED, f"{name}Speedup", times(predicted[(arm, ALL)]))
         if "Mtp" in present and role != "Mtp":

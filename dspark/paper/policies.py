@@ -42,6 +42,11 @@ def _macros(lines: pd.DataFrame, n: int, tokens: int, block_size: int) -> Iterat
     yield Macro(SIMULATED, "PolicyWorstWindow", code(single.idxmin()))
     yield Macro(SIMULATED, "PolicyBestWindowSpeedup", times(whole.loc[single.idxmax(), "speedup"]))
     yield Macro(SIMULATED, "PolicyOracleSpeedup", times(whole.loc[ORACLE, "speedup"]))
+    for name, mine, best in zip(("Drafting", "Checking"), _milliseconds(whole.loc[PREFIX]), _milliseconds(whole.loc[ORACLE]), strict=True):
+        yield Macro(SIMULATED, f"PolicyOracle{name}", number(mine - best, 1) + r"\,ms")
+    thresholds = whole[whole.index.str.startswith("confidence:")]["tokens_per_second"]
+    yield Macro(SIMULATED, "PolicyThreshold", code(thresholds.idxmax()))
+    yield Macro(SIMULATED, "PolicyThresholdSingle", percent(against_windows(lines, thresholds.idxmax())["single"], 1))
     for policy, name in NAMES.items():
         found, mine = against_windows(lines, policy), whole.loc[policy]
         yield Macro(SIMULATED, f"Policy{name}Speedup", times(mine["speedup"]))
@@ -53,6 +58,12 @@ def _macros(lines: pd.DataFrame, n: int, tokens: int, block_size: int) -> Iterat
         yield Macro(SIMULATED, f"Policy{name}LeastDomain", escaped(found["worst_domain"]))
         yield Macro(SIMULATED, f"Policy{name}Single", percent(found["single"], 1))
         yield Macro(SIMULATED, f"Policy{name}OverWorst", percent(mine["tokens_per_second"] / single.min(), 1))
+
+
+def _milliseconds(line: pd.Series) -> tuple[float, float]:
+    """Of a token: drafting, and all else."""
+    whole, share = 1e3 / line["tokens_per_second"], line["draft_share"]
+    return share * whole, (1 - share) * whole
 
 
 def table(lines: pd.DataFrame, n: int, place: str, label: str) -> str:

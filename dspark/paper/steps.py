@@ -17,6 +17,7 @@ from dspark.paper.part import Part
 from dspark.predict import break_even
 
 FILE = "sps-bfloat16"
+TIMED = ("speed-", "peers-")  # how the names of speed runs begin
 PLACE = ("target", "machine", "device", "dtype", "threads")  # step times foretell runs that agree in these
 SPEEDUPS = {"One": 1.0, "Low": 1 + published.RANGE[0], "High": 1 + published.RANGE[1]}
 
@@ -38,7 +39,7 @@ def foreseen(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         return pd.DataFrame()
     steps = frames[FILE]
     curve, place = curve_of(steps, int(steps["context"].min())), steps.iloc[0]
-    runs = (frame for name, frame in frames.items() if name.startswith("speed-"))
+    runs = (frame for name, frame in frames.items() if name.startswith(TIMED))
     checks = [check_predictions(run, curve) for run in runs if all(run.iloc[0][same] == place[same] for same in PLACE)]
     return pd.concat(checks) if checks else pd.DataFrame()
 

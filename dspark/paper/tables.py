@@ -42,17 +42,21 @@ def latency(runs: Mapping[str, pd.DataFrame], arms: Mapping[str, Sequence[str]],
         lines = with_prediction(frame)
         for arm in arms[run]:
             for _, line in lines[lines["arm"] == arm].iterrows():
-                values = [number(line["tokens_per_round"]), *(number(line[f"{name}_ms"], 1) for name in ("draft", "verify", "plain"))]
+                values = [
+                    number(line["tokens_per_round"]),
+                    *(number(line[f"{name}_ms"], 1) for name in ("plain", "draft", "verify", "model")),
+                ]
                 domain = "all" if line["domain"] == ALL else escaped(line["domain"])
                 measured = [styled(MEASURED, value) for value in (*values, times(line["speedup"]))]
                 rows.append([escaped(run.lower()), code(arm), domain, *measured, styled(SIMULATED, times(line["predicted"]))])
-    heads = ["run", "arm", "domain", r"$\tau$", r"$T_{\mathrm{draft}}$", r"$T_{\mathrm{verify}}$", r"$T_{\mathrm{plain}}$"]
+    heads = ["run", "arm", "domain", r"$\tau$", r"$T_{\mathrm{plain}}$", r"$T_{\mathrm{draft}}$", r"$T_{\mathrm{verify}}$", "sum"]
     about = (
-        r"Step times in milliseconds (medians over prompts), and speed-up as timed and as computed from "
+        r"Step times in milliseconds (medians over prompts; where most rounds look their drafts up, the median draft is a lookup), mean of "
+        r"their sum in a round, and speed-up as timed and as computed from $\tau$ and the means: "
         r"$\tau\,T_{\mathrm{plain}}/(T_{\mathrm{draft}}+T_{\mathrm{verify}})$."
     )
     domains = next(iter(runs.values()))["domain"].nunique() + 1
-    return floated(tabular("lllrrrrrr", [*heads, "timed", "computed"], rows, every=domains), about, label)
+    return floated(tabular("lllrrrrrrr", [*heads, "timed", "computed"], rows, every=domains), about, label)
 
 
 def published(label: str) -> str:
