@@ -13,7 +13,7 @@ from dspark.bench.stats import ALL, summarise
 from dspark.lab.static import caption
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-FOLD = "<details><summary>More: other temperatures and processors, memory, and that the text keeps the model's law</summary>"
+FOLD = "<details><summary>More: other temperatures and processors, peers, memory, and that the text keeps the model's law</summary>"
 MTP1 = "mtp1"
 PICTURE = "![Speed-up over plain decoding and tokens per round, by domain](data/figures/headline.svg)"
 
@@ -23,7 +23,7 @@ def results_block(data: Path) -> str:
 
     The picture and the first table are seen at once, the rest is folded.
     """
-    makers = {"speed": speed_markdown, "identity": identity_line, "memory": memory_line}
+    makers = {"speed": speed_markdown, "peers": speed_markdown, "identity": identity_line, "memory": memory_line}
     files = sorted((data / "results").glob("*.parquet"), key=lambda path: path.stem)
     parts = [make(read_speed(path)) for kind, make in makers.items() for path in files if path.stem.startswith(f"{kind}-")]
     first, *rest = [part for part in (*parts, proof_lines(data / "results")) if part] or [

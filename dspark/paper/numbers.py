@@ -99,7 +99,14 @@ def flags(frames: Frames) -> dict[str, bool]:
         result |= {run + role: role in present for role in ROLES}
     result["Speed"] = any(result[run] for run in RUNS)
     result["Block"] = any(result[f"{run}Block"] for run in RUNS)
-    return result | drafters.flags(frames) | shapes.flags(frames) | steps.flags(frames) | {"MoreRuns": bool(more_runs(frames))}
+    return (
+        result
+        | drafters.flags(frames)
+        | shapes.flags(frames)
+        | steps.flags(frames)
+        | policies.flags(frames)
+        | {"MoreRuns": bool(more_runs(frames))}
+    )
 
 
 def more_runs(frames: Frames) -> list[str]:

@@ -7,15 +7,27 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 
 from dspark.bench.policies import ALL, ORACLE, PREFIX, PRICED, against_windows, pooled, replayed, windows
-from dspark.paper.macros import SETTING, SIMULATED, Macro, code, escaped, integer, number, percent, styled, times
+from dspark.bench.stats import summarise
+from dspark.paper.macros import MEASURED, SETTING, SIMULATED, Macro, code, escaped, integer, number, percent, styled, times
 from dspark.paper.part import Part
 from dspark.paper.tables import floated, tabular
 from dspark.trace import traces_of
 
 FILE = "traces-test"
+PEERS = "peers-"  # how the names of runs begin in which all policies were timed
 OTHERS = ("mtp1", "adaptive", "confidence:0.1", "confidence:0.3", "confidence:0.5", PREFIX, PRICED, ORACLE)
 GOAL = 0.97  # of the tokens per second of the best fixed window of each domain
 NAMES = {PREFIX: "Prefix", PRICED: "Priced", "adaptive": "Adaptive"}  # policies whose verdict the text speaks
+
+
+def flags(frames: Mapping[str, pd.DataFrame]) -> dict[str, bool]:
+    return {"TimedPolicies": _peers(frames) is not None}
+
+
+def _peers(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame | None:
+    """A run in which fixed windows and the prefix scheduler were timed side by side."""
+    runs = (frame for name, frame in frames.items() if name.startswith(PEERS))
+    return next((run for run in runs if PREFIX in set(run["arm"]) and run["arm"].str.startswith("fixed:").any()), None)
 
 
 def part(frames: Mapping[str, pd.DataFrame]) -> Part:
@@ -28,7 +40,9 @@ def part(frames: Mapping[str, pd.DataFrame]) -> Part:
     n, tokens = len(traces), traces[0][1].about["max_new_tokens"]
     first = frames[FILE].iloc[0]
     place = f"{first['threads']} threads of {first['machine']}"
-    return Part((*_macros(lines, n, tokens, block_size),), {"table-policies": table(lines, n, place, "tab:policies")})
+    return Part(
+        (*_macros(lines, n, tokens, block_size), *_timed(_peers(frames))), {"table-policies": table(lines, n, place, "tab:policies")}
+    )
 
 
 def _macros(lines: pd.DataFrame, n: int, tokens: int, block_size: int) -> Iterator[Macro]:
@@ -58,6 +72,20 @@ def _macros(lines: pd.DataFrame, n: int, tokens: int, block_size: int) -> Iterat
         yield Macro(SIMULATED, f"Policy{name}LeastDomain", escaped(found["worst_domain"]))
         yield Macro(SIMULATED, f"Policy{name}Single", percent(found["single"], 1))
         yield Macro(SIMULATED, f"Policy{name}OverWorst", percent(mine["tokens_per_second"] / single.min(), 1))
+
+
+def _timed(run: pd.DataFrame | None) -> Iterator[Macro]:
+    """What the clock said of the prefix scheduler and the best fixed window of all domains together."""
+    if run is None:
+        return
+    lines = summarise(run, "plain").query("domain == @ALL").set_index("arm")["speedup"]
+    best = lines[lines.index.str.startswith("fixed:") & ~lines.index.str.contains("+", regex=False)].idxmax()
+    against = summarise(run, best).set_index(["arm", "domain"]).loc[(PREFIX, ALL)]
+    yield Macro(SETTING, "TimedPrompts", integer(run.iloc[0]["n"]))
+    yield Macro(MEASURED, "TimedWindow", code(best))
+    yield Macro(MEASURED, "TimedPrefix", times(against["speedup"]))
+    yield Macro(MEASURED, "TimedPrefixLow", number(against["low"]))
+    yield Macro(MEASURED, "TimedPrefixHigh", number(against["high"]))
 
 
 def _milliseconds(line: pd.Series) -> tuple[float, float]:
