@@ -62,7 +62,8 @@ class FeatureStore:
         head = self.target.head(self.target.model.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state).float()
         if (said - head).abs().max() > max(1e-3, 4 * torch.finfo(self.target.dtype).eps) * said.abs().max():
             raise ValueError(
-                f"{self.target.name} caps, scales or shifts its logits behind the head: a drafter would learn another law from it"
+                f"{self.target.name} caps, scales or shifts its logits behind the head, so a drafter would learn another law: "
+                "train for another target; ContextLookup(None, target=…) drafts for this one without training"
             )
 
     def __len__(self) -> int:
