@@ -20,11 +20,14 @@ demo: $(stamp)  ## decode with DSpark and plainly, show the text, the speedup an
 lab: $(stamp)  ## open the notebooks in JupyterLab
 	$(python) -m jupyter lab notebooks/00_start.ipynb
 
+# waiting threads give way to the other processes
+test test-notebooks: export OMP_WAIT_POLICY = PASSIVE
+
 test: $(stamp)  ## run the tests
 	$(python) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-notebooks: $(stamp)  ## run every notebook at its defaults, asserts included
-	OMP_WAIT_POLICY=PASSIVE $(python) -m pytest -q -n auto --maxprocesses 2 --dist loadfile $(nbval) notebooks  # waiting threads give way
+	$(python) -m pytest -q -n auto --maxprocesses 2 --dist loadfile $(nbval) notebooks
 
 test-browser: $(stamp)  ## open the live notebook in JupyterLab and Chromium and use it as a reader would
 	$(pip) install --quiet --retries 1 --timeout 15 -c constraints.txt playwright || true  # where it cannot be had, the test says that it was skipped

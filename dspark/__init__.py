@@ -12,6 +12,7 @@ One round, in the notation used everywhere:
 from dspark.checkpoint import load_drafter, save_drafter
 from dspark.decode import Output, Round, decode, generate
 from dspark.lookup import ContextLookup
+from dspark.predict import predict_speedup
 from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, PrefixScheduler
 from dspark.target import Target, load_target
 
@@ -31,5 +32,6 @@ __all__ = [
     "generate",
     "load_drafter",
     "load_target",
+    "predict_speedup",
     "save_drafter",
 ]

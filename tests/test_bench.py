@@ -23,6 +23,7 @@ from dspark.bench.arms import Models, parse_arm, parse_arms
 from dspark.bench.identity import beyond_rounding, check_identity, weigh
 from dspark.bench.measure import Settings, first_divergence, positions
 from dspark.bench.plan import Plan, rotated
+from dspark.bench.prompts import data_dir
 from dspark.bench.results import Ledger, read_results, write_results
 from dspark.bench.speed import measure_speed
 from dspark.bench.stats import acceptance_by_position, speedups, summarise
@@ -417,6 +418,14 @@ def test_the_command_measures_prints_and_shows_again(models, tmp_path, monkeypat
     assert "speed-up over generate" in shown and "2 test prompts" in shown and "1 threads" in shown and "greedy" in shown
     assert command.main(["show", out, "--baseline", "mtp2"]) == 2
     assert command.main(["show", str(tmp_path / "none.parquet")]) == 2
+
+
+def test_rewind_times_are_shown_and_files_of_other_commands_are_named(tmp_path, capsys):
+    results = data_dir() / "results"
+    assert command.main(["show", str(results / "rewind-bfloat16-t0.parquet")]) == 0
+    assert "8000 tokens of context" in capsys.readouterr().out
+    assert command.main(["show", str(results / "drafters-trained.parquet")]) == 2
+    assert "was not written by dspark.bench" in capsys.readouterr().err
 
 
 def test_a_run_without_a_place_is_kept_apart_from_committed_results_and_from_runs_with_other_options(models, tmp_path, monkeypatch, capsys):

@@ -16,6 +16,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
+    MambaConfig,
+    MambaForCausalLM,
     MaxLengthCriteria,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -45,6 +47,7 @@ SHAPE = {
     "pad_token_id": 0,
 }
 FAMILIES = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=4, n_head=4, initializer_range=0.4)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
     "gemma3": lambda: Gemma3ForCausalLM(
@@ -263,8 +266,8 @@ def test_a_model_that_also_sees_decodes_text_alone():
 
 
 def test_a_model_whose_cache_cannot_be_rewound_is_refused_and_left_as_it_was():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)).eval()
-    with pytest.raises(ValueError, match="GPT2LMHeadModel is no plain stack of attention layers"):
+    model = MambaForCausalLM(MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=2)).eval()
+    with pytest.raises(ValueError, match="MambaForCausalLM is no plain stack of attention layers"):
         model.generate(PROMPT, custom_generate=dspark_generate, do_sample=False, max_new_tokens=4)
     assert all(weight.requires_grad for weight in model.parameters())
 

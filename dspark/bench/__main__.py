@@ -15,9 +15,9 @@ from dspark.bench.identity import beyond_rounding, check_identity
 from dspark.bench.memory import measure_memory
 from dspark.bench.place import place
 from dspark.bench.plan import add_options, plan_of
-from dspark.bench.read import read_speed, read_unversioned
+from dspark.bench.results import read_rows
 from dspark.bench.rewind import measure_rewind, rewind_table
-from dspark.bench.speed import measure_speed
+from dspark.bench.speed import measure_speed, read_speed
 from dspark.bench.table import identity_table, memory_table, speed_table
 
 MODES = {
@@ -88,12 +88,14 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    frame = read_unversioned(options.file, "python -m dspark.bench")
-    if "schema_version" in frame:  # rewind times have none
-        frame = read_speed(options.file)
+    frame = read_rows(options.file, None, "python -m dspark.bench")
+    if "rewind_us" in frame:
+        print(rewind_table(frame))
+        return 0
     configuration = frame.attrs.get("configuration")
     if configuration is None:
         raise ValueError(f"{options.file} was not written by dspark.bench: choose a file of data/results")
+    frame = read_speed(options.file)
     print(_table(configuration["mode"], frame, options.baseline or configuration["baseline"]))
     return 0
 

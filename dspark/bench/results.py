@@ -137,8 +137,8 @@ def read_results(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} is not a Parquet file ({str(error).splitlines()[0]}): delete it and measure again") from error
 
 
-def read_rows(path: Path, schema_version: int, remedy: str) -> pd.DataFrame:
-    """A results file that a notebook is about to draw. remedy: the command that makes it.
+def read_rows(path: Path, schema_version: int | None, remedy: str) -> pd.DataFrame:
+    """A results file that is about to be drawn. schema_version: None for rows that carry none · remedy: the command that makes it.
 
     Raises ValueError for a missing or foreign file, one without rows, and one that another schema version wrote.
     """
@@ -149,7 +149,7 @@ def read_rows(path: Path, schema_version: int, remedy: str) -> pd.DataFrame:
     if frame.empty:
         raise ValueError(f"{path} has no rows: make it again with {remedy}")
     versions = sorted(set(frame["schema_version"])) if "schema_version" in frame else ["none"]
-    if versions != [schema_version]:
+    if schema_version is not None and versions != [schema_version]:
         found = ", ".join(map(str, versions))
         raise ValueError(f"{path} has schema version {found}, but this code reads {schema_version}: make it again with {remedy}")
     return frame

@@ -9,10 +9,12 @@ from statistics import median
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from dspark.bench.plan import Plan
 from dspark.bench.provenance import environment
 from dspark.bench.results import write_results
+from dspark.rewind import RewindCache
 from dspark.target import Target, load_target
 
 LENGTHS = (100, 1_000, 8_000)
@@ -30,26 +32,24 @@ def measure_rewind(plan: Plan, out: Path) -> pd.DataFrame:
 
 
 def rewind_microseconds(target: Target, context: int) -> dict[str, float]:
-    """Fill a cache of the target's shape with zeros, then extend by a block and rewind past it, again and again."""
-    text = target.config
-    heads = text.num_key_value_heads
-    width = getattr(text, "head_dim", None) or target.hidden_size // text.num_attention_heads
+    """Fill a cache of the target's shape with one token's keys and values, then extend by a block and rewind past it, again and again."""
     cache = target.new_cache()
     seconds = []
     with torch.inference_mode():
-        _extend(cache, torch.zeros(1, heads, context, width, dtype=target.dtype, device=target.device))
-        block = torch.zeros(1, heads, BLOCK, width, dtype=target.dtype, device=target.device)
+        target.forward(torch.zeros(1, 1, dtype=torch.long, device=target.device), cache)
+        token = [(layer.kv.keys[:, :, :1].clone(), layer.kv.values[:, :, :1].clone()) for layer in cache.layers]
+        _extend(cache, token, context - 1)
         for _ in range(REPEATS):
-            _extend(cache, block)
+            _extend(cache, token, BLOCK)
             start = time.perf_counter()
             cache.rewind(context)
             seconds.append(time.perf_counter() - start)
     return {"rewind_us": 1e6 * median(seconds), "rewind_p95_us": 1e6 * sorted(seconds)[int(0.95 * REPEATS)], "repeats": REPEATS}
 
 
-def _extend(cache: object, states: torch.Tensor) -> None:
-    for i in range(len(cache.layers)):
-        cache.update(states, states, i)
+def _extend(cache: RewindCache, token: list[tuple[Tensor, Tensor]], times: int) -> None:
+    for i, (keys, values) in enumerate(token):
+        cache.update(keys.expand(-1, -1, times, -1), values.expand(-1, -1, times, -1), i)
 
 
 def rewind_table(frame: pd.DataFrame) -> str:

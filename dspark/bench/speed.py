@@ -15,7 +15,7 @@ from dspark.bench.arms import Models
 from dspark.bench.measure import Decoder, Trial, first_divergence, summary
 from dspark.bench.plan import SCHEMA_VERSION, Plan, Unit, rotated
 from dspark.bench.provenance import drafter_columns, environment, peak_rss_mib
-from dspark.bench.results import Ledger, Row
+from dspark.bench.results import Ledger, Row, read_rows
 from dspark.target import Target
 
 
@@ -97,3 +97,8 @@ def constant_columns(plan: Plan, models: Models) -> dict[str, Row]:
     without = {"drafter": ""} | drafter_columns(None)
     with_drafter = {"drafter": plan.drafter_name} | drafter_columns(models.drafter)
     return {arm.name: (with_drafter if arm.trained else without) | chosen | ours | (stock if arm.peer else {}) for arm in plan.parsed_arms}
+
+
+def read_speed(path: Path) -> pd.DataFrame:
+    """Rows of a speed or memory run. Raises ValueError for a file that is missing, foreign, empty, or of another schema version."""
+    return read_rows(path, SCHEMA_VERSION, "python -m dspark.bench")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dspark import published
-from dspark.bench.read import read_speed
+from dspark.bench.speed import read_speed
 from dspark.bench.stats import acceptance_by_position, interval
 from dspark.draft import Drafter
 from dspark.lab.figures import FATES, GREY, dressed

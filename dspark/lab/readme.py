@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from dspark.bench.prompts import data_dir
-from dspark.bench.read import read_speed, read_unversioned
+from dspark.bench.results import read_rows
+from dspark.bench.speed import read_speed
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.static import caption
 
@@ -103,7 +104,7 @@ def proof_lines(results: Path) -> str:
         "killed": _killed,
     }
     paths = {name: results / f"proof-{name}.parquet" for name in sayings}
-    lines = [f"- {say(read_unversioned(paths[name], 'make proof'))}" for name, say in sayings.items() if paths[name].is_file()]
+    lines = [f"- {say(read_rows(paths[name], None, 'make proof'))}" for name, say in sayings.items() if paths[name].is_file()]
     return (
         "\n".join(["That the text keeps the model's law (`make proof`, [notebook](notebooks/07_losslessness.ipynb)):", "", *lines])
         if lines

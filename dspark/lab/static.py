@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dspark.bench.prompts import data_dir
-from dspark.bench.read import read_speed
+from dspark.bench.speed import read_speed
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.figures import FATES, GREY
 

@@ -59,7 +59,7 @@ class FeatureStore:
         if not token_ids.numel():
             return
         said = self.target.model(input_ids=token_ids, use_cache=False).logits.float()
-        head = self.target.head(self.target.model.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state).float()
+        head = self.target.head(self.target.decoder(input_ids=token_ids, use_cache=False).last_hidden_state).float()
         if (said - head).abs().max() > max(1e-3, 4 * torch.finfo(self.target.dtype).eps) * said.abs().max():
             raise ValueError(
                 f"{self.target.name} caps, scales or shifts its logits behind the head, so a drafter would learn another law: "
@@ -126,9 +126,8 @@ class FeatureStore:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _run(self, token_ids: Tensor, assistant: Tensor) -> dict[str, Tensor]:
-        decoder = self.target.model.get_decoder()
         with Taps(self.target, self.taps) as tapped:
-            final = decoder(input_ids=token_ids.to(self.target.device), use_cache=False).last_hidden_state
+            final = self.target.decoder(input_ids=token_ids.to(self.target.device), use_cache=False).last_hidden_state
         logsumexp = torch.full(token_ids.shape, torch.inf, device=final.device)  # where nobody asks: p = 0
         logsumexp[assistant] = self._logsumexp(final[assistant])
         return {"taps": tapped.joined().cpu(), "final": final.cpu(), "logsumexp": logsumexp.cpu()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ def drafter_for(
     seed: int = 0,
     **shape: object,
 ) -> Drafter:
-    """A fresh drafter shaped like the target's own layers. ``init_layers``: the target layers its layers start as copies of.
+    """A fresh drafter shaped like the target's own layers, where those are like its own. ``init_layers``: the target layers its
+    layers start as copies of.
 
     kind: DSpark's class or a baseline's · shape: any field of DrafterConfig.
     Raises ValueError if the target's layers have another layout than the drafter's.
@@ -41,18 +44,18 @@ def drafter_for(
         raise ValueError(f"init_layers {wrong} do not exist: {target.name} has layers 0 to {target.num_layers - 1}")
     text = target.config
     heads = text.num_attention_heads
-    rope = text.rope_parameters  # models with several kinds of layers have one for each
+    rope = getattr(text, "rope_parameters", None) or {}  # models with several kinds of layers have one for each
     config = DrafterConfig(
         **{
             "vocab_size": target.vocab_size,
             "hidden_size": target.hidden_size,
-            "intermediate_size": text.intermediate_size,
+            "intermediate_size": _number(text, "intermediate_size", 4 * target.hidden_size),
             "num_hidden_layers": len(init_layers) or 2,
             "num_attention_heads": heads,
-            "num_key_value_heads": text.num_key_value_heads,
-            "head_dim": getattr(text, "head_dim", None) or target.hidden_size // heads,
-            "rms_norm_eps": text.rms_norm_eps,
-            "rope_theta": rope.get("full_attention", rope)["rope_theta"],
+            "num_key_value_heads": _number(text, "num_key_value_heads", heads),
+            "head_dim": _number(text, "head_dim", target.hidden_size // heads),
+            "rms_norm_eps": _number(text, "rms_norm_eps", 1e-6),
+            "rope_theta": rope.get("full_attention", rope).get("rope_theta") or 10_000.0,
             "draft_vocab_size": None if d2t is None else len(d2t),
             **shape,
         }
@@ -70,6 +73,15 @@ def drafter_for(
     if init_layers:
         _start_from(drafter, target, init_layers)
     return drafter
+
+
+def _number(config: object, name: str, otherwise: float) -> float:
+    """A number of the target's config, of its last layer where each has its own; ``otherwise`` where it does not tell."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # what transformers raises for a number that differs from layer to layer
+        return otherwise
+    return (value[-1] if isinstance(value, Sequence) else value) or otherwise
 
 
 def _start_from(drafter: Drafter, target: Target, init_layers: tuple[int, ...]) -> None:

@@ -1,0 +1,133 @@
+"""Whose memory is keys and values can be a target, whatever its layers are called; every other model is refused before it is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from tiny import tiny_drafter
+from torch import nn
+
+import dspark
+from dspark.bench.rewind import rewind_microseconds
+from dspark.target import Target, load_target
+
+SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+MODERN = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.4} | ENDS
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+OLDER = {"vocab_size": 60, "n_embd": 32, "n_layer": 4, "n_head": 4, "initializer_range": 0.4} | ENDS
+PER_LAYER = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 60, "hidden_size_per_layer_input": 8}
+CHUNKS = {"layer_types": ["chunked_attention", "full_attention"] * 2, "attention_chunk_size": 8, "intermediate_size_mlp": 64}
+FAMILIES = {  # class and config class without their endings → the config
+    "GPT2LMHead": ("GPT2", OLDER),
+    "GPTJ": ("GPTJ", OLDER | {"rotary_dim": 4}),
+    "GPTNeoX": ("GPTNeoX", SIZES | ENDS | {"intermediate_size": 64, "initializer_range": 0.4}),
+    "Bloom": ("Bloom", {"vocab_size": 60, "hidden_size": 32, "n_layer": 4, "n_head": 4, "initializer_range": 0.4} | ENDS),
+    "Falcon": ("Falcon", SIZES | ENDS | {"initializer_range": 0.4}),
+    "OPT": ("OPT", SIZES | ENDS | {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.4}),
+    "Qwen3Moe": ("Qwen3Moe", MODERN | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "Llama4": ("Llama4Text", MODERN | CHUNKS | {"num_local_experts": 2, "num_experts_per_tok": 1}),
+    "Gemma2": ("Gemma2", MODERN | WINDOWS),
+    "Gemma3n": ("Gemma3nText", MODERN | WINDOWS | PER_LAYER | {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4}),
+    "Gemma4": ("Gemma4Text", MODERN | WINDOWS | PER_LAYER),
+}
+SHARED = ["Gemma3n", "Gemma4"]
+PROMPT = [5, 6, 7, 8, 5, 6, 7, 9, 5, 6]
+
+
+def model_of(family: str) -> nn.Module:
+    config, values = FAMILIES[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        kind = getattr(transformers, f"{family}Model" if family.endswith("Head") else f"{family}ForCausalLM")
+        model = kind(getattr(transformers, f"{config}Config")(**values)).eval()
+    model.generation_config.eos_token_id = None  # on to the last token
+    model.config.eos_token_id = None
+    return model
+
+
+def lookup_of(target: Target) -> dspark.ContextLookup:
+    return dspark.ContextLookup(None, target=target)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_what_generate_writes_with_copies_and_with_a_drafter(family: str) -> None:
+    model = model_of(family)
+    expected = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=40)[0, len(PROMPT) :].tolist()
+    target = Target(model, None, family)
+    outputs = [dspark.generate(target, source, PROMPT, max_new_tokens=40) for source in (lookup_of(target), tiny_drafter(target))]
+    assert [out.token_ids for out in outputs] == [expected] * 2
+    assert any(r.verify_length > r.accepted for out in outputs for r in out.rounds), "nothing was ever rejected"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_target_sees_the_same_behind_a_rewound_cache_and_has_the_same_taps(family: str) -> None:
+    target = Target(model_of(family), None, family)
+    text, cache = torch.randint(4, 60, (1, 30), generator=torch.Generator().manual_seed(0)), target.new_cache()
+    whole, taps = target.forward(text, None, (-1, 0, 2))
+    last, first_taps = target.forward(text[:, :20], cache, (-1, 0, 2), logits_to_keep=1)
+    target.forward(text[:, 3:12], cache)
+    cache.rewind(20)
+    rest, rest_taps = target.forward(text[:, 20:], cache, (-1, 0, 2))
+    assert torch.allclose(torch.cat([last, rest], 1), whole[:, 19:], atol=1e-4)
+    assert torch.allclose(torch.cat([first_taps, rest_taps], 1), taps, atol=1e-4)
+    assert taps.shape == (1, 30, 3 * target.hidden_size)
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_layers_that_read_the_keys_of_others_hold_none_of_their_own(family: str) -> None:
+    target = Target(model_of(family), None, family)
+    assert len(target.new_cache().layers) == 2 and target.num_layers == 4
+    assert rewind_microseconds(target, 20)["rewind_us"] > 0
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_tap_of_several_streams_is_the_models_own(layer: int) -> None:
+    target, streams = Target(model_of("Gemma3n"), None, "Gemma3n"), []
+    hook = target.layers[layer].register_forward_hook(lambda _m, _in, out: streams.append(out))
+    _, taps = target.forward(torch.tensor([PROMPT]), None, (layer,))
+    hook.remove()
+    assert streams[0].shape == (4, 1, len(PROMPT), 32)
+    assert torch.equal(taps, streams[0][target.config.altup_active_idx])
+
+
+def tiny(name: str, config: str, **values: object) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            return getattr(transformers, name)(getattr(transformers, config)(**values))
+
+    return make
+
+
+STEPS = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+REFUSED = {
+    "a state instead of a cache": (tiny("MambaForCausalLM", "MambaConfig", **(SIZES | {"num_hidden_layers": 2})), "cannot rewind"),
+    "linear attention in between": (tiny("Qwen3NextForCausalLM", "Qwen3NextConfig", **MODERN, **STEPS, **ROUTED), "cannot rewind"),
+    "convolutions in between": (
+        tiny("Lfm2ForCausalLM", "Lfm2Config", **{k: v for k, v in MODERN.items() if k != "head_dim"}, layer_types=["conv"] * 4),
+        "cannot rewind",
+    ),
+    "an encoder": (tiny("T5ForConditionalGeneration", "T5Config", vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=2), "encoder"),
+    "no head": (tiny("LlamaModel", "LlamaConfig", **MODERN), "AutoModelForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_model_that_cannot_be_a_target_is_refused_by_name_and_left_as_it_was(why: str) -> None:
+    make, said = REFUSED[why]
+    model = make().train()
+    with pytest.raises(ValueError, match=f"^{type(model).__name__} .*{said}") as error:
+        Target(model, None, "tiny")
+    assert "\n" not in str(error.value)
+    assert model.training and all(weight.requires_grad for weight in model.parameters())
+
+
+def test_loading_one_says_the_same(tmp_path) -> None:
+    make, said = REFUSED["a state instead of a cache"]
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path} holds no target: .*{said}"):
+        load_target(tmp_path)
