@@ -1,4 +1,4 @@
-"""Traces: what happened at every position of a text, kept in a file, so that panels and policies can be tried without a model.
+"""Traces: what happened at every position of a text, so that panels and policies can be tried without a model.
 
 A complete trace holds the whole block, drafted and checked by the target, at EVERY position of the greedy text. Any policy's run is
 a walk over some of these positions, so :mod:`dspark.replay` gives the very rounds that the policy would have made.
@@ -7,21 +7,15 @@ a walk over some of these positions, so :mod:`dspark.replay` gives the very roun
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
-from pathlib import Path
 from statistics import median
 
-import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from dspark.bench.provenance import drafter_digest
-from dspark.bench.results import Row, read_results, write_results
 from dspark.decode import DraftSource, Round, _Clock, rounds
 from dspark.lookup import COPIED
 from dspark.profile import SPSCurve, profile_sps
@@ -29,15 +23,8 @@ from dspark.sampling import Chance, Sampling
 from dspark.schedule import FixedWindow
 from dspark.target import Prompt, Target
 
-SCHEMA_VERSION = 1
-COMMAND = "python -m dspark.bench.traces"
-
-# Round's fields by how a column holds them: one number a round, or a list a round (laid end to end, with the lengths beside it).
 BROKEN = "\ufffd"  # what decoding shows where bytes of a character are missing
 LONGEST_CHARACTER = 4  # tokens: a byte each
-
-NUMBERS = ("anchor", "window", "verify_length", "accepted", "source", "draft_seconds", "verify_seconds", "seconds")
-LISTS = ("draft_tokens", "confidence", "committed", "target_probs_of_drafts", "draft_probs_of_drafts")
 
 
 @dataclass(frozen=True)
@@ -262,95 +249,3 @@ def _texts(target: Target, trace: Trace) -> dict[str, object]:
             if whole is not None:
                 characters[whole[0]] = whole[1]
     return {"pieces": pieces, "characters": [[list(group), text] for group, text in sorted(characters.items())]}
-
-
-# ---- files: one row a trace
-
-
-def trace_row(trace: Trace) -> Row:
-    """A trace as one row of a results file. Floats are kept in float32, which holds confidences and probabilities exactly."""
-    row: Row = {"schema_version": SCHEMA_VERSION, "about": json.dumps(trace.about)}
-    for name in NUMBERS:
-        values = [getattr(r, name) for r in trace.rounds]
-        row[name] = [-1 if value is None else value for value in values]  # the prefill has no anchor
-    for name in LISTS:
-        row[name] = [value for r in trace.rounds for value in getattr(r, name)]
-    for name in ("draft_tokens", "confidence", "committed"):
-        row[f"{name}_lengths"] = [len(getattr(r, name)) for r in trace.rounds]
-    return row
-
-
-def row_trace(row: Row) -> Trace:
-    """The trace in a row. Raises ValueError for a row of another schema version or one that is no trace."""
-    version = row.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"the trace has schema version {version}, but this code reads {SCHEMA_VERSION}: record it again")
-    try:
-        lengths = {"draft_tokens": row["draft_tokens_lengths"], "committed": row["committed_lengths"]}
-        lengths["draft_probs_of_drafts"] = lengths["draft_tokens"]
-        lengths["confidence"] = row.get("confidence_lengths", lengths["draft_tokens"])  # older files have one per draft
-        lengths |= {"target_probs_of_drafts": row["verify_length"]}
-        columns = {name: _cut(row[name], lengths[name]) for name in LISTS} | {name: list(row[name]) for name in NUMBERS}
-        about = json.loads(row["about"])
-    except KeyError as error:
-        raise ValueError(f"the row is no trace, it lacks {error}: pass a file written by dspark.trace") from None
-    columns["anchor"] = [None if anchor < 0 else int(anchor) for anchor in columns["anchor"]]
-    columns["survival"] = [tuple(torch.tensor(c).cumprod(-1).tolist()) for c in columns["confidence"]]
-    columns["index"] = range(len(columns["anchor"]))
-    names = [field.name for field in fields(Round)]
-    stream = tuple(Round(*(_plain(value) for value in values)) for values in zip(*(columns[name] for name in names), strict=True))
-    for name in ("draft_seconds", "verify_seconds", "pieces"):  # JSON has only string keys
-        about[name] = {int(key): value for key, value in about[name].items()}
-    return Trace(stream, about)
-
-
-def _cut(values: Sequence[float], lengths: Sequence[int]) -> list[tuple[float, ...]]:
-    ends = [0, *accumulate(int(n) for n in lengths)]
-    return [tuple(_plain(value) for value in values[a:b]) for a, b in pairwise(ends)]
-
-
-def _plain(value: object) -> object:
-    """numpy's scalars as Python's own."""
-    return value.item() if hasattr(value, "item") else value
-
-
-def traces_frame(rows: Iterable[Row]) -> pd.DataFrame:
-    """Rows of traces with the narrow column types of the file."""
-    frame = pd.DataFrame([{"confidence_lengths": row["draft_tokens_lengths"]} | row for row in rows])  # rows of an older run have none
-    kinds = {"source": "str", **dict.fromkeys(("confidence", "draft_probs_of_drafts", "target_probs_of_drafts"), "float32")}
-    kinds |= dict.fromkeys(("draft_seconds", "verify_seconds", "seconds"), "float32")
-    for name in (*NUMBERS, *LISTS, "draft_tokens_lengths", "confidence_lengths", "committed_lengths"):
-        if (kind := kinds.get(name, "int32")) != "str":
-            frame[name] = [np.array(values, dtype=kind) for values in frame[name]]
-    return frame
-
-
-def save_trace(trace: Trace, path: str | Path) -> None:
-    """One trace in a Parquet file, whole or not at all."""
-    write_results(traces_frame([trace_row(trace)]), Path(path))
-
-
-def load_traces(path: str | Path) -> list[tuple[Row, Trace]]:
-    """Every trace of a file with the other columns of its row (domain, prompt_id, …). Raises ValueError for a file that holds none."""
-    path = Path(path)
-    frame = read_results(path)
-    if frame.empty:
-        raise ValueError(f"{path} has no rows: record traces again with {COMMAND}")
-    try:
-        return traces_of(frame)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def traces_of(frame: pd.DataFrame) -> list[tuple[Row, Trace]]:
-    """Every trace in the rows of a file, with the row's other columns. Raises ValueError for rows that are none."""
-    kept = [name for name in frame.columns if name not in {*NUMBERS, *LISTS, "about"}]
-    return [({name: row[name] for name in kept}, row_trace(row)) for row in frame.to_dict("records")]
-
-
-def load_trace(path: str | Path) -> Trace:
-    """The one trace of a file. Raises ValueError for a missing or foreign file, another schema version, or several traces."""
-    found = load_traces(path)
-    if len(found) > 1:
-        raise ValueError(f"{path} holds {len(found)} traces: use load_traces")
-    return found[0][1]

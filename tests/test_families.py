@@ -106,6 +106,7 @@ STEPS = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_hea
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
 REFUSED = {
     "a state instead of a cache": (tiny("MambaForCausalLM", "MambaConfig", **(SIZES | {"num_hidden_layers": 2})), "cannot rewind"),
+    "recurrence alone": (tiny("RwkvForCausalLM", "RwkvConfig", vocab_size=60, hidden_size=32, num_hidden_layers=2), "cannot rewind"),
     "linear attention in between": (tiny("Qwen3NextForCausalLM", "Qwen3NextConfig", **MODERN, **STEPS, **ROUTED), "cannot rewind"),
     "convolutions in between": (
         tiny("Lfm2ForCausalLM", "Lfm2Config", **{k: v for k, v in MODERN.items() if k != "head_dim"}, layer_types=["conv"] * 4),

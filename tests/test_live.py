@@ -31,7 +31,8 @@ from dspark.lab.still import still
 from dspark.profile import SPSCurve
 from dspark.replay import replay
 from dspark.target import Target
-from dspark.trace import StepTimes, load_trace, record, save_trace, trace_row, traces_frame
+from dspark.trace import StepTimes, record
+from dspark.trace_file import load_trace, save_trace, trace_row, traces_frame
 
 SHORT = Request("An apple", max_new_tokens=12)
 TIMES = StepTimes({1: 1e-3, 8: 2e-3}, {1: 1e-2, 9: 2e-2}, 1e-5, 1e-4)

@@ -20,7 +20,8 @@ from dspark.lab.replaying import trace_decode
 from dspark.lookup import ContextLookup
 from dspark.replay import Oracle, replay
 from dspark.schedule import Policy
-from dspark.trace import StepTimes, Trace, from_rounds, load_trace, load_traces, record, row_trace, save_trace, trace_row, traces_frame
+from dspark.trace import StepTimes, Trace, from_rounds, record
+from dspark.trace_file import load_trace, load_traces, row_trace, save_trace, trace_row, traces_frame
 
 TIMES = StepTimes({n: 1e-3 + 1e-4 * n for n in range(9)}, {n: 1e-2 + 1e-3 * n for n in range(1, 10)}, 1e-5, 1e-4)
 PROMPT = [5, 6, 7]

@@ -15,7 +15,7 @@ from dspark.schedule import Autoregressive, ConfidenceThreshold, Policy, PrefixS
 from dspark.trace import StepTimes, Trace
 
 Row = dict[str, object]
-Traces = Sequence[tuple[Row, Trace]]  # as dspark.trace.load_traces gives them
+Traces = Sequence[tuple[Row, Trace]]  # as dspark.trace_file.load_traces gives them
 ORACLE, PREFIX, PRICED = "oracle", "prefix", "prefix, draft priced"
 ALL = "all"
 

@@ -27,7 +27,8 @@ from dspark.lookup import ContextLookup
 from dspark.profile import sps_curve
 from dspark.schedule import FixedWindow
 from dspark.target import Target
-from dspark.trace import Trace, from_rounds, save_trace
+from dspark.trace import Trace, from_rounds
+from dspark.trace_file import save_trace
 
 EXAMPLES = (
     "Write a Python class for a bank account with deposit, withdraw and balance methods.",

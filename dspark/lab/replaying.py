@@ -20,7 +20,8 @@ from dspark.lab.session import one_sentence
 from dspark.lab.text import Tally, numbers, remembered, streaming_text, tally
 from dspark.replay import replay
 from dspark.schedule import Autoregressive
-from dspark.trace import LONGEST_CHARACTER, Trace, load_traces, save_trace
+from dspark.trace import LONGEST_CHARACTER, Trace
+from dspark.trace_file import load_traces, save_trace
 
 
 def sample_traces() -> Path:

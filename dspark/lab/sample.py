@@ -17,7 +17,8 @@ from dspark.lab.replaying import sample_traces
 from dspark.lab.still import still
 from dspark.lookup import ContextLookup
 from dspark.target import load_target
-from dspark.trace import load_trace, record, save_trace
+from dspark.trace import record
+from dspark.trace_file import load_trace, save_trace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from dspark.bench.stats import summarise
 from dspark.paper.macros import MEASURED, SETTING, SIMULATED, Macro, code, escaped, integer, number, percent, styled, times
 from dspark.paper.part import Part
 from dspark.paper.tables import floated, tabular
-from dspark.trace import traces_of
+from dspark.trace_file import traces_of
 
 FILE = "traces-test"
 PEERS = "peers-"  # how the names of runs begin in which all policies were timed
