@@ -57,7 +57,9 @@ class Trainer:
 
     def __init__(self, target: Target, drafter: Drafter, store: FeatureStore, config: TrainConfig, folder: Path) -> None:
         if len(store) <= config.validation_shards:
-            raise ValueError(f"the corpus has {len(store)} shards, {config.validation_shards} of them held out: nothing to train on")
+            held = config.validation_shards * store.shard_rows
+            found = f"the corpus has {len(store.corpus)} rows, of which the last {min(held, len(store.corpus))} are held out"
+            raise ValueError(f"{found}, so nothing is left to train on: make more than {held} rows")
         self.target, self.store, self.config, self.folder = target, store, config, folder
         self.drafter = drafter.float().attach(target)
         self.optimizer = torch.optim.AdamW(self.drafter.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
