@@ -283,5 +283,5 @@ def test_training_does_not_compute_in_what_the_cpu_has_no_kernels_for(
 def test_a_corpus_that_is_held_out_entirely_is_refused_with_its_size(tmp_path: Path) -> None:
     target = tiny_target()
     store = FeatureStore(target, corpus(rows=3), (0, 2), shard_rows=4)
-    with pytest.raises(ValueError, match="3 rows, of which the last 3 are held out.*make more than 4 rows"):
+    with pytest.raises(ValueError, match=r"3 rows, of which the last 3 are held out.*make more than 4 rows"):
         Trainer(target, tiny_drafter(target), store, TrainConfig(steps=1), tmp_path)

@@ -34,7 +34,7 @@ PREPARED = (  # what the tests import, beside the package itself
 
 
 class Recorder:
-    """A pytest plugin that keeps what failed, while running and while collecting."""
+    """A pytest plugin that keeps what failed, while running and while collecting. Behind a case that failed the others are left out."""
 
     def __init__(self) -> None:
         self.passed = 0
@@ -44,6 +44,10 @@ class Recorder:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.broken.append(f"{report.nodeid} cannot be collected: {str(report.longrepr).splitlines()[-1]}")
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if item.nodeid.split("[")[0] in {failed.split("[")[0] for failed in self.failed}:
+            pytest.skip("another case of it has failed, which is enough")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
