@@ -105,9 +105,12 @@ def test_a_record_outlives_its_weights_among_drafters_that_were_trained_alike(
         shutil.rmtree(tmp_path / "out" / name)
     call(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
     assert read_results(records)["drafter"].tolist() == MAIN and read_results(records)["recipe"].nunique() == 1
-    other = tmp_path / "other"
-    call(monkeypatch, *arguments, "--only", "eagle", "--stages", "train", "--steps", "2", "--out", str(other))
-    assert read_results(records)["drafter"].tolist() == ["eagle"], "of another recipe"
+    before, another = records.read_bytes(), ["--only", "eagle", "--stages", "train", "--steps", "2", "--out", str(tmp_path / "other")]
+    assert f"{records} holds drafters of another recipe: choose another --results" in refused(monkeypatch, *arguments, *another)
+    assert records.read_bytes() == before and not (tmp_path / "other").exists(), "before anything is trained"
+    elsewhere = tmp_path / "other" / "results"
+    call(monkeypatch, *[word for word in arguments if word not in ("--results", str(records.parent))], *another)
+    assert read_results(elsewhere / "drafters-trained.parquet")["drafter"].tolist() == ["eagle"], "by default beside the drafters"
 
 
 def test_records_never_replace_a_file_that_holds_something_else(
@@ -119,7 +122,7 @@ def test_records_never_replace_a_file_that_holds_something_else(
     before = records.read_bytes()
     message = refused(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
     assert str(records) in message and "'corpus_sha256'" in message and "--results" in message
-    assert records.read_bytes() == before and (tmp_path / "out" / "dflash" / "model.safetensors").is_file()
+    assert records.read_bytes() == before and not (tmp_path / "out").exists(), "before anything is trained"
 
 
 def test_a_training_stopped_in_the_middle_ends_as_if_it_had_not_been(
@@ -188,8 +191,11 @@ def test_a_misspelt_option_is_refused_before_anything_loads(
     assert named in message and "\n" not in message
 
 
-def test_a_drafter_of_another_recipe_is_not_taken_for_a_finished_one(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drafter_of_another_recipe_is_not_taken_for_a_finished_one(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     call(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
+    shutil.rmtree(tmp_path / "results")
     assert "another --out" in refused(monkeypatch, *arguments, "--only", "dflash", "--steps", "4")
     assert "another target, recipe or corpus" in refused(monkeypatch, *arguments, "--only", "dflash", "--lr", "0.5")
 

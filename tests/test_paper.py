@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from dspark.bench.results import read_results, write_results
+from dspark.bench.stats import summarise
 from dspark.paper import __main__ as command
-from dspark.paper import build, drafters, figures, latency, macros, numbers, quoted, steps, tables, text
+from dspark.paper import build, drafters, figures, latency, macros, numbers, quoted, shapes, steps, tables, text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER, DATA = ROOT / "paper", ROOT / "data"
@@ -333,9 +334,49 @@ def test_files_of_earlier_results_do_not_stay(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.tex": b"3"}
 
 
-@pytest.mark.parametrize(("gain", "place"), [(0.569, "below"), (0.57, "inside"), (0.85, "inside"), (0.851, "above"), (-0.5, "below")])
-def test_a_gain_is_placed_against_the_published_range(gain, place):
-    assert numbers.place_in_range(gain) == place
+PLACES = {
+    (-0.5, 0.569): "below",
+    (0.5, 0.57): "across the lower end of",
+    (0.57, 0.85): "inside",
+    (0.6, 0.86): "across the upper end of",
+    (0.5, 0.9): "across all of",
+    (0.851, 1.0): "above",
+}
+
+
+@pytest.mark.parametrize("interval", PLACES)
+def test_a_gain_is_placed_against_the_published_range_by_its_interval(interval):
+    assert numbers.place_in_range(*interval) == PLACES[interval]
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ([0.01, 0.02, 0.04], "grows"),
+        ([0.01, 0.05, 0.04], "grows, but for one step,"),
+        ([0.04, 0.01], "does not grow throughout"),
+        ([0.01, 0.05, 0.02, 0.04, 0.03], "does not grow throughout"),
+    ],
+)
+def test_a_gap_over_block_sizes_is_told_step_by_step(gains, verdict):
+    both = pd.DataFrame({"dspark": 1 + np.array(gains), "dflash": 1.0}, index=range(2, 2 + len(gains)))
+    assert [m.text for m in shapes._blocks(both) if m.name == "ShapeBlockVerdict"] == [verdict]
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(0.006, "as much"), (-0.006, "as much"), (0.02, "more"), (-0.02, "less")])
+def test_a_percent_between_two_drafters_is_no_verdict(gain, verdict):
+    assert shapes._verdict(gain) == verdict
+
+
+def test_the_gain_over_mtp1_on_a_second_machine_is_told_where_both_runs_are_there(copied):
+    frames = numbers.read_frames(copied / "data" / "results")
+    assert numbers.flags(frames)["Second"]
+    told = {m.name: m.text for m in numbers._second(numbers.second_machine(frames))}
+    of_sampled = summarise(frames["speed-bfloat16-t1-avx2"], "mtp1").set_index(["arm", "domain"]).loc[("fixed:5", "all")]
+    assert told["SecondSampledOverMtp"] == macros.times(of_sampled["speedup"]) and "AVX2" in told["SecondPlace"]
+    assert told["SecondGreedyOverMtp"] != told["SecondSampledOverMtp"]
+    del frames["speed-bfloat16-t1-avx2"]
+    assert not numbers.flags(frames)["Second"]
 
 
 def test_where_nothing_but_the_models_takes_time_the_computed_speedup_is_the_timed_one():

@@ -86,6 +86,7 @@ def _timed(run: pd.DataFrame | None) -> Iterator[Macro]:
     yield Macro(MEASURED, "TimedPrefix", times(against["speedup"]))
     yield Macro(MEASURED, "TimedPrefixLow", number(against["low"]))
     yield Macro(MEASURED, "TimedPrefixHigh", number(against["high"]))
+    yield Macro(MEASURED, "TimedPrefixSpeedup", times(lines[PREFIX]))
 
 
 def _milliseconds(line: pd.Series) -> tuple[float, float]:

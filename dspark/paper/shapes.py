@@ -16,6 +16,7 @@ from dspark.paper.part import Part
 
 HEADS = {"dspark": "vanilla", "gated": "gated", "rnn": "RNN"}  # drafter → what its sequential head is called
 FIGURE = "figure-shapes"
+LITTLE = 0.01  # of τ
 
 
 def flags(frames: Mapping[str, pd.DataFrame]) -> dict[str, bool]:
@@ -55,7 +56,12 @@ def _depth(both: pd.DataFrame) -> Iterator[Macro]:
     yield Macro(MEASURED, "ShapeShallowDspark", number(both.loc[least, "dspark"]))
     yield Macro(MEASURED, "ShapeDeepDflash", number(both.loc[most, "dflash"]))
     yield Macro(MEASURED, "ShapeDeepDspark", number(both.loc[most, "dspark"]))
-    yield Macro(MEASURED, "ShapeDepthVerdict", "more" if both.loc[least, "dspark"] > both.loc[most, "dflash"] else "not more")
+    yield Macro(MEASURED, "ShapeDepthVerdict", _verdict(both.loc[least, "dspark"] / both.loc[most, "dflash"] - 1))
+
+
+def _verdict(gain: float) -> str:
+    """In words, of one drafter each: a percent is little where a repetition was not tried."""
+    return "as much" if abs(gain) < LITTLE else "more" if gain > 0 else "less"
 
 
 def _blocks(both: pd.DataFrame) -> Iterator[Macro]:
@@ -64,7 +70,9 @@ def _blocks(both: pd.DataFrame) -> Iterator[Macro]:
     yield Macro(SETTING, "ShapeLargestBlock", integer(most))
     yield Macro(MEASURED, "ShapeSmallestGain", percent(gain[least], 1))
     yield Macro(MEASURED, "ShapeLargestGain", percent(gain[most], 1))
-    yield Macro(MEASURED, "ShapeBlockVerdict", "grows" if gain.is_monotonic_increasing else "does not grow throughout")
+    falls, grown = int((gain.diff() < 0).sum()), gain[most] > gain[least]
+    verdict = "grows" if not falls else "grows, but for one step," if grown and falls == 1 else "does not grow throughout"
+    yield Macro(MEASURED, "ShapeBlockVerdict", verdict)
 
 
 def figure(trained: pd.DataFrame) -> Figure:

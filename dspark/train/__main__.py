@@ -13,7 +13,7 @@ import torch
 
 from dspark.bench.plan import Plan
 from dspark.bench.provenance import drafter_digest
-from dspark.checkpoint import data_dir, load_drafter
+from dspark.checkpoint import load_drafter
 from dspark.draft import Drafter
 from dspark.fetch import cache_dir
 from dspark.packed import has_bfloat16_kernels
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", parents=[common], help="train several kinds of drafter alike and decode with them; resumes")
     compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the drafters, one folder each")
-    compare.add_argument("--results", type=Path, help="folder of the measurements; default data/results")
+    compare.add_argument("--results", type=Path, help="folder of the measurements; default a folder in --out")
     compare.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
     compare.add_argument("--only", default="main", help="drafters or groups of them: all, main, heads, block, layers, dspark-block8, …")
     compare.add_argument(
@@ -153,8 +153,10 @@ def compare_drafters(args: argparse.Namespace) -> None:
     recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
     decoding = {name: getattr(args, name) for name in ("target", "dtype", "device", "seed", *DECODING)}
     plan = Plan(arms="fixed", baseline="fixed", **decoding)  # made now: a wrong option must not wait for the training
-    results = args.results or data_dir() / "results"
+    results = args.results or args.out / "results"
     bare = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
+    if stages != ["time"]:
+        compare.check_records(results / "drafters-trained.parquet", bare, recipe, args.corpus)
     if "train" in stages:
         compare.train_all(bare, variants, recipe, args.corpus, args.out, args.features)
     if stages != ["time"]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -47,8 +47,7 @@ def train_all(target: Target, variants: Sequence[Variant], recipe: Recipe, corpu
     """
     whole = load_corpus(corpus_path)
     corpus, d2t = recipe.text(whole), recipe.vocabulary(whole, target)
-    sha = hashlib.sha256(corpus_path.read_bytes()).hexdigest()[:16]
-    wanted = {"recipe": asdict(recipe), "corpus": {"rows": len(whole), "sha256": sha}}
+    wanted = {"recipe": asdict(recipe), "corpus": {"rows": len(whole), "sha256": _sha(corpus_path)}}
     for variant in variants:
         folder = out / variant.name
         if not _finished(folder, wanted, target):
@@ -70,9 +69,9 @@ def _finished(folder: Path, wanted: dict[str, object], target: Target) -> bool:
 
 def trained_rows(folder: Path, out: Path) -> pd.DataFrame:
     """One row per finished drafter in ``folder``, from what its config.json tells: shape, steps, held-out loss, τ and acceptance
-    by position. Written to ``out`` anew each time, as nothing is measured here; rows that ``out`` has of other drafters stay if
-    target, corpus and recipe are these, as their weights need not be kept. Raises ValueError if no drafter is finished or ``out`` holds
-    something else."""
+    by position. Written to ``out`` anew each time, as nothing is measured here; rows that ``out`` has of other drafters stay, as their
+    weights need not be kept. Raises ValueError if no drafter is finished, or ``out`` holds something else or drafters of another target,
+    corpus or recipe."""
     rows = []
     for name, variant in VARIANTS.items():
         if not (folder / name / CONFIG).is_file():
@@ -96,11 +95,29 @@ def trained_rows(folder: Path, out: Path) -> pd.DataFrame:
 
 def _with_others(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
     """``frame`` and what ``out`` has of drafters that were trained like these, in the order of VARIANTS."""
-    earlier, alike = read_results(out), ["target_digest", "corpus_sha256", "recipe"]
-    if missing := {"drafter", *alike} - set(earlier):
-        raise ValueError(f"{out} holds no training records (no column {min(missing)!r}): delete it, or choose another --results")
-    others = earlier[earlier["drafter"].isin(VARIANTS.keys() - set(frame["drafter"]))].merge(frame[alike].drop_duplicates(), on=alike)
+    earlier = _alike(out, frame.iloc[0])
+    others = earlier[earlier["drafter"].isin(VARIANTS.keys() - set(frame["drafter"]))]
     return pd.concat([frame, others]).sort_values("drafter", key=lambda names: names.map(list(VARIANTS).index), ignore_index=True)
+
+
+def check_records(out: Path, target: Target, recipe: Recipe, corpus_path: Path) -> None:
+    """Raises ValueError, before anything is trained, where :func:`trained_rows` could not add to what ``out`` holds."""
+    if out.is_file():
+        _alike(out, {"target_digest": target.digest, "corpus_sha256": _sha(corpus_path), "recipe": json.dumps(asdict(recipe))})
+
+
+def _alike(out: Path, wanted: Mapping[str, object]) -> pd.DataFrame:
+    """The records in ``out``. Raises ValueError unless all of them are of this target, corpus and recipe."""
+    earlier, names = read_results(out), ["target_digest", "corpus_sha256", "recipe"]
+    if missing := {"drafter", *names} - set(earlier):
+        raise ValueError(f"{out} holds no training records (no column {min(missing)!r}): delete it, or choose another --results")
+    if other := next((name for name in names if (earlier[name] != wanted[name]).any()), None):
+        raise ValueError(f"{out} holds drafters of another {other}: choose another --results, or delete it")
+    return earlier
+
+
+def _sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def decode_all(target: Target, folders: dict[str, Path], results: Path, plan: Plan) -> None:
