@@ -341,13 +341,13 @@ def test_block_says_how_many_texts_are_equal_and_what_memory_it_takes(tmp_path):
     peaks = {"plain": (400.0, 300.0), "fixed:5": (480.0, 330.0)}
     memory = [{"arm": arm, "baseline": "plain", "peak_rss_mib": a, "decode_peak_mib": b} for arm, (a, b) in peaks.items()]
     place = {"schema_version": SCHEMA_VERSION, "threads": 2, "machine": "a machine", "device": "cpu"}
-    texts, memory = (pd.DataFrame(rows).assign(**place) for rows in (texts, memory))
+    texts, memory = (pd.DataFrame(rows).assign(n=3, **place) for rows in (texts, memory))
     write_results(texts, tmp_path / "results" / "identity-float32-t0.parquet")
     write_results(memory, tmp_path / "results" / "memory-bfloat16-t0.parquet")
     equal, fold, peak, end = readme.results_block(tmp_path).split("\n\n")
     assert fold == readme.FOLD and end == "</details>"
     assert "in 4 of 6 cases (3 prompts × 2 ways to decode)" in equal
-    assert peak == "Peak memory against `plain` (300 MiB; 2 threads of a machine): `fixed:5` 1.10×."
+    assert peak == "Peak memory against `plain` (300 MiB; n = 3 prompts a domain; 2 threads of a machine): `fixed:5` 1.10×."
     assert "`fixed:5` 1.20×" in readme.memory_line(memory.assign(decode_peak_mib=np.nan))
 
 

@@ -31,7 +31,8 @@ def run_of(taus: dict[str, float], other_ms: float = 0.0) -> pd.DataFrame:
                 tokens = 100 + sum(counts[1])
                 seconds = 100 * ms / 1e3
                 row = {"arm": arm, "rounds": 100, "decoded_tokens": tokens, "checked": 300 if counts[0] else 0, "accepted": sum(counts[1])}
-                row |= {"reached_at": counts[0], "accepted_at": counts[1], "seconds": seconds, "model_seconds": seconds}
+                inside = seconds - 100 * (other_ms if counts[0] else 0) / 1e3
+                row |= {"reached_at": counts[0], "accepted_at": counts[1], "seconds": seconds, "model_seconds": inside}
                 row |= {"latency_ms": 1e3 * seconds / tokens, "round_ms": ms, "tokens_per_round": tokens / 100}
                 row |= {"draft_ms": DRAFT_MS if counts[0] else math.nan, "verify_ms": VERIFY_MS if counts[0] else PLAIN_MS}
                 rows.append(about | row)
@@ -49,8 +50,17 @@ def test_a_run_that_obeys_the_law_is_predicted_exactly():
 
 
 def test_time_outside_the_models_shows_as_an_error_of_the_prediction():
-    checked = check_predictions(run_of({"code": 2.0}, other_ms=8.0))
+    frame = run_of({"code": 2.0}, other_ms=8.0)
+    checked, points = check_predictions(frame), explained(frame)
     assert checked["error"].iloc[0] == pytest.approx(48 / 40 - 1) and not checked["within"].any()
+    assert (points["predicted"] / points["speedup"]).tolist() == pytest.approx([48 / 40] * 4)
+
+
+def test_where_most_drafts_are_looked_up_their_median_time_predicts_nothing_and_the_mean_does():
+    frame = run_of({"code": 2.0, "chat": 1.4})
+    frame.loc[frame["arm"] == "fixed:3", "draft_ms"] = 0.1
+    points = explained(frame)
+    assert points["predicted"].to_numpy() == pytest.approx(points["speedup"].to_numpy())
 
 
 def test_a_curve_from_elsewhere_is_used_where_it_is_given():

@@ -1,7 +1,7 @@
 """Why an arm is as fast as it is: τ, draft length, acceptance and the models' times, put together by L = (T_draft + T_verify) / τ.
 
-Pure functions of a speed frame. The times are medians over the whole run, three numbers for each arm; what differs between
-prompts and domains is how many drafts survive. So a prediction that hits says that the speed-up IS its acceptance.
+Pure functions of a speed frame. The times are means over the whole run, one number for each arm; what differs between prompts and
+domains is how many drafts survive. So a prediction that hits says that the speed-up IS its acceptance.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ def explained(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per arm of our loop, domain and prompt; the plain arm is what they are compared with.
 
     draft_length: drafts checked per round · acceptance: of those, accepted · tokens_per_round: τ · predicted: τ · T_plain /
-    (T_draft + T_verify), times the run's medians · speedup: measured, latency per token of plain over that of the arm.
+    (T_draft + T_verify), means over all rounds of the arm, as no median stands for rounds that draft and rounds that look drafts up ·
+    speedup: measured, latency per token of plain over that of the arm.
     Raises ValueError if plain was not measured.
     """
     measured = speedups(frame, PLAIN).set_index(["arm", "prompt_id"])["speedup"]
-    plain_ms = frame.loc[frame["arm"] == PLAIN, "verify_ms"].median()
+    plain = _seconds_per_round(frame[frame["arm"] == PLAIN])
     result = []
     ours = frame[(frame["arm"] != PLAIN) & (frame["checked"] > 0)]
     for arm, of_arm in ours.groupby("arm", sort=False):
-        draft_ms, verify_ms = of_arm["draft_ms"].median(), of_arm["verify_ms"].median()
+        seconds = _seconds_per_round(of_arm)
         for (domain, prompt), part in of_arm.groupby(["domain", "prompt_id"], sort=False):
             tokens, rounds, checked, accepted = (part[name].sum() for name in ("decoded_tokens", "rounds", "checked", "accepted"))
             result.append(
@@ -44,12 +45,17 @@ def explained(frame: pd.DataFrame) -> pd.DataFrame:
                     "draft_length": checked / rounds,
                     "acceptance": accepted / checked,
                     "tokens_per_round": tokens / rounds,
-                    "predicted": tokens / rounds * plain_ms / (draft_ms + verify_ms),
+                    "predicted": tokens / rounds * plain / seconds,
                     "speedup": measured.get((arm, prompt), math.nan),
                 }
             )
     names = ["arm", "domain", "prompt_id", "theme", "draft_length", "acceptance", "tokens_per_round", "predicted", "speedup"]
     return pd.DataFrame(result, columns=names).dropna(subset="speedup").reset_index(drop=True)
+
+
+def _seconds_per_round(frame: pd.DataFrame) -> float:
+    """T_draft + T_verify, the mean of all rounds; NaN where the models were not timed."""
+    return frame["model_seconds"].sum(min_count=1) / frame["rounds"].sum()
 
 
 def summary_by_domain(frame: pd.DataFrame) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from dspark.bench.results import read_rows
 from dspark.bench.speed import read_speed
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.static import caption
+from dspark.proof.sampled import ALL_PROMPTS
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 FOLD = "<details><summary>More: other temperatures and processors, peers, memory, and that the text keeps the model's law</summary>"
@@ -90,7 +91,8 @@ def memory_line(frame: pd.DataFrame) -> str:
     ratios = ", ".join(f"`{arm}` {peak / peaks[baseline]:.2f}×" for arm, peak in peaks.items() if arm != baseline)
     first = frame.iloc[0]
     place = f"{first['threads']} threads of {first['machine']}" if first["device"] == "cpu" else str(first["device"])
-    return f"Peak memory against `{baseline}` ({peaks[baseline]:.0f} MiB; {place}): {ratios}."
+    prompts = f"n = {first['n']} {'prompt' if first['n'] == 1 else 'prompts'} a domain"
+    return f"Peak memory against `{baseline}` ({peaks[baseline]:.0f} MiB; {prompts}; {place}): {ratios}."
 
 
 def proof_lines(results: Path) -> str:
@@ -118,10 +120,13 @@ def _enumerated(frame: pd.DataFrame) -> str:
 
 
 def _sampled(frame: pd.DataFrame) -> str:
-    most = frame.loc[frame["n"].idxmax()]
+    most, whole = frame.loc[frame["n"].idxmax()], frame["every_block_run"].sum()
+    prompts = frame.loc[frame["prompt"] != ALL_PROMPTS, "prompt"].nunique()
     return (
-        f"the shipped model, {len(frame)} χ² tests of {frame['n'].min():,} to {most['n']:,} draws: smallest p after Holm's correction "
-        f"{frame['p_adjusted'].min():.2g}; with the most draws a total variation of {most['detectable_tv']:.2g} is caught with power 0.9"
+        f"the shipped model, {prompts} prompts, {len(frame)} χ² tests of {frame['n'].min():,} to {most['n']:,} draws, {whole} of them with "
+        "every block run through target and cache, the others with their rows remembered: smallest p after Holm's correction "
+        f"{frame['p_adjusted'].min():.2g}; with the most draws a total variation of "
+        f"{most['detectable_tv']:.2g} is caught with power 0.9"
     )
 
 

@@ -84,7 +84,7 @@ def _numbers(rows: pd.DataFrame) -> list[tuple]:
 
 
 def law(frame: pd.DataFrame) -> go.Figure:
-    """Predicted against measured speed-up, a dot per prompt: how much of it τ alone explains, given three times of the run."""
+    """Predicted against measured speed-up, a dot per prompt: how much of it τ alone explains, given the run's mean step times."""
     points = explained(frame)
     error = (points["predicted"] / points["speedup"] - 1).abs()
     top = 1.05 * max(points[["predicted", "speedup"]].max().max(), 1.2)
@@ -101,7 +101,7 @@ def law(frame: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title="predicted: τ · T_plain / (T_draft + T_verify) (×)", range=[0, top])
     figure.update_yaxes(title="measured speed-up over plain (×)", range=[0, top])
     share = f"{(error <= WITHIN).mean():.0%} within {WITHIN:.0%}, median error {error.median():.1%}"
-    title = f"Predicted from τ and three times of the run: {share} (n = {len(points)})"
+    title = f"Predicted from τ and mean step times: {share} (n = {len(points)})"
     return dressed(figure, title, 480)
 
 
