@@ -52,7 +52,7 @@ def dspark_generate(
     on_round: called with every :class:`~dspark.decode.Round` as it is finished. A bfloat16 model on a CPU verifies blocks slowly
     unless it is packed first, in place: ``Target(model, tokenizer, name).pack()``.
     Raises ValueError for what cannot be kept exactly: more than one sequence, padding, beams, other logits processors, scores, a
-    filled cache, inputs that are no token ids, models whose layers keep more than keys and values.
+    filled cache, inputs that are no token ids, models that keep more than keys and values, texts beyond a switch of LongRoPE.
     """
     _check(model, input_ids, generation_config, model_kwargs)
     ends = [c for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
@@ -64,6 +64,9 @@ def dspark_generate(
     prompt = input_ids[0].tolist()
     lengths = [c for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
     limit = min([generation_config.max_length, *(c.max_length for c in lengths)]) - len(prompt)
+    if len(prompt) + limit > target.steady_context:
+        reach = f"up to {target.steady_context} tokens, where its positions change"
+        raise ValueError(f"{target.name} can be decoded {reach}: ask for {max(0, target.steady_context - len(prompt))} new tokens at most")
     criteria = StoppingCriteriaList(c for c in stopping_criteria if c not in ends and c not in lengths)
 
     text = input_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from dspark.fetch import converted_gguf, default_folder
 from dspark.packed import pack_linears
@@ -26,6 +28,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 UNREADABLE += (SafetensorError, StrictDataclassError)
 
+SWITCHING = {"longrope", "dynamic"}  # kinds of rotary embedding that depend on how long the text is
 REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values of tokens, and nothing else
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
@@ -81,8 +84,17 @@ class Target:
 
     @property
     def max_context(self) -> int:
-        """Longest context in tokens that the model was made for."""
-        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+        """Longest context in tokens that the model was made for, as far as its positions mean the same in every pass."""
+        return min(int(getattr(self.config, "max_position_embeddings", None) or 1 << 30), self.steady_context)
+
+    @property
+    def steady_context(self) -> int:
+        """Tokens up to which a position's embedding is the same in every pass. LongRoPE and dynamic scaling choose it for a whole pass
+        by its last position, so beyond this a block gives its first tokens other keys than one token alone would."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        switching = [part for part in (rope, *rope.values()) if isinstance(part, dict) and part.get("rope_type") in SWITCHING]
+        usual = getattr(self.config, "original_max_position_embeddings", None) or getattr(self.config, "max_position_embeddings", None)
+        return min((int(part.get("original_max_position_embeddings") or usual or 1 << 30) for part in switching), default=1 << 30)
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
@@ -182,7 +194,7 @@ class Target:
             keep = torch.arange(-keep, 0, device=token_ids.device)
         with Taps(self, taps) as tapped:
             out = self.model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
-        return out.logits, tapped.joined()
+        return out.logits[:, -logits_to_keep:], tapped.joined()  # a few models give all whatever is asked for
 
 
 class Taps:
@@ -214,22 +226,37 @@ class Taps:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The part below the head; a few models name themselves when they are asked."""
-    decoder = model.get_decoder()
-    return decoder.model if decoder is model else decoder
+    """The part below the head, which holds the layers; some models name another part when they are asked."""
+    part = model.get_decoder()
+    if getattr(part, "get_output_embeddings", lambda: None)() is not None:  # itself, or a causal LM inside a model that also sees
+        part = getattr(part, "model", part)
+    return part if _stacks(part) else model.base_model
+
+
+def _stacks(part: nn.Module) -> list[nn.ModuleList]:
+    return [child for child in part.children() if isinstance(child, nn.ModuleList) and len(child)]
 
 
 def attention_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers. Raises ValueError unless forgetting their keys and values undoes all that they remember."""
-    kind, config = type(model).__name__, model.config.get_text_config()
+    """The decoder's layers. Raises ValueError unless the model reads from left to right and forgetting keys and values undoes all
+    that it remembers."""
+    kind, forward = type(model).__name__, inspect.signature(model.forward).parameters
     if model.config.is_encoder_decoder:
         raise ValueError(f"{kind} has an encoder: dspark decodes causal LMs")
     if model.get_output_embeddings() is None:
         raise ValueError(f"{kind} has no head that tells the next token: load it with AutoModelForCausalLM")
-    count = config.num_hidden_layers
-    stacks = [part for part in decoder_of(model).children() if isinstance(part, nn.ModuleList) and len(part) == count]
+    config = model.config.get_text_config()
+    both_ways = (getattr(c, "use_bidirectional_attention", None) in (True, "all") for c in (model.config, config))
+    if getattr(config, "is_causal", True) is False or any(both_ways) or not isinstance(model, GenerationMixin):
+        raise ValueError(f"{kind} does not read from left to right: dspark decodes causal LMs")
+    needed = [p.name for p in forward.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "input_ids"]
+    if needed or getattr(config, "cross_attention_layers", None):
+        raise ValueError(f"{kind} reads more than tokens: dspark decodes from token ids alone")
+    stacks = _stacks(decoder_of(model))
+    if len(stacks) > 1:
+        stacks = [stack for stack in stacks if len(stack) == getattr(config, "num_hidden_layers", None)]
     recurrent = getattr(model, "_is_stateful", False) or not REWINDABLE.issuperset(getattr(config, "layer_types", None) or ())
-    if recurrent or len(stacks) != 1:
+    if recurrent or len(stacks) != 1 or "past_key_values" not in forward:
         raise ValueError(f"{kind} is no plain stack of attention layers: dspark cannot rewind its cache")
     return stacks[0]
 

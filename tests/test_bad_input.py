@@ -271,7 +271,7 @@ def command(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"mask_token": 100}, "100"),
         ({"draft_vocab": 0}, "draft_vocab"),
         ({"markov_rank": -1}, "markov_rank"),
-        ({"rows": 3}, "shards"),
+        ({"rows": 3}, "held out"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

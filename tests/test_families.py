@@ -12,7 +12,9 @@ from torch import nn
 
 import dspark
 from dspark.bench.rewind import rewind_microseconds
+from dspark.hf import dspark_generate
 from dspark.target import Target, load_target
+from dspark.train.start import drafter_for
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -33,6 +35,7 @@ FAMILIES = {  # class and config class without their endings → the config
     "Gemma2": ("Gemma2", MODERN | WINDOWS),
     "Gemma3n": ("Gemma3nText", MODERN | WINDOWS | PER_LAYER | {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4}),
     "Gemma4": ("Gemma4Text", MODERN | WINDOWS | PER_LAYER),
+    "ModernBertDecoder": ("ModernBertDecoder", SIZES | ENDS | {"intermediate_size": 64, "initializer_range": 0.4, "local_attention": 8}),
 }
 SHARED = ["Gemma3n", "Gemma4"]
 PROMPT = [5, 6, 7, 8, 5, 6, 7, 9, 5, 6]
@@ -77,6 +80,72 @@ def test_a_target_sees_the_same_behind_a_rewound_cache_and_has_the_same_taps(fam
     assert taps.shape == (1, 30, 3 * target.hidden_size)
 
 
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+PHI = {name: value for name, value in MODERN.items() if name != "head_dim"} | {"max_position_embeddings": 256}
+
+
+def longrope() -> nn.Module:
+    """Positions of a text of more than 24 tokens are embedded otherwise, the first 24 as well."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        rope = LONG | {"original_max_position_embeddings": 24}
+        config = transformers.Phi3Config(**PHI | {"eos_token_id": None}, original_max_position_embeddings=24, rope_parameters=rope)
+        return transformers.Phi3ForCausalLM(config).eval()
+
+
+def test_a_text_ends_where_longrope_would_move_the_positions_behind_it() -> None:
+    model = longrope()
+    target = Target(model, None, "phi3")
+    assert target.max_context == 24
+    expected = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=14)[0, 10:].tolist()
+    for source in (None, lookup_of(target), tiny_drafter(target)):
+        assert dspark.generate(target, source, PROMPT, max_new_tokens=40).token_ids == expected
+    call = {"custom_generate": dspark_generate, "do_sample": False}
+    assert model.generate(torch.tensor([PROMPT]), max_new_tokens=14, **call)[0, 10:].tolist() == expected
+    with pytest.raises(ValueError, match=r"up to 24 tokens.*ask for 14 new tokens at most"):
+        model.generate(torch.tensor([PROMPT]), max_new_tokens=15, **call)
+
+
+@pytest.mark.parametrize(
+    ("rope", "most"), [({"rope_type": "dynamic", "factor": 2.0}, 64), ({"rope_type": "linear", "factor": 2.0}, 1 << 30)]
+)
+def test_only_embeddings_that_depend_on_the_length_limit_a_text(rope: dict[str, object], most: int) -> None:
+    config = transformers.LlamaConfig(**MODERN, max_position_embeddings=64, rope_parameters=rope | {"rope_theta": 1e4})
+    assert Target(transformers.LlamaForCausalLM(config), None, "llama").steady_context == most
+
+
+def test_a_drafter_needs_an_embedding_as_wide_as_the_layers_and_copying_does_not() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        config = transformers.OPTConfig(**FAMILIES["OPT"][1] | {"word_embed_proj_dim": 16, "eos_token_id": None})
+        target = Target(transformers.OPTForCausalLM(config), None, "narrow")
+    expected = target.model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=20)[0, 10:].tolist()
+    assert dspark.generate(target, lookup_of(target), PROMPT, max_new_tokens=20).token_ids == expected
+    with pytest.raises(ValueError, match=r"embedding of 16 and layers of 32.*ContextLookup"):
+        tiny_drafter(target)
+
+
+def test_a_drafter_starts_with_the_norms_of_its_target_only_where_they_mean_the_same() -> None:
+    alike, other = (Target(model_of(family), None, family) for family in ("Qwen3Moe", "Gemma2"))
+    shape = {"target_layer_ids": (0, 2), "mask_token_id": 3, "block_size": 4, "init_layers": (0, 3)}
+    for target in (alike, other):
+        for layer in target.layers:
+            layer.input_layernorm.weight.data.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(0))
+    taken, fresh = (drafter_for(target, **shape).layers[1].input_layernorm.weight for target in (alike, other))
+    assert torch.equal(taken, alike.layers[3].input_layernorm.weight)
+    assert torch.equal(fresh, torch.ones(32)), "Gemma's are added to one"
+
+
+def test_a_model_that_ignores_how_many_logits_are_asked_for_gives_no_more() -> None:
+    with torch.random.fork_rng(devices=[]):
+        sizes = {"vocab_size": 60, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+        model = transformers.TrOCRForCausalLM(transformers.TrOCRConfig(**sizes))
+    target = Target(model, None, "trocr")
+    logits, _ = target.forward(torch.tensor([PROMPT]), target.new_cache(), logits_to_keep=1)
+    whole, _ = target.forward(torch.tensor([PROMPT]), None)
+    assert torch.allclose(logits, whole[:, -1:], atol=1e-5) and whole.shape[1] == len(PROMPT)
+
+
 @pytest.mark.parametrize("family", SHARED)
 def test_layers_that_read_the_keys_of_others_hold_none_of_their_own(family: str) -> None:
     target = Target(model_of(family), None, family)
@@ -111,6 +180,17 @@ REFUSED = {
     "convolutions in between": (
         tiny("Lfm2ForCausalLM", "Lfm2Config", **{k: v for k, v in MODERN.items() if k != "head_dim"}, layer_types=["conv"] * 4),
         "cannot rewind",
+    ),
+    "a cache of its own": (
+        tiny("XLNetLMHeadModel", "XLNetConfig", vocab_size=60, d_model=32, n_layer=2, n_head=4, d_inner=64),
+        "cannot rewind",
+    ),
+    "no cache": (tiny("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", vocab_size=60, n_embd=32, n_layer=2, n_head=4), "cannot rewind"),
+    "both directions": (tiny("Gemma3ForCausalLM", "Gemma3TextConfig", **MODERN, use_bidirectional_attention=True), "from left to right"),
+    "no direction": (tiny("LlamaForCausalLM", "LlamaConfig", **MODERN, is_causal=False), "from left to right"),
+    "pictures": (
+        tiny("MllamaForCausalLM", "MllamaTextConfig", **{k: v for k, v in MODERN.items() if k != "head_dim"}, cross_attention_layers=[1]),
+        "more than tokens",
     ),
     "an encoder": (tiny("T5ForConditionalGeneration", "T5Config", vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=2), "encoder"),
     "no head": (tiny("LlamaModel", "LlamaConfig", **MODERN), "AutoModelForCausalLM"),

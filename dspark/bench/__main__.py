@@ -92,9 +92,9 @@ def _show(options: argparse.Namespace) -> int:
     if "rewind_us" in frame:
         print(rewind_table(frame))
         return 0
-    configuration = frame.attrs.get("configuration")
-    if configuration is None:
-        raise ValueError(f"{options.file} was not written by dspark.bench: choose a file of data/results")
+    configuration = frame.attrs.get("configuration", {})
+    if configuration.get("mode") not in ("speed", "memory", "identity"):
+        raise ValueError(f"{options.file} was not written by dspark.bench: choose a speed, memory, identity or rewind file of data/results")
     frame = read_speed(options.file)
     print(_table(configuration["mode"], frame, options.baseline or configuration["baseline"]))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspark.backbone import DrafterConfig
 from dspark.draft import Drafter
@@ -35,13 +35,16 @@ def drafter_for(
     **shape: object,
 ) -> Drafter:
     """A fresh drafter shaped like the target's own layers, where those are like its own. ``init_layers``: the target layers its
-    layers start as copies of.
+    layers start from: what has the same name is copied, norms only if they compute the same; the rest starts at random.
 
     kind: DSpark's class or a baseline's · shape: any field of DrafterConfig.
-    Raises ValueError if the target's layers have another layout than the drafter's.
+    Raises ValueError if the target's layers have other sizes than the drafter's, or its embedding another width than its layers.
     """
     if wrong := [i for i in init_layers if not 0 <= i < target.num_layers]:
         raise ValueError(f"init_layers {wrong} do not exist: {target.name} has layers 0 to {target.num_layers - 1}")
+    if target.head_weight.shape[1] != target.hidden_size:
+        widths = f"an embedding of {target.head_weight.shape[1]} and layers of {target.hidden_size}"
+        raise ValueError(f"{target.name} has {widths}, which a drafter cannot share: ContextLookup(None, target=…) drafts without one")
     text = target.config
     heads = text.num_attention_heads
     rope = getattr(text, "rope_parameters", None) or {}  # models with several kinds of layers have one for each
@@ -55,7 +58,7 @@ def drafter_for(
             "num_key_value_heads": _number(text, "num_key_value_heads", heads),
             "head_dim": _number(text, "head_dim", target.hidden_size // heads),
             "rms_norm_eps": _number(text, "rms_norm_eps", 1e-6),
-            "rope_theta": rope.get("full_attention", rope).get("rope_theta") or 10_000.0,
+            "rope_theta": (rope.get("full_attention") or rope).get("rope_theta") or 10_000.0,
             "draft_vocab_size": None if d2t is None else len(d2t),
             **shape,
         }
@@ -84,10 +87,20 @@ def _number(config: object, name: str, otherwise: float) -> float:
     return (value[-1] if isinstance(value, Sequence) else value) or otherwise
 
 
+@torch.no_grad()
+def _is_norm(layer: nn.Module, name: str) -> bool:
+    """Whether this vector scales what RMSNorm gives, as the drafter's do; Gemma's are added to one, a LayerNorm also centres."""
+    module, weight = layer.get_submodule(name.rpartition(".")[0]), layer.get_parameter(name)
+    x = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    normed = weight.float() * x.float() * x.float().square().mean().rsqrt()
+    return torch.allclose(module(x).float(), normed, rtol=0.02, atol=0.02)
+
+
 def _start_from(drafter: Drafter, target: Target, init_layers: tuple[int, ...]) -> None:
     """Layers start as copies of the target's; the context starts as the deepest tap, normed as the last copied layer expects."""
     for layer, source in zip(drafter.layers, init_layers, strict=False):
-        copied = {n: w for n, w in target.layers[source].state_dict().items() if n in layer.state_dict()}
+        theirs, own = target.layers[source], layer.state_dict()
+        copied = {n: w for n, w in theirs.state_dict().items() if n in own and (w.dim() > 1 or _is_norm(theirs, n))}
         try:
             layer.load_state_dict(copied, strict=False)
         except RuntimeError as error:
