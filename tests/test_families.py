@@ -26,6 +26,8 @@ CHUNKS = {"layer_types": ["chunked_attention", "full_attention"] * 2, "attention
 FAMILIES = {  # class and config class without their endings → the config
     "GPT2LMHead": ("GPT2", OLDER),
     "GPTJ": ("GPTJ", OLDER | {"rotary_dim": 4}),
+    "CodeGen": ("CodeGen", OLDER | {"rotary_dim": 4}),
+    "Mpt": ("Mpt", {"vocab_size": 60, "d_model": 32, "n_layers": 4, "n_heads": 4, "initializer_range": 0.4}),
     "GPTNeoX": ("GPTNeoX", SIZES | ENDS | {"intermediate_size": 64, "initializer_range": 0.4}),
     "Bloom": ("Bloom", {"vocab_size": 60, "hidden_size": 32, "n_layer": 4, "n_head": 4, "initializer_range": 0.4} | ENDS),
     "Falcon": ("Falcon", SIZES | ENDS | {"initializer_range": 0.4}),
