@@ -15,7 +15,7 @@ from dspark.draft import NOTHING, Admits, Draft
 from dspark.sampling import Chance, Rows, Sampling
 from dspark.schedule import Autoregressive, FixedWindow, Policy
 from dspark.target import Prompt, Target
-from dspark.verify import accept
+from dspark.verify import Sibling, accept
 
 
 class DraftSource(Protocol):
@@ -47,7 +47,9 @@ class Round:
     accepted ≤ ℓ · committed: the accepted drafts and one correction or bonus, nothing behind an end-of-text token ·
     target_probs_of_drafts: ℓ numbers, what the target gave the checked drafts (at temperature 1 when decoding is greedy) ·
     draft_probs_of_drafts: w numbers, the probabilities they were drawn with · source: who drafted ("" if nobody) ·
-    draft_seconds, verify_seconds: the two models' time; seconds: the whole round. Host clock.
+    draft_seconds, verify_seconds: the two models' time; seconds: the whole round. Host clock ·
+    siblings: (k, token) of the further guesses that were checked beside the block; sibling: the one that was accepted. It stands behind
+    the accepted drafts, and what is committed behind it is a bonus.
     """
 
     index: int
@@ -65,6 +67,8 @@ class Round:
     draft_seconds: float
     verify_seconds: float
     seconds: float
+    siblings: tuple[tuple[int, int], ...] = ()
+    sibling: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def decode(
     context's end.
     Raises ValueError, before anything runs, for an empty or too long prompt, a bad option, or a policy the drafter cannot serve.
     """
-    policy = checked_policy(policy, drafter)
+    policy = checked_policy(policy, drafter, target)
     sampling = Sampling(temperature, top_k, top_p)
     prompt_ids = target.encode(prompt)
     if max_new_tokens < 1:
@@ -127,14 +131,16 @@ def decode(
     return rounds(target, drafter, prompt_ids, limit, policy, sampling, chance)
 
 
-def checked_policy(policy: Policy | None, drafter: DraftSource | None) -> Policy:
-    """The policy that will run; None stands for the whole block. Raises ValueError if the drafter cannot serve it."""
+def checked_policy(policy: Policy | None, drafter: DraftSource | None, target: Target) -> Policy:
+    """The policy that will run; None stands for the whole block. Raises ValueError if the drafter or the target cannot serve it."""
     if drafter is None:
         if policy is not None and not isinstance(policy, Autoregressive):
             raise ValueError(f"{policy} needs a drafter: pass one, or leave the policy out for plain decoding")
         return Autoregressive()
     policy = FixedWindow() if policy is None else policy
     policy.check(drafter.block_size, drafter.has_confidence)
+    if policy.chain is not policy and not target.can_branch:
+        raise ValueError(f"{target.name} cannot see tokens beside each other, so drafts have no siblings: leave sibling_rates empty")
     return policy
 
 
@@ -162,22 +168,31 @@ def rounds(
         window = policy.window(last, drafter.block_size) if drafting else 0
         room = min(window, limit - done - 1)
         draft = drafter.draft(state, anchor, room, sampling, chance, policy.admits) if room > 0 else NOTHING
-        drafted = clock.lap()
         # 2 schedule
-        length = min(policy.lengths([draft.confidence])[0], len(draft.tokens)) if draft.tokens else 0
+        schedule = policy if draft.another else policy.chain
+        length = min(schedule.lengths([draft.confidence])[0], len(draft.tokens)) if draft.tokens else 0
+        siblings = _siblings(draft, schedule.siblings(draft.confidence)[:length], chance) if length else []
+        drafted = clock.lap()
         # 3 verify
         checked = draft.tokens[:length]
+        tokens = [anchor, *checked, *(s.token for s in siblings)]
         before = cache.length
-        logits, taps = target.forward(_row([anchor, *checked], target), cache, layer_ids)
+        logits, taps = target.forward(_row(tokens, target), cache, layer_ids, siblings=[s.position for s in siblings])
         verified = clock.lap()
-        p_target = Rows(sampling, logits[0])  # [ℓ+1, vocab]
-        accepted, next_token = accept(checked, draft.probs, p_target, chance)
-        # 4 rewind: the cache keeps the anchor and the accepted drafts
-        cache.rewind(before + 1 + accepted)
+        p_target = Rows(sampling, logits[0])  # [ℓ+1+siblings, vocab]
+        row, next_token = accept(checked, draft.probs, p_target, chance, siblings)
+        sibling = siblings[row - length - 1] if row > length else None
+        accepted = sibling.position - 1 if sibling else row
+        # 4 rewind: the cache keeps the anchor, the accepted drafts and an accepted sibling
+        kept = [*range(1 + accepted), *([row] if sibling else [])]
+        if sibling:
+            cache.keep(before + 1 + accepted, before + row)
+        else:
+            cache.rewind(before + 1 + accepted)
         if drafting:
-            drafter.extend(state, [anchor, *checked[:accepted]], taps if taps is None else taps[:, : 1 + accepted])
+            drafter.extend(state, [tokens[i] for i in kept], taps if taps is None else taps[:, kept])
 
-        committed = _until_end([*checked[:accepted], next_token], target.eos_token_ids)
+        committed = _until_end([*(tokens[i] for i in kept[1:]), next_token], target.eos_token_ids)
         last = Round(
             index := index + 1,
             anchor,
@@ -194,10 +209,25 @@ def rounds(
             drafted,
             verified,
             clock.total(),
+            tuple((s.position, s.token) for s in siblings),
+            sibling and sibling.token,
         )
         yield last
         done += len(committed)
         anchor = committed[-1]
+
+
+def _siblings(draft: Draft, counts: Sequence[int], chance: Chance) -> list[Sibling]:
+    """So many further guesses at positions 1, 2, …, each drawn from what the drafter says without the guesses before it."""
+    siblings = []
+    for k, count in enumerate(counts):
+        tried = [draft.tokens[k]]
+        for _ in range(count):
+            if (law := draft.another(k, tried)) is None:
+                break
+            tried.append(chance.choose(law))
+            siblings.append(Sibling(k + 1, tried[-1], law))
+    return siblings
 
 
 def _row(token_ids: Sequence[int], target: Target) -> Tensor:
@@ -219,8 +249,7 @@ def _of_tokens(probs: Tensor | Rows, tokens: Sequence[int]) -> tuple[float, ...]
 
 def _at_temperature_one(logits: Tensor, tokens: Sequence[int]) -> tuple[float, ...]:
     """logits [≥ n, vocab], n tokens → the probability of each, without making whole rows of them."""
-    rows = logits[: len(tokens)].float()
-    return tuple((rows[range(len(tokens)), tokens] - rows.logsumexp(-1)).exp().tolist())
+    return tuple(logits[: len(tokens)].softmax(-1, torch.float32)[range(len(tokens)), tokens].tolist())
 
 
 class _Clock:

@@ -73,6 +73,13 @@ class ConfidenceHead(nn.Module):
         x = torch.cat([hidden, embedded], -1) if self.with_markov else hidden
         return self.proj(x).squeeze(-1)
 
+    def halves(self, hidden: Tensor) -> tuple[list[float], Tensor | None]:
+        """The same sum as a block needs it: for known hidden states [w, hidden] what they give the w logits, bias included, and the
+        weights [rank] of W1[x_{k−1}], which is known one position at a time."""
+        weight = self.proj.weight[0].to(hidden.dtype)
+        known = hidden @ weight[: hidden.shape[-1]] + self.proj.bias.to(hidden.dtype)
+        return known.tolist(), weight[hidden.shape[-1] :] if self.with_markov else None
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -80,13 +87,15 @@ class Draft:
 
     tokens: w ids of the target's vocabulary · probs: [w, vocab] float32, exactly the distributions they were drawn from ·
     confidence: [w] float32, c_k (calibrated if the drafter carries temperatures); [w + 1] if the draft ended because the token behind
-    was not worth drawing · source: who proposed it.
+    was not worth drawing · source: who proposed it · another: (0-based slot, tokens) → [vocab], what one more guess for that slot, none
+    of these tokens, is drawn from, None once every token was tried; None if there are no further guesses.
     """
 
     tokens: list[int]
     probs: Tensor
     confidence: Tensor
     source: str = "drafter"
+    another: Callable[[int, Sequence[int]], Tensor | None] | None = None
 
 
 NOTHING = Draft([], torch.empty(0, 0), torch.empty(0), "")
@@ -255,25 +264,35 @@ class Drafter(nn.Module):
         for kv in state.layers:
             kv.rewind(start)  # the block's own keys and values are dropped; only context stays
         base = self.head(hidden).float()  # U: [w, draft_vocab]
+        told, weight = self.confidence_head.halves(hidden) if self.has_confidence else ([math.nan] * window, None)
 
-        tokens, previous, rows, confidence, embedded, latent_state = [], anchor, [], [], None, None
+        tokens, previous, rows, leaning, confidence, embedded, latent_state = [], anchor, [], [], [], None, None
         for k in range(window):
             if self.markov_head is not None:
                 embedded = self.markov_head.markov_w1.weight[previous]
             place, rate = self._heard(vote, tokens)
-            confidence.append(self._confidence(hidden[k], embedded, k, rate))
+            heard = 0.0 if weight is None else float(embedded.to(weight.dtype) @ weight)
+            confidence.append(self._confidence(told[k] + heard, k, rate))
             if not admits(confidence):
                 break
             logits = base[k]
             if self.markov_head is not None:
                 latent, latent_state = self.markov_head.step(hidden[k], embedded, latent_state)
                 logits = logits + self.markov_head.markov_w2(latent)
-            probs = sampling.probs(self._lean(logits, place, rate))
+            leaning.append(self._lean(logits, place, rate))
+            probs = sampling.probs(leaning[k])
             choice = chance.choose(probs)
             previous = int(self.d2t[choice])
             tokens.append(previous)
             rows.append(probs)
-        return Draft(tokens, self._spread(rows), torch.tensor(confidence))
+
+        def another(k: int, tried: Sequence[int]) -> Tensor | None:
+            if len(tried) == self.config.draft_vocab_size:
+                return None
+            left = leaning[k].index_fill(0, torch.tensor([self.place_of[token] for token in tried], device=device), -torch.inf)
+            return self._spread([sampling.probs(left)])[0]
+
+        return Draft(tokens, self._spread(rows), torch.tensor(confidence), another=another)
 
     def _heard(self, vote: Vote | None, tokens: Sequence[int]) -> tuple[int, float]:
         """Where in the draft vocabulary the token stands that is voted for, and its rate r; r = 0 where there is none."""
@@ -306,11 +325,7 @@ class Drafter(nn.Module):
             return probs
         return probs.new_zeros(len(probs), self.config.vocab_size).scatter_(1, self.d2t.expand(len(probs), -1), probs)
 
-    def _confidence(self, hidden: Tensor, embedded: Tensor | None, k: int, rate: float) -> float:
-        """c of slot k, 0-based; where a vote's rate is higher, that. NaN without a head."""
-        if self.confidence_head is None:
-            return math.nan
-        logit = self.confidence_head(hidden[None], None if embedded is None else embedded[None]).float()
-        if self.sts_temperatures:
-            logit = logit / self.sts_temperatures[k]
-        return max(float(torch.sigmoid(logit)), rate)
+    def _confidence(self, logit: float, k: int, rate: float) -> float:
+        """c of slot k, 0-based, from the head's logit, NaN without a head; where a vote's rate is higher, that."""
+        scaled = logit / self.sts_temperatures[k] if self.sts_temperatures else logit
+        return max(1 / (1 + math.exp(-max(scaled, -700.0))), rate)

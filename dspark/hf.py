@@ -59,7 +59,7 @@ def dspark_generate(
     target = _Borrowed(model, (token for c in ends for token in c.eos_token_id.tolist()))
     source = ContextLookup(None, target=target) if drafter is None else drafter
     _check_attached(source, target)
-    policy = checked_policy(policy, source)
+    policy = checked_policy(policy, source, target)
     sampling = _sampling(logits_processor, generation_config.do_sample)
     prompt = input_ids[0].tolist()
     lengths = [c for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]

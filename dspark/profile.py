@@ -27,7 +27,7 @@ from dspark.target import Target
 log = logging.getLogger(__name__)
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-FORMAT = 1  # of the cached files; a new number makes old ones be measured again
+FORMAT = 2  # of the cached files; a new number makes old ones be measured again
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,12 @@ def replay(trace: Trace, policy: Policy, *, limit: int | None = None) -> list[Ro
     :func:`dspark.decode.decode` gives in float32. Over a live run (``about["complete"]`` False) only an estimate is possible: each
     recorded round is asked anew, by itself, how much the policy would have checked and kept of it. Its rounds stand where the
     recorded policy stood, do not join to a text, and are not reweighted to where this policy would have stood; use sums over them
-    only. Raises ValueError for a policy that the drafter cannot serve and, over a live run, for one that reads past rounds or
-    wants drafts that were not checked: their outcome is unknown.
+    only. Raises ValueError for a policy that the drafter cannot serve or that checks siblings and, over a live run, for one that reads
+    past rounds or wants drafts that were not checked: their outcome is unknown.
     """
     policy.check(int(trace.about["block_size"]), bool(trace.about["has_confidence"]))
+    if policy.chain is not policy:
+        raise ValueError("a trace knows nothing of siblings: replay the policy without sibling_rates")
     longest = int(trace.about["max_new_tokens"])
     limit = longest if limit is None else limit
     if not 1 <= limit <= longest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -40,6 +41,11 @@ class GrowingKV:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length
+
+    def move(self, source: int, to: int) -> None:
+        """Position ``to`` gets what ``source`` holds."""
+        self.keys[:, :, to] = self.keys[:, :, source]
+        self.values[:, :, to] = self.values[:, :, source]
 
     def _grow(self, keys: Tensor, values: Tensor, valid: int) -> None:
         capacity = max(self.capacity, FIRST_CAPACITY)
@@ -107,3 +113,10 @@ class RewindCache(Cache):
         """Keep the first ``length`` tokens. Raises ValueError if fewer are held."""
         for layer in self.layers:
             layer.kv.rewind(length)
+
+    @torch.inference_mode()
+    def keep(self, length: int, position: int) -> None:
+        """Keep the first ``length`` tokens and behind them the one at ``position`` ≥ length, which was computed to stand there."""
+        for layer in self.layers:
+            layer.kv.move(position, length)
+        self.rewind(length + 1)

@@ -84,7 +84,7 @@ class Chance:
 
     def choose(self, probs: Tensor) -> int:
         """Index i with probability p_i, by inverting the cumulative distribution. probs: [vocab] float32."""
-        cumulative = probs.double().cumsum(-1)
+        cumulative = probs.cumsum(-1, dtype=torch.float64)
         if not cumulative[-1] > 0:
             raise ValueError(f"nothing can be drawn from probabilities that sum to {cumulative[-1]:g}: the model's weights are damaged")
         u = self._uniform(probs.device) * cumulative[-1]

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+SIBLING_RATES = (0.17, 0.07, 0.04)  # set on dev prompts, with the shipped drafter
 
 
 class Past(Protocol):
@@ -44,6 +47,18 @@ class Policy:
         A cut at k reads c_1..c_k alone, so it can be made as soon as these are known, and what would not be checked is not drawn.
         """
         return self.lengths([torch.tensor(confidence)]) == [len(confidence)]
+
+    def siblings(self, confidence: Tensor) -> list[int]:
+        """How many siblings of x_1, x_2, … to check beside the block (:mod:`dspark.verify`). confidence: [w] float32. None here.
+
+        It may depend on all that is drafted: a sibling is tried only where its draft was rejected, against what that left owing.
+        """
+        return []
+
+    @property
+    def chain(self) -> Policy:
+        """The same policy for drafts that have no siblings."""
+        return self
 
     def check(self, block_size: int, has_confidence: bool) -> None:
         """Raises ValueError if this policy cannot run with such a drafter."""
@@ -148,6 +163,13 @@ class Shortened(Policy):
     def admits(self, confidence: Sequence[float]) -> bool:
         return self.policy.admits(confidence)
 
+    def siblings(self, confidence: Tensor) -> list[int]:
+        return self.policy.siblings(confidence)
+
+    @property
+    def chain(self) -> Policy:
+        return self if self.policy.chain is self.policy else replace(self, policy=self.policy.chain)
+
     def check(self, block_size: int, has_confidence: bool) -> None:
         if self.n > block_size:
             raise ValueError(f"blocks of {self.n} tokens are more than the drafter's block size {block_size}: choose 1..{block_size}")
@@ -187,7 +209,8 @@ class ConfidenceThreshold(_NeedsConfidence):
 class Admission:
     """One step of Algorithm 1: may draft ``position`` (1, 2, …) of request ``request`` be checked?
 
-    Position 0 is the start, where nothing but the anchors is checked. survival: a_{r,j} · expected: tokens that the round would commit
+    Position 0 is the start, where nothing but the anchors is checked. sibling: 0 for the draft itself, else which of its siblings ·
+    survival: a_{r,j}, of a sibling the probability that it is accepted · expected: tokens that the round would commit
     on average · budget: B, tokens in the target's pass · throughput: Θ, tokens per second · admitted: whether Θ rose.
     """
 
@@ -198,6 +221,7 @@ class Admission:
     budget: int
     throughput: float
     admitted: bool
+    sibling: int = 0
 
 
 @dataclass(frozen=True)
@@ -212,14 +236,23 @@ class PrefixScheduler(_NeedsConfidence):
     draft_seconds: of the drafter's parallel pass. 0, the paper's rule, leaves it out: a server drafts while it verifies. On one stream
     the pass is waited for, so Θ can count it, and a little more is checked. max_window: tokens to draft at most, None for the whole
     block; a constant.
+
+    sibling_rates: how often the first, second, … sibling of a rejected draft is accepted; empty, the paper's rule, checks none. Siblings
+    are candidates as well, accepted with probability (a_{r,j−1} − a_{r,j}) · rate. One becomes a candidate behind x_{r,j}, so whether
+    x_{r,j} is admitted still depends on nothing that follows from it.
     """
 
     sps: Callable[[int], float]
     draft_seconds: float = 0.0
     max_window: int | None = None
+    sibling_rates: tuple[float, ...] = ()
 
     def window(self, last: Past | None, block_size: int) -> int:
         return block_size if self.max_window is None else self.max_window
+
+    @cached_property
+    def chain(self) -> PrefixScheduler:
+        return replace(self, sibling_rates=()) if self.sibling_rates else self
 
     def check(self, block_size: int, has_confidence: bool) -> None:
         super().check(block_size, has_confidence)
@@ -229,13 +262,22 @@ class PrefixScheduler(_NeedsConfidence):
     def __post_init__(self) -> None:
         if not self.draft_seconds >= 0:
             raise ValueError(f"draft_seconds must be at least 0, got {self.draft_seconds}")
+        if not all(0 <= rate < 1 for rate in self.sibling_rates):
+            raise ValueError(f"sibling_rates must lie in [0, 1), got {self.sibling_rates}")
 
     def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
         lengths = [0] * len(confidence)
         for step in self.admissions(confidence):
-            if step.admitted and step.position:
+            if step.admitted and step.position and not step.sibling:
                 lengths[step.request] = step.position
         return lengths
+
+    def siblings(self, confidence: Tensor) -> list[int]:
+        counts = [0] * len(confidence)
+        for step in self.admissions([confidence]) if self.sibling_rates else ():
+            if step.admitted and step.sibling:
+                counts[step.position - 1] = step.sibling
+        return counts
 
     def admissions(self, confidence: Sequence[Tensor]) -> Iterator[Admission]:
         """The path of the algorithm, the start first; only its last step can be one that was not admitted."""
@@ -243,20 +285,23 @@ class PrefixScheduler(_NeedsConfidence):
         expected, budget = float(len(survival)), len(survival)
         best = self._throughput(expected, budget)
         yield Admission(0, 0, 1.0, expected, budget, best, True)
-        # Survival never rises along a request, so the largest remaining candidate is always some request's next token.
-        heap = [(-a[0], r, 1) for r, a in enumerate(survival) if a]
+        # Survival never rises along a request, so the largest remaining candidate is always some request's next token, or a sibling.
+        heap = [(-a[0], r, 1, 0) for r, a in enumerate(survival) if a]
         heapq.heapify(heap)
         while heap:
-            negative, r, position = heapq.heappop(heap)
+            negative, r, position, sibling = heapq.heappop(heap)
             expected, budget = expected - negative, budget + 1
             throughput = self._throughput(expected, budget)
             admitted = throughput > best
-            yield Admission(r, position, -negative, expected, budget, throughput, admitted)
+            yield Admission(r, position, -negative, expected, budget, throughput, admitted, sibling)
             if not admitted:
                 break
             best = throughput
-            if position < len(survival[r]):
-                heapq.heappush(heap, (-survival[r][position], r, position + 1))
+            if not sibling and position < len(survival[r]):
+                heapq.heappush(heap, (-survival[r][position], r, position + 1, 0))
+            if sibling < len(self.sibling_rates):
+                rejected = (survival[r][position - 2] if position > 1 else 1.0) - survival[r][position - 1]
+                heapq.heappush(heap, (-rejected * self.sibling_rates[sibling], r, position, sibling + 1))
 
     def _throughput(self, expected: float, budget: int) -> float:
         sps = self.sps(budget)

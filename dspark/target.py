@@ -11,13 +11,16 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
+from dspark.attention import NAME as SDPA_SHARED
+from dspark.attention import share_keys
 from dspark.fetch import converted_gguf, default_folder
-from dspark.packed import pack_linears
+from dspark.packed import can_pack, pack_linears
 from dspark.rewind import RewindCache
 
 log = logging.getLogger(__name__)
@@ -114,11 +117,25 @@ class Target:
         return sha.hexdigest()[:16]
 
     def pack(self) -> Target:
-        """Lay the weights out for fast CPU passes where that is possible (:mod:`dspark.packed`), in place; the products stay the same."""
+        """Lay the weights out for fast CPU passes where that is possible (:mod:`dspark.packed`), in place; the products stay the same,
+        and so does attention, which spares itself copies (:mod:`dspark.attention`)."""
         _ = self.digest  # reads the plain weights, so before they go
+        if can_pack(self.head_weight):
+            share_keys(self.model)
         pack_linears(self.model)
         self.head.weight = self.head_weight  # held anyway; with it the model can be a target again, inside its own ``generate``
         return self
+
+    @property
+    def can_branch(self) -> bool:
+        """Whether tokens can stand beside each other in one pass: every layer sees all that its mask shows, and knows a token's place
+        from its rotary embedding alone."""
+        rope, config = getattr(self.config, "rope_parameters", None) or {}, self.config
+        full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        plain = full and not windowed and not self.num_shared_layers and not getattr(config, "alibi", False)
+        turned = hasattr(self.decoder, "rotary_emb") and "mrope_section" not in rope
+        return plain and turned and config._attn_implementation in ("sdpa", SDPA_SHARED, "eager")
 
     @property
     def num_shared_layers(self) -> int:
@@ -182,19 +199,30 @@ class Target:
         taps: Sequence[int] = (),
         *,
         logits_to_keep: int = 0,
+        siblings: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor | None]:
         """Run the model over new tokens behind the cache.
 
         token_ids: [batch, tokens] int64. ``taps``: layer ids whose output (the residual stream AFTER that layer) is wanted.
-        ``logits_to_keep``: logits of the last n positions only, 0 for all.
+        ``logits_to_keep``: logits of the last n positions only, 0 for all. ``siblings``: places k of the last tokens, which stand
+        beside the others: each in the place of new token k, seen by itself alone (:attr:`can_branch`).
         Returns logits [batch, n, vocab] in the model's dtype and taps [batch, tokens, m·hidden] (None if none are asked for).
         """
         keep: int | Tensor = logits_to_keep
         if self.num_shared_layers and taps and keep:  # a number would also cut the tokens that those layers see
             keep = torch.arange(-keep, 0, device=token_ids.device)
+        places = self._places(token_ids.shape[1] - len(siblings), siblings, cache.length) if siblings else {}
         with Taps(self, taps) as tapped:
-            out = self.model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
+            out = self.model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep, **places)
         return out.logits[:, -logits_to_keep:], tapped.joined()  # a few models give all whatever is asked for
+
+    def _places(self, chain: int, siblings: Sequence[int], past: int) -> dict[str, Tensor]:
+        """What a pass over a chain of tokens and siblings beside it needs: where they stand, and which keys each of them sees."""
+        places = torch.tensor([*range(chain), *siblings], device=self.device)
+        new = torch.arange(len(places), device=self.device)
+        seen = (new < places[:, None]) & (new < chain) | (new == new[:, None])  # the chain before it, and itself
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill(~seen, torch.finfo(self.dtype).min)
+        return {"position_ids": past + places[None], "attention_mask": F.pad(mask, (past, 0))[None, None]}
 
 
 class Taps:

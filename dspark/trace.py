@@ -193,8 +193,12 @@ def draft_times(target: Target, drafter: DraftSource, prompt_ids: Sequence[int],
 def from_rounds(
     stream: Iterable[Round], target: Target, drafter: DraftSource, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float = 0.0
 ) -> Trace:
-    """A live run as a trace (not complete): its rounds, with step times taken from the rounds themselves, as far as their widths go."""
+    """A live run as a trace (not complete): its rounds, with step times taken from the rounds themselves, as far as their widths go.
+
+    Raises ValueError for a run with siblings: nobody knows what other policies would have made of them."""
     stream = tuple(stream)
+    if any(r.siblings for r in stream):
+        raise ValueError("a run with siblings cannot be kept as a trace: run it with a policy without sibling_rates")
     drafted = _by_width((len(r.draft_tokens), r.draft_seconds) for r in stream if r.source and r.source not in COPIED)
     verified = _by_width((1 + r.verify_length, r.verify_seconds) for r in stream[1:])
     copied = median([r.draft_seconds for r in stream if r.source in COPIED] or [0.0])

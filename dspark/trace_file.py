@@ -54,7 +54,7 @@ def row_trace(row: Row) -> Trace:
     columns["anchor"] = [None if anchor < 0 else int(anchor) for anchor in columns["anchor"]]
     columns["survival"] = [tuple(torch.tensor(c).cumprod(-1).tolist()) for c in columns["confidence"]]
     columns["index"] = range(len(columns["anchor"]))
-    names = [field.name for field in fields(Round)]
+    names = [field.name for field in fields(Round) if field.name in columns]  # without siblings, which no trace has
     stream = tuple(Round(*(_plain(value) for value in values)) for values in zip(*(columns[name] for name in names), strict=True))
     for name in ("draft_seconds", "verify_seconds", "pieces"):  # JSON has only string keys
         about[name] = {int(key): value for key, value in about[name].items()}

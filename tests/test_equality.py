@@ -259,10 +259,10 @@ def decoded_cases() -> list[Case]:
     target = tiny_target(eos_token_id=None, initializer_range=0.2)  # flat rows, so that some drafts are accepted
     drafter, cases = tiny_drafter(target), []
 
-    def noting(tokens: list[int], p_draft: Tensor, p_target: Rows, chance: Chance) -> tuple[int, int]:
+    def noting(tokens: list[int], p_draft: Tensor, p_target: Rows, chance: Chance, *siblings: object) -> tuple[int, int]:
         if tokens:
             cases.append((tokens, p_draft[: len(tokens)], torch.stack([p_target[k] for k in range(len(tokens) + 1)])))
-        return accept(tokens, p_draft, p_target, chance)
+        return accept(tokens, p_draft, p_target, chance, *siblings)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(inspect.getmodule(dspark.decode), "accept", noting)

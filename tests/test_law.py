@@ -76,6 +76,13 @@ def test_what_will_not_be_checked_is_not_drawn(policy: str) -> None:
     assert all(trip.drafted == trip.verify_length for trip in trips(policy))
 
 
+def test_siblings_of_every_position_were_kept_and_refused() -> None:
+    beside = [trip for trip in trips("siblings") if trip.siblings]
+    assert {trip.siblings[0] for trip in beside} == {position for trip in beside for position in trip.siblings} == {1, 2}
+    assert {trip.accepted for trip in beside if trip.kept_sibling} >= {0, 1}
+    assert any(not trip.kept_sibling and trip.accepted + 1 in trip.siblings for trip in beside)
+
+
 def test_the_adaptive_window_moved_both_ways_and_fell_back_to_plain_steps() -> None:
     assert {trip.window for trip in trips("adaptive")} >= {0, 1, 2, 3}
 

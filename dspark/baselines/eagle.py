@@ -8,6 +8,7 @@ steps on the same outputs ("training-time test"), so that drafting meets nothing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -137,7 +138,8 @@ class EagleDrafter(Drafter):
             feature = self._step(x, place, kv)
             hidden = self.norm(feature)[0, 0]
             place, rate = self._heard(vote, tokens)
-            confidence.append(self._confidence(hidden, None, k, rate))
+            told = self.confidence_head.halves(hidden[None])[0][0] if self.has_confidence else math.nan
+            confidence.append(self._confidence(told, k, rate))
             if not admits(confidence):
                 break
             probs = sampling.probs(self._lean(self.head(hidden[None])[0].float(), place, rate))

@@ -13,13 +13,13 @@ from dspark.decode import DraftSource
 from dspark.draft import Drafter
 from dspark.lookup import ContextLookup
 from dspark.profile import sps_curve
-from dspark.schedule import MTP1, AdaptiveWindow, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler, Shortened
+from dspark.schedule import MTP1, SIBLING_RATES, AdaptiveWindow, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler, Shortened
 from dspark.target import Target
 
 CHOICES = (
     "plain, generate, lookup[:N] and assisted[:LAYERS] (transformers), copy[:N] (no drafter), fixed[:N], mtp1, "
     "adaptive[:WIDEN,NARROW,FALLBACK], confidence:T (survival), conditional:T, prefix; those with a drafter may end in "
-    "+copy[:N] or +phrases[:N] (copying and remembered phrases), and those of our loop in +block:N"
+    "+copy[:N] or +phrases[:N] (copying and remembered phrases), those of our loop in +block:N, and prefix in +siblings"
 )
 
 
@@ -96,8 +96,10 @@ def parse_arm(name: str) -> Arm:
         if name == "plain":
             return Arm(name)
         alone = kind.partition(":")[0] == "copy"
+        siblings = kind == "prefix" and "siblings" in suffixes
+        suffixes = [suffix for suffix in suffixes if not (siblings and suffix == "siblings")]
         wrap, block = _suffixes([kind, *suffixes] if alone else suffixes)
-        policy = _policy("fixed" if alone else kind)
+        policy = _policy("fixed" if alone else kind + "+siblings" * siblings)
         return Arm(name, partial(_shortened, policy, block) if block else policy, wrap, not alone)
     except ValueError as error:
         raise ValueError(f"arm {name!r} cannot be read ({error}): choose from {CHOICES}") from None
@@ -138,6 +140,8 @@ def _policy(spec: str) -> Callable[[Target], Policy]:
             policy = ConfidenceThreshold(float(threshold), on="survival" if kind == "confidence" else "conditional")
         case "prefix", []:
             return lambda target: PrefixScheduler(sps_curve(target))
+        case "prefix+siblings", []:
+            return lambda target: PrefixScheduler(sps_curve(target), sibling_rates=SIBLING_RATES)
         case _:
             raise ValueError("no such policy, or not its numbers")
     return lambda _target: policy

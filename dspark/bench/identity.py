@@ -23,6 +23,7 @@ from dspark.bench.measure import Decoder, Settings, Trial, first_divergence
 from dspark.bench.plan import Plan
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
+from dspark.decode import Round
 from dspark.target import Target
 
 Pass = tuple[Sequence[int], int]  # tokens that run together, and how many of them stay in the cache
@@ -74,10 +75,18 @@ def weigh(models: Models, prompt: list[int], expected: list[int], trial: Trial, 
     if i >= min(len(expected), len(trial.token_ids)):
         return math.inf, 0.0
     alone = logits_of(models.stock, prompt, ([[token], 1] for token in expected), i)
-    blocks = (([r.anchor, *r.draft_tokens[: r.verify_length]], len(r.committed)) for r in trial.rounds)
+    blocks = (_block(r) for r in trial.rounds)
     together = logits_of(models.target, prompt, blocks, i)
     lead, left = (float(row[expected[i]] - row[trial.token_ids[i]]) for row in (alone, together))
     return abs(lead), max(0.0, lead - left)
+
+
+def _block(r: Round) -> Pass:
+    """As the round ran. An accepted sibling stands in the rejected draft's place, and the drafts behind that, which it did not see, are
+    left out; so are the siblings that were not accepted."""
+    if r.sibling is None:
+        return [r.anchor, *r.draft_tokens[: r.verify_length]], len(r.committed)
+    return [r.anchor, *r.draft_tokens[: r.accepted], r.sibling], len(r.committed)
 
 
 def logits_of(target: Target, prompt: list[int], passes: Iterable[Pass], i: int) -> Tensor:

@@ -92,7 +92,7 @@ def positions(rounds: Sequence[Round]) -> tuple[list[int], list[int]]:
 
     Their ratio is the conditional acceptance. Drafts behind an end-of-text token are not counted.
     """
-    reached = [min(r.verify_length, len(r.committed)) for r in rounds]
+    reached = [min(r.verify_length, r.accepted + 1, len(r.committed)) for r in rounds]
     accepted = [min(r.accepted, n) for r, n in zip(rounds, reached, strict=True)]
     last = max(reached, default=0)
     return tuple([sum(n >= k for n in counts) for k in range(1, last + 1)] for counts in (reached, accepted))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,10 +41,12 @@ class Overheard:
         self.draft = self.drafter.other.draft(*arguments)
         return self.draft
 
-    def _forward(self, token_ids: Tensor, *arguments: object, logits_to_keep: int = 0) -> tuple[Tensor, Tensor | None]:
-        logits, taps = self.target.other.forward(token_ids, *arguments, logits_to_keep=logits_to_keep)
+    def _forward(
+        self, token_ids: Tensor, *arguments: object, logits_to_keep: int = 0, siblings: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        logits, taps = self.target.other.forward(token_ids, *arguments, logits_to_keep=logits_to_keep, siblings=siblings)
         if not logits_to_keep:  # the prefill asks for its last row alone
-            checked = token_ids.shape[1] - 1
+            checked = token_ids.shape[1] - 1 - len(siblings)
             laws = zip(self.draft.probs, self.sampling.probs(logits[0, :checked]), strict=False) if checked else ()
             self.acceptances.append([float(torch.minimum(p_draft, p_target).sum()) for p_draft, p_target in laws])
         return logits, taps

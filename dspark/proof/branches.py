@@ -174,4 +174,5 @@ class ExactSource:
 
     def draft(self, state: object, anchor: int, window: int, sampling: ExactSampling, chance: Chance, admits: Admits) -> Draft:
         draft = self.source.draft(state, anchor, window, sampling.in_floats, chance, admits)
-        return replace(draft, probs=exact(draft.probs))
+        another = draft.another and (lambda *asked: None if (law := draft.another(*asked)) is None else exact(law))
+        return replace(draft, probs=exact(draft.probs), another=another)

@@ -35,6 +35,7 @@ class StepsPerSecond:
 
 SMOOTH = StepsPerSecond((1.0, 0.7, 0.58, 0.5, 0.44))
 JAGGED = StepsPerSecond((1.0, 0.62, 0.62, 0.53, 0.57))
+LEVEL = StepsPerSecond((1.0, 0.69, 0.67, 0.65, 0.6))
 POLICIES: dict[str, Policy] = {
     "autoregressive": Autoregressive(),
     "mtp1": MTP1(),
@@ -44,8 +45,9 @@ POLICIES: dict[str, Policy] = {
     "conditional": ConfidenceThreshold(0.5, on="conditional"),
     "prefix-smooth": PrefixScheduler(SMOOTH),
     "prefix-jagged": PrefixScheduler(JAGGED),
+    "siblings": PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.5)),
 }
-SCHEDULED = ("confidence", "conditional", "prefix-smooth", "prefix-jagged")  # ℓ follows the confidences
+SCHEDULED = ("confidence", "conditional", "prefix-smooth", "prefix-jagged", "siblings")  # ℓ follows the confidences
 HEADS = ("none", "vanilla", "gated", "rnn")
 COPIES = {"copying": 2, "hearing": 1}  # tokens that must repeat; after one of them the drafter often hears what followed its drafts
 SOURCES = (*HEADS, "reduced", *COPIES)
@@ -197,6 +199,7 @@ def few_cases() -> list[Case]:
     by_source = [Case(policy, next(sources), tokens=4) for policy in served(3)]
     by_sampling = [Case(policy, "gated", next(samplings), vocab=3, block_size=2, tokens=4, eos=True) for policy in served(2)]
     deep = [Case("confidence", "vanilla", TOP_TWO, vocab=3, eos=True), Case("prefix-jagged", "vanilla", TOP_TWO, vocab=3, eos=True)]
+    deep.append(Case("siblings", "vanilla", vocab=3, block_size=2, tokens=4))
     shapes = [
         Case("fixed:4", "copying", block_size=4, tokens=6, eos=True),
         Case("fixed:2", "hearing", vocab=3, block_size=2, tokens=4),

@@ -25,7 +25,7 @@ from dspark.decode import DraftSource, generate
 from dspark.draft import Drafter
 from dspark.lookup import ContextLookup
 from dspark.phrases import PhraseMemory
-from dspark.proof.cases import JAGGED, SMOOTH
+from dspark.proof.cases import JAGGED, LEVEL, SMOOTH
 from dspark.proof.inputs import digest
 from dspark.proof.tiny import (
     HEADS,
@@ -68,10 +68,12 @@ WAYS = {
     "confidence": Way(lambda n: ConfidenceThreshold(0.4)),
     "conditional": Way(lambda n: ConfidenceThreshold(0.6, on="conditional")),
     "prefix": Way(lambda n: PrefixScheduler(JAGGED)),
+    "siblings": Way(lambda n: PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.5))),
     "shortened": Way(partial(Shortened, FixedWindow()), longer=LONGER),
     "copy": Way(FixedWindow, "only"),
     "fixed+copy": Way(FixedWindow, "copy"),
     "prefix+copy": Way(lambda n: PrefixScheduler(SMOOTH), "copy"),
+    "siblings+copy": Way(lambda n: PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.5)), "copy"),
     "fixed+phrases": Way(FixedWindow, "phrases"),
     "adaptive+phrases": Way(lambda n: AdaptiveWindow(0.4, 0.2, 0.02), "phrases"),
 }
@@ -262,8 +264,9 @@ class Total:
 
 def one(prompt: Asked, way: Way, block_size: int, turn: int) -> Total:
     """Decode one prompt one way and compare."""
-    source = prompt.source(way, block_size, turn)
-    out = generate(prompt.target, source, prompt.prompt, max_new_tokens=prompt.tokens, policy=way.policy(block_size))
+    source, policy = prompt.source(way, block_size, turn), way.policy(block_size)
+    policy = policy if prompt.target.can_branch else policy.chain
+    out = generate(prompt.target, source, prompt.prompt, max_new_tokens=prompt.tokens, policy=policy)
     return Total(
         prompts=1,
         equal=int(out.token_ids == prompt.text),

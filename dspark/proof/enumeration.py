@@ -44,10 +44,13 @@ class Trip(NamedTuple):
     accepted: int
     committed: int
     source: str
+    siblings: tuple[int, ...] = ()  # their positions
+    kept_sibling: bool = False
 
     @classmethod
     def of(cls, r: Round) -> Trip:
-        return cls(r.window, len(r.draft_tokens), r.verify_length, r.accepted, len(r.committed), r.source)
+        beside = tuple(position for position, _ in r.siblings), r.sibling is not None
+        return cls(r.window, len(r.draft_tokens), r.verify_length, r.accepted, len(r.committed), r.source, *beside)
 
     @property
     def rewound(self) -> int:

@@ -89,6 +89,17 @@ class TokenCache:
         assert 0 <= length <= len(self.tokens)
         del self.tokens[length:]
 
+    def keep(self, length: int, position: int) -> None:
+        self.tokens[length] = self.tokens[position]
+        self.rewind(length + 1)
+
+
+def prefixes(text: Sequence[int], tokens: Sequence[int], siblings: Sequence[int]) -> list[Text]:
+    """What each row of a pass stands behind, its own token included. siblings: places of the last tokens among the others."""
+    chain = len(tokens) - len(siblings)
+    places = [*range(chain), *siblings]
+    return [(*text, *tokens[:place], token) for place, token in zip(places, tokens, strict=True)]
+
 
 class RememberedTarget:
     """Answers the loop's passes behind one prompt from a tree.
@@ -106,17 +117,17 @@ class RememberedTarget:
         return TokenCache()
 
     def forward(
-        self, token_ids: Tensor, cache: TokenCache, taps: Sequence[int] = (), *, logits_to_keep: int = 0
+        self, token_ids: Tensor, cache: TokenCache, taps: Sequence[int] = (), *, logits_to_keep: int = 0, siblings: Sequence[int] = ()
     ) -> tuple[dict[int | tuple[int, int], list[Tensor] | Tensor], Tensor | None]:
         """As :meth:`dspark.target.Target.forward`; of the logits [1, n, vocab] there are [0] and [0, -1], which the loop reads."""
-        first, start = cache.length, len(self.tree.prompt)
-        cache.tokens += token_ids[0].tolist()
+        first, tokens = cache.length, token_ids[0].tolist()
+        cache.tokens += tokens
         if first == 0:
             assert cache.tokens == self.tree.prompt and logits_to_keep == 1
             return {(0, -1): self.tree.logits[()]}, self.tree.taps[()]
-        prefixes = [tuple(cache.tokens[start:end]) for end in range(first + 1, cache.length + 1)]
-        rows = [self.tree.logits.get(prefix, self.tree.logits[()]) for prefix in prefixes]
-        return {0: rows}, torch.cat([self.tree.taps.get(prefix, self.no_taps) for prefix in prefixes], 1) if taps else None
+        behind = prefixes(cache.tokens[len(self.tree.prompt) : first], tokens, siblings)
+        rows = [self.tree.logits.get(prefix, self.tree.logits[()]) for prefix in behind]
+        return {0: rows}, torch.cat([self.tree.taps.get(prefix, self.no_taps) for prefix in behind], 1) if taps else None
 
 
 @dataclass(frozen=True)
@@ -241,12 +252,12 @@ class PrefilledTarget(Target):
         return self.cache
 
     def forward(
-        self, token_ids: Tensor, cache: RewindCache, taps: Sequence[int] = (), *, logits_to_keep: int = 0
+        self, token_ids: Tensor, cache: RewindCache, taps: Sequence[int] = (), *, logits_to_keep: int = 0, siblings: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor | None]:
         if logits_to_keep:  # the loop asks for less than all rows of its first pass only
             assert token_ids[0].tolist() == self.prompt
             return self.prefill
-        return super().forward(token_ids, cache, taps, logits_to_keep=logits_to_keep)
+        return super().forward(token_ids, cache, taps, siblings=siblings)
 
 
 class WatchedTarget(PrefilledTarget):
@@ -261,16 +272,24 @@ class WatchedTarget(PrefilledTarget):
         self.tree, self.sampling = tree, sampling
         self.text: list[int] = []
         self.largest, self.compared = 0.0, 0
+        keep = self.cache.keep
+
+        def kept(length: int, position: int) -> None:
+            self.text[length - len(self.prompt)] = self.text[position - len(self.prompt)]
+            keep(length, position)
+
+        self.cache.keep = kept
 
     def forward(
-        self, token_ids: Tensor, cache: RewindCache, taps: Sequence[int] = (), *, logits_to_keep: int = 0
+        self, token_ids: Tensor, cache: RewindCache, taps: Sequence[int] = (), *, logits_to_keep: int = 0, siblings: Sequence[int] = ()
     ) -> tuple[Tensor, Tensor | None]:
-        before = cache.length - len(self.prompt)
-        logits, hidden = super().forward(token_ids, cache, taps, logits_to_keep=logits_to_keep)
+        before, tokens = cache.length - len(self.prompt), token_ids[0].tolist()
+        logits, hidden = super().forward(token_ids, cache, taps, logits_to_keep=logits_to_keep, siblings=siblings)
         if not logits_to_keep:
-            self.text = [*self.text[:before], *token_ids[0].tolist()]
-            for k, row in enumerate(logits[0]):
-                if (prefix := tuple(self.text[: before + k + 1])) in self.tree.logits:
+            behind = prefixes(self.text[:before], tokens, siblings)
+            self.text = [*self.text[:before], *tokens]
+            for prefix, row in zip(behind, logits[0], strict=True):
+                if prefix in self.tree.logits:
                     ours, theirs = (self.sampling.probs(each) for each in (row, self.tree.logits[prefix]))
                     self.largest = max(self.largest, float((ours - theirs).abs().sum() / 2))
                     self.compared += 1

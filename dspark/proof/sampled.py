@@ -41,6 +41,7 @@ SIGNIFICANCE, POWER = 0.01, 0.9
 SEED = 1  # of all draws
 
 JAGGED = StepsPerSecond((1.0, 0.9, 0.75, 0.74, 0.5, 0.6))
+LEVEL = StepsPerSecond((1.0, 0.97, 0.95, 0.93, 0.91, 0.6))
 COPYING = "fixed:5+copy:1"
 POLICIES: dict[str, Policy] = {
     "plain": Autoregressive(),
@@ -52,6 +53,7 @@ POLICIES: dict[str, Policy] = {
     "confidence:0.15": ConfidenceThreshold(0.15),
     "conditional:0.25": ConfidenceThreshold(0.25, on="conditional"),
     "prefix, jagged": PrefixScheduler(JAGGED),
+    "prefix, siblings": PrefixScheduler(LEVEL, sibling_rates=(0.3, 0.2)),
     COPYING: FixedWindow(5),
 }
 SETTINGS = (Sampling(1.0), Sampling(0.7, top_p=0.9))

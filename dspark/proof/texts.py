@@ -35,6 +35,7 @@ from dspark.target import Target
 PLAIN = "plain"
 WINDOWS = {f"fixed:{n}": n for n in range(1, 9)} | {"mtp1": 1}
 OTHERS = (*WINDOWS, "adaptive", "confidence:0.4", "conditional:0.4", "prefix", "fixed+copy", "fixed+phrases", "prefix+phrases")
+OTHERS += ("prefix+siblings", "prefix+phrases+siblings")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ that are neither always right nor always wrong: the material of bit equality, in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -133,7 +134,7 @@ class Wavering:
     def __init__(self, target: Target, text: list[int], block_size: int, errors: float = 0.2, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         wrong = (torch.rand(len(text), generator=generator) < errors).tolist()
-        self.vocab, self.block_size = target.vocab_size, block_size
+        self.vocab, self.block_size, self.right = target.vocab_size, block_size, text
         self.text = [(token + w) % self.vocab for token, w in zip(text, wrong, strict=True)]
         self.confidence = torch.rand(len(text), generator=generator).sqrt()
 
@@ -157,4 +158,10 @@ class Wavering:
         ahead = slice(state["at"] + 1, state["at"] + 1 + window)
         tokens, confidence = self.text[ahead], self.confidence[ahead]
         drawn = next((k for k in range(len(tokens)) if not admits(confidence[: k + 1].tolist())), len(tokens))
-        return Draft(tokens[:drawn], torch.eye(self.vocab)[tokens[:drawn]], confidence[: drawn + 1], "wavering")
+
+        def another(k: int, tried: Sequence[int]) -> Tensor:
+            """The right token first."""
+            nearest = ((self.right[state["at"] + 1 + k] + i) % self.vocab for i in range(self.vocab))
+            return torch.eye(self.vocab)[next(token for token in nearest if token not in tried)]
+
+        return Draft(tokens[:drawn], torch.eye(self.vocab)[tokens[:drawn]], confidence[: drawn + 1], "wavering", another)

@@ -1,0 +1,43 @@
+"""Attention of a block without copies of the cache, for packed targets.
+
+Where several heads share keys and values, transformers hands SDPA a copy of these for every head as soon as there is a mask, as other
+devices' kernels need it. One token at a time has no mask, and so no copies; a block has one. The CPU's kernel reads shared keys and
+values under a mask as well, to the same sums: the copies took 4 % of a block's pass behind 200 tokens, 7 % behind 1 000.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_shared"  # what the model's config calls it
+
+
+def sdpa_shared(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: object,
+) -> tuple[Tensor, None]:
+    """transformers' ``sdpa``, but for a masked block of shared heads. query: [batch, heads, tokens, head_dim]; key, value: [batch,
+    kv_heads, context, head_dim] → [batch, tokens, heads, head_dim]."""
+    usual = attention_mask is None or query.shape[2] == 1 or query.shape[1] == key.shape[1] or options.get("position_bias") is not None
+    if usual or options.get("cache") is not None or options.get("softcap") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def share_keys(model: nn.Module) -> None:
+    """Let a model that attends by ``sdpa`` attend by :func:`sdpa_shared`; leave any other alone."""
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, sdpa_shared)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
