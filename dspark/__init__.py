@@ -6,19 +6,20 @@ One round, in the notation used everywhere:
     c_k ``confidence``      P(x_k survives, given x_<k survived);  a_k ``survival`` = Π_{i≤k} c_i
     ℓ ``verify_length``     how many drafts the policy sends to the target
     p_t, p_d                ``target_probs``, ``draft_probs``: float32, after temperature, top-k and top-p
-    τ ``tokens_per_round``  accepted drafts + 1 (correction or bonus)
+    τ ``tokens_per_round``  accepted drafts, or second guesses (``siblings``), + 1 (correction or bonus)
 """
 
 from dspark.checkpoint import load_drafter, save_drafter
 from dspark.decode import Output, Round, decode, generate
 from dspark.lookup import ContextLookup
 from dspark.predict import predict_speedup
-from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, PrefixScheduler
+from dspark.schedule import MTP1, SIBLING_RATES, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, PrefixScheduler
 from dspark.target import Target, load_target
 
 __version__ = "0.1.0"
 __all__ = [
     "MTP1",
+    "SIBLING_RATES",
     "AdaptiveWindow",
     "Autoregressive",
     "ConfidenceThreshold",

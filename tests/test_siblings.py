@@ -11,12 +11,16 @@ from tiny import tiny_drafter, tiny_target
 
 import dspark
 from dspark.attention import NAME, share_keys
+from dspark.bench.measure import positions
 from dspark.hf import dspark_generate
+from dspark.lab.figures import draft_states, fates
 from dspark.proof.cases import LEVEL
 from dspark.proof.tiny import Wavering, random_prompt, reference
+from dspark.replay import replay
 from dspark.sampling import Chance, Sampling
 from dspark.schedule import Admission, PrefixScheduler, Shortened
 from dspark.target import Target
+from dspark.trace import StepTimes, from_rounds, record
 from dspark.verify import Sibling, accept
 
 BESIDE = PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.5))
@@ -194,6 +198,45 @@ def test_without_rates_nothing_stands_beside_the_block_and_a_step_names_no_sibli
 def test_rates_that_are_no_probabilities_below_one_are_refused(rates: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"sibling_rates must lie in \[0, 1\)"):
         PrefixScheduler(lambda tokens: 1.0, sibling_rates=rates)
+
+
+# ---- what is shown and kept of it
+
+
+def a_run_with_siblings() -> tuple[Target, Wavering, list[dspark.Round]]:
+    target, prompt = tiny_target(eos_token_id=None, initializer_range=0.2), random_prompt(4, 7)
+    source = Wavering(target, reference(target, prompt, 60), 4, 0.4)
+    return target, source, dspark.generate(target, source, prompt, max_new_tokens=50, policy=FLAT).rounds
+
+
+def test_an_accepted_sibling_has_a_fate_of_its_own_and_a_bonus_behind_it() -> None:
+    _, _, run = a_run_with_siblings()
+    found = [t for t in fates(run) if t.fate == "sibling"]
+    assert [(t.round, t.token_id) for t in found] == [(r.index, r.sibling) for r in run if r.sibling is not None] != []
+    for t in found:
+        r = run[t.round]
+        assert (t.position, t.replaced) == (r.accepted + 1, r.draft_tokens[r.accepted])
+        assert [x.fate for x in fates([r])][-2:] == ["sibling", "bonus"]
+        states = draft_states([r])[0]
+        assert states[r.accepted] == "rejected"
+        assert "rejected" not in states[r.accepted + 1 :]
+
+
+def test_counts_by_position_are_those_of_the_block_alone() -> None:
+    _, _, run = a_run_with_siblings()
+    reached, accepted = positions(run[1:])
+    assert sum(accepted) == sum(r.accepted for r in run)
+    assert sum(reached) - sum(accepted) == sum(r.accepted < r.verify_length for r in run)
+
+
+def test_traces_and_replays_without_siblings_say_so() -> None:
+    target, source, run = a_run_with_siblings()
+    with pytest.raises(ValueError, match="siblings cannot be kept as a trace"):
+        from_rounds(run, target, source, [5, 6])
+    trace = record(target, source, random_prompt(4, 7), max_new_tokens=8, times=StepTimes({0: 1.0, 4: 1.0}, {1: 1.0, 5: 1.0}))
+    with pytest.raises(ValueError, match="a trace knows nothing of siblings"):
+        replay(trace, FLAT)
+    assert replay(trace, FLAT.chain)
 
 
 # ---- attention without copies

@@ -96,10 +96,8 @@ def parse_arm(name: str) -> Arm:
         if name == "plain":
             return Arm(name)
         alone = kind.partition(":")[0] == "copy"
-        siblings = kind == "prefix" and "siblings" in suffixes
-        suffixes = [suffix for suffix in suffixes if not (siblings and suffix == "siblings")]
-        wrap, block = _suffixes([kind, *suffixes] if alone else suffixes)
-        policy = _policy("fixed" if alone else kind + "+siblings" * siblings)
+        wrap, block, siblings = _suffixes([kind, *suffixes] if alone else suffixes)
+        policy = _policy("fixed" if alone else kind, siblings)
         return Arm(name, partial(_shortened, policy, block) if block else policy, wrap, not alone)
     except ValueError as error:
         raise ValueError(f"arm {name!r} cannot be read ({error}): choose from {CHOICES}") from None
@@ -123,8 +121,10 @@ def _peer(spec: str) -> Callable[[Target, Settings], Decoder] | None:
     return None
 
 
-def _policy(spec: str) -> Callable[[Target], Policy]:
+def _policy(spec: str, siblings: bool) -> Callable[[Target], Policy]:
     kind, _, values = spec.partition(":")
+    if siblings and kind != "prefix":
+        raise ValueError("+siblings follows prefix alone")
     match kind, values.split(",") if values else []:
         case "fixed", []:
             policy: Policy = FixedWindow()
@@ -139,26 +139,26 @@ def _policy(spec: str) -> Callable[[Target], Policy]:
         case "confidence" | "conditional", [threshold]:
             policy = ConfidenceThreshold(float(threshold), on="survival" if kind == "confidence" else "conditional")
         case "prefix", []:
-            return lambda target: PrefixScheduler(sps_curve(target))
-        case "prefix+siblings", []:
-            return lambda target: PrefixScheduler(sps_curve(target), sibling_rates=SIBLING_RATES)
+            rates = SIBLING_RATES if siblings else ()
+            return lambda target: PrefixScheduler(sps_curve(target), sibling_rates=rates)
         case _:
             raise ValueError("no such policy, or not its numbers")
     return lambda _target: policy
 
 
-def _suffixes(suffixes: list[str]) -> tuple[Callable[[Drafter | None, Target | None], ContextLookup] | None, int | None]:
-    """(what is put round the drafter, longest block); None for what is not there."""
+def _suffixes(suffixes: list[str]) -> tuple[Callable[[Drafter | None, Target | None], ContextLookup] | None, int | None, bool]:
+    """(what is put round the drafter, longest block, whether there are siblings); None for what is not there."""
     chosen: dict[str, int] = {}
     for suffix in suffixes:
         kind, _, n = suffix.partition(":")
-        if kind in chosen or kind not in ("copy", "phrases", "block") or (kind == "block" and not n) or (n and int(n) < 1):
-            raise ValueError("only +copy[:N] or +phrases[:N], and +block:N, N at least 1, each once, may follow a policy")
+        unnumbered = (kind == "block" and not n) or (kind == "siblings" and n)
+        if kind in chosen or kind not in ("copy", "phrases", "block", "siblings") or unnumbered or (n and int(n) < 1):
+            raise ValueError("only +copy[:N] or +phrases[:N], +block:N, N at least 1, and +siblings, each once, may follow a policy")
         chosen[kind] = int(n or 2)
     if {"copy", "phrases"} <= chosen.keys():
         raise ValueError("+phrases copies as well: leave +copy out")
     min_match = chosen.get("copy", chosen.get("phrases"))
-    return min_match and partial(_copying, min_match, "phrases" in chosen), chosen.get("block")
+    return min_match and partial(_copying, min_match, "phrases" in chosen), chosen.get("block"), "siblings" in chosen
 
 
 def _copying(min_match: int, recalls: bool, drafter: Drafter | None, target: Target | None) -> ContextLookup:

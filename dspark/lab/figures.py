@@ -34,6 +34,7 @@ FATES = {
     "draft": Look("accepted draft", (0, 114, 178), "solid"),
     "copy": Look("accepted copy from the context", (86, 180, 233), "double"),
     "phrase": Look("accepted phrase from memory", (110, 60, 200), "double"),
+    "sibling": Look("accepted second guess", (230, 159, 0), "solid"),
     "bonus": Look("bonus", (0, 130, 90), "dotted"),
     "correction": Look("correction", (213, 94, 0), "dashed"),
     "plain": Look("plain step", (170, 170, 170), "solid"),
@@ -55,7 +56,8 @@ class FatedToken:
     """A committed token and how it came to be.
 
     position: 1..γ behind the anchor (0: no block was drafted) · replaced: the rejected draft that stood here, if any ·
-    p_target, p_draft, confidence: of the draft at this position (the rejected one for a correction), None where there is none.
+    p_target, p_draft, confidence: of the draft at this position (the rejected one for a correction or a second guess), None where
+    there is none.
     """
 
     token_id: int
@@ -69,7 +71,7 @@ class FatedToken:
 
 
 def fates(rounds: Sequence[Round]) -> list[FatedToken]:
-    """Every committed token with its fate: draft, copy, phrase, bonus, correction or plain."""
+    """Every committed token with its fate: draft, copy, phrase, sibling, bonus, correction or plain."""
     tokens = []
     for r in rounds:
         for k, token in enumerate(r.committed):
@@ -77,7 +79,9 @@ def fates(rounds: Sequence[Round]) -> list[FatedToken]:
                 tokens.append(FatedToken(token, "plain", r.index, 0))
             elif k < r.accepted:
                 tokens.append(FatedToken(token, r.source if r.source in COPIED else "draft", r.index, k + 1, None, *_numbers(r, k)))
-            elif r.accepted < r.verify_length:
+            elif r.sibling is not None and k == r.accepted:
+                tokens.append(FatedToken(token, "sibling", r.index, k + 1, r.draft_tokens[k], *_numbers(r, k)))
+            elif r.sibling is None and r.accepted < r.verify_length:
                 tokens.append(FatedToken(token, "correction", r.index, k + 1, r.draft_tokens[k], *_numbers(r, k)))
             else:
                 tokens.append(FatedToken(token, "bonus", r.index, k + 1))
@@ -179,7 +183,7 @@ def _state(r: Round, k: int) -> str | None:
         return None
     if k >= r.verify_length:
         return "unchecked"
-    if k >= len(r.committed):  # behind a rejection, or behind an end of text that was accepted
+    if k >= min(r.accepted + 1, len(r.committed)):  # behind a rejection, or behind an end of text that was accepted
         return "in vain"
     return "accepted" if k < r.accepted else "rejected"
 

@@ -34,6 +34,7 @@ from dspark.paper.macros import (
 from dspark.proof.counterexample import A, first_token_laws
 from dspark.proof.sampled import ALL_PROMPTS, POWER, SIGNIFICANCE
 from dspark.proof.statistics import chi2_tail
+from dspark.schedule import SIBLING_RATES
 from dspark.train.losses import LossWeights
 
 Frames = Mapping[str, pd.DataFrame]  # name of the results file → its rows
@@ -54,7 +55,7 @@ PARTS = RUNS | {
     "DraftTimes": drafters.TIMES,
 }
 DRAFT_SHARE = 0.15  # of T_plain: the goal for T_draft
-ROLES = ("Generate", "Mtp", "Block", "Copy", "Phrases")  # ways to decode that the text speaks of
+ROLES = ("Generate", "Mtp", "Block", "Copy", "Phrases", "Siblings")  # ways to decode that the text speaks of
 
 
 def read_frames(results: Path) -> dict[str, pd.DataFrame]:
@@ -82,10 +83,11 @@ def read_frames(results: Path) -> dict[str, pd.DataFrame]:
 
 
 def roles(frame: pd.DataFrame) -> dict[str, str]:
-    """Role → measured arm of a speed run. Block drafts the drafter's whole block, Copy also copies, Phrases recalls, too."""
+    """Role → measured arm of a speed run. Block drafts the drafter's whole block, Copy also copies, Phrases recalls, too, Siblings
+    as well has siblings, under the prefix scheduler."""
     block_size = frame["drafter_block_size"].max()
     names = {"Generate": ("generate",), "Mtp": ("mtp1", "fixed:1"), "Block": ("fixed", f"fixed:{block_size}")}
-    names |= {"Copy": ("fixed+copy",), "Phrases": ("fixed+phrases",)}
+    names |= {"Copy": ("fixed+copy",), "Phrases": ("fixed+phrases",), "Siblings": ("prefix+phrases+siblings",)}
     measured = set(frame["arm"])
     found = {role: [arm for arm in names[role] if arm in measured] for role in ROLES}
     return {role: arms[0] for role, arms in found.items() if arms}
@@ -155,6 +157,7 @@ def _method() -> Iterator[Macro]:
     yield Macro(SETTING, "ContextRateHigh", f"{RATES[LONGEST]:g}")
     yield Macro(SETTING, "ContextLongest", integer(LONGEST))
     yield Macro(SETTING, "LookupLeast", f"{LEAST_SURVIVAL:g}")
+    yield Macro(SETTING, "SiblingRates", ", ".join(f"{rate:g}" for rate in SIBLING_RATES))
     laws = first_token_laws()
     yield Macro(SIMULATED, "AppendixWrongLaw", number(float(laws["GlobalArgmax"][A,])))
     yield Macro(SIMULATED, "AppendixPrefixLaw", number(float(laws["PrefixScheduler"][A,])))
