@@ -140,7 +140,7 @@ def checked_policy(policy: Policy | None, drafter: DraftSource | None, target: T
     policy = FixedWindow() if policy is None else policy
     policy.check(drafter.block_size, drafter.has_confidence)
     if policy.chain is not policy and not target.can_branch:
-        raise ValueError(f"{target.name} cannot see tokens beside each other, so drafts have no siblings: leave sibling_rates empty")
+        raise ValueError(f"{target.name} cannot see tokens beside each other, so drafts have no siblings: choose a policy without them")
     return policy
 
 

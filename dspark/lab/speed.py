@@ -20,7 +20,7 @@ PUBLISHED = {
     name: (round(1 + low, 2), round(1 + high, 2))
     for name, (low, high) in {"the published range": published.RANGE, **published.GAINS}.items()
 }
-COLOURS = [FATES[name].colour() for name in ("draft", "correction", "bonus", "copy", "phrase")]
+COLOURS = [FATES[name].colour() for name in ("draft", "correction", "bonus", "copy", "phrase", "plain", "sibling")]
 MARKS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 
 

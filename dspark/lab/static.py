@@ -18,8 +18,8 @@ from dspark.bench.stats import ALL, summarise
 from dspark.lab.figures import FATES, GREY
 
 HEADLINE = "speed-bfloat16-t0.parquet"
-INKS = [tuple(part / 255 for part in FATES[name].rgb) for name in ("draft", "correction", "bonus", "copy", "phrase")]
-MARKS = "osD^v"
+INKS = [tuple(part / 255 for part in FATES[name].rgb) for name in ("draft", "correction", "bonus", "copy", "phrase", "plain", "sibling")]
+MARKS = "osD^vP*"
 
 
 def headline(frame: pd.DataFrame) -> Figure:
