@@ -6,7 +6,7 @@ One round, in the notation used everywhere:
     c_k ``confidence``      P(x_k survives, given x_<k survived);  a_k ``survival`` = Π_{i≤k} c_i
     ℓ ``verify_length``     how many drafts the policy sends to the target
     p_t, p_d                ``target_probs``, ``draft_probs``: float32, after temperature, top-k and top-p
-    τ ``tokens_per_round``  accepted drafts, or second guesses (``siblings``), + 1 (correction or bonus)
+    τ ``tokens_per_round``  accepted drafts, an accepted second guess (``sibling``), + 1 (correction or bonus)
 """
 
 from dspark.checkpoint import load_drafter, save_drafter

@@ -7,6 +7,9 @@ values under a mask as well, to the same sums: the copies took 4 % of a block's 
 
 from __future__ import annotations
 
+import inspect
+import sys
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -35,9 +38,17 @@ def sdpa_shared(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-def share_keys(model: nn.Module) -> None:
-    """Let a model that attends by ``sdpa`` attend by :func:`sdpa_shared`; leave any other alone."""
-    if model.config.get_text_config()._attn_implementation == "sdpa":
+def share_keys(decoder: nn.Module) -> None:
+    """Let a decoder that attends by transformers' ``sdpa`` attend by :func:`sdpa_shared`; leave any other alone, and one whose own
+    code asks for ``sdpa`` by that name."""
+    if decoder.config._attn_implementation == "sdpa" and not _asks_by_name(decoder):
         AttentionInterface.register(NAME, sdpa_shared)
         AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+        decoder.set_attn_implementation(NAME)
+
+
+def _asks_by_name(decoder: nn.Module) -> bool:
+    try:
+        return '"sdpa"' in inspect.getsource(sys.modules[type(decoder).__module__])
+    except (OSError, TypeError, KeyError):  # code without a source may do anything
+        return True

@@ -44,10 +44,10 @@ class Round:
     anchor: x_0, the last committed token before this round (None in the prefill) · window: tokens the policy asked for ·
     draft_tokens: x_1..x_w · confidence, survival: c_k and a_k, w of them, or w + 1 where the policy ended the draft: the last one is
     of the token that was not drawn · verify_length: ℓ ≤ w, how many the target checked ·
-    accepted ≤ ℓ · committed: the accepted drafts and one correction or bonus, nothing behind an end-of-text token ·
+    accepted ≤ ℓ · committed: the accepted drafts, an accepted sibling, and one correction or bonus, nothing behind an end-of-text token ·
     target_probs_of_drafts: ℓ numbers, what the target gave the checked drafts (at temperature 1 when decoding is greedy) ·
     draft_probs_of_drafts: w numbers, the probabilities they were drawn with · source: who drafted ("" if nobody) ·
-    draft_seconds, verify_seconds: the two models' time; seconds: the whole round. Host clock ·
+    draft_seconds: drafting and scheduling; verify_seconds: the target's pass; seconds: the whole round. Host clock ·
     siblings: (k, token) of the further guesses that were checked beside the block; sibling: the one that was accepted. It stands behind
     the accepted drafts, and what is committed behind it is a bonus.
     """
@@ -119,7 +119,8 @@ def decode(
     user turn), chat messages, or token ids. policy: how far to look ahead, default the drafter's whole block. temperature 0 is greedy;
     top_p in 0..1, top_k tokens, 0 for all. seed: of all draws. Ends behind an end-of-text token, after ``max_new_tokens``, or at the
     context's end.
-    Raises ValueError, before anything runs, for an empty or too long prompt, a bad option, or a policy the drafter cannot serve.
+    Raises ValueError, before anything runs, for an empty or too long prompt, a bad option, or a policy that the drafter or the target
+    cannot serve.
     """
     policy = checked_policy(policy, drafter, target)
     sampling = Sampling(temperature, top_k, top_p)
@@ -171,7 +172,7 @@ def rounds(
         # 2 schedule
         schedule = policy if draft.another else policy.chain
         length = min(schedule.lengths([draft.confidence])[0], len(draft.tokens)) if draft.tokens else 0
-        siblings = _siblings(draft, schedule.siblings(draft.confidence)[:length], chance) if length else []
+        siblings = _siblings(draft, schedule.siblings(draft.confidence)[:length], chance) if length and draft.another else []
         drafted = clock.lap()
         # 3 verify
         checked = draft.tokens[:length]
@@ -248,7 +249,7 @@ def _of_tokens(probs: Tensor | Rows, tokens: Sequence[int]) -> tuple[float, ...]
 
 
 def _at_temperature_one(logits: Tensor, tokens: Sequence[int]) -> tuple[float, ...]:
-    """logits [≥ n, vocab], n tokens → the probability of each, without making whole rows of them."""
+    """logits [≥ n, vocab], n tokens → the probability of each."""
     return tuple(logits[: len(tokens)].softmax(-1, torch.float32)[range(len(tokens)), tokens].tolist())
 
 

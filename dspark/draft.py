@@ -74,10 +74,10 @@ class ConfidenceHead(nn.Module):
         return self.proj(x).squeeze(-1)
 
     def halves(self, hidden: Tensor) -> tuple[list[float], Tensor | None]:
-        """The same sum as a block needs it: for known hidden states [w, hidden] what they give the w logits, bias included, and the
-        weights [rank] of W1[x_{k−1}], which is known one position at a time."""
+        """The same sum, but for rounding, as a block needs it: for known hidden states [w, hidden] what they give the w logits, bias
+        included, and the weights [rank] of W1[x_{k−1}], which is known one position at a time."""
         weight = self.proj.weight[0].to(hidden.dtype)
-        known = hidden @ weight[: hidden.shape[-1]] + self.proj.bias.to(hidden.dtype)
+        known = (hidden @ weight[: hidden.shape[-1]]).double() + self.proj.bias.double()
         return known.tolist(), weight[hidden.shape[-1] :] if self.with_markov else None
 
 

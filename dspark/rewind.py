@@ -43,7 +43,9 @@ class GrowingKV:
         self.length = length
 
     def move(self, source: int, to: int) -> None:
-        """Position ``to`` gets what ``source`` holds."""
+        """Position ``to`` gets what ``source`` holds. Raises ValueError unless to ≤ source, and the cache holds it."""
+        if not 0 <= to <= source < self.length:
+            raise ValueError(f"cannot move {source} to {to}: the cache holds {self.length} tokens")
         self.keys[:, :, to] = self.keys[:, :, source]
         self.values[:, :, to] = self.values[:, :, source]
 

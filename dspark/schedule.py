@@ -1,10 +1,11 @@
 """Scheduling policies: how many of the drafted tokens are worth checking.
 
-A policy answers two questions. ``window``, before drafting: how many tokens to draft, from past rounds alone (0 = plain
+A policy answers three questions. ``window``, before drafting: how many tokens to draft, from past rounds alone (0 = plain
 autoregressive step, the drafter is not run). ``lengths``: how many of them to verify, from the survival probabilities
 a_k = Π_{i≤k} c_i of all active requests; for a single one ``admits`` asks it already while the block is drawn. c_k does not
 depend on x_k, and cutting at k reads only c_1..c_k, so no cut ever depends on the token it cuts: that is why the output law
-stays the target's.
+stays the target's. ``siblings``, behind drafting: how many further guesses to check beside the block; these may depend on all that
+was drafted.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Policy:
         return self.lengths([torch.tensor(confidence)]) == [len(confidence)]
 
     def siblings(self, confidence: Tensor) -> list[int]:
-        """How many siblings of x_1, x_2, … to check beside the block (:mod:`dspark.verify`). confidence: [w] float32. None here.
+        """How many siblings of x_1, x_2, … of a request, alone in its round, to check beside the block (:mod:`dspark.verify`).
+        confidence: [w] float32. None here; who overrides this overrides :attr:`chain`.
 
         It may depend on all that is drafted: a sibling is tried only where its draft was rejected, against what that left owing.
         """
@@ -237,9 +239,9 @@ class PrefixScheduler(_NeedsConfidence):
     the pass is waited for, so Θ can count it, and a little more is checked. max_window: tokens to draft at most, None for the whole
     block; a constant.
 
-    sibling_rates: how often the first, second, … sibling of a rejected draft is accepted; empty, the paper's rule, checks none. Siblings
-    are candidates as well, accepted with probability (a_{r,j−1} − a_{r,j}) · rate. One becomes a candidate behind x_{r,j}, so whether
-    x_{r,j} is admitted still depends on nothing that follows from it.
+    sibling_rates: of all rejected drafts, the share whose first, second, … sibling is accepted; empty, the paper's rule, checks none.
+    The i-th sibling of x_{r,j} is a candidate as well, once x_{r,j} and the siblings before it are admitted, with
+    (a_{r,j−1} − a_{r,j}) · rate_i. So of its own request the admission of x_{r,j} still reads c_{r,1}..c_{r,j} alone.
     """
 
     sps: Callable[[int], float]
@@ -262,8 +264,8 @@ class PrefixScheduler(_NeedsConfidence):
     def __post_init__(self) -> None:
         if not self.draft_seconds >= 0:
             raise ValueError(f"draft_seconds must be at least 0, got {self.draft_seconds}")
-        if not all(0 <= rate < 1 for rate in self.sibling_rates):
-            raise ValueError(f"sibling_rates must lie in [0, 1), got {self.sibling_rates}")
+        if not all(0 <= rate < 1 for rate in self.sibling_rates) or sum(self.sibling_rates) > 1:
+            raise ValueError(f"sibling_rates must lie in [0, 1) and sum to 1 at most, got {self.sibling_rates}")
 
     def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
         lengths = [0] * len(confidence)

@@ -118,10 +118,10 @@ class Target:
 
     def pack(self) -> Target:
         """Lay the weights out for fast CPU passes where that is possible (:mod:`dspark.packed`), in place; the products stay the same,
-        and so does attention, which spares itself copies (:mod:`dspark.attention`)."""
+        and so does what attention gives, without its copies (:mod:`dspark.attention`)."""
         _ = self.digest  # reads the plain weights, so before they go
         if can_pack(self.head_weight):
-            share_keys(self.model)
+            share_keys(self.decoder)
         pack_linears(self.model)
         self.head.weight = self.head_weight  # held anyway; with it the model can be a target again, inside its own ``generate``
         return self
@@ -211,6 +211,8 @@ class Target:
         keep: int | Tensor = logits_to_keep
         if self.num_shared_layers and taps and keep:  # a number would also cut the tokens that those layers see
             keep = torch.arange(-keep, 0, device=token_ids.device)
+        if siblings and not self.can_branch:
+            raise ValueError(f"{self.name} cannot see tokens beside each other: check none beside the block")
         places = self._places(token_ids.shape[1] - len(siblings), siblings, cache.length) if siblings else {}
         with Taps(self, taps) as tapped:
             out = self.model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep, **places)

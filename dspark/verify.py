@@ -27,12 +27,12 @@ def accept(
     """Keep the longest prefix of the drafts that the rule accepts, perhaps a sibling behind it, and draw the one token behind that.
 
     draft_tokens: ℓ ids, x_k drawn from ``p_draft[k−1]`` · p_draft: [≥ ℓ, vocab] float32 · p_target: [ℓ+1+siblings, vocab] float32,
-    the rows behind the anchor, the drafts and the siblings · siblings: of one position in the order in which they were drawn.
+    the rows behind the anchor, the drafts and the siblings · siblings: those of one position in the order in which they were drawn.
     Returns (row, next_token), the row of p_target that the next token stands behind: k if k drafts were accepted, ℓ+1+i if sibling i
-    was. x_k is accepted with probability min(1, p_t(x_k) / p_d(x_k)); at the first rejection the residual takes the place of p_t, and
-    the siblings of x_k are tried against it in the same way; if none is accepted, the next token comes from what is left. Behind an
-    accepted token it comes from the target's own row (the bonus). Every token then follows p_target exactly, whatever the drafts were
-    drawn from. Greedy is the case of one-hot rows.
+    (0-based) was. x_k is accepted with probability min(1, p_t(x_k) / p_d(x_k)); at the first rejection the residual takes the place of
+    p_t, and the siblings of x_k are tried against it in the same way; if none is accepted, the next token comes from what is left.
+    Behind an accepted token it comes from the target's own row (the bonus). Every token then follows p_target exactly, whatever the
+    drafts were drawn from. Greedy is the case of one-hot rows.
 
     Only indexing, −, clip, sum and / touch the rows, so arrays of fractions do as well: the proof runs this very function.
     """

@@ -84,6 +84,12 @@ def test_a_comma_inside_an_arms_numbers_does_not_split_it():
     ]
 
 
+def test_siblings_go_with_the_prefix_scheduler_and_with_any_other_suffix(models):
+    for name in ("prefix+siblings", "prefix+phrases+siblings", "prefix+siblings+copy+block:2"):
+        policy = parse_arm(name).policy(models.target)
+        assert policy.chain is not policy
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

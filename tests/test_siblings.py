@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from test_eagle import eagle
 from test_families import FAMILIES, model_of
 from tiny import tiny_drafter, tiny_target
 
 import dspark
 from dspark.attention import NAME, share_keys
+from dspark.bench.identity import _block
 from dspark.bench.measure import positions
+from dspark.bench.overheard import Overheard
 from dspark.hf import dspark_generate
 from dspark.lab.figures import draft_states, fates
 from dspark.proof.cases import LEVEL
@@ -23,8 +26,8 @@ from dspark.target import Target
 from dspark.trace import StepTimes, from_rounds, record
 from dspark.verify import Sibling, accept
 
-BESIDE = PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.5))
-FLAT = PrefixScheduler(lambda tokens: 1.0, sibling_rates=(0.5, 0.4, 0.3))
+BESIDE = PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.4))
+FLAT = PrefixScheduler(lambda tokens: 1.0, sibling_rates=(0.5, 0.3, 0.2))
 N = 20_000
 
 
@@ -96,10 +99,26 @@ def test_some_families_can_branch_and_those_whose_masks_or_places_are_their_own_
     assert not can & {"GPT2LMHead", "Mpt", "Bloom", "Gemma2", "Gemma3n", "Gemma4", "Llama4", "ModernBertDecoder"}
 
 
-def test_a_cache_keeps_nothing_that_it_does_not_hold() -> None:
-    cache = tiny_target().new_cache()
-    with pytest.raises((ValueError, TypeError)):
-        cache.keep(3, 5)
+@pytest.mark.parametrize(("length", "position"), [(3, 7), (5, 4), (3, 6)])
+def test_a_cache_keeps_nothing_that_it_does_not_hold(length: int, position: int) -> None:
+    target = tiny_target()
+    cache = target.new_cache()
+    target.forward(torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]]), cache)
+    cache.rewind(6)  # two stale tokens stand behind
+    with pytest.raises(ValueError, match=f"cannot move {position} to {length}: the cache holds 6 tokens"):
+        cache.keep(length, position)
+
+
+def test_a_policy_that_forgets_its_chain_is_told_what_the_target_cannot_do() -> None:
+    class Careless(dspark.FixedWindow):
+        def siblings(self, confidence: torch.Tensor) -> list[int]:
+            return [1] * len(confidence)
+
+    target = Target(model_of("GPT2LMHead"), None, "gpt2")
+    with pytest.raises(ValueError, match="gpt2 cannot see tokens beside each other"):
+        dspark.generate(target, tiny_drafter(target), [5, 6, 7], max_new_tokens=8, policy=Careless())
+    copying = dspark.ContextLookup(None, target=target)
+    assert dspark.generate(target, copying, [5, 6, 7] * 3, max_new_tokens=8, policy=Careless()).token_ids
 
 
 # ---- the loop
@@ -144,6 +163,59 @@ def test_the_drafter_hears_the_taps_of_a_kept_sibling() -> None:
     assert any(r.sibling is not None for r in out.rounds)
     assert [token for token, _ in told[0]] == [token for token, _ in told[1]]
     assert all(torch.allclose(one, other, atol=1e-4) for (_, one), (_, other) in zip(*told, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_text_ends_behind_an_end_that_is_a_sibling_or_stands_before_one(seed: int) -> None:
+    target, prompt = tiny_target(seed=seed, eos_token_id=None, initializer_range=0.2), random_prompt(seed, 7)
+    coming = reference(target, prompt, 60)
+    for end in range(3, 12):
+        target.eos_token_ids = frozenset([coming[end]])
+        expected = coming[: coming.index(coming[end]) + 1]
+        assert dspark.generate(target, Wavering(target, coming, 4, 0.4, seed), prompt, max_new_tokens=50, policy=FLAT).token_ids == expected
+
+
+def test_a_packed_target_gives_siblings_the_rows_that_they_would_have_alone() -> None:
+    target = tiny_target(eos_token_id=None, dtype=torch.bfloat16, hidden_size=64).pack()
+    prompt, cache = random_prompt(1, 12), target.new_cache()
+    target.forward(torch.tensor([prompt]), cache)
+    logits, _ = target.forward(torch.tensor([[5, 9, 20, 21]]), cache, siblings=[1, 1])
+    for row, text in enumerate(([5], [5, 9], [5, 20], [5, 21])):
+        alone, _ = target.forward(torch.tensor([[*prompt, *text]]), None)
+        assert (logits[0, row] - alone[0, -1]).abs().max() < 0.05 * alone.abs().max()
+
+
+def test_an_autoregressive_drafter_has_no_second_guesses_and_keeps_the_text() -> None:
+    target, prompt = tiny_target(eos_token_id=None), random_prompt(1, 9)
+    out = dspark.generate(target, eagle(target), prompt, max_new_tokens=20, policy=FLAT)
+    assert out.token_ids == reference(target, prompt, 20)
+    assert not any(r.siblings for r in out.rounds)
+
+
+def test_the_pass_that_is_weighed_is_as_wide_as_the_round_and_keeps_its_text() -> None:
+    _, _, run = a_run_with_siblings()
+    for r in run[1:]:
+        tokens, kept = _block(r)
+        assert len(tokens) == 1 + r.verify_length + len(r.siblings)
+        assert tokens[:kept] == [r.anchor, *r.committed[:-1]]
+
+
+def test_acceptances_are_overheard_of_the_block_alone() -> None:
+    target, prompt = tiny_target(eos_token_id=None, initializer_range=0.2), random_prompt(4, 7)
+    heard = Overheard(target, Wavering(target, reference(target, prompt, 60), 4, 0.4), Sampling())
+    run = dspark.generate(heard.target, heard.drafter, prompt, max_new_tokens=50, policy=FLAT).rounds
+    assert [len(a) for a in heard.acceptances] == [r.verify_length for r in run[1:]]
+    assert any(r.sibling is not None for r in run)
+
+
+@pytest.mark.parametrize("markov", [True, False])
+def test_what_is_known_early_and_what_comes_with_the_token_make_the_confidence(markov: bool) -> None:
+    drafter = tiny_drafter(tiny_target(), confidence_head_with_markov=markov)
+    hidden, embedded = torch.randn(4, 32), torch.randn(4, 8)
+    known, weight = drafter.confidence_head.halves(hidden)
+    heard = embedded @ weight if markov else torch.zeros(4)
+    assert torch.allclose(torch.tensor(known).float() + heard, drafter.confidence_head(hidden, embedded), atol=1e-5)
+    assert (weight is None) != markov
 
 
 def test_the_call_inside_generate_takes_a_policy_with_siblings() -> None:
@@ -194,8 +266,8 @@ def test_without_rates_nothing_stands_beside_the_block_and_a_step_names_no_sibli
     assert Admission(0, 1, 0.5, 1.5, 2, 1.0, True).sibling == 0
 
 
-@pytest.mark.parametrize("rates", [(1.0,), (0.5, -0.1)])
-def test_rates_that_are_no_probabilities_below_one_are_refused(rates: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("rates", [(1.0,), (0.5, -0.1), (0.6, 0.5)])
+def test_rates_that_are_no_shares_of_the_rejected_are_refused(rates: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"sibling_rates must lie in \[0, 1\)"):
         PrefixScheduler(lambda tokens: 1.0, sibling_rates=rates)
 
@@ -229,7 +301,7 @@ def test_counts_by_position_are_those_of_the_block_alone() -> None:
     assert sum(reached) - sum(accepted) == sum(r.accepted < r.verify_length for r in run)
 
 
-def test_traces_and_replays_without_siblings_say_so() -> None:
+def test_traces_and_replays_refuse_siblings() -> None:
     target, source, run = a_run_with_siblings()
     with pytest.raises(ValueError, match="siblings cannot be kept as a trace"):
         from_rounds(run, target, source, [5, 6])
@@ -242,10 +314,20 @@ def test_traces_and_replays_without_siblings_say_so() -> None:
 # ---- attention without copies
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_is_the_same_whoever_attends(family: str) -> None:
+    """With prompt lookup as well, whose first pass asks for several rows of logits."""
+    model, prompt = model_of(family), torch.tensor([random_prompt(1, 6, 60) * 2])
+    ways = [{"do_sample": False, "max_new_tokens": 16, "use_cache": True} | more for more in ({}, {"prompt_lookup_num_tokens": 3})]
+    before = [model.generate(prompt, **way) for way in ways]
+    share_keys(Target(model, None, family).decoder)
+    assert all(torch.equal(model.generate(prompt, **way), text) for way, text in zip(ways, before, strict=True))
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_attention_without_copies_gives_the_same_sums(heads: int) -> None:
     plain, shared = (tiny_target(num_key_value_heads=heads, dtype=torch.bfloat16) for _ in range(2))
-    share_keys(shared.model)
+    share_keys(shared.decoder)
     assert shared.config._attn_implementation == NAME
     for new in ([5], [5, 6, 7, 8]):
         found = []

@@ -124,7 +124,7 @@ def _peer(spec: str) -> Callable[[Target, Settings], Decoder] | None:
 def _policy(spec: str, siblings: bool) -> Callable[[Target], Policy]:
     kind, _, values = spec.partition(":")
     if siblings and kind != "prefix":
-        raise ValueError("+siblings follows prefix alone")
+        raise ValueError("only prefix takes +siblings")
     match kind, values.split(",") if values else []:
         case "fixed", []:
             policy: Policy = FixedWindow()

@@ -82,11 +82,12 @@ def weigh(models: Models, prompt: list[int], expected: list[int], trial: Trial, 
 
 
 def _block(r: Round) -> Pass:
-    """As the round ran. An accepted sibling stands in the rejected draft's place, and the drafts behind that, which it did not see, are
-    left out; so are the siblings that were not accepted."""
-    if r.sibling is None:
-        return [r.anchor, *r.draft_tokens[: r.verify_length]], len(r.committed)
-    return [r.anchor, *r.draft_tokens[: r.accepted], r.sibling], len(r.committed)
+    """The round's text in a pass as wide as its own. An accepted sibling stands in the rejected draft's place; what fills up the pass
+    stands behind all that is kept."""
+    tokens = [r.anchor, *r.draft_tokens[: r.verify_length]]
+    if r.sibling is not None:
+        tokens = [*tokens[: 1 + r.accepted], r.sibling]
+    return [*tokens, *[r.anchor] * (1 + r.verify_length + len(r.siblings) - len(tokens))], len(r.committed)
 
 
 def logits_of(target: Target, prompt: list[int], passes: Iterable[Pass], i: int) -> Tensor:

@@ -45,7 +45,7 @@ POLICIES: dict[str, Policy] = {
     "conditional": ConfidenceThreshold(0.5, on="conditional"),
     "prefix-smooth": PrefixScheduler(SMOOTH),
     "prefix-jagged": PrefixScheduler(JAGGED),
-    "siblings": PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.5)),
+    "siblings": PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.4)),
 }
 SCHEDULED = ("confidence", "conditional", "prefix-smooth", "prefix-jagged", "siblings")  # ℓ follows the confidences
 HEADS = ("none", "vanilla", "gated", "rnn")

@@ -68,12 +68,12 @@ WAYS = {
     "confidence": Way(lambda n: ConfidenceThreshold(0.4)),
     "conditional": Way(lambda n: ConfidenceThreshold(0.6, on="conditional")),
     "prefix": Way(lambda n: PrefixScheduler(JAGGED)),
-    "siblings": Way(lambda n: PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.5))),
+    "siblings": Way(lambda n: PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.4))),
     "shortened": Way(partial(Shortened, FixedWindow()), longer=LONGER),
     "copy": Way(FixedWindow, "only"),
     "fixed+copy": Way(FixedWindow, "copy"),
     "prefix+copy": Way(lambda n: PrefixScheduler(SMOOTH), "copy"),
-    "siblings+copy": Way(lambda n: PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.5)), "copy"),
+    "siblings+copy": Way(lambda n: PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.4)), "copy"),
     "fixed+phrases": Way(FixedWindow, "phrases"),
     "adaptive+phrases": Way(lambda n: AdaptiveWindow(0.4, 0.2, 0.02), "phrases"),
 }
@@ -263,7 +263,7 @@ class Total:
 
 
 def one(prompt: Asked, way: Way, block_size: int, turn: int) -> Total:
-    """Decode one prompt one way and compare."""
+    """Decode one prompt one way and compare. Where tokens cannot stand beside each other, blocks have no siblings."""
     source, policy = prompt.source(way, block_size, turn), way.policy(block_size)
     policy = policy if prompt.target.can_branch else policy.chain
     out = generate(prompt.target, source, prompt.prompt, max_new_tokens=prompt.tokens, policy=policy)
