@@ -44,7 +44,7 @@ def headline(frame: pd.DataFrame) -> Figure:
                 tau.plot(places, rows["tokens_per_round"], **look)
         _dress(speed, ["all (geom.\nmean)" if d == ALL else d for d in domains], f"speed-up over {_name(first['baseline'])} (×)")
         _dress(tau, domains, "τ (tokens per round)")
-        figure.legend(*speed.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+        figure.legend(*speed.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9, columnspacing=1.5)
         figure.supxlabel(caption(frame), fontsize=8, color=GREY)
     return figure
 
@@ -60,7 +60,7 @@ def _dress(axes: Axes, domains: Sequence[str], label: str) -> None:
 
 
 def _name(arm: str) -> str:
-    return {"plain": "plain decoding", "generate": "transformers generate"}.get(arm, f"DSpark {arm}")
+    return {"plain": "plain decoding", "generate": "transformers generate"}.get(arm, arm)
 
 
 def caption(frame: pd.DataFrame) -> str:

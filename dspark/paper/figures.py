@@ -46,11 +46,11 @@ def speedup(frame: pd.DataFrame, arms: Sequence[str]) -> Figure:
     figure.supxlabel("")
     for axes in figure.axes:
         axes.tick_params(labelsize=6.5, labelcolor="black")
-        axes.yaxis.label.set_color("black")
+        axes.yaxis.label.set(color="black", fontsize=7)
         for line in axes.lines:
             line.set_markersize(4)
     for text in figure.legends[0].get_texts():
-        text.set_color("black")
+        text.set(color="black", fontsize=6.5)
     return figure
 
 
