@@ -284,7 +284,7 @@ def test_picture_shows_every_arm_with_units_and_n_and_is_the_same_each_time(tmp_
     figure = static.headline(results())
     speed, tau = figure.axes
     assert "(×)" in speed.get_ylabel() and "tokens per round" in tau.get_ylabel()
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["transformers generate", "DSpark fixed:5"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["transformers generate", "fixed:5"]
     assert "n = 8 test prompts a domain" in figure.get_supxlabel()
 
 

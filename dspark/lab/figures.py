@@ -34,7 +34,7 @@ FATES = {
     "draft": Look("accepted draft", (0, 114, 178), "solid"),
     "copy": Look("accepted copy from the context", (86, 180, 233), "double"),
     "phrase": Look("accepted phrase from memory", (110, 60, 200), "double"),
-    "sibling": Look("accepted second guess", (230, 159, 0), "solid"),
+    "sibling": Look("accepted second guess", (240, 195, 0), "solid"),
     "bonus": Look("bonus", (0, 130, 90), "dotted"),
     "correction": Look("correction", (213, 94, 0), "dashed"),
     "plain": Look("plain step", (170, 170, 170), "solid"),
