@@ -2,7 +2,7 @@
 
 Where several heads share keys and values, transformers hands SDPA a copy of these for every head as soon as there is a mask, as other
 devices' kernels need it. One token at a time has no mask, and so no copies; a block has one. The CPU's kernel reads shared keys and
-values under a mask as well, to the same sums: the copies took 4 % of a block's pass behind 200 tokens, 7 % behind 1 000.
+values under a mask as well, to the same sums.
 """
 
 from __future__ import annotations
