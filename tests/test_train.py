@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import dspark.train.__main__
 from dspark.backbone import Context, block_mask
 from dspark.target import Target
 from dspark.train.blocks import block_loss, choose_blocks
-from dspark.train.corpus import Corpus
+from dspark.train.corpus import Corpus, all_text
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.losses import HeadLoss, LossWeights, position_weights
@@ -124,6 +125,27 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     records = list(trainer(tmp_path, steps=40).run())
     first, last = (sum(r["loss"] for r in part) for part in (records[:8], records[-8:]))
     assert last < first
+
+
+def test_weight_decay_shrinks_matrices_that_learn_nothing_and_no_norms(tmp_path: Path) -> None:
+    free, decayed = (trainer(tmp_path / name, steps=4, weight_decay=decay) for name, decay in (("free", 0.0), ("decayed", 0.5)))
+    unread = 1  # a token that no text holds, so that only decay moves its row
+    before = decayed.drafter.markov_head.markov_w1.weight[unread].clone()
+    for each in (free, decayed):
+        each.drafter.norm.weight.requires_grad_(False).grad = torch.zeros_like(each.drafter.norm.weight)
+        list(each.run())
+    shrunk = math.prod(1 - 0.5 * decayed.config.rate(step) for step in range(4))
+    assert torch.allclose(decayed.drafter.markov_head.markov_w1.weight[unread], before * shrunk)
+    assert torch.equal(free.drafter.markov_head.markov_w1.weight[unread], before)
+    assert torch.equal(decayed.drafter.norm.weight, torch.ones_like(decayed.drafter.norm.weight))
+
+
+def test_all_text_teaches_but_what_judges_stays_the_assistants() -> None:
+    text = corpus()
+    taught = all_text(text, held_out=3)
+    assert taught.assistant[:9].all()
+    assert torch.equal(taught.assistant[9:], text.assistant[9:])
+    assert not text.assistant.all()
 
 
 def test_a_training_resumed_twice_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from dspark.fetch import cache_dir
 from dspark.packed import has_bfloat16_kernels
 from dspark.phrases import FILE, PhraseMemory
 from dspark.target import Target, load_target
-from dspark.train.corpus import Corpus, load_corpus
-from dspark.train.features import FeatureStore
+from dspark.train.corpus import Corpus, all_text, load_corpus
+from dspark.train.features import SHARD_ROWS, FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.run import train_to
 from dspark.train.start import drafter_for, frequent_tokens, spread
@@ -65,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--steps", type=int, default=5000)
     drafter.add_argument("--sequences", type=int, default=4, help="corpus rows per step")
     drafter.add_argument("--anchors", type=int, default=64, help="blocks per row and step")
+    drafter.add_argument("--learn-from", default="answers", choices=("answers", "all"), help="where anchors stand: answers, or all text")
     drafter.add_argument("--lr", type=float, default=1.5e-3)
+    drafter.add_argument("--weight-decay", type=float, default=0.0, help="of matrices, not of norms")
     drafter.add_argument("--block-size", type=int, default=5)
     drafter.add_argument("--taps", type=integers, help="target layers the drafter reads; default five of them, spread evenly")
     drafter.add_argument("--init-layers", type=integers, help="target layers that the drafter's layers start from; default first and last")
@@ -131,17 +133,21 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
     corpus = whole.rows(shuffled[args.skip_rows :][: args.rows])
     drafter = load_drafter(args.start_from, target).requires_grad_(True) if args.start_from else fresh_drafter(target, whole, args)
     started_from = drafter_digest(drafter) if args.start_from else ""
+    if args.learn_from == "all":
+        corpus = all_text(corpus, held_out=len(corpus) % SHARD_ROWS or SHARD_ROWS)
     store = FeatureStore(target, corpus, drafter.target_layer_ids, args.features)
     config = TrainConfig(
         steps=args.steps,
         sequences=args.sequences,
         anchors=args.anchors,
         learning_rate=args.lr,
+        weight_decay=args.weight_decay,
         seed=args.seed,
         checkpoint_every=args.checkpoint_every,
     )
+    about = {"skipped_rows": args.skip_rows, "started_from": started_from, "learnt_from": args.learn_from}
     trainer = Trainer(target, drafter, store, config, args.out.with_name(args.out.name + ".training"))
-    train_to(trainer, args.out, validate_every=args.validate_every, about={"skipped_rows": args.skip_rows, "started_from": started_from})
+    train_to(trainer, args.out, validate_every=args.validate_every, about=about)
 
 
 def compare_drafters(args: argparse.Namespace) -> None:

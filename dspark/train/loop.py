@@ -32,6 +32,7 @@ class TrainConfig:
     learning_rate: float = 6e-4
     warmup: float = 0.04
     clip: float = 1.0
+    weight_decay: float = 0.0
     seed: int = 0
     checkpoint_every: int = 500
     validation_shards: int = 1
@@ -41,6 +42,8 @@ class TrainConfig:
         for name in ("steps", "sequences", "anchors", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be 0 (none) or positive, got {self.weight_decay}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
 
@@ -62,7 +65,7 @@ class Trainer:
             raise ValueError(f"{found}, so nothing is left to train on: make more than {held} rows")
         self.target, self.store, self.config, self.folder = target, store, config, folder
         self.drafter = drafter.float().attach(target)
-        self.optimizer = torch.optim.AdamW(self.drafter.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(_groups(self.drafter, config.weight_decay), lr=config.learning_rate, fused=True)
         self.t2d = torch.full((drafter.config.vocab_size,), -1, device=target.device)
         self.t2d[drafter.d2t] = torch.arange(len(drafter.d2t), device=target.device)
         self.step = 0
@@ -177,6 +180,7 @@ class Trainer:
         wanted = {"train": asdict(self.config), "drafter": self._shape, "target": self.target.digest}
         if isinstance(about.get("drafter"), dict):  # checkpoints that name no architecture hold the only one of their time
             about["drafter"] = {"architecture": Drafter.architecture} | about["drafter"]
+        about["train"].setdefault("weight_decay", 0.0)  # and those that name no decay were trained without
         for name in ("steps", "checkpoint_every"):  # may change on the way: fewer steps anneal sooner, more go on for longer
             about["train"][name] = wanted["train"][name]
         for key, value in wanted.items():
@@ -219,6 +223,11 @@ class Trainer:
                 raise ValueError(f"{self.checkpoint} is damaged ({name} is out of range): delete it to start over")
         if not torch.equal(tensors["weights.d2t"], self.drafter.d2t):
             raise ValueError(f"{self.checkpoint} was made with another draft vocabulary, from another corpus: choose another folder")
+
+
+def _groups(drafter: Drafter, weight_decay: float) -> list[dict[str, object]]:
+    """All parameters in their order, norms and biases undecayed."""
+    return [{"params": [weight], "weight_decay": weight_decay if weight.dim() > 1 else 0.0} for weight in drafter.parameters()]
 
 
 def _to(record: Shard | Blocks, device: torch.device) -> Shard | Blocks:
