@@ -33,6 +33,16 @@ def gain(over: str) -> float:
     return mean_tau("dspark") / mean_tau(over) - 1
 
 
+def place(low: float, high: float) -> str:
+    """Where a gain with this interval lies against :data:`RANGE`, as words that "the published range" may follow."""
+    least, most = RANGE
+    if high < least or low > most:
+        return "below" if high < least else "above"
+    if low < least and high > most:
+        return "across all of"
+    return "across the lower end of" if low < least else "across the upper end of" if high > most else "inside"
+
+
 HEAD_SHARE = (0.002, 0.013)  # Fig. 4: the sequential head's share of a round, lowest and highest over the block sizes
 
 # Fig. 5: share of checked drafts accepted, without a threshold and at the highest one.

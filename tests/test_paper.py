@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dspark import published
 from dspark.bench.results import read_results, write_results
 from dspark.bench.stats import summarise
 from dspark.paper import __main__ as command
@@ -346,7 +347,7 @@ PLACES = {
 
 @pytest.mark.parametrize("interval", PLACES)
 def test_a_gain_is_placed_against_the_published_range_by_its_interval(interval):
-    assert numbers.place_in_range(*interval) == PLACES[interval]
+    assert published.place(*interval) == PLACES[interval]
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_quoted_numbers_are_marked_and_never_stand_against_plain():
     beside = speed.published_beside_ours(run_of({"code": 2.0}))
     assert (beside["source"] == "quoted").sum() == len(speed.PUBLISHED)
     assert set(beside.loc[beside["source"] == "quoted", "against"]) == {"mtp1"}
-    assert beside.loc[beside["source"] == "measured", "inside"].tolist() == ["below", "below"]
+    assert beside.loc[beside["source"] == "measured", "lies"].tolist() == ["below", "below"]
 
 
 @pytest.mark.parametrize("draw", [lambda f: speed.over(f, "plain", quoted=True), speed.law, lambda f: speed.by_kind(f, "fixed:3")])

@@ -215,7 +215,7 @@ def _speed(run: str, frame: pd.DataFrame) -> Iterator[Macro]:
         if role == "Generate":
             continue
         yield Macro(MEASURED, f"{name}Gain", percent(whole["speedup"] - 1))
-        yield Macro(MEASURED, f"{name}Place", place_in_range(whole["low"] - 1, whole["high"] - 1))
+        yield Macro(MEASURED, f"{name}Place", published.place(whole["low"] - 1, whole["high"] - 1))
         yield Macro(MEASURED, f"{name}Tau", number(whole["tokens_per_round"]))
         yield Macro(MEASURED, f"{name}Draft", number(whole["draft_ms"], 1) + r"\,ms")
         yield Macro(MEASURED, f"{name}DraftShare", percent(whole["draft_ms"] / whole["plain_ms"], 1))
@@ -226,17 +226,7 @@ def _speed(run: str, frame: pd.DataFrame) -> Iterator[Macro]:
             yield Macro(MEASURED, f"{name}OverMtp", times(against["speedup"]))
             yield Macro(MEASURED, f"{name}OverMtpLow", number(against["low"]))
             yield Macro(MEASURED, f"{name}OverMtpHigh", number(against["high"]))
-            yield Macro(MEASURED, f"{name}OverMtpPlace", place_in_range(against["low"] - 1, against["high"] - 1))
-
-
-def place_in_range(low: float, high: float) -> str:
-    """Where a gain with this interval lies against the published range, as it stands in the text: after "the gain lies"."""
-    least, most = published.RANGE
-    if high < least or low > most:
-        return "below" if high < least else "above"
-    if low < least and high > most:
-        return "across all of"
-    return "across the lower end of" if low < least else "across the upper end of" if high > most else "inside"
+            yield Macro(MEASURED, f"{name}OverMtpPlace", published.place(against["low"] - 1, against["high"] - 1))
 
 
 def _second(runs: list[pd.DataFrame]) -> Iterator[Macro]:
