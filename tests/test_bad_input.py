@@ -292,6 +292,14 @@ def test_training_goes_on_from_a_trained_drafter_with_its_own_shape(command: Cal
     assert (first["training"]["corpus_rows"], more["training"]["corpus_rows"]) == (70, 68)
 
 
+def test_a_calibration_does_not_outlive_the_weights_that_it_was_fitted_to(command: Callable[..., str], tmp_path: Path) -> None:
+    assert command() == ""
+    config = tmp_path / "drafter" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sts_temperatures": [1.5] * 3}))
+    assert command(out=tmp_path / "more", start_from=tmp_path / "drafter") == ""
+    assert not json.loads((tmp_path / "more" / "config.json").read_text())["sts_temperatures"]
+
+
 def test_a_model_of_any_depth_is_read_at_layers_that_it_has(command: Callable[..., str], tmp_path: Path) -> None:
     assert command(taps=None, init_layers=None, mask_token=None) == ""
     made = json.loads((tmp_path / "drafter" / "config.json").read_text())

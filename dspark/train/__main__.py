@@ -135,6 +135,7 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
     started_from = drafter_digest(drafter) if args.start_from else ""
     if args.learn_from == "all":
         corpus = all_text(corpus, held_out=len(corpus) % SHARD_ROWS or SHARD_ROWS)
+    drafter.sts_temperatures = ()  # of the weights it starts from, not of those that it will have
     store = FeatureStore(target, corpus, drafter.target_layer_ids, args.features)
     config = TrainConfig(
         steps=args.steps,
