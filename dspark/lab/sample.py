@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dspark.bench.prompts import data_dir
 from dspark.checkpoint import load_drafter
-from dspark.lab.live import EXAMPLES
+from dspark.lab.live_widgets import EXAMPLES
 from dspark.lab.replaying import sample_traces
 from dspark.lab.still import still
 from dspark.lookup import ContextLookup
