@@ -16,6 +16,7 @@ import ipywidgets as w
 import pytest
 import torch
 from ipywidgets.widgets import widget as registry
+from test_families import model_of
 from test_lab import ROUNDS, TEXT, decode, ids, round_of
 from tiny import tiny_drafter, tiny_target
 
@@ -29,12 +30,15 @@ from dspark.lab.replaying import ReplayPanel, sample_traces, trace_decode
 from dspark.lab.session import Request, Session, Watched
 from dspark.lab.still import still
 from dspark.profile import SPSCurve
+from dspark.proof.tiny import Wavering, reference
 from dspark.replay import replay
+from dspark.schedule import SIBLING_RATES, PrefixScheduler
 from dspark.target import Target
 from dspark.trace import StepTimes, record
 from dspark.trace_file import load_trace, save_trace, trace_row, traces_frame
 
 SHORT = Request("An apple", max_new_tokens=12)
+LONGER = replace(SHORT, max_new_tokens=40)
 TIMES = StepTimes({1: 1e-3, 8: 2e-3}, {1: 1e-2, 9: 2e-2}, 1e-5, 1e-4)
 
 
@@ -66,6 +70,19 @@ def panel(target: Target, drafter: object) -> Iterator[LivePanel]:
     made = LivePanel(target, drafter, request=SHORT, prompt=SHORT.prompt)
     yield made
     made.close()
+
+
+@pytest.fixture
+def branching(target: Target, monkeypatch: pytest.MonkeyPatch) -> Iterator[LivePanel]:
+    """The prefix scheduler where a wider pass costs nothing, and a drafter whose second guess is right where its first was wrong."""
+    monkeypatch.setattr("dspark.lab.live.sps_curve", lambda target: SPSCurve((1, 2), (1.0, 1.0)))
+    made = LivePanel(target, wavering(target), request=LONGER, prompt=LONGER.prompt, policy="prefix")
+    yield made
+    made.close()
+
+
+def wavering(target: Target) -> Wavering:
+    return Wavering(target, reference(target, target.encode(LONGER.prompt), 60), 4, 0.4)
 
 
 def live_threads() -> list[threading.Thread]:
@@ -243,6 +260,17 @@ def test_alternatives_are_as_likely_as_the_temperature_makes_them(target):
     assert (first[0], second[0]) == (1, 0) and (first[1], second[1]) == pytest.approx((0.8, 0.2))
 
 
+def test_alternatives_behind_an_accepted_sibling_are_the_siblings_own(target):
+    beside = PrefixScheduler(lambda tokens: 1.0, sibling_rates=SIBLING_RATES)
+    s = session(target, wavering(target), beside, LONGER).start()
+    s.join(30)
+    assert s.state == "done" and any(r.sibling is not None for r in s.rounds)
+    for r in s.rounds:
+        best = [row[0][0] for row in s.alternatives[r.index]]
+        assert len(best) == 1 + r.verify_length
+        assert best[: len(r.committed)] == list(r.committed), "without sampling the target's best is what is committed"
+
+
 def test_clock_of_the_race_starts_behind_the_prefill(target, drafter):
     s = session(target, drafter).start()
     s.join(30)
@@ -394,6 +422,70 @@ def test_copying_widens_the_window_that_can_be_asked_for(panel):
         seen.append((window.max, window.value))
     assert panel.source.block_size == alone < seen[1][0], "a window at the widest stays there"
     assert seen == [(alone, alone), (seen[1][0], seen[1][0]), (alone, alone)]
+
+
+def test_siblings_can_be_ticked_only_where_the_policy_and_the_target_have_them(panel):
+    cannot = Target(model_of("GPT2LMHead"), Bytes(), "gpt2")
+    other = LivePanel(cannot, tiny_drafter(cannot), policy="prefix")
+    for kind in KINDS:
+        panel.controls.kind.value = other.controls.kind.value = kind
+        assert panel.siblings.disabled == (kind != "prefix"), kind
+        assert other.siblings.disabled, kind
+    other.close()
+
+
+def test_ticked_siblings_are_checked_and_the_greedy_text_stays(branching):
+    for ticked in (False, True):
+        branching.siblings.value = ticked
+        out = branching.run_to_end()
+        assert out.token_ids == [token for r in branching.plain for token in r.committed]
+        assert any(r.siblings for r in out.rounds) == any(r.sibling is not None for r in out.rounds) == ticked
+
+
+def test_tick_for_siblings_means_nothing_under_another_policy(branching):
+    branching.siblings.value = True
+    for kind in KINDS:
+        branching.controls.kind.value = kind
+        assert any(r.siblings for r in branching.run_to_end().rounds) == (kind == "prefix"), kind
+    assert branching.siblings.value, "the tick waits for the scheduler's return"
+
+
+def test_tick_for_siblings_means_nothing_to_a_target_that_cannot_branch(monkeypatch):
+    monkeypatch.setattr("dspark.lab.live.sps_curve", lambda target: SPSCurve((1, 2), (1.0, 1.0)))
+    target = Target(model_of("GPT2LMHead"), Bytes(), "gpt2")
+    asked = replace(SHORT, prompt="\x05\x06\x07")  # its vocabulary is small
+    made = LivePanel(target, tiny_drafter(target), request=asked, prompt=asked.prompt, policy="prefix")
+    made.siblings.value = True
+    out = made.run_to_end()
+    assert any(r.verify_length for r in out.rounds) and not any(r.siblings for r in out.rounds)
+    made.close()
+
+
+def test_every_sibling_is_shown_and_those_accepted_in_their_own_colour(branching):
+    branching.siblings.value = True
+    rounds = branching.run_to_end().rounds
+    checked, accepted = sum(len(r.siblings) for r in rounds), sum(r.sibling is not None for r in rounds)
+    guesses = re.findall(r" · second guess “[^”]*”: (\w+)", unescape(branching.heat.value))
+    assert (len(guesses), guesses.count("accepted")) == (checked, accepted) and 0 < accepted < checked
+    rejected = [hint for hint in unescape(branching.heat.value).split("<title>") if ": accepted" in hint.partition("second guess")[2]]
+    assert len(rejected) == accepted and all("rejected" in hint.partition("·")[0] for hint in rejected)
+    assert f"accepted second guess: {accepted}<" in branching.text.value
+    assert branching.lanes.value.count(figures.FATES["sibling"].colour(0.85)) == accepted
+
+
+def test_sibling_behind_the_end_of_the_text_is_not_shown_as_accepted():
+    cut = replace(round_of(1, "abc", 3, 1, "a"), siblings=((2, ids("x")[0]),), sibling=ids("x")[0])
+    whole = replace(cut, committed=tuple(ids("axy")))
+    shown = [re.findall("second guess “x”: (\\w+)", strips.heat([r], 3, decode=decode).svg()) for r in (cut, whole)]
+    assert shown == [["checked"], ["accepted"]]
+
+
+def test_run_with_siblings_is_no_trace_and_that_is_told(branching, tmp_path):
+    branching.siblings.value = True
+    branching.run_to_end()
+    branching.path.value = str(tmp_path / "run.parquet")
+    branching.save_button.click()
+    assert "a run with siblings cannot be kept as a trace" in branching.message.value and not list(tmp_path.iterdir())
 
 
 def test_without_a_race_nothing_is_decoded_plainly(panel):
@@ -670,6 +762,13 @@ def test_replay_shows_the_same_text_whatever_the_policy(replayed, kind):
     assert replayed.message.value == ""
     assert visible(replayed.text.value) == trace_decode(replayed.trace)(replayed.trace.token_ids)
     assert kind != "plain" or replayed.tally().speedup == pytest.approx(1)
+
+
+def test_replay_offers_no_siblings(replayed):
+    assert not [member for member in family(replayed.box) if getattr(member, "description", "") == "siblings"]
+    for kind in KINDS:
+        replayed.controls.kind.value = kind
+        assert not any(r.siblings for r in replayed.rounds) and replayed.message.value == "", kind
 
 
 def test_contradicting_thresholds_are_told_and_the_last_picture_stays(replayed):

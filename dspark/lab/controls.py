@@ -7,7 +7,7 @@ from html import escape
 
 import ipywidgets as w
 
-from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler
+from dspark.schedule import MTP1, SIBLING_RATES, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler
 
 SPS = Callable[[int], float]
 
@@ -38,8 +38,9 @@ WIDEST = "420px"  # the longest name of a policy is read whole
 SHORT = 80  # characters of a prompt in a list
 
 
-def policy_of(kind: str, value: Mapping[str, float], sps: Callable[[], SPS]) -> Policy:
-    """The policy that the widgets stand for. sps: asked for measured step times if the policy reads them.
+def policy_of(kind: str, value: Mapping[str, float], sps: Callable[[], SPS], *, siblings: bool = False) -> Policy:
+    """The policy that the widgets stand for. sps: asked for measured step times if the policy reads them · siblings: whether the prefix
+    scheduler, the one policy that can, also has second guesses checked.
 
     Raises ValueError where the values contradict each other.
     """
@@ -55,7 +56,7 @@ def policy_of(kind: str, value: Mapping[str, float], sps: Callable[[], SPS]) -> 
         case "conditional":
             return ConfidenceThreshold(value["threshold"], on="conditional")
         case "prefix":
-            return PrefixScheduler(sps())
+            return PrefixScheduler(sps(), sibling_rates=SIBLING_RATES if siblings else ())
         case _:
             return Autoregressive()
 

@@ -146,11 +146,12 @@ class LivePanel(LiveWidgets):
         if self._check():
             return
         request, source = self.request, self.source
+        siblings = self.siblings.value and not self.siblings.disabled  # the tick stays while another policy is looked at
         self.session = Session(
             self.target,
             source,
             request,
-            partial(policy_of, *self.controls.chosen(), lambda: sps_curve(self.target)),
+            partial(policy_of, *self.controls.chosen(), lambda: sps_curve(self.target), siblings=siblings),
             plain=self._recorded.get(request) if self.race.value else (),
             changed=self._changed,
             pause=lambda: SLOW if self.slow.value and animated else 0.0,
@@ -164,6 +165,7 @@ class LivePanel(LiveWidgets):
         """Tell what stands in the way of these settings; True if something does."""
         source = self.source
         self.controls.widest(source.block_size)
+        self.siblings.disabled = self.controls.kind.value != "prefix" or not self.target.can_branch
         try:
             policy_of(*self.controls.chosen(), lambda: float).check(source.block_size, source.has_confidence)
         except ValueError as error:

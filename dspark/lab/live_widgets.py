@@ -115,6 +115,9 @@ class LiveWidgets:
             request.seed, 0, 2**31 - 1, description="seed", tooltip="Of the sampled tokens: the same seed, the same text", **shared
         )
         self.copy = _tick("also draft by copying", "Where the text repeats itself, what followed there is the draft", copy)
+        self.siblings = _tick(
+            "siblings", "Second guesses in the same pass: for the prefix scheduler, if the model sees tokens beside each other"
+        )
         self.race = _tick("race plain decoding", "Plain decoding is recorded once for each prompt and replayed in true time", True)
         self.slow = _tick("slow motion", "Shows each round twice: the drafts as they wait, then the verdict")
         self.colour = heat_colours()
@@ -132,7 +135,7 @@ class LiveWidgets:
 
     def _make_outputs(self) -> None:
         self.message, self.status, self.numbers, self.text, self.heat, self.windows, self.lanes = (w.HTML() for _ in range(7))
-        drafting = column([self.controls.box, self.copy, self.race, self.slow], 280)
+        drafting = column([self.controls.box, self.siblings, self.copy, self.race, self.slow], 280)
         sampling = column([self.length, self.temperature, self.top_p, self.seed], 280)
         words = column([self.status, self.numbers, self.text], 380)
         pictures = column([self.lanes, self.colour, self.heat, self.windows], 480)

@@ -16,6 +16,9 @@ from dspark.target import Target
 
 log = logging.getLogger(__name__)
 
+Row = list[tuple[int, float]]
+"""The likeliest tokens at one position, as (token id, probability), best first."""
+
 TICK = 0.1  # seconds between two looks at the race when only the plain lane still runs
 
 
@@ -50,7 +53,7 @@ class Watched:
         self.logits = logits[0]
         return logits, taps
 
-    def best(self, n: int = 3) -> list[list[tuple[int, float]]]:
+    def best(self, n: int = 3) -> list[Row]:
         """The n likeliest tokens at each position of the last pass, as (token id, probability at this temperature)."""
         n = min(n, self.logits.shape[-1])
         top = (self.logits.float() / self.temperature).softmax(-1).topk(n)
@@ -86,7 +89,7 @@ class Session:
         self.state, self.error = "decoding", ""
         self.rounds: list[Round] = []
         self.plain: list[Round] = list(plain or ())
-        self.alternatives: dict[int, list[list[tuple[int, float]]]] = {}
+        self.alternatives: dict[int, list[Row]] = {}
         self.judged = True  # False while the last round is shown as it was before its check
         self.policy: Policy | None = None
         self.extra_seconds = 0.0  # the race's clock behind the last round
@@ -156,7 +159,7 @@ class Session:
         watched = Watched(self.target, self.request.temperature)
         source = None if isinstance(self.policy, Autoregressive) else self.source
         for r in self._unless_stopped(decode(watched, source, self.request.prompt, policy=self.policy, **self.request.options())):
-            self.alternatives[r.index] = watched.best()
+            self.alternatives[r.index] = along_the_text(r, watched.best())
             self.rounds.append(r)
             if self.pause() and r.draft_tokens:
                 self.judged = False
@@ -185,6 +188,15 @@ class Session:
     def _show(self, state: str) -> None:
         self.state = state
         self.changed(self)
+
+
+def along_the_text(r: Round, rows: list[Row]) -> list[Row]:
+    """One row for each token of a round's pass, the anchor, ℓ drafts and their siblings → 1 + ℓ rows: an accepted sibling's stands in the
+    place of the rejected draft's, as the sibling does in the text."""
+    along = rows[: 1 + r.verify_length]
+    if r.sibling is not None:
+        along[r.accepted + 1] = rows[1 + r.verify_length + r.siblings.index((r.accepted + 1, r.sibling))]
+    return along
 
 
 def one_sentence(error: BaseException) -> str:

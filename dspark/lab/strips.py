@@ -42,7 +42,7 @@ def heat(rounds: Sequence[Round], block_size: int, colour: str = "fate", decode:
     """Rounds from left to right, positions in the block from bottom to top.
 
     colour: "fate", "confidence" (c_k) or "target" (the probability that the target gave the draft). A ring marks where a draft
-    was rejected. decode: shows the drafted token in the tooltip. Raises ValueError for another colour.
+    was rejected; tooltips name the siblings. decode: shows the drafted token in the tooltip. Raises ValueError for another colour.
     """
     if colour not in COLOURS:
         raise ValueError(f"colour {colour!r} is unknown: choose one of {', '.join(COLOURS)}")
@@ -79,11 +79,18 @@ def _fill(r: Round, k: int, state: str, colour: str) -> str:
 
 
 def _cell_hint(r: Round, k: int, state: str, decode: Decode | None) -> str:
-    token = f" “{decode([r.draft_tokens[k]]).replace(NO_CHARACTER, '▯')}”" if decode else ""
+    token = _quoted(r.draft_tokens[k], decode)
     copied = COPIED.get(r.source, "")
     named = (("p_target", r.target_probs_of_drafts), ("p_draft", r.draft_probs_of_drafts), ("confidence", r.confidence))
     numbers = "".join(f" · {name} {values[k]:.2f}" for name, values in named if k < len(values) and values[k] == values[k])
-    return f"round {r.index}, position {k + 1}: {DRAFT_STATES[state].label}{copied}{token}{numbers}"
+    kept = r.sibling if k == r.accepted < len(r.committed) else None
+    beside = [(_quoted(guess, decode), "accepted" if guess == kept else "checked") for at, guess in r.siblings if at == k + 1]
+    guesses = "".join(f" · second guess{guess}: {fate}" for guess, fate in beside)
+    return f"round {r.index}, position {k + 1}: {DRAFT_STATES[state].label}{copied}{token}{numbers}{guesses}"
+
+
+def _quoted(token: int, decode: Decode | None) -> str:
+    return f" “{decode([token]).replace(NO_CHARACTER, '▯')}”" if decode else ""
 
 
 def _key(states: Sequence[Sequence[str | None]], colour: str) -> str:
