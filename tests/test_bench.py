@@ -386,6 +386,23 @@ def test_a_partial_file_damaged_in_the_middle_is_refused(tmp_path):
         Ledger(tmp_path / "r.parquet", {"a": 1})
 
 
+def test_results_come_back_number_for_number_and_measured_ones_are_packed_closely(tmp_path):
+    chance = np.random.default_rng(0)
+    measured = chance.normal(1, 0.01, 20_000).astype("float32")
+    frame = pd.DataFrame(
+        {
+            "seconds": [1.5, math.nan, math.inf, -0.0],
+            "logits": np.split(measured, 4),
+            "tokens": [[1, 2], [], [3], [2**40]],
+            "arm": ["plain", None, "prefix", "plain"],
+            "rounds": [1, 2, 3, 4],
+        }
+    )
+    write_results(frame, tmp_path / "r.parquet")
+    pd.testing.assert_frame_equal(read_results(tmp_path / "r.parquet"), frame)
+    assert (tmp_path / "r.parquet").stat().st_size < 0.7 * measured.nbytes
+
+
 def test_parquet_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "r.parquet"
     old = pd.DataFrame({"a": [1]})
