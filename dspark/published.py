@@ -34,8 +34,10 @@ def gain(over: str) -> float:
 
 
 def place(low: float, high: float) -> str:
-    """Where a gain with this interval lies against :data:`RANGE`, as words that "the published range" may follow."""
+    """Where a gain with this interval lies against :data:`RANGE`, as words that "the published range" may follow; NaN: "unknown to"."""
     least, most = RANGE
+    if not low <= high:
+        return "unknown to"
     if high < least or low > most:
         return "below" if high < least else "above"
     if low < least and high > most:

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-SIBLING_RATES = (0.17, 0.07, 0.04)  # set on dev prompts, with the shipped drafter
+SIBLING_RATES = (0.17, 0.07, 0.04)  # set on dev prompts, with the drafter of the second training run
 
 
 class Past(Protocol):

@@ -24,7 +24,7 @@ from dspark.draft import Drafter
 from dspark.fetch import verify_sha256
 from dspark.target import Target
 from dspark.train.__main__ import main
-from dspark.train.corpus import Corpus, save_corpus
+from dspark.train.corpus import Corpus, load_corpus, save_corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.start import drafter_for
@@ -272,6 +272,8 @@ def command(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"draft_vocab": 0}, "draft_vocab"),
         ({"markov_rank": -1}, "markov_rank"),
         ({"rows": 3}, "held out"),
+        ({"weight_decay": -1.0}, "-1.0"),
+        ({"weight_decay": "inf"}, "inf"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -290,6 +292,17 @@ def test_training_goes_on_from_a_trained_drafter_with_its_own_shape(command: Cal
     assert {name for name in first if first[name] != more[name]} == {"training", "weights_digest"}
     assert more["training"]["started_from"] and first["training"]["started_from"] == ""
     assert (first["training"]["corpus_rows"], more["training"]["corpus_rows"]) == (70, 68)
+
+
+def test_a_training_on_all_text_judges_by_answers_and_goes_on_as_it_began(command: Callable[..., str], tmp_path: Path) -> None:
+    text, held_out = load_corpus(tmp_path / "corpus.safetensors"), 70 - 64
+    assert command(learn_from="all", weight_decay=0.1) == ""
+    told = json.loads((tmp_path / "drafter" / "config.json").read_text())["training"]
+    learnt = text.assistant[:-held_out].numel() + int(text.assistant[-held_out:].sum())
+    assert (told["learnt_from"], told["response_tokens"]) == ("all", learnt)
+    assert "choose another folder" in command(steps=5, weight_decay=0.1)
+    assert "choose another folder" in command(steps=5, learn_from="all")
+    assert command(steps=5, learn_from="all", weight_decay=0.1) == ""
 
 
 def test_a_calibration_does_not_outlive_the_weights_that_it_was_fitted_to(command: Callable[..., str], tmp_path: Path) -> None:

@@ -342,6 +342,7 @@ PLACES = {
     (0.6, 0.86): "across the upper end of",
     (0.5, 0.9): "across all of",
     (0.851, 1.0): "above",
+    (float("nan"), float("nan")): "unknown to",
 }
 
 

@@ -140,6 +140,7 @@ class LivePanel(LiveWidgets):
         except (ValueError, OSError) as error:
             self.tell(one_sentence(error))
         else:
+            self.tell("")
             self.say(f"saved: {self.path.value}")
 
     def _start(self, *, stepping: bool = False, animated: bool = True) -> None:

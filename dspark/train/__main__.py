@@ -21,7 +21,7 @@ from dspark.phrases import FILE, PhraseMemory
 from dspark.target import Target, load_target
 from dspark.train.corpus import Corpus, all_text, load_corpus
 from dspark.train.features import SHARD_ROWS, FeatureStore
-from dspark.train.loop import TrainConfig, Trainer
+from dspark.train.loop import LEARN_FROM, TrainConfig, Trainer
 from dspark.train.run import train_to
 from dspark.train.start import drafter_for, frequent_tokens, spread
 from dspark.train.unchosen import spread_taps, unused_token
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--steps", type=int, default=5000)
     drafter.add_argument("--sequences", type=int, default=4, help="corpus rows per step")
     drafter.add_argument("--anchors", type=int, default=64, help="blocks per row and step")
-    drafter.add_argument("--learn-from", default="answers", choices=("answers", "all"), help="where anchors stand: answers, or all text")
+    drafter.add_argument("--learn-from", default=LEARN_FROM[0], choices=LEARN_FROM, help="where blocks stand; held-out rows: answers")
     drafter.add_argument("--lr", type=float, default=1.5e-3)
     drafter.add_argument("--weight-decay", type=float, default=0.0, help="of matrices, not of norms")
     drafter.add_argument("--block-size", type=int, default=5)
@@ -143,6 +143,7 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
         anchors=args.anchors,
         learning_rate=args.lr,
         weight_decay=args.weight_decay,
+        learn_from=args.learn_from,
         seed=args.seed,
         checkpoint_every=args.checkpoint_every,
     )

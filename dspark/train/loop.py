@@ -21,6 +21,8 @@ from dspark.train.features import FeatureStore, Shard
 from dspark.train.interrupt import held_back
 from dspark.train.losses import LossWeights
 
+LEARN_FROM = ("answers", "all")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -33,6 +35,7 @@ class TrainConfig:
     warmup: float = 0.04
     clip: float = 1.0
     weight_decay: float = 0.0
+    learn_from: str = "answers"  # where anchors stand; "all": in every part of the rows that are not held out
     seed: int = 0
     checkpoint_every: int = 500
     validation_shards: int = 1
@@ -42,10 +45,12 @@ class TrainConfig:
         for name in ("steps", "sequences", "anchors", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be 0 (none) or positive, got {self.weight_decay}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.weight_decay * self.learning_rate < 1:
+            raise ValueError(f"weight_decay must be from 0 (none) to less than 1 / learning_rate, got {self.weight_decay}")
+        if self.learn_from not in LEARN_FROM:
+            raise ValueError(f"learn_from must be one of {', '.join(LEARN_FROM)}, got {self.learn_from!r}")
 
     def rate(self, step: int) -> float:
         """Linear warm-up, then cosine to 0."""
@@ -180,7 +185,7 @@ class Trainer:
         wanted = {"train": asdict(self.config), "drafter": self._shape, "target": self.target.digest}
         if isinstance(about.get("drafter"), dict):  # checkpoints that name no architecture hold the only one of their time
             about["drafter"] = {"architecture": Drafter.architecture} | about["drafter"]
-        about["train"].setdefault("weight_decay", 0.0)  # and those that name no decay were trained without
+        about["train"] = {"weight_decay": 0.0, "learn_from": "answers"} | about["train"]  # what older ones do not name
         for name in ("steps", "checkpoint_every"):  # may change on the way: fewer steps anneal sooner, more go on for longer
             about["train"][name] = wanted["train"][name]
         for key, value in wanted.items():
