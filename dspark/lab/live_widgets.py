@@ -6,6 +6,7 @@ What happens when one of them is moved is :mod:`dspark.lab.live`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 
 import ipywidgets as w
@@ -93,23 +94,12 @@ class LiveWidgets:
             tooltip="The text is cut behind so many tokens",
             **late,
         )
-        self.temperature = w.FloatSlider(
-            request.temperature,
-            min=0,
-            max=2,
-            step=0.05,
-            description="temperature",
-            tooltip="0 is greedy: the likeliest token always",
-            **late,
+        slider = partial(w.FloatSlider, step=0.05, **late)
+        self.temperature = slider(
+            request.temperature, min=0, max=2, description="temperature", tooltip="0 is greedy: the likeliest token always"
         )
-        self.top_p = w.FloatSlider(
-            request.top_p,
-            min=0.05,
-            max=1,
-            step=0.05,
-            description="top-p",
-            tooltip="Sampling keeps the likeliest tokens up to this mass",
-            **late,
+        self.top_p = slider(
+            request.top_p, min=0.05, max=1, description="top-p", tooltip="Sampling keeps the likeliest tokens up to this mass"
         )
         self.seed = w.BoundedIntText(
             request.seed, 0, 2**31 - 1, description="seed", tooltip="Of the sampled tokens: the same seed, the same text", **shared

@@ -21,7 +21,7 @@ class Blocks:
     tokens: Tensor  # the backbone's input: anchor, mask, mask, …
     previous: Tensor  # x_{k−1}, known text
     labels: Tensor  # x_k
-    valid: Tensor  # label lies inside the response, and so do all before it
+    valid: Tensor  # label lies in what is learnt from (a response, or all text), and so do all before it
 
     @property
     def anchors(self) -> Tensor:
@@ -29,7 +29,10 @@ class Blocks:
 
 
 def choose_blocks(shard: Shard, count: int, block_size: int, mask_token_id: int, generator: torch.Generator) -> Blocks:
-    """``count`` random anchors a row, each a response token whose successor is one too. Rows with fewer get invalid blocks."""
+    """``count`` random anchors a row, each a token that is learnt from (of a response, or any) and whose successor is too.
+
+    Rows with fewer get invalid blocks.
+    """
     ids, assistant = shard.token_ids, shard.assistant
     rows, length = ids.shape
     candidate = assistant.clone()

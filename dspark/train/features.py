@@ -26,7 +26,7 @@ class Shard:
     """One slice of the corpus with the target's view of it.
 
     token_ids [rows, tokens] · assistant [rows, tokens] · taps [rows, tokens, m·hidden] · final [rows, tokens, hidden]: what
-    the LM head reads at that position · logsumexp [rows, tokens] float32 over the whole vocabulary, ∞ outside responses: with
+    the LM head reads at that position · logsumexp [rows, tokens] float32 over the whole vocabulary, ∞ outside what is learnt from: with
     it any slice of the head's rows gives exact probabilities.
     """
 
