@@ -3,6 +3,9 @@
 Where several heads share keys and values, transformers hands SDPA a copy of these for every head as soon as there is a mask, as other
 devices' kernels need it. One token at a time has no mask, and so no copies; a block has one. The CPU's kernel reads shared keys and
 values under a mask as well, to the same sums.
+
+In a batch of single tokens (self-play) the heads that share keys stand in line as that many queries: the kernel then reads these once
+instead of once a head. A single stream attends as transformers does, since that is what drafting is compared with.
 """
 
 from __future__ import annotations
@@ -29,10 +32,14 @@ def sdpa_shared(
     scaling: float | None = None,
     **options: object,
 ) -> tuple[Tensor, None]:
-    """transformers' ``sdpa``, but for a masked block of shared heads. query: [batch, heads, tokens, head_dim]; key, value: [batch,
-    kv_heads, context, head_dim] → [batch, tokens, heads, head_dim]."""
-    usual = attention_mask is None or query.shape[2] == 1 or query.shape[1] == key.shape[1] or options.get("position_bias") is not None
-    if usual or options.get("cache") is not None or options.get("softcap") is not None:
+    """transformers' ``sdpa``, but for a masked block and for a batch of single tokens, where heads share keys. query: [batch, heads,
+    tokens, head_dim]; key, value: [batch, kv_heads, context, head_dim] → [batch, tokens, heads, head_dim]."""
+    usual = query.shape[1] == key.shape[1] or any(options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    if not usual and attention_mask is None and query.shape[2] == 1 < len(query):
+        lined = query.reshape(*key.shape[:2], -1, query.shape[-1])  # [batch, kv_heads, heads / kv_heads, head_dim]
+        mixed = F.scaled_dot_product_attention(lined, key, value, None, dropout, scale=scaling)
+        return mixed.reshape(query.shape).transpose(1, 2), None
+    if usual or attention_mask is None or query.shape[2] == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True)
     return mixed.transpose(1, 2).contiguous(), None

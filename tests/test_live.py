@@ -26,6 +26,7 @@ from dspark.decode import Round
 from dspark.lab import figures, sample, strips, text
 from dspark.lab.controls import KINDS, PolicyControls, family, policy_of
 from dspark.lab.live import KEPT, LivePanel, _whole
+from dspark.lab.live_widgets import EXAMPLES
 from dspark.lab.replaying import ReplayPanel, sample_traces, trace_decode
 from dspark.lab.session import Request, Session, Watched
 from dspark.lab.still import still
@@ -434,6 +435,15 @@ def test_siblings_can_be_ticked_only_where_the_policy_and_the_target_have_them(p
     other.close()
 
 
+def test_a_panel_starts_with_the_prompt_and_the_ticks_it_is_given(target, drafter):
+    for asked, prompt in ((None, None), (None, "mine"), (LONGER, None), (LONGER, "mine")):
+        made = LivePanel(target, drafter, request=asked, prompt=prompt, policy="prefix", siblings=True)
+        standing = asked or Request(EXAMPLES[0])
+        assert made.request == (replace(standing, prompt=prompt) if prompt else standing)
+        assert made.siblings.value and not made.copy.value
+        made.close()
+
+
 def test_ticked_siblings_are_checked_and_the_greedy_text_stays(branching):
     for ticked in (False, True):
         branching.siblings.value = ticked
@@ -465,6 +475,9 @@ def test_every_sibling_is_shown_and_those_accepted_in_their_own_colour(branching
     branching.siblings.value = True
     rounds = branching.run_to_end().rounds
     checked, accepted = sum(len(r.siblings) for r in rounds), sum(r.sibling is not None for r in rounds)
+    found = text.tally(rounds)
+    assert found.checked == sum(r.verify_length for r in rounds) + checked
+    assert found.checked - found.in_vain == found.tokens - found.rounds, "every round commits what it keeps and one token more"
     guesses = re.findall(r" · second guess “[^”]*”: (\w+)", unescape(branching.heat.value))
     assert (len(guesses), guesses.count("accepted")) == (checked, accepted) and 0 < accepted < checked
     rejected = [hint for hint in unescape(branching.heat.value).split("<title>") if ": accepted" in hint.partition("second guess")[2]]

@@ -11,6 +11,7 @@ from test_families import FAMILIES, model_of
 from tiny import tiny_drafter, tiny_target
 
 import dspark
+from dspark import attention
 from dspark.attention import NAME, share_keys
 from dspark.bench.identity import _block
 from dspark.bench.measure import positions
@@ -336,3 +337,23 @@ def test_attention_without_copies_gives_the_same_sums(heads: int) -> None:
             target.forward(torch.tensor([random_prompt(0, 20)]), cache)
             found.append(target.forward(torch.tensor([new]), cache)[0])
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_single_tokens_of_a_batch_attend_to_the_same_sums_with_their_heads_in_line(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in self-play. A stream by itself attends as transformers does, and so do heads that share nothing."""
+    plain, shared = (tiny_target(num_key_value_heads=heads) for _ in range(2))
+    share_keys(shared.decoder)
+    asked = []
+    real = attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: asked.append(a[1].shape[2]) or real(*a, **k))
+    for streams in (1, 3):
+        prompts = torch.tensor([random_prompt(i, 20) for i in range(streams)])
+        found = []
+        for target in (plain, shared):
+            cache = target.new_cache()
+            target.forward(prompts[:, :-1], cache)
+            asked.clear()
+            found.append(target.forward(prompts[:, -1:], cache)[0])
+        assert torch.allclose(*found, atol=1e-5)
+        assert asked == [1] * (plain.num_layers if streams == 1 or heads == 4 else 0)

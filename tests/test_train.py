@@ -17,8 +17,8 @@ import dspark.train.__main__
 from dspark.backbone import Context, block_mask
 from dspark.target import Target
 from dspark.train.blocks import block_loss, choose_blocks
-from dspark.train.corpus import Corpus, all_text
-from dspark.train.features import FeatureStore
+from dspark.train.corpus import Corpus
+from dspark.train.features import FeatureStore, all_text
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.losses import HeadLoss, LossWeights, position_weights
 from dspark.train.start import drafter_for, frequent_tokens
@@ -142,10 +142,18 @@ def test_weight_decay_shrinks_matrices_that_learn_nothing_and_no_norms(tmp_path:
 
 def test_all_text_teaches_but_what_judges_stays_the_assistants() -> None:
     text = corpus()
-    taught = all_text(text, held_out=3)
-    assert taught.assistant[:9].all()
-    assert torch.equal(taught.assistant[9:], text.assistant[9:])
+    for shard_rows, held_out in ((9, 3), (4, 4), (12, 12)):
+        taught = all_text(text, shard_rows)
+        assert taught.assistant[: 12 - held_out].all()
+        assert torch.equal(taught.assistant[12 - held_out :], text.assistant[12 - held_out :])
     assert not text.assistant.all()
+
+
+def test_features_kept_for_less_of_the_text_are_refused_by_name(tmp_path: Path) -> None:
+    target, text = tiny_target(), corpus()
+    FeatureStore(target, text, (0, 2), tmp_path, shard_rows=4).shard(0)
+    with pytest.raises(ValueError, match="learns from less of this text: choose another folder"):
+        FeatureStore(target, all_text(text, 4), (0, 2), tmp_path, shard_rows=4).shard(0)
 
 
 def test_a_training_resumed_twice_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:

@@ -37,9 +37,11 @@ class LivePanel(LiveWidgets):
     """Show it as the last value of a cell. Its settings are the attributes that hold widgets; setting their ``value`` is as good as
     a hand on them.
 
-    policy: a name of :data:`dspark.lab.controls.KINDS` · copy: also draft by copying from the context · thresholds: starting values
-    of the policy's sliders (window, threshold, widen, narrow, fallback). A new panel closes the one before it, so a cell that is run
-    again leaves no decoding and no widgets behind. A model serves one thread at a time: :meth:`stop` before using it elsewhere.
+    prompt: in place of the request's own (the first example, if neither is given) · policy: a name of
+    :data:`dspark.lab.controls.KINDS` · copy: also draft by copying from the context · siblings: under the prefix scheduler, check second
+    guesses as well · thresholds: starting values of the policy's sliders (window, threshold, widen, narrow, fallback). A new panel
+    closes the one before it, so a cell that is run again leaves no decoding and no widgets behind. A model serves one thread at a time:
+    :meth:`stop` before using it elsewhere.
     Raises ValueError for an unknown policy.
     """
 
@@ -50,10 +52,11 @@ class LivePanel(LiveWidgets):
         target: Target,
         drafter: Drafter,
         *,
-        prompt: str = EXAMPLES[0],
+        prompt: str | None = None,
         examples: Sequence[str] = EXAMPLES,
         policy: str = "fixed",
         copy: bool = False,
+        siblings: bool = False,
         request: Request | None = None,
         **thresholds: float,
     ) -> None:
@@ -62,7 +65,8 @@ class LivePanel(LiveWidgets):
         self._decode, self._lock, self._drawn = remembered(target.decode), threading.Lock(), 0.0
         self._recorded: dict[Request, tuple[Round, ...]] = {}
         controls = PolicyControls(policy, _source(drafter, copy).block_size, self._check, **thresholds)
-        super().__init__(controls, replace(request or Request(prompt), prompt=prompt), examples, copy)
+        request = request or Request(EXAMPLES[0])
+        super().__init__(controls, request if prompt is None else replace(request, prompt=prompt), examples, copy, siblings)
         self._wire()
         before = LivePanel._latest and LivePanel._latest()
         if before is not None:

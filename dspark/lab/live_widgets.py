@@ -36,13 +36,13 @@ WORDS = {
 class LiveWidgets:
     """Every widget is an attribute, ``box`` shows them all; ``told`` is the sentence that stands in the panel, "" for none.
 
-    controls: the policy's · request: what the prompt and the sampling start with · examples: prompts to choose from · copy: whether
-    copying starts ticked.
+    controls: the policy's · request: what the prompt and the sampling start with · examples: prompts to choose from · copy,
+    siblings: whether these start ticked.
     """
 
-    def __init__(self, controls: PolicyControls, request: Request, examples: Sequence[str], copy: bool) -> None:
+    def __init__(self, controls: PolicyControls, request: Request, examples: Sequence[str], copy: bool, siblings: bool) -> None:
         self.controls = controls
-        self._make_inputs(request, examples, copy)
+        self._make_inputs(request, examples, copy, siblings)
         self._make_outputs()
         self.example.observe(self._take_example, names="value")
         self.tell("")
@@ -76,7 +76,7 @@ class LiveWidgets:
         for widget in family(self.box):
             widget.close()
 
-    def _make_inputs(self, request: Request, examples: Sequence[str], copy: bool) -> None:
+    def _make_inputs(self, request: Request, examples: Sequence[str], copy: bool, siblings: bool) -> None:
         shared = {"style": STYLE, "layout": w.Layout(width="auto")}  # the whole line less its margins
         late = shared | {"continuous_update": False}
         self.example = w.Dropdown(
@@ -106,7 +106,7 @@ class LiveWidgets:
         )
         self.copy = _tick("also draft by copying", "Where the text repeats itself, what followed there is the draft", copy)
         self.siblings = _tick(
-            "siblings", "Second guesses in the same pass: for the prefix scheduler, if the model sees tokens beside each other"
+            "siblings", "Second guesses in the same pass: for the prefix scheduler, if the model sees tokens beside each other", siblings
         )
         self.race = _tick("race plain decoding", "Plain decoding is recorded once for each prompt and replayed in true time", True)
         self.slow = _tick("slow motion", "Shows each round twice: the drafts as they wait, then the verdict")

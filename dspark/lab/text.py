@@ -117,10 +117,10 @@ class Tally:
 
 
 def tally(rounds: Sequence[Round], plain: Sequence[Round] = ()) -> Tally:
-    """Count them. plain: rounds of plain decoding on the same prompt."""
+    """Count them, siblings among the checks. plain: rounds of plain decoding on the same prompt."""
     rounds, plain = rounds[1:], plain[1:]
-    checked = sum(r.verify_length for r in rounds)
-    kept = sum(min(r.accepted, len(r.committed)) for r in rounds)
+    checked = sum(r.verify_length + len(r.siblings) for r in rounds)
+    kept = sum(min(r.accepted + (r.sibling is not None), len(r.committed)) for r in rounds)
     seconds = sum(r.seconds for r in plain)
     speed = sum(len(r.committed) for r in plain) / seconds if seconds > 0 else math.nan
     return Tally(sum(len(r.committed) for r in rounds), len(rounds), sum(r.seconds for r in rounds), checked, checked - kept, speed)

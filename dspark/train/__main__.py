@@ -19,8 +19,8 @@ from dspark.fetch import cache_dir
 from dspark.packed import has_bfloat16_kernels
 from dspark.phrases import FILE, PhraseMemory
 from dspark.target import Target, load_target
-from dspark.train.corpus import Corpus, all_text, load_corpus
-from dspark.train.features import SHARD_ROWS, FeatureStore
+from dspark.train.corpus import Corpus, load_corpus
+from dspark.train.features import FeatureStore, all_text
 from dspark.train.loop import LEARN_FROM, TrainConfig, Trainer
 from dspark.train.run import train_to
 from dspark.train.start import drafter_for, frequent_tokens, spread
@@ -134,7 +134,7 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
     drafter = load_drafter(args.start_from, target).requires_grad_(True) if args.start_from else fresh_drafter(target, whole, args)
     started_from = drafter_digest(drafter) if args.start_from else ""
     if args.learn_from == "all":
-        corpus = all_text(corpus, held_out=len(corpus) % SHARD_ROWS or SHARD_ROWS)
+        corpus = all_text(corpus)
     drafter.sts_temperatures = ()  # of the weights it starts from, not of those that it will have
     store = FeatureStore(target, corpus, drafter.target_layer_ids, args.features)
     config = TrainConfig(

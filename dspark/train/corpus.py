@@ -30,13 +30,6 @@ class Corpus:
         return Corpus(self.token_ids[index], self.assistant[index], self.temperature[index])
 
 
-def all_text(corpus: Corpus, held_out: int) -> Corpus:
-    """Every token counts as the assistant's, except in the last ``held_out`` rows: there is more to learn from, and what judges stays."""
-    assistant = corpus.assistant.clone()
-    assistant[: len(corpus) - held_out] = True
-    return Corpus(corpus.token_ids, assistant, corpus.temperature)
-
-
 def load_corpus(path: str | Path) -> Corpus:
     """Read a corpus file. Raises ValueError if it is missing, damaged or of another layout."""
     if not Path(path).is_file():

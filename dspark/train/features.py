@@ -16,7 +16,7 @@ from torch import Tensor
 from dspark.target import Taps, Target
 from dspark.train.corpus import Corpus
 
-SHARD_ROWS = 64  # 200 MB of features at hidden 576 and five taps
+SHARD_ROWS = 64  # 200 MB of features at hidden 576 and five taps; the last shard, full or not, is held out
 BATCH_ROWS = 8
 PROBE = 16  # tokens that show whether logits are the head's
 
@@ -35,6 +35,13 @@ class Shard:
     taps: Tensor
     final: Tensor
     logsumexp: Tensor
+
+
+def all_text(corpus: Corpus, shard_rows: int = SHARD_ROWS) -> Corpus:
+    """Every token counts as the assistant's, except in the last shard: there is more to learn from, and what judges stays."""
+    assistant = corpus.assistant.clone()
+    assistant[: (len(corpus) - 1) // shard_rows * shard_rows] = True
+    return Corpus(corpus.token_ids, assistant, corpus.temperature)
 
 
 class FeatureStore:
@@ -116,6 +123,8 @@ class FeatureStore:
             found = tensors.get(name, torch.empty(0))
             whole = found.dtype == dtype and found.shape == (*assistant.shape, *([width] if width else []))
             if not whole or not (found if width else found[assistant]).isfinite().all():
+                if whole and name == "logsumexp" and (found[assistant] == torch.inf).any() and found.isfinite().any():
+                    raise ValueError(f"{path} was kept by a training that learns from less of this text: choose another folder")
                 about = f"{name!r} is missing, misshapen or not finite"
                 raise ValueError(f"{path} is damaged ({about}): delete it, and it is computed again")
 
