@@ -272,6 +272,7 @@ def command(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"draft_vocab": 0}, "draft_vocab"),
         ({"markov_rank": -1}, "markov_rank"),
         ({"rows": 3}, "held out"),
+        ({"more": "/nowhere/more"}, "/nowhere/more"),
         ({"weight_decay": -1.0}, "-1.0"),
         ({"weight_decay": "inf"}, "inf"),
     ],
@@ -303,6 +304,27 @@ def test_a_training_on_all_text_judges_by_answers_and_goes_on_as_it_began(comman
     assert "choose another folder" in command(steps=5, weight_decay=0.1)
     assert "choose another folder" in command(steps=5, learn_from="all")
     assert command(steps=5, learn_from="all", weight_decay=0.1) == ""
+
+
+def test_more_text_is_learnt_from_and_what_is_held_out_stays(
+    command: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("dspark.train.__main__.train_to", lambda trainer, *_, about, **__: seen.append((trainer.store.corpus, about)))
+    more = corpus(64)
+    save_corpus(Corpus(more.token_ids.flip(1), more.assistant, more.temperature), tmp_path / "more.safetensors")
+    assert command(skip_rows=2) == command(skip_rows=2, more=tmp_path / "more.safetensors") == ""
+    (alone, told), (joined, told_more) = seen
+    assert "more_rows" not in told and told_more["more_rows"] == 64
+    assert torch.equal(joined.token_ids, torch.cat([more.token_ids.flip(1), alone.token_ids]))
+    assert "cannot join" in command(more=tmp_path / "corpus.safetensors", corpus=short(tmp_path))
+
+
+def short(folder: Path) -> Path:
+    """A corpus whose rows have fewer tokens."""
+    text = corpus()
+    save_corpus(Corpus(text.token_ids[:, :8], text.assistant[:, :8], text.temperature), folder / "short.safetensors")
+    return folder / "short.safetensors"
 
 
 def test_a_calibration_does_not_outlive_the_weights_that_it_was_fitted_to(command: Callable[..., str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dspark.fetch import cache_dir
 from dspark.packed import has_bfloat16_kernels
 from dspark.phrases import FILE, PhraseMemory
 from dspark.target import Target, load_target
-from dspark.train.corpus import Corpus, load_corpus
+from dspark.train.corpus import Corpus, concatenate, load_corpus
 from dspark.train.features import FeatureStore, all_text
 from dspark.train.loop import LEARN_FROM, TrainConfig, Trainer
 from dspark.train.run import train_to
@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
     drafter.add_argument("--skip-rows", type=int, default=0, help="leave out the first rows of the shuffled corpus")
     drafter.add_argument("--rows", type=int, help="use only so many rows of the shuffled corpus")
+    drafter.add_argument("--more", type=Path, help="learn from all rows of this corpus as well; what is held out is of --corpus")
     drafter.add_argument(
         "--start-from", help="go on with the weights, shape and vocabulary of this trained drafter ('default', a folder, a hub id)"
     )
@@ -131,6 +132,9 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
     whole = load_corpus(args.corpus)
     shuffled = torch.randperm(len(whole), generator=torch.Generator().manual_seed(args.seed))
     corpus = whole.rows(shuffled[args.skip_rows :][: args.rows])
+    if args.more:
+        more = load_corpus(args.more)
+        whole, corpus = (concatenate([more, part]) for part in (whole, corpus))
     drafter = load_drafter(args.start_from, target).requires_grad_(True) if args.start_from else fresh_drafter(target, whole, args)
     started_from = drafter_digest(drafter) if args.start_from else ""
     if args.learn_from == "all":
@@ -148,6 +152,7 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
         checkpoint_every=args.checkpoint_every,
     )
     about = {"skipped_rows": args.skip_rows, "started_from": started_from, "learnt_from": args.learn_from}
+    about |= {"more_rows": len(more)} if args.more else {}
     trainer = Trainer(target, drafter, store, config, args.out.with_name(args.out.name + ".training"))
     train_to(trainer, args.out, validate_every=args.validate_every, about=about)
 
