@@ -5,7 +5,8 @@ devices' kernels need it. One token at a time has no mask, and so no copies; a b
 values under a mask as well, to the same sums.
 
 In a batch of single tokens (self-play) the heads that share keys stand in line as that many queries: the kernel then reads these once
-instead of once a head. A single stream attends as transformers does, since that is what drafting is compared with.
+instead of once a head, to the same sums up to rounding. A single stream attends as transformers does, since that is what drafting is
+compared with.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def sdpa_shared(
     if not usual and attention_mask is None and query.shape[2] == 1 < len(query):
         lined = query.reshape(*key.shape[:2], -1, query.shape[-1])  # [batch, kv_heads, heads / kv_heads, head_dim]
         mixed = F.scaled_dot_product_attention(lined, key, value, None, dropout, scale=scaling)
-        return mixed.reshape(query.shape).transpose(1, 2), None
+        return mixed.reshape(*query.shape[:3], -1).transpose(1, 2), None
     if usual or attention_mask is None or query.shape[2] == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
     mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True)

@@ -109,7 +109,7 @@ class Target:
 
     def pack(self) -> Target:
         """Lay the weights out for fast CPU passes where that is possible (:mod:`dspark.packed`), in place; the products stay the same,
-        and so does what attention gives, without its copies (:mod:`dspark.attention`)."""
+        and so does what attention gives a stream, without its copies (:mod:`dspark.attention`)."""
         _ = self.digest  # reads the plain weights, so before they go
         if can_pack(self.head_weight):
             share_keys(self.decoder)

@@ -303,6 +303,7 @@ def test_a_training_on_all_text_judges_by_answers_and_goes_on_as_it_began(comman
     assert (told["learnt_from"], told["response_tokens"]) == ("all", learnt)
     assert "choose another folder" in command(steps=5, weight_decay=0.1)
     assert "choose another folder" in command(steps=5, learn_from="all")
+    assert "text = " in command(steps=5, learn_from="all", weight_decay=0.1, skip_rows=2)
     assert command(steps=5, learn_from="all", weight_decay=0.1) == ""
 
 
@@ -311,20 +312,25 @@ def test_more_text_is_learnt_from_and_what_is_held_out_stays(
 ) -> None:
     seen = []
     monkeypatch.setattr("dspark.train.__main__.train_to", lambda trainer, *_, about, **__: seen.append((trainer.store.corpus, about)))
-    more = corpus(64)
-    save_corpus(Corpus(more.token_ids.flip(1), more.assistant, more.temperature), tmp_path / "more.safetensors")
-    assert command(skip_rows=2) == command(skip_rows=2, more=tmp_path / "more.safetensors") == ""
+    text = corpus(100)
+    more = Corpus(text.token_ids.flip(1), text.assistant, text.temperature)
+    save_corpus(more, tmp_path / "more.safetensors")
+    ways = {"skip_rows": 2, "learn_from": "all"}
+    assert command(**ways) == command(**ways, more=tmp_path / "more.safetensors") == ""
     (alone, told), (joined, told_more) = seen
-    assert "more_rows" not in told and told_more["more_rows"] == 64
-    assert torch.equal(joined.token_ids, torch.cat([more.token_ids.flip(1), alone.token_ids]))
-    assert "cannot join" in command(more=tmp_path / "corpus.safetensors", corpus=short(tmp_path))
+    assert "more_rows" not in told and told_more["more_rows"] == 64, "whole shards"
+    assert torch.equal(joined.token_ids, torch.cat([more.token_ids[:64], alone.token_ids]))
+    assert torch.equal(joined.assistant[64:], alone.assistant) and not alone.assistant.all()
+    for refusal in ({"more": tmp_path / "corpus.safetensors", "corpus": short(tmp_path)}, {"more": short(tmp_path, 63)}, {"skip_rows": 70}):
+        message = command(**({"more": tmp_path / "more.safetensors"} | refusal))
+        assert message.startswith("error: ") and ("cannot join" in message or "at least 64 rows" in message)
 
 
-def short(folder: Path) -> Path:
+def short(folder: Path, rows: int = 70) -> Path:
     """A corpus whose rows have fewer tokens."""
-    text = corpus()
-    save_corpus(Corpus(text.token_ids[:, :8], text.assistant[:, :8], text.temperature), folder / "short.safetensors")
-    return folder / "short.safetensors"
+    text = corpus(rows)
+    save_corpus(Corpus(text.token_ids[:, :8], text.assistant[:, :8], text.temperature), folder / f"short{rows}.safetensors")
+    return folder / f"short{rows}.safetensors"
 
 
 def test_a_calibration_does_not_outlive_the_weights_that_it_was_fitted_to(command: Callable[..., str], tmp_path: Path) -> None:

@@ -97,11 +97,13 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_the_python_in_the_readme_runs(tiny_folders, monkeypatch, capsys):
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    parts = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     load_target, load_drafter = dspark.load_target, dspark.load_drafter
     monkeypatch.setattr(dspark, "load_target", lambda name: load_target({"default": tiny_folders["target"]}[name], dtype="float32"))
     monkeypatch.setattr(dspark, "load_drafter", lambda name, target: load_drafter({"default": tiny_folders["drafter"]}[name], target))
-    exec(compile(code, "README.md", "exec"), {})
+    names = {}
+    exec(compile("\n".join(parts), "README.md", "exec"), names)
+    assert names["ids"].shape[1] > names["inputs"]["input_ids"].shape[1], "the last part decodes as well"
     assert re.search(r"^\d+ \d+ of \d+ drafts: ", capsys.readouterr().out, flags=re.MULTILINE)
 
 
@@ -229,6 +231,7 @@ def test_your_model_runs_on_another_model_without_a_drafter(tmp_path, tiny_folde
     [
         {"policy": "adaptive", "widen": 0.02, "narrow": 0.005, "fallback": 0.002, "window": 3},
         {"policy": "confidence", "threshold": 0.2, "copy": False, "temperature": 0.8, "top_p": 0.9, "seed": 4},
+        {"policy": "prefix", "siblings": True, "temperature": 0.8},
     ],
     ids=lambda changed: changed["policy"],
 )
@@ -238,6 +241,7 @@ def test_live_decoding_runs_at_other_parameters_on_another_model(tmp_path, tiny_
     summary = demo.run(ROOT / "notebooks" / "01_live_decoding.ipynb", executed, small | tiny_folders | changed)
 
     assert summary["prompt"] == small["prompt"] and summary["policy"] == changed["policy"]
+    assert summary["siblings"] == changed.get("siblings", False)
     if "temperature" not in changed:  # adaptive, exact: the panel and the replay make the rounds that decode makes with these thresholds
         target = dspark.load_target(tiny_folders["target"], dtype="float32")
         source = ContextLookup(dspark.load_drafter(tiny_folders["drafter"], target))

@@ -179,7 +179,7 @@ def windows(rounds: Sequence[Round], policy: Policy, block_size: int) -> Strip:
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GREY}" stroke-dasharray="4 3"/>')
         parts.append(_text(WIDTH - RIGHT + 4, y + 4, f"{label} {value:.2f}"))
     checked, accepted = sum(r.verify_length for r in rounds), sum(min(r.accepted, len(r.committed)) for r in rounds)
-    title = f"How far it looked: {checked - accepted} of {checked} checks were in vain (n = {len(rounds)} rounds)"
+    title = f"How far it looked: {checked - accepted} of {checked} drafts were checked in vain (n = {len(rounds)} rounds)"
     frame = _scale(top, high, ((0, "0"), (1, str(block_size)))) + _scale(top + high + gap, low, ((0, "0"), (0.5, ".5"), (1, "1")))
     names = _text(2, top - 6, "window (tokens): outline asked for, grey checked, blue accepted") + _text(2, floor + gap - 12, name)
     return Strip(_title(title) + frame + names + "".join(parts) + _round_axis(rounds, step, base), base + 26, title)

@@ -55,7 +55,7 @@ PARTS = RUNS | {
     "DraftTimes": drafters.TIMES,
 }
 DRAFT_SHARE = 0.15  # of T_plain: the goal for T_draft
-ROLES = ("Generate", "Mtp", "Block", "Copy", "Phrases", "Siblings")  # ways to decode that the text speaks of
+ROLES = ("Generate", "Mtp", "Block", "Copy", "Phrases", "Scheduled", "Siblings")  # ways to decode that the text speaks of
 
 
 def read_frames(results: Path) -> dict[str, pd.DataFrame]:
@@ -83,11 +83,12 @@ def read_frames(results: Path) -> dict[str, pd.DataFrame]:
 
 
 def roles(frame: pd.DataFrame) -> dict[str, str]:
-    """Role → measured arm of a speed run. Block drafts the drafter's whole block, Copy also copies, Phrases recalls, too, Siblings
-    as well has siblings, under the prefix scheduler."""
+    """Role → measured arm of a speed run. Block drafts the drafter's whole block, Copy also copies, Phrases recalls, too, Scheduled
+    does so under the prefix scheduler, and Siblings has siblings as well."""
     block_size = frame["drafter_block_size"].max()
     names = {"Generate": ("generate",), "Mtp": ("mtp1", "fixed:1"), "Block": ("fixed", f"fixed:{block_size}")}
-    names |= {"Copy": ("fixed+copy",), "Phrases": ("fixed+phrases",), "Siblings": ("prefix+phrases+siblings",)}
+    names |= {"Copy": ("fixed+copy",), "Phrases": ("fixed+phrases",), "Scheduled": ("prefix+phrases",)}
+    names |= {"Siblings": ("prefix+phrases+siblings",)}
     measured = set(frame["arm"])
     found = {role: [arm for arm in names[role] if arm in measured] for role in ROLES}
     return {role: arms[0] for role, arms in found.items() if arms}

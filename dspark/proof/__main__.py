@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("parts", nargs="*", metavar="part", help="default all of them")
     parser.add_argument("--out", type=Path, default=data_dir() / "results", help="folder of the results; default %(default)s")
-    parser.add_argument("--smoke", action="store_true", help="tiny versions, in seconds; nothing is kept")
+    parser.add_argument("--smoke", action="store_true", help="tiny versions, in seconds to two minutes; nothing is kept")
     return parser
 
 

@@ -20,7 +20,7 @@ from dspark.packed import has_bfloat16_kernels
 from dspark.phrases import FILE, PhraseMemory
 from dspark.target import Target, load_target
 from dspark.train.corpus import Corpus, concatenate, load_corpus
-from dspark.train.features import FeatureStore, all_text
+from dspark.train.features import SHARD_ROWS, FeatureStore, all_text
 from dspark.train.loop import LEARN_FROM, TrainConfig, Trainer
 from dspark.train.run import train_to
 from dspark.train.start import drafter_for, frequent_tokens, spread
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
     drafter.add_argument("--skip-rows", type=int, default=0, help="leave out the first rows of the shuffled corpus")
     drafter.add_argument("--rows", type=int, help="use only so many rows of the shuffled corpus")
-    drafter.add_argument("--more", type=Path, help="learn from all rows of this corpus as well; what is held out is of --corpus")
+    drafter.add_argument("--more", type=Path, help="learn from this corpus too, 64 rows at a time; what is held out is of --corpus")
     drafter.add_argument(
         "--start-from", help="go on with the weights, shape and vocabulary of this trained drafter ('default', a folder, a hub id)"
     )
@@ -134,6 +134,9 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
     corpus = whole.rows(shuffled[args.skip_rows :][: args.rows])
     if args.more:
         more = load_corpus(args.more)
+        more = more.rows(slice(len(more) // SHARD_ROWS * SHARD_ROWS))  # whole shards: the last one, which is held out, stays as it is
+        if not len(more) or not len(corpus):
+            raise ValueError(f"--more {args.more} needs at least {SHARD_ROWS} rows and --corpus at least one that is not skipped")
         whole, corpus = (concatenate([more, part]) for part in (whole, corpus))
     drafter = load_drafter(args.start_from, target).requires_grad_(True) if args.start_from else fresh_drafter(target, whole, args)
     started_from = drafter_digest(drafter) if args.start_from else ""

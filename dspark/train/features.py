@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -94,6 +96,11 @@ class FeatureStore:
             finally:
                 scratch.unlink(missing_ok=True)
         return Shard(corpus.token_ids, corpus.assistant, **tensors)
+
+    @cached_property
+    def text(self) -> str:
+        """16 hex digits that change with the text and with what of it is learnt from."""
+        return hashlib.sha256(self.corpus.token_ids.numpy().tobytes() + self.corpus.assistant.numpy().tobytes()).hexdigest()[:16]
 
     @property
     def _about(self) -> str:

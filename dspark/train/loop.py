@@ -84,8 +84,10 @@ class Trainer:
         return self.folder / "checkpoint.safetensors"
 
     @property
-    def _shape(self) -> dict[str, object]:
-        return {"architecture": self.drafter.architecture} | self.drafter.config.to_dict()
+    def _about(self) -> dict[str, object]:
+        """What a checkpoint belongs to."""
+        shape = {"architecture": self.drafter.architecture} | self.drafter.config.to_dict()
+        return {"train": asdict(self.config), "drafter": shape, "target": self.target.digest, "text": self.store.text}
 
     def run(self) -> Iterator[dict[str, object]]:
         """Train from the current step to the end, yielding one record a step; checkpoints on the way, at the end and when it is stopped."""
@@ -170,7 +172,7 @@ class Trainer:
         tensors = {f"weights.{name}": value for name, value in self.drafter.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
-        about = {"step": self.step, "train": asdict(self.config), "drafter": self._shape, "target": self.target.digest}
+        about = {"step": self.step} | self._about
         scratch = self.checkpoint.with_suffix(f".{os.getpid()}.part")
         try:
             save_file({name: value.contiguous() for name, value in tensors.items()}, scratch, {"about": json.dumps(about)})
@@ -182,7 +184,8 @@ class Trainer:
 
     def _resume(self) -> None:
         about, tensors = self._read()
-        wanted = {"train": asdict(self.config), "drafter": self._shape, "target": self.target.digest}
+        wanted = self._about
+        about.setdefault("text", wanted["text"])  # older ones do not name it
         if isinstance(about.get("drafter"), dict):  # checkpoints that name no architecture hold the only one of their time
             about["drafter"] = {"architecture": Drafter.architecture} | about["drafter"]
         about["train"] = {"weight_decay": 0.0, "learn_from": "answers"} | about["train"]  # what older ones do not name
