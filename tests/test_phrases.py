@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from tiny import tiny_drafter, tiny_target
 import dspark
 from dspark.bench.arms import parse_arm
 from dspark.lookup import LEAST_SURVIVAL
-from dspark.phrases import FILE, LEAST_COUNT, LEAST_RATE, ORDERS, PhraseMemory, load_phrases
+from dspark.phrases import FILE, LEAST_COUNT, LEAST_RATE, ORDERS, PhraseMemory, _key, load_phrases
+from dspark.train.__main__ import remember_phrases
+from dspark.train.corpus import Corpus, save_corpus
 
 
 def some_text(rows: int = 40, tokens: int = 30, vocab: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -48,6 +52,12 @@ def test_what_is_remembered_is_what_one_counts_by_hand() -> None:
         else:
             assert found is None
     assert kept == len(memory) > 20
+
+
+def test_different_ngrams_have_the_same_hash_as_seldom_as_by_chance() -> None:
+    grams = [gram for order in (3, 4) for gram in itertools.product((0, 1, 2, 434, 435, 436, 50_000, 90_000), repeat=order)]
+    grams += list(itertools.product(range(50), repeat=3))
+    assert len({_key(gram) for gram in grams}) >= len(set(grams)) - 15, "by chance 2 in 130 000"
 
 
 def drafted(source: dspark.ContextLookup, tokens: list[int], anchor: int, window: int = 4) -> dspark.draft.Draft:
@@ -87,6 +97,30 @@ def test_a_memory_survives_its_file_and_others_are_refused(tmp_path: Path) -> No
     for name, told in (("disorder", "damaged"), ("cut", "no phrase memory"), ("missing", "no phrase memory")):
         with pytest.raises(ValueError, match=told):
             load_phrases(tmp_path / name, "abc", 5)
+
+
+def test_tokens_of_any_size_are_followers_and_small_ones_take_two_bytes(tmp_path: Path) -> None:
+    ids, assistant = some_text()
+    small, large = PhraseMemory.of_text(ids, assistant), PhraseMemory.of_text(ids + 70_000, assistant)
+    assert (small.followers.dtype, large.followers.dtype) == (np.uint16, np.int32)
+    large.save(tmp_path / FILE, "abc")
+    again = load_phrases(tmp_path / FILE, "abc", 70_005)
+    for gram in itertools.product(range(5), repeat=3):
+        found, larger = small.follower(gram), again.follower([token + 70_000 for token in gram])
+        assert found == (larger and (larger[0] - 70_000, larger[1]))
+
+
+def test_more_text_is_counted_with_the_first(tmp_path: Path) -> None:
+    ids, assistant = (torch.from_numpy(array) for array in some_text())
+    first = ids.shape[0] // 2
+    for name, rows in (("corpus", slice(first)), ("more", slice(first, None))):
+        text = Corpus(ids[rows], assistant[rows], torch.ones(len(ids[rows])))
+        save_corpus(text, tmp_path / name)
+    target = tiny_target()
+    for more, rows in ((tmp_path / "more", slice(None)), (None, slice(first))):
+        remember_phrases(target, argparse.Namespace(corpus=tmp_path / "corpus", more=more, out=tmp_path))
+        found, wanted = load_phrases(tmp_path / FILE, target.digest, 5), PhraseMemory.of_text(ids[rows].numpy(), assistant[rows].numpy())
+        assert np.array_equal(found.keys, wanted.keys) and np.array_equal(found.rates, wanted.rates)
 
 
 def test_text_without_repetition_has_no_phrases() -> None:

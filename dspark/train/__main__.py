@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
     phrases = commands.add_parser("phrases", parents=[common], help="count what the target often writes, for drafts that cost nothing")
     phrases.add_argument("--out", type=Path, required=True, help="the drafter's folder")
+    phrases.add_argument("--more", type=Path, help="count in this corpus too")
 
     drafter = commands.add_parser("drafter", parents=[common], help="train a drafter on a corpus; resumes where it was killed")
     drafter.add_argument("--out", type=Path, required=True, help="folder of the finished drafter; its checkpoint lies beside it")
@@ -102,7 +103,7 @@ def usual_dtype(command: str, device: str) -> str:
 
 
 def remember_phrases(target: Target, args: argparse.Namespace) -> None:
-    corpus = load_corpus(args.corpus)
+    corpus = concatenate([load_corpus(path) for path in (args.corpus, args.more) if path])
     memory = PhraseMemory.of_text(corpus.token_ids.numpy(), corpus.assistant.numpy())
     memory.save(args.out / FILE, target.digest)
     print(f"{len(memory)} phrases of {int(corpus.assistant.sum())} response tokens in {args.out / FILE}")
