@@ -66,6 +66,13 @@ class Rollouts:
         chosen = self.checked[:, k]
         return self.survival(calibration)[chosen, k], self.survived[chosen, k]
 
+    def known(self, k: int, calibration: Calibration = AS_TRAINED) -> tuple[Tensor, Tensor]:
+        """The same with the probability of the outcome once x_1..x_{k-1} have met their fate, [m] float32: its mean is that of the
+        outcome, without the luck of x_k's draw and coin."""
+        chosen = self.checked[:, k]
+        alive = self.survived[chosen, k - 1] if k else torch.ones(int(chosen.sum()))
+        return self.survival(calibration)[chosen, k], alive * self.acceptance[chosen, k]
+
     def best(self, k: int) -> tuple[Tensor, Tensor]:
         """The same with the confidence of a head that knew both laws."""
         chosen = self.checked[:, k]
@@ -105,7 +112,7 @@ def rollouts(
 def calibration_error(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> float:
     """ECE: |mean confidence − frequency of the outcome|, averaged over equally wide bins by the share of cases in them.
 
-    confidence: [m] in 0..1, outcome: [m] bool. Raises ValueError if there is no case.
+    confidence: [m] in 0..1, outcome: [m] bool, or its probability where that is known. Raises ValueError if there is no case.
     """
     if not len(confidence):
         raise ValueError("the calibration error of no cases is undefined: roll out more rounds")
@@ -152,8 +159,9 @@ def calibration_report(data: Rollouts, calibration: Calibration) -> list[dict[st
     """One row per position with checked blocks: a_k as the head was trained, and after calibration.
 
     position: 1, 2, … · n: checked blocks · survival: share that survived · ece_before, ece_after · noise: error of a perfect head on
-    as many cases (:func:`calibration_noise`, of the calibrated a_k) · auc_before, auc_after: see :func:`ranking_quality` ·
-    auc_best: of a head that knew both laws, NaN if nobody listened.
+    as many cases (:func:`calibration_noise`, of the calibrated a_k) · ece_known: after, against probabilities instead of outcomes
+    (:meth:`Rollouts.known`) · auc_before, auc_after: see :func:`ranking_quality` · auc_best: of a head that knew both laws. ece_known
+    and auc_best are NaN if nobody listened.
     """
     rows = []
     for k in range(data.block_size):
@@ -164,6 +172,7 @@ def calibration_report(data: Rollouts, calibration: Calibration) -> list[dict[st
         row = {"position": k + 1, "n": len(outcome), "survival": float(outcome.double().mean())}
         row |= {"ece_before": calibration_error(before, outcome), "ece_after": calibration_error(after, outcome)}
         row |= {"noise": calibration_noise(after)}
+        row |= {"ece_known": math.nan if data.acceptance is None else calibration_error(*data.known(k, calibration))}
         row |= {"auc_before": ranking_quality(before, outcome), "auc_after": ranking_quality(after, outcome)}
         row |= {"auc_best": math.nan if data.acceptance is None else ranking_quality(*data.best(k))}
         rows.append(row)

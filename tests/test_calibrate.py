@@ -64,6 +64,25 @@ def test_a_head_that_knew_both_laws_ranks_better_than_one_that_guesses() -> None
     assert all(math.isnan(row["auc_best"]) for row in calibration_report(data, AS_TRAINED))
 
 
+def test_probabilities_tell_an_honest_head_from_a_lying_one_with_less_noise_than_outcomes() -> None:
+    """c_k is the acceptance itself, so at position 1 nothing is left; behind it, only the luck of the drafts before."""
+    data = honest(400)
+    data = replace(data, acceptance=data.logits.sigmoid())
+    report = calibration_report(data, AS_TRAINED)
+    assert report[0]["ece_known"] < 1e-6
+    assert all(row["ece_known"] < row["ece_after"] for row in report)
+    lying = calibration_report(replace(data, logits=data.logits + 1), AS_TRAINED)
+    assert all(row["ece_known"] > 0.05 for row in lying)
+    assert all(math.isnan(row["ece_known"]) for row in calibration_report(replace(data, acceptance=None), AS_TRAINED))
+
+
+def test_where_the_outcome_is_certain_its_probability_says_the_same() -> None:
+    """As greedy: a draft is the target's choice or it is not."""
+    data = honest(300)
+    certain = replace(data, acceptance=data.survived.float())
+    assert all(row["ece_known"] == row["ece_after"] for row in calibration_report(certain, AS_TRAINED))
+
+
 def test_scaling_finds_the_temperature_of_every_position() -> None:
     found = fit_sts(distorted(honest(), [3.0, 0.5, 2.0]))
     assert found == pytest.approx([3.0, 0.5, 2.0], rel=0.2)

@@ -141,6 +141,11 @@ def test_files_are_read_together_only_if_measured_alike(tmp_path: Path) -> None:
         drafters.read_drafters(tmp_path, 1.0)
 
 
+def test_a_results_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no folder .*elsewhere: leave results empty"):
+        drafters.read_drafters(tmp_path / "elsewhere", 1.0)
+
+
 def test_the_table_gives_tau_and_the_gain_of_the_reference() -> None:
     table = drafters.tau_table(rows())
     assert table.loc["dspark", "code"] == "2.10" and table.loc["dflash", "mean"] == "1.70"

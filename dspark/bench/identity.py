@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -26,7 +27,13 @@ from dspark.bench.speed import constant_columns
 from dspark.decode import Round
 from dspark.target import Target
 
-Pass = tuple[Sequence[int], int]  # tokens that run together, and how many of them stay in the cache
+
+class Pass(NamedTuple):
+    """Tokens that run together, the last ones in the places ``siblings`` beside the others, and which rows stay in the cache."""
+
+    tokens: Sequence[int]
+    siblings: Sequence[int]
+    kept: Sequence[int]
 
 
 def check_identity(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
@@ -67,40 +74,50 @@ def weigh(models: Models, prompt: list[int], expected: list[int], trial: Trial, 
     """How far apart two tokens are where the texts diverge, and how much of that rounding takes away; both in logits, ≥ 0.
 
     The common prefix runs twice up to new token i: on the stock target token by token, as the reference ran, and on the arm's
-    target in the blocks of its rounds. Both go through transformers' own cache, so that a fault of ours cannot pass for rounding.
+    target in the passes of its rounds. Both go through transformers' own cache, so that a fault of ours cannot pass for rounding.
     margin: the first run's lead of the reference's token over the arm's: the top-2 margin where the arm took the second best.
     noise: by how much that lead is smaller in the second run. Rounding made the two change places if and only if margin ≤ noise;
     see :func:`beyond_rounding`. A text that is only longer or shorter has an infinite margin: rounding does not end a text.
     """
     if i >= min(len(expected), len(trial.token_ids)):
         return math.inf, 0.0
-    alone = logits_of(models.stock, prompt, ([[token], 1] for token in expected), i)
-    blocks = (_block(r) for r in trial.rounds)
-    together = logits_of(models.target, prompt, blocks, i)
+    alone = logits_of(models.stock, prompt, (Pass([token], [], [0]) for token in expected), i)
+    together = logits_of(models.target, prompt, map(pass_of, trial.rounds), i)
     lead, left = (float(row[expected[i]] - row[trial.token_ids[i]]) for row in (alone, together))
     return abs(lead), max(0.0, lead - left)
 
 
-def _block(r: Round) -> Pass:
-    """The round's text in a pass as wide as its own. An accepted sibling stands in the rejected draft's place; what fills up the pass
-    stands behind all that is kept."""
-    tokens = [r.anchor, *r.draft_tokens[: r.verify_length]]
+def pass_of(r: Round) -> Pass:
+    """The pass that checked the round's drafts, its siblings beside them."""
+    kept = [*range(1 + r.accepted)]
     if r.sibling is not None:
-        tokens = [*tokens[: 1 + r.accepted], r.sibling]
-    return [*tokens, *[r.anchor] * (1 + r.verify_length + len(r.siblings) - len(tokens))], len(r.committed)
+        kept.append(1 + r.verify_length + r.siblings.index((r.accepted + 1, r.sibling)))
+    tokens = [r.anchor, *r.draft_tokens[: r.verify_length], *(token for _, token in r.siblings)]
+    return Pass(tokens, [position for position, _ in r.siblings], kept)
+
+
+class StockCache(DynamicCache):
+    """transformers' own cache, told what to keep of a pass."""
+
+    @property
+    def length(self) -> int:
+        return self.get_seq_length()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[:, :, rows], layer.values[:, :, rows]
 
 
 def logits_of(target: Target, prompt: list[int], passes: Iterable[Pass], i: int) -> Tensor:
     """The logits [vocab] float32 that choose new token ``i`` behind ``prompt``, when the text runs in these passes."""
-    cache, passes = DynamicCache(), iter(passes)
+    cache, passes = StockCache(), iter(passes)
     logits, _ = target.forward(torch.tensor([prompt], device=target.device), cache, logits_to_keep=1)
     first, rows = 0, logits[0]  # rows[k] chooses new token first + k
     while i >= first + len(rows):
-        tokens, kept = next(passes)
-        logits, _ = target.forward(torch.tensor([tokens], device=target.device), cache)
-        if kept < len(tokens):  # crop(0) empties the cache in older releases
-            cache.crop(kept - len(tokens))
-        first, rows = first + len(rows), logits[0, :kept]
+        (tokens, siblings, kept), past = next(passes), cache.length
+        logits, _ = target.forward(torch.tensor([tokens], device=target.device), cache, siblings=siblings)
+        cache.keep([*range(past), *(past + row for row in kept)])
+        first, rows = first + len(rows), logits[0, kept]
     return rows[i - first].float()
 
 

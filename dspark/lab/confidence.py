@@ -110,8 +110,9 @@ def _errors(data: Rollouts, k: int, calibration: Calibration) -> str:
 
 def calibration_table(judged: pd.DataFrame) -> pd.DataFrame:
     """A frame of :func:`dspark.bench.rollouts.judged` for the eye."""
-    percent = {name: judged[name].map("{:.1%}".format) for name in ("survival", "ece_before", "ece_after", "noise")}
+    percent = {name: judged[name].map("{:.1%}".format) for name in ("survival", "ece_before", "ece_after", "noise", "ece_known")}
     auc = {name: judged[name].round(3) for name in ("auc_before", "auc_after", "auc_best")}
-    names = {"ece_before": "ECE before", "ece_after": "ECE after", "noise": "ECE of a perfect head", "auc_before": "AUC before"}
-    names |= {"auc_after": "AUC after", "auc_best": "AUC of a perfect head", "survival": "survived", "n": "blocks"}
+    names = {"ece_before": "ECE before", "ece_after": "ECE after", "noise": "ECE of a perfect head"}
+    names |= {"ece_known": "ECE after, of probabilities", "auc_before": "AUC before", "auc_after": "AUC after"}
+    names |= {"auc_best": "AUC of a perfect head", "survival": "survived", "n": "blocks"}
     return judged.assign(**percent, **auc).rename(columns=names).set_index(["temperature", "position"])

@@ -35,8 +35,11 @@ OTHER = (GREY, "dashdot")
 def read_drafters(folder: Path, temperature: float) -> pd.DataFrame:
     """All comparisons in a results folder at one temperature; ``arm`` names the drafter. Empty if there are none.
 
-    Raises ValueError where files were measured on different prompts, lengths or models: they cannot be compared.
+    Raises ValueError if there is no such folder, and where files were measured on different prompts, lengths or models: they cannot be
+    compared.
     """
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: leave results empty for the committed ones")
     frames = [read_speed(path) for path in sorted(folder.glob(f"drafters-t{temperature:g}-*.parquet"))]
     if not frames:
         return pd.DataFrame()

@@ -56,6 +56,8 @@ def _macros(frame: pd.DataFrame, rows: pd.DataFrame, calibration: Calibration) -
         yield Macro(MEASURED, f"Confidence{name}AucBestLow", number(part_of["auc_best"].min()))
         yield Macro(MEASURED, f"Confidence{name}AucBestHigh", number(part_of["auc_best"].max()))
         yield Macro(MEASURED, f"Confidence{name}EceMet", integer((part_of["ece_after"] <= ECE_GOAL).sum()))
+        yield Macro(MEASURED, f"Confidence{name}Known", percent(part_of["ece_known"].max(), 1))
+        yield Macro(MEASURED, f"Confidence{name}KnownMet", integer((part_of["ece_known"] <= ECE_GOAL).sum()))
         yield Macro(MEASURED, f"Confidence{name}AucMet", integer((part_of["auc_after"] >= AUC_GOAL).sum()))
 
 
@@ -63,16 +65,17 @@ def by_position(rows: pd.DataFrame, label: str) -> str:
     """rows: of :func:`dspark.bench.rollouts.judged`."""
     body = []
     for _, row in rows.iterrows():
-        shares = [percent(row[name], 1) for name in ("survival", "ece_before", "ece_after", "noise")]
+        shares = [percent(row[name], 1) for name in ("survival", "ece_before", "ece_after", "noise", "ece_known")]
         values = [integer(row["n"]), *shares, *(number(row[name]) for name in ("auc_before", "auc_after", "auc_best"))]
         body.append([f"{row['temperature']:g}", integer(row["position"]), *(styled(MEASURED, value) for value in values)])
     about = (
         "The confidence $a_k$ on the half of the prompts that was not fitted: share of blocks that survive to position $k$, calibration "
-        "error (ECE) before and after the fit, the error that a perfect head would show on as many cases, AUC before and after, and the "
+        "error (ECE) before and after the fit, the error that a perfect head would show on as many cases, the error after the fit against "
+        "the probability that the draft is accepted instead of what came of it (known), AUC before and after, and the "
         "AUC of a head that knew both laws: greedy it would know the outcome, sampling only its probability."
     )
-    heads = ["temperature", "$k$", "blocks", "survive", "ECE before", "after", "perfect", "AUC before", "after", "perfect"]
-    return floated(tabular("rr" + "r" * 8, heads, body, every=int(rows["position"].max())), about, label)
+    heads = ["temperature", "$k$", "blocks", "survive", "ECE before", "after", "perfect", "known", "AUC before", "after", "perfect"]
+    return floated(tabular("rr" + "r" * 9, heads, body, every=int(rows["position"].max())), about, label)
 
 
 def diagrams(data: Rollouts, calibration: Calibration) -> Figure:
