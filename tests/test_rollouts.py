@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,21 @@ def test_a_threshold_of_zero_checks_everything_and_the_estimate_agrees_with_the_
         assert rows["checked"].iloc[0] == pytest.approx(float(data.checked.sum() / len(data.logits)))
         assert rows["accepted"].iloc[0] == pytest.approx(float(data.survived.sum() / len(data.logits)))
         assert rows["checked"].is_monotonic_decreasing and rows["checked"].iloc[-1] == 0 and pd.isna(rows["acceptance"].iloc[-1])
+
+
+def test_the_judging_half_alone_can_have_more_draws_and_the_fit_does_not_notice(models: Models, tmp_path: Path) -> None:
+    few = rollouts.measure_rollouts(PLAN, models, tmp_path / "few.parquet")
+    many = rollouts.measure_rollouts(replace(PLAN, repeats=3), models, tmp_path / "many.parquet", fit_repeats=2)
+    runs = many.groupby(["half", "temperature"])["repeat"].nunique()
+    assert runs.to_dict() == {(rollouts.FIT, 0.0): 1, (rollouts.FIT, 1.0): 2, (rollouts.JUDGE, 0.0): 1, (rollouts.JUDGE, 1.0): 3}
+    fits = [calibrate(rollouts.rollouts_of(frame, half=rollouts.FIT, temperature=1.0)) for frame in (few, many)]
+    assert fits[0] == fits[1]
+
+
+@pytest.mark.parametrize("few", ["0", "4"])
+def test_repeats_of_the_fitted_half_beyond_those_that_judge_are_refused(few: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rollouts.main(["--repeats", "3", "--fit-repeats", few]) == 2
+    assert f"fit-repeats must be 1 to 3, as many as repeats, got {few}" in capsys.readouterr().err
 
 
 def test_the_noise_is_the_error_that_a_perfect_head_shows() -> None:

@@ -37,22 +37,27 @@ TEMPERATURES = (0.0, 1.0)
 FIT, JUDGE = "fit", "judge"
 
 
-def measure_rollouts(plan: Plan, models: Models, out: Path, temperatures: Sequence[float] = TEMPERATURES) -> pd.DataFrame:
+def measure_rollouts(
+    plan: Plan, models: Models, out: Path, temperatures: Sequence[float] = TEMPERATURES, fit_repeats: int | None = None
+) -> pd.DataFrame:
     """One row per run of a prompt: logits of c_k as the head gives them, laid end to end, γ a block, how far each block survived, and
     with what probability each of its drafts did (NaN where none was checked).
 
-    Resumes. Repeats are new draws, so greedy runs are made once. Raises ValueError for a drafter without a confidence head.
+    Resumes. Repeats are new draws, so greedy runs are made once. fit_repeats: of the half that is fitted, if the judging half should
+    have more: the more blocks judge, the less is luck. Raises ValueError for a drafter without a confidence head.
     """
     drafter, target = models.drafter, models.target
     if not drafter.has_confidence:
         raise ValueError("the drafter has no confidence head, so there is nothing to calibrate: train one with it")
     drafter.sts_temperatures = ()  # the head's own logits are wanted
     about = plan.configuration("rollouts", target.digest, drafter) | {"temperatures": list(temperatures), "acceptance": True}
+    about |= {"fit_repeats": fit_repeats or plan.repeats}
     ledger = Ledger(out, about)
     if not ledger.complete:
         constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(drafter) | {"schema_version": SCHEMA_VERSION}
-        runs = [(t, unit) for t in temperatures for unit in plan.units if t or not unit.repeat]
         halves = _halves(plan.units)
+        most = {FIT: fit_repeats or plan.repeats, JUDGE: plan.repeats}
+        runs = [(t, unit) for t in temperatures for unit in plan.units if unit.repeat < (most[halves[unit.item.id]] if t else 1)]
         todo = [(t, unit) for t, unit in runs if f"{t:g}/{unit.key}" not in ledger.done]
         for t, unit in tqdm(todo, desc="rollouts", unit="run", initial=len(ledger.done), total=len(runs)):
             found = _run(target, drafter, unit, t, plan.tokens)
@@ -168,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, ("arms", "baseline", "split", "temperature", "top_p", "top_k"), prompts=16, repeats=3)
     parser.add_argument("--fit", type=float, default=1.0, help="sampling temperature whose rollouts are fitted; default 1")
+    parser.add_argument("--fit-repeats", type=int, help="repeats of the half that is fitted; default as many as of the one that judges")
     parser.add_argument("--refit", action="store_true", help="measure nothing: fit what the file holds")
     parser.add_argument("--store", action="store_true", help="write the calibration into the drafter's folder")
     parser.add_argument("--out", type=Path, help="Parquet file; default one in runs/bench that is named after the options")
@@ -176,10 +182,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = plan_of(options, arms="fixed", baseline="fixed", split="dev")
         if options.fit not in TEMPERATURES:
             raise ValueError(f"fit must be one of {', '.join(f'{t:g}' for t in TEMPERATURES)}, got {options.fit:g}")
+        if options.fit_repeats is not None and not 1 <= options.fit_repeats <= plan.repeats:
+            raise ValueError(f"fit-repeats must be 1 to {plan.repeats}, as many as repeats, got {options.fit_repeats}")
         torch.set_num_threads(plan.threads)
         models = plan.load()
         out = options.out or place("rollouts-dev", plan)
-        frame = kept_rollouts(out, models.drafter) if options.refit else measure_rollouts(plan, models, out)
+        if options.refit:
+            frame = kept_rollouts(out, models.drafter)
+        else:
+            frame = measure_rollouts(plan, models, out, fit_repeats=options.fit_repeats)
         calibration = calibrate(rollouts_of(frame, half=FIT, temperature=options.fit))
         print(judged(frame, calibration).round(4).to_string(index=False))
         print(f"{calibration} · {len(frame)} runs in {out}")

@@ -30,27 +30,30 @@ def part(frames: Mapping[str, pd.DataFrame]) -> Part:
     """The break-even is that of the drafter's whole block behind the shortest context."""
     if FILE not in frames:
         return Part()
-    return Part((*_macros(frames[FILE]), *_foreseen(foreseen(frames))), {}, {"figure-steps": curves(frames[FILE])})
+    told = (*_macros(frames[FILE]), *_foreseen("", foreseen(frames)), *_foreseen("Own", foreseen(frames, own=True)))
+    return Part(told, {}, {"figure-steps": curves(frames[FILE])})
 
 
-def foreseen(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """:func:`dspark.bench.explained.check_predictions` by the step times measured apart, of all speed runs in the same place."""
+def foreseen(frames: Mapping[str, pd.DataFrame], own: bool = False) -> pd.DataFrame:
+    """:func:`dspark.bench.explained.check_predictions` of all speed runs in the place where step times were measured apart, by these
+    or by each run's own."""
     if FILE not in frames:
         return pd.DataFrame()
     steps = frames[FILE]
-    curve, place = curve_of(steps, int(steps["context"].min())), steps.iloc[0]
+    curve, place = None if own else curve_of(steps, int(steps["context"].min())), steps.iloc[0]
     runs = (frame for name, frame in frames.items() if name.startswith(TIMED))
     checks = [check_predictions(run, curve) for run in runs if all(run.iloc[0][same] == place[same] for same in PLACE)]
     return pd.concat(checks) if checks else pd.DataFrame()
 
 
-def _foreseen(checked: pd.DataFrame) -> Iterator[Macro]:
+def _foreseen(whose: str, checked: pd.DataFrame) -> Iterator[Macro]:
     if checked.empty:
         return
-    yield Macro(SIMULATED, "ForeseenWithin", integer(checked["within"].sum()))
-    yield Macro(SETTING, "ForeseenCases", integer(len(checked)))
-    yield Macro(SETTING, "ForeseenTolerance", percent(WITHIN))
-    yield Macro(SIMULATED, "ForeseenError", percent(checked["error"].abs().max()))
+    if not whose:
+        yield Macro(SETTING, "ForeseenCases", integer(len(checked)))
+        yield Macro(SETTING, "ForeseenTolerance", percent(WITHIN))
+    yield Macro(SIMULATED, f"Foreseen{whose}Within", integer(checked["within"].sum()))
+    yield Macro(SIMULATED, f"Foreseen{whose}Error", percent(checked["error"].abs().max(), 1))
 
 
 def _macros(frame: pd.DataFrame) -> Iterator[Macro]:
