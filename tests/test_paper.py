@@ -402,6 +402,8 @@ def test_step_times_foretell_only_runs_in_the_same_place(changed):
     frames = {steps.FILE: measured} | {name: run.assign(**changed) for name in ("speed-x", "peers-x")}
     cases = steps.foreseen(frames)
     assert cases.empty if changed else cases["arm"].value_counts()["fixed:5"] == 2 * run["domain"].nunique()
+    own = steps.foreseen(frames, own=True)
+    assert len(own) == len(cases) and (changed or (own["predicted"] != cases["predicted"]).any())
     assert steps.flags(frames) == {"Foreseen": not changed}
     assert any("Foreseen" in macro.name for macro in steps.part(frames).macros) == (not changed)
 

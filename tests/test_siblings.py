@@ -203,7 +203,7 @@ def test_the_pass_that_is_weighed_is_the_rounds_own_and_keeps_its_text() -> None
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_passes_that_are_weighed_choose_the_very_tokens_that_were_chosen_in_bfloat16(seed: int) -> None:
-    """Nearly tied tokens included, which a pass of the same text in another shape would let change places."""
+    """Through transformers' own cache: what it keeps of a pass is what the rewound one keeps."""
     target = tiny_target(eos_token_id=None, dtype=torch.bfloat16, hidden_size=64, initializer_range=0.05, seed=seed).pack()
     prompt = random_prompt(seed, 7)
     run = dspark.generate(target, Wavering(target, reference(target, prompt, 60), 4, 0.4), prompt, max_new_tokens=50, policy=FLAT)
