@@ -16,7 +16,7 @@ from test_notebooks import tiny_folders  # noqa: F401, a fixture
 
 import dspark
 from dspark.bench.provenance import drafter_digest
-from dspark.bench.results import read_results
+from dspark.bench.results import read_results, write_results
 from dspark.train import __main__ as command
 from dspark.train import compare, run
 from dspark.train.corpus import Corpus, save_corpus
@@ -71,6 +71,7 @@ def test_one_command_trains_decodes_times_and_tells_where_every_row_comes_from(
     assert (trained["held_out_acceptance"].map(len) == 5).all() and trained["held_out_tau"].between(1, 6).all()
     timed = read_results(results / "drafters-time.parquet")
     assert set(timed["drafter"]) == set(MAIN) and len(timed) == 45
+    assert set(timed["schema_version"]) == set(trained["schema_version"]) == {1}
     assert (timed[["draft_ms", "verify_ms"]] > 0).all(axis=None)
     by_head = timed.groupby("drafter")["head_ms"].median()
     assert by_head["dspark"] > max(by_head["dflash"], by_head["eagle"])  # nothing to run in them
@@ -105,6 +106,10 @@ def test_a_record_outlives_its_weights_among_drafters_that_were_trained_alike(
         shutil.rmtree(tmp_path / "out" / name)
     call(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
     assert read_results(records)["drafter"].tolist() == MAIN and read_results(records)["recipe"].nunique() == 1
+    of_other_code = read_results(records).assign(schema_version=99)
+    write_results(of_other_code, other := tmp_path / "older" / records.name)
+    told = refused(monkeypatch, *arguments, "--only", "dflash", "--stages", "train", "--results", str(other.parent))
+    assert f"{other} holds drafters of another schema_version" in told
     before, another = records.read_bytes(), ["--only", "eagle", "--stages", "train", "--steps", "2", "--out", str(tmp_path / "other")]
     assert f"{records} holds drafters of another recipe: choose another --results" in refused(monkeypatch, *arguments, *another)
     assert records.read_bytes() == before and not (tmp_path / "other").exists(), "before anything is trained"

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dspark.bench.measure import Trial
-from dspark.bench.plan import SCHEMA_VERSION
-from dspark.bench.results import write_results
+from dspark.bench.prompts import data_dir
+from dspark.bench.results import SCHEMA_VERSION, read_rows, write_results
 from dspark.decode import Round
 from dspark.lab import drafters, figures, proof, readme, scheduling, static, tables
 from dspark.schedule import PrefixScheduler
@@ -305,8 +305,9 @@ def test_block_holds_every_arm_and_domain_with_interval_and_tau(tmp_path):
 
 def test_a_file_of_another_version_or_without_rows_is_refused_wherever_it_is_drawn(tmp_path, capsys):
     folder, frame = tmp_path / "results", results()
+    unnamed = frame.drop(columns="schema_version")
     drawn = {"speed-x": readme.results_block, "drafters-t0-dspark": lambda data: drafters.read_drafters(data / "results", 0.0)}
-    for wrong, told in ((frame.assign(schema_version=99), "schema version 99"), (frame[:0], "no rows")):
+    for wrong, told in ((frame.assign(schema_version=99), "schema version 99"), (frame[:0], "no rows"), (unnamed, "schema version none")):
         for name, draw in drawn.items():
             path = folder / f"{name}.parquet"
             write_results(wrong, path)
@@ -318,6 +319,11 @@ def test_a_file_of_another_version_or_without_rows_is_refused_wherever_it_is_dra
     write_results(pd.DataFrame({"bug": []}), folder / "proof-planted.parquet")
     with pytest.raises(ValueError, match=r"planted\.parquet has no rows.*make proof ARGS=planted"):
         proof.read_parts(folder)
+
+
+@pytest.mark.parametrize("path", sorted((data_dir() / "results").glob("*.parquet")), ids=lambda path: path.stem)
+def test_every_committed_results_file_says_its_schema_version(path):
+    assert set(read_rows(path, "nothing")["schema_version"]) == {SCHEMA_VERSION}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

@@ -59,12 +59,12 @@ def compare(folder: Path, *what: str) -> None:
                 shapes += [("gated", 2, 5), ("rnn", 2, 5), ("dspark-block8", 2, 8), ("dflash-block8", 2, 8)]
             rows = [(*shape, 500, 9, 1.25 + i / 8, [0.3, 0.1 * i]) for i, shape in enumerate(shapes)]
             columns = ["drafter", "layers", "block_size", "steps", "corpus_rows", "held_out_tau", "held_out_acceptance"]
-            write_results(pd.DataFrame(rows, columns=columns), results / "drafters-trained.parquet")
+            write_results(pd.DataFrame(rows, columns=columns).assign(schema_version=1), results / "drafters-trained.parquet")
         elif name in ("time", "times"):
             rows = [("eagle", 5, 9.0, 0.0), ("dspark", 5, 4.0, 0.5), ("dflash", 5, 3.5, 0.0)]
             rows += [("dspark-block8", 8, 8.0, 1.2)] if name == "times" else []
             columns = ["drafter", "drafter_block_size", "draft_ms", "head_ms"]
-            frame = pd.DataFrame(rows, columns=columns).assign(verify_ms=32.0, context=256)
+            frame = pd.DataFrame(rows, columns=columns).assign(verify_ms=32.0, context=256, schema_version=1)
             write_results(pd.concat([frame.assign(repeat=i) for i in range(3)]), results / "drafters-time.parquet")
         else:
             rounds = (speed["rounds"] * {"dflash": 1.1, "eagle": 0.9}.get(name, 1)).round().astype(int)
@@ -318,6 +318,9 @@ def test_bad_results_are_refused_by_name(tmp_path):
     frame = read_results(DATA / "results" / "speed-bfloat16-t0.parquet")
     write_results(frame.assign(schema_version=99), tmp_path / "speed-x.parquet")
     with pytest.raises(ValueError, match=r"speed-x\.parquet has schema version 99"):
+        numbers.read_frames(tmp_path)
+    write_results(frame.drop(columns="schema_version"), tmp_path / "speed-x.parquet")
+    with pytest.raises(ValueError, match=r"speed-x\.parquet has schema version none"):
         numbers.read_frames(tmp_path)
     write_results(frame.iloc[:0], tmp_path / "speed-x.parquet")
     with pytest.raises(ValueError, match=r"speed-x\.parquet has no rows"):

@@ -14,13 +14,12 @@ from dspark.bench.arms import Arm, Models, parse_arms
 from dspark.bench.measure import Settings
 from dspark.bench.prompts import DOMAINS, PromptItem, load_prompts
 from dspark.bench.provenance import cores, drafter_columns
+from dspark.bench.results import SCHEMA_VERSION
 from dspark.checkpoint import load_drafter
 from dspark.draft import Drafter
 from dspark.profile import cpu_name, is_packed
 from dspark.sampling import Sampling
 from dspark.target import DTYPES, load_target
-
-SCHEMA_VERSION = 1
 
 T = TypeVar("T")
 

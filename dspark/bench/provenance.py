@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import dspark
+from dspark.bench.results import SCHEMA_VERSION
 from dspark.draft import Drafter
 from dspark.profile import cpu_name, device_name, is_packed
 from dspark.target import Target
@@ -36,6 +37,7 @@ def environment(target: Target) -> dict[str, object]:
         "transformers": transformers.__version__,
         "dspark": dspark.__version__,
         "revision": revision(),
+        "schema_version": SCHEMA_VERSION,
     }
 
 

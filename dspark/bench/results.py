@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Row = dict[str, object]
+SCHEMA_VERSION = 1  # of all rows of results; readers refuse another
 
 
 class Ledger:
@@ -147,8 +148,8 @@ def read_results(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} is not a Parquet file ({str(error).splitlines()[0]}): delete it and measure again") from error
 
 
-def read_rows(path: Path, schema_version: int | None, remedy: str) -> pd.DataFrame:
-    """A results file that is about to be drawn. schema_version: None for rows that carry none · remedy: the command that makes it.
+def read_rows(path: Path, remedy: str, schema_version: int = SCHEMA_VERSION) -> pd.DataFrame:
+    """A results file that is about to be drawn. remedy: the command that makes it.
 
     Raises ValueError for a missing or foreign file, one without rows, and one that another schema version wrote.
     """
@@ -159,7 +160,7 @@ def read_rows(path: Path, schema_version: int | None, remedy: str) -> pd.DataFra
     if frame.empty:
         raise ValueError(f"{path} has no rows: make it again with {remedy}")
     versions = sorted(set(frame["schema_version"])) if "schema_version" in frame else ["none"]
-    if schema_version is not None and versions != [schema_version]:
+    if versions != [schema_version]:
         found = ", ".join(map(str, versions))
         raise ValueError(f"{path} has schema version {found}, but this code reads {schema_version}: make it again with {remedy}")
     return frame

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from dspark.bench.arms import Models
 from dspark.bench.overheard import Overheard
 from dspark.bench.place import place
-from dspark.bench.plan import SCHEMA_VERSION, Plan, Unit, add_options, plan_of
+from dspark.bench.plan import Plan, Unit, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, drafter_digest, environment
 from dspark.bench.results import Ledger, Row, read_rows
 from dspark.calibrate import Calibration, Rollouts, calibrate, calibration_report, rollouts
@@ -54,7 +54,7 @@ def measure_rollouts(
     about |= {"fit_repeats": fit_repeats or plan.repeats}
     ledger = Ledger(out, about)
     if not ledger.complete:
-        constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(drafter) | {"schema_version": SCHEMA_VERSION}
+        constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(drafter)
         halves = _halves(plan.units)
         most = {FIT: fit_repeats or plan.repeats, JUDGE: plan.repeats}
         runs = [(t, unit) for t in temperatures for unit in plan.units if unit.repeat < (most[halves[unit.item.id]] if t else 1)]
@@ -102,7 +102,7 @@ def _halves(units: Iterable[Unit]) -> dict[str, str]:
 
 def read_rollouts(path: Path) -> pd.DataFrame:
     """The rows of a rollouts file. Raises ValueError for one that is missing, foreign, empty, or of another schema version."""
-    return read_rows(path, SCHEMA_VERSION, COMMAND)
+    return read_rows(path, COMMAND)
 
 
 def kept_rollouts(path: Path, drafter: Drafter) -> pd.DataFrame:

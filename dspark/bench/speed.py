@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dspark.bench.arms import Models
 from dspark.bench.measure import Decoder, Trial, first_divergence, summary
-from dspark.bench.plan import SCHEMA_VERSION, Plan, Unit, rotated
+from dspark.bench.plan import Plan, Unit, rotated
 from dspark.bench.provenance import drafter_columns, environment, peak_rss_mib
 from dspark.bench.results import Ledger, Row, read_rows
 from dspark.target import Target
@@ -90,7 +90,6 @@ def constant_columns(plan: Plan, models: Models) -> dict[str, Row]:
         "top_k": plan.top_k,
         "seed": plan.seed,
         "repeats": plan.repeats,
-        "schema_version": SCHEMA_VERSION,
     }
     ours = environment(models.target)
     stock = {"packed": False}  # what transformers' own loops run on, whatever ours does
@@ -101,4 +100,4 @@ def constant_columns(plan: Plan, models: Models) -> dict[str, Row]:
 
 def read_speed(path: Path) -> pd.DataFrame:
     """Rows of a speed or memory run. Raises ValueError for a file that is missing, foreign, empty, or of another schema version."""
-    return read_rows(path, SCHEMA_VERSION, "python -m dspark.bench")
+    return read_rows(path, "python -m dspark.bench")

@@ -16,7 +16,7 @@ import torch
 
 from dspark.bench.arms import Models
 from dspark.bench.place import place
-from dspark.bench.plan import SCHEMA_VERSION, Plan, add_options, plan_of
+from dspark.bench.plan import Plan, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import read_rows, write_results
 from dspark.profile import WIDTHS, SPSCurve, profile_sps
@@ -41,8 +41,7 @@ def measure_sps(plan: Plan, models: Models, out: Path, repeats: int = 15) -> pd.
                 {"context": context, "kind": kind, "tokens": n, "seconds": took, "repeats": repeats} for n, took in seconds.items() if n
             ]
     constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(models.drafter)
-    when = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "schema_version": SCHEMA_VERSION}
-    frame = pd.DataFrame(rows).assign(**constant, **when)
+    frame = pd.DataFrame(rows).assign(**constant, utc=datetime.now(UTC).isoformat(timespec="seconds"))
     frame.attrs["configuration"] = plan.configuration("sps", target.digest, models.drafter)
     write_results(frame, out)
     return frame
@@ -58,7 +57,7 @@ def curve_of(frame: pd.DataFrame, context: int) -> SPSCurve:
 
 def read_sps(path: Path) -> pd.DataFrame:
     """The rows of a step-time file. Raises ValueError for one that is missing, foreign, empty, or of another schema version."""
-    return read_rows(path, SCHEMA_VERSION, COMMAND)
+    return read_rows(path, COMMAND)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -36,6 +36,7 @@ def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     if ledger.complete:
         return ledger.finish()
     constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(models.drafter) | {"arm": arm.name}
+    constant |= {"schema_version": SCHEMA_VERSION}  # of the trace, which is what these rows are
     todo = [unit for unit in plan.units if unit.key not in ledger.done]
     if todo:
         times = _times(ledger, plan, models, source)
@@ -48,7 +49,7 @@ def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
 
 def read_traces(path: Path) -> Traces:
     """Every trace of a file with the columns of its prompt. Raises ValueError for a file that is missing, foreign, empty or too old."""
-    read_rows(path, SCHEMA_VERSION, COMMAND)
+    read_rows(path, COMMAND, SCHEMA_VERSION)
     return load_traces(path)
 
 

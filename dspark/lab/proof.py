@@ -29,7 +29,7 @@ def read_parts(folder: Path) -> dict[str, pd.DataFrame]:
     paths = {part: folder / f"proof-{part}.parquet" for part in PARTS}
     for part in (part for part, path in paths.items() if not path.is_file()):
         print(f"{part}: no proof-{part}.parquet in this folder, so its section shows nothing; make proof ARGS={part} makes it")
-    return {part: read_rows(path, None, f"make proof ARGS={part}") for part, path in paths.items() if path.is_file()}
+    return {part: read_rows(path, f"make proof ARGS={part}") for part, path in paths.items() if path.is_file()}
 
 
 def acceptance_rule(p_target: Sequence[float], p_draft: Sequence[float], tokens: Sequence[str]) -> go.Figure:

@@ -106,7 +106,7 @@ def proof_lines(results: Path) -> str:
         "killed": _killed,
     }
     paths = {name: results / f"proof-{name}.parquet" for name in sayings}
-    lines = [f"- {say(read_rows(paths[name], None, 'make proof'))}" for name, say in sayings.items() if paths[name].is_file()]
+    lines = [f"- {say(read_rows(paths[name], 'make proof'))}" for name, say in sayings.items() if paths[name].is_file()]
     return (
         "\n".join(["That the text keeps the model's law (`make proof`, [notebook](notebooks/07_losslessness.ipynb)):", "", *lines])
         if lines

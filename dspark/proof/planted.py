@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 import dspark
 from dspark.bench.provenance import cores, revision
-from dspark.bench.results import Ledger, Row
+from dspark.bench.results import SCHEMA_VERSION, Ledger, Row
 from dspark.profile import cpu_name
 from dspark.proof.inputs import digest
 
@@ -201,6 +201,7 @@ def _row(bug: Bug, trial: Trial, caught: str) -> Row:
         "transformers": transformers.__version__,
         "dspark": dspark.__version__,
         "revision": revision(),
+        "schema_version": SCHEMA_VERSION,
         "inputs": inputs(),
     }
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from dspark.bench.arms import Models
 from dspark.bench.plan import Plan, rotated
 from dspark.bench.provenance import drafter_columns, environment
-from dspark.bench.results import Ledger, read_results, write_results
+from dspark.bench.results import SCHEMA_VERSION, Ledger, read_results, write_results
 from dspark.bench.speed import measure_speed
 from dspark.checkpoint import CONFIG, load_drafter, save_drafter
 from dspark.draft import Drafter
@@ -71,7 +71,7 @@ def trained_rows(folder: Path, out: Path) -> pd.DataFrame:
     """One row per finished drafter in ``folder``, from what its config.json tells: shape, steps, held-out loss, τ and acceptance
     by position. Written to ``out`` anew each time, as nothing is measured here; rows that ``out`` has of other drafters stay, as their
     weights need not be kept. Raises ValueError if no drafter is finished, or ``out`` holds something else or drafters of another target,
-    corpus or recipe."""
+    corpus, recipe or schema version."""
     rows = []
     for name, variant in VARIANTS.items():
         if not (folder / name / CONFIG).is_file():
@@ -82,7 +82,7 @@ def trained_rows(folder: Path, out: Path) -> pd.DataFrame:
         shape |= {"drafter": name, "architecture": held["architectures"][0], "rank": held["markov_rank"]}
         told = {key: training[key] for key in ("steps", "seconds", "corpus_rows", "response_tokens", "revision", "machine", "threads")}
         told |= {f"held_out_{key}": training["held_out"][key] for key in ("loss", "tau", "acceptance")}
-        told["corpus_sha256"] = training["corpus"]["sha256"]
+        told |= {"corpus_sha256": training["corpus"]["sha256"], "schema_version": SCHEMA_VERSION}
         rows.append(shape | told | {"recipe": json.dumps(training["recipe"]), "target_digest": held["target_digest"]})
     if not rows:
         raise ValueError(f"no finished drafter in {folder}: train them first, with --stages train")
@@ -103,12 +103,13 @@ def _with_others(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
 def check_records(out: Path, target: Target, recipe: Recipe, corpus_path: Path) -> None:
     """Raises ValueError, before anything is trained, where :func:`trained_rows` could not add to what ``out`` holds."""
     if out.is_file():
-        _alike(out, {"target_digest": target.digest, "corpus_sha256": _sha(corpus_path), "recipe": json.dumps(asdict(recipe))})
+        wanted = {"target_digest": target.digest, "corpus_sha256": _sha(corpus_path), "recipe": json.dumps(asdict(recipe))}
+        _alike(out, wanted | {"schema_version": SCHEMA_VERSION})
 
 
 def _alike(out: Path, wanted: Mapping[str, object]) -> pd.DataFrame:
-    """The records in ``out``. Raises ValueError unless all of them are of this target, corpus and recipe."""
-    earlier, names = read_results(out), ["target_digest", "corpus_sha256", "recipe"]
+    """The records in ``out``. Raises ValueError unless all of them are of this target, corpus, recipe and schema version."""
+    earlier, names = read_results(out), ["target_digest", "corpus_sha256", "recipe", "schema_version"]
     if missing := {"drafter", *names} - set(earlier):
         raise ValueError(f"{out} holds no training records (no column {min(missing)!r}): delete it, or choose another --results")
     if other := next((name for name in names if (earlier[name] != wanted[name]).any()), None):
