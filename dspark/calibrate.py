@@ -179,6 +179,20 @@ def calibration_report(data: Rollouts, calibration: Calibration) -> list[dict[st
     return rows
 
 
+def ranking_together(data: Rollouts, calibration: Calibration) -> dict[str, float]:
+    """How well a_k ranks the checked drafts of all positions together, as Algorithm 1 sorts the drafts of all requests.
+
+    n: checked drafts · auc: of the calibrated a_k · auc_position: of a head that knew only the position, the earlier the likelier ·
+    auc_best: of a head that knew both laws, NaN if nobody listened.
+    """
+    chosen = data.checked
+    outcome, position = data.survived[chosen], torch.arange(data.block_size).expand_as(chosen)[chosen]
+    row = {"n": len(outcome), "auc": ranking_quality(data.survival(calibration)[chosen], outcome)}
+    row |= {"auc_position": ranking_quality(-position.float(), outcome)}
+    best = math.nan if data.acceptance is None else ranking_quality(data.acceptance.cumprod(-1)[chosen], outcome)
+    return row | {"auc_best": best}
+
+
 def calibrate(data: Rollouts) -> Calibration:
     """The offset, then the temperatures, that these rollouts ask for."""
     offset = fit_offset(data)

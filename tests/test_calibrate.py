@@ -20,6 +20,7 @@ from dspark.calibrate import (
     fit_offset,
     fit_sts,
     ranking_quality,
+    ranking_together,
     rollouts,
 )
 from dspark.decode import Round
@@ -62,6 +63,18 @@ def test_a_head_that_knew_both_laws_ranks_better_than_one_that_guesses() -> None
     for k, row in enumerate(report):
         assert row["auc_best"] == ranking_quality(*data.at(k)) > row["auc_before"] + 0.05
     assert all(math.isnan(row["auc_best"]) for row in calibration_report(data, AS_TRAINED))
+
+
+def test_all_positions_are_ranked_together_over_their_checked_drafts() -> None:
+    """A head of constant c_k knows the position and no more; one that knew both laws knows more than that, and an honest one as much."""
+    data = honest()
+    data.checked[::2, 2] = False
+    informed = ranking_together(replace(data, acceptance=data.logits.sigmoid()), AS_TRAINED)
+    assert informed["n"] == 2.5 * len(data.logits) and informed["auc"] == pytest.approx(informed["auc_best"], abs=1e-6)
+    assert informed["auc"] > informed["auc_position"] + 0.05
+    constant = ranking_together(replace(data, logits=torch.ones_like(data.logits)), AS_TRAINED)
+    assert constant["auc"] == constant["auc_position"] == informed["auc_position"] > 0.55
+    assert math.isnan(constant["auc_best"])
 
 
 def test_probabilities_tell_an_honest_head_from_a_lying_one_with_less_noise_than_outcomes() -> None:

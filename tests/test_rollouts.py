@@ -19,7 +19,7 @@ from dspark.bench.overheard import Overheard
 from dspark.bench.plan import Plan
 from dspark.bench.prompts import load_prompts
 from dspark.bench.results import read_results, write_results
-from dspark.calibrate import Calibration, calibrate, calibration_noise, calibration_report, reliability
+from dspark.calibrate import AS_TRAINED, Calibration, calibrate, calibration_noise, calibration_report, reliability
 from dspark.decode import generate
 from dspark.lookup import ContextLookup
 from dspark.replay import replay
@@ -271,6 +271,13 @@ def test_the_report_has_a_row_for_every_position_that_was_checked(models: Models
     rows = calibration_report(data, calibrate(data))
     assert [row["position"] for row in rows] == [1, 2, 3]
     assert all(0 <= row["ece_after"] <= row["ece_before"] + 1e-9 for row in rows[:1])
+
+
+def test_ranking_is_judged_on_the_half_that_was_not_fitted(models: Models, tmp_path: Path) -> None:
+    frame = rollouts.measure_rollouts(PLAN, models, tmp_path / "r.parquet")
+    told = rollouts.ranked(frame, AS_TRAINED).set_index("temperature")
+    checked = [int(rollouts.rollouts_of(frame, half=rollouts.JUDGE, temperature=t).checked.sum()) for t in told.index]
+    assert list(told.index) == [0.0, 1.0] and list(told["n"]) == checked
 
 
 def test_step_times_without_a_width_are_refused() -> None:

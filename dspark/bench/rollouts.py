@@ -24,7 +24,7 @@ from dspark.bench.place import place
 from dspark.bench.plan import Plan, Unit, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, drafter_digest, environment
 from dspark.bench.results import Ledger, Row, read_rows
-from dspark.calibrate import Calibration, Rollouts, calibrate, calibration_report, rollouts
+from dspark.calibrate import Calibration, Rollouts, calibrate, calibration_report, ranking_together, rollouts
 from dspark.checkpoint import CONFIG, data_dir, load_drafter, save_drafter
 from dspark.decode import generate
 from dspark.draft import Drafter
@@ -151,6 +151,12 @@ def judged(frame: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
     )
 
 
+def ranked(frame: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
+    """How the confidence ranks the drafts of all positions together, on the half that was not fitted: one row per sampling temperature."""
+    kinds = sorted(set(frame["temperature"]))
+    return pd.DataFrame([{"temperature": t} | ranking_together(rollouts_of(frame, half=JUDGE, temperature=t), calibration) for t in kinds])
+
+
 def store(calibration: Calibration, name: str, target: Target) -> Path:
     """Add the offset to the bias of the drafter's confidence head, and write the temperatures into its config. Returns the folder.
 
@@ -192,7 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             frame = measure_rollouts(plan, models, out, fit_repeats=options.fit_repeats)
         calibration = calibrate(rollouts_of(frame, half=FIT, temperature=options.fit))
-        print(judged(frame, calibration).round(4).to_string(index=False))
+        for table in (judged(frame, calibration), ranked(frame, calibration)):
+            print(table.round(4).to_string(index=False))
         print(f"{calibration} · {len(frame)} runs in {out}")
         if options.store:
             print(f"stored in {store(calibration, plan.drafter, models.target)}")

@@ -116,3 +116,9 @@ def calibration_table(judged: pd.DataFrame) -> pd.DataFrame:
     names |= {"ece_known": "ECE after, of probabilities", "auc_before": "AUC before", "auc_after": "AUC after"}
     names |= {"auc_best": "AUC of a perfect head", "survival": "survived", "n": "blocks"}
     return judged.assign(**percent, **auc).rename(columns=names).set_index(["temperature", "position"])
+
+
+def ranking_table(ranked: pd.DataFrame) -> pd.DataFrame:
+    """A frame of :func:`dspark.bench.rollouts.ranked` for the eye."""
+    names = {"n": "drafts", "auc": "AUC of a_k", "auc_position": "AUC of the position alone", "auc_best": "AUC of a perfect head"}
+    return ranked.round(3).rename(columns=names).set_index("temperature")

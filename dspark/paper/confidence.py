@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dspark.bench.rollouts import FIT, JUDGE, judged, rollouts_of
+from dspark.bench.rollouts import FIT, JUDGE, judged, ranked, rollouts_of
 from dspark.calibrate import AS_TRAINED, Calibration, Rollouts, calibrate, reliability
 from dspark.lab.figures import GREY
 from dspark.lab.static import INKS
@@ -59,6 +59,10 @@ def _macros(frame: pd.DataFrame, rows: pd.DataFrame, calibration: Calibration) -
         yield Macro(MEASURED, f"Confidence{name}Known", percent(part_of["ece_known"].max(), 1))
         yield Macro(MEASURED, f"Confidence{name}KnownMet", integer((part_of["ece_known"] <= ECE_GOAL).sum()))
         yield Macro(MEASURED, f"Confidence{name}AucMet", integer((part_of["auc_after"] >= AUC_GOAL).sum()))
+    together = ranked(frame, calibration).set_index("temperature")
+    for temperature, name in NAMES.items():
+        for column, tail in (("auc", "Auc"), ("auc_position", "AucPosition"), ("auc_best", "AucBest")):
+            yield Macro(MEASURED, f"Confidence{name}Together{tail}", number(together.at[temperature, column]))
 
 
 def by_position(rows: pd.DataFrame, label: str) -> str:
