@@ -142,6 +142,11 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
         made_for = f"{config.get('target')!r} (weights {config.get('target_digest')!r})"
         found = f"{target.name} (weights {target.digest})"
         raise ValueError(f"the drafter in {folder} was made for {made_for}, not for {found}: load that target, or train a drafter for this")
+    return ready(drafter, target)
+
+
+def ready(drafter: Drafter, target: Target) -> Drafter:
+    """An attached drafter as it drafts: frozen, and laid out for fast passes where its target is."""
     drafter.eval().requires_grad_(False)
     return drafter.pack() if isinstance(target.head, PackedLinear) else drafter
 

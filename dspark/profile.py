@@ -34,9 +34,10 @@ FORMAT = 2  # of the cached files; a new number makes old ones be measured again
 class SPSCurve:
     """SPS(B): target steps per second when one step checks B tokens. Called with B, it never rises in B.
 
-    widths: measured B, ascending · seconds: median step time at each; a wider step that was measured faster by chance is given
-    the time of the narrower one (running maximum). Between widths the step TIME is linear. Below the first it is constant;
-    behind the last it grows with the last slope or the mean one, whichever is steeper: noise must not make tokens look free.
+    widths: measured B, ascending · seconds: median step time at each; a wider step that was measured faster, by chance or because
+    a token alone attends slowly (:mod:`dspark.attention`), is given the time of the narrower one (running maximum). Between widths
+    the step TIME is linear. Below the first it is constant; behind the last it grows with the last slope or the mean one, whichever
+    is steeper: noise must not make tokens look free.
     """
 
     widths: tuple[int, ...]
@@ -71,7 +72,13 @@ class SPSCurve:
 
 
 def profile_sps(target: Target, *, context: int = 256, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> SPSCurve:
-    """Measure the curve on this machine: median seconds of a step of each width behind ``context`` tokens of cache.
+    """The curve of :func:`median_steps` on this machine. Raises ValueError as it does."""
+    measured = median_steps(target, context=context, widths=widths, repeats=repeats)
+    return SPSCurve(tuple(measured), tuple(measured.values()))
+
+
+def median_steps(target: Target, *, context: int = 256, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> dict[int, float]:
+    """Width, ascending → median seconds of a step over so many tokens behind ``context`` tokens of cache, as measured.
 
     The widths take turns, starting with another one each time, so that a slow spell of the machine falls on all of them.
     Raises ValueError for a context that is empty or does not fit the target, or fewer than one repeat.
@@ -105,7 +112,7 @@ def profile_sps(target: Target, *, context: int = 256, widths: Sequence[int] = W
         first = turn % len(widths)
         for width in widths[first:] + widths[:first]:
             times[width].append(step(width))
-    return SPSCurve(widths, tuple(median(times[width]) for width in widths))
+    return {width: median(times[width]) for width in widths}
 
 
 def profile_draft(target: Target, drafter: Drafter, *, context: int = 256, repeats: int = 9) -> float:

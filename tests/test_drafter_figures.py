@@ -159,7 +159,7 @@ def test_positions_are_pooled_by_their_counts_and_drawn_per_drafter() -> None:
     assert set(positions["drafter"]) == {"dspark", "dflash", "eagle"}
     first = positions[positions["drafter"] == "dspark"]
     assert first["n"].tolist() == [60, 48, 24] and first["acceptance"].tolist() == [0.8, 0.5, 0.25]
-    assert first["error"].iloc[1] == pytest.approx((0.25 / 48) ** 0.5)
+    assert first["error"].iloc[1] == pytest.approx(1.959964 * (0.25 / 48) ** 0.5)
     figure = drafters.acceptance_figure(positions, "n = 6 prompts")
     assert [line.name for line in figure.data] == [
         look[0] for look in drafters.LOOKS.values()

@@ -57,8 +57,8 @@ def compare(folder: Path, *what: str) -> None:
             if name == "sizes":
                 shapes += [("dflash-layers4", 4, 5), ("dspark-layers1", 1, 5), ("dspark-layers4", 4, 5), ("dflash-layers1", 1, 5)]
                 shapes += [("gated", 2, 5), ("rnn", 2, 5), ("dspark-block8", 2, 8), ("dflash-block8", 2, 8)]
-            rows = [(*shape, 500, 9, 1.25 + i / 8, [0.3, 0.1 * i]) for i, shape in enumerate(shapes)]
-            columns = ["drafter", "layers", "block_size", "steps", "corpus_rows", "held_out_tau", "held_out_acceptance"]
+            rows = [(*shape, 500, 9, 1.25 + i / 8, [0.3, 0.1 * i], '{"sequences": 4}') for i, shape in enumerate(shapes)]
+            columns = ["drafter", "layers", "block_size", "steps", "corpus_rows", "held_out_tau", "held_out_acceptance", "recipe"]
             write_results(pd.DataFrame(rows, columns=columns).assign(schema_version=1), results / "drafters-trained.parquet")
         elif name in ("time", "times"):
             rows = [("eagle", 5, 9.0, 0.0), ("dspark", 5, 4.0, 0.5), ("dflash", 5, 3.5, 0.0)]

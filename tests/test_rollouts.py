@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,6 +199,15 @@ def test_step_times_have_every_context_kind_and_width(models: Models, tmp_path: 
         sps.curve_of(frame, 100)
 
 
+def test_step_times_are_kept_as_measured_and_only_the_schedulers_curve_never_falls(models: Models, tmp_path: Path, monkeypatch) -> None:
+    measured = {1: 0.03, 2: 0.02, 4: 0.04}
+    monkeypatch.setattr(sps, "median_steps", lambda *_args, **_options: measured)
+    frame = sps.measure_sps(PLAN, models, tmp_path / "sps.parquet", repeats=1)
+    passes = frame[(frame["kind"] == "verify") & (frame["context"] == 128)]
+    assert dict(zip(passes["tokens"], passes["seconds"], strict=True)) == measured
+    assert sps.curve_of(frame, 128).seconds == (0.03, 0.03, 0.04)
+
+
 @pytest.mark.parametrize("wrong", ["fixd:3", "prefix+copy", "generate", "fixed:x", ""])
 def test_a_misspelled_policy_is_refused_by_name(wrong: str) -> None:
     with pytest.raises(ValueError, match=repr(wrong).replace("+", r"\+")):
@@ -223,6 +233,27 @@ def test_policies_are_compared_on_the_same_tokens_and_by_the_traces_seconds(mode
     assert fixed["single"] == pytest.approx(1) and fixed["hindsight"] <= 1 + 1e-9
     with pytest.raises(ValueError, match="replay both"):
         policies.against_windows(lines.reset_index(), "mtp1")
+
+
+def test_intervals_against_windows_are_those_of_the_same_comparison_over_resampled_prompts() -> None:
+    """Each draw once more by hand: the prompts of a domain anew, the same for every policy, and the best windows of just these."""
+    rng, names = np.random.default_rng(0), ["fixed:1", "fixed:2", "fixed:3", "mine"]
+    rows = [
+        {"domain": domain, "prompt_id": f"{domain}/{i}", "policy": name, "tokens": 10, "seconds": seconds}
+        for domain in ("code", "chat")
+        for i in range(5)
+        for name, seconds in zip(names, rng.uniform(1, 2, len(names)), strict=True)
+    ]
+    frame = pd.DataFrame(rows).assign(rounds=1, draft_seconds=0, drafted=0, checked=0, accepted=0)
+    found = []
+    chosen = {domain: np.random.default_rng([0, zlib.crc32(domain.encode())]).integers(5, size=(40, 5)) for domain in ("code", "chat")}
+    for draw in range(40):
+        ids = [f"{domain}/{i}" for domain, drawn in chosen.items() for i in drawn[draw]]
+        again = pd.concat([frame[frame["prompt_id"] == one] for one in ids])
+        found.append(policies.against_windows(policies.pooled(again), "mine"))
+    told = policies.against_windows_interval(frame, "mine", resamples=40)
+    for of, low_high in told.items():
+        assert low_high == pytest.approx(np.quantile([each[of] for each in found], [0.025, 0.975]))
 
 
 def test_a_threshold_of_zero_checks_everything_and_the_estimate_agrees_with_the_blocks(models: Models, tmp_path: Path) -> None:

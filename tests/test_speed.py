@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pandas as pd
 import pytest
+import torch
 from tiny import tiny_drafter, tiny_target
 
+from dspark import generate
 from dspark.bench.explained import check_predictions, explained
+from dspark.bench.policies import timed_against_windows
+from dspark.checkpoint import default_drafter
 from dspark.lab import speed
+from dspark.packed import can_pack
 from dspark.predict import break_even
 from dspark.profile import SPSCurve, profile_draft
+from dspark.train.unchosen import BLOCK_SIZE, DRAFT_VOCAB, LAYERS, MARKOV_RANK, sketch_for
 
 PLAIN_MS, DRAFT_MS, VERIFY_MS = 30.0, 6.0, 34.0
 
@@ -84,6 +91,30 @@ def test_drafting_is_timed_at_the_context_asked_for(monkeypatch):
     monkeypatch.setattr(drafter, "draft", lambda state, *rest: (seen.append(state.length), draft(state, *rest))[1])
     assert profile_draft(target, drafter, context=20, repeats=3) > 0
     assert seen == [20, 22, 24, 26]
+
+
+def test_the_clock_compares_a_policy_with_the_fastest_window_of_the_run():
+    run = run_of({"code": 2.0, "chat": 1.4})
+    slower = run[run["arm"] == "fixed:3"].assign(arm="fixed:1", latency_ms=lambda rows: 2 * rows["latency_ms"])
+    policy = run[run["arm"] == "fixed:3"].assign(arm="prefix", latency_ms=lambda rows: rows["latency_ms"] / 1.25)
+    told = timed_against_windows(pd.concat([run, slower, policy]).assign(n=1))
+    assert told["best_single"] == "fixed:3" and told["single"] == told["low"] == told["high"] == pytest.approx(1.25)
+    with pytest.raises(ValueError, match=r"'prefix' is to be compared.*measure both"):
+        timed_against_windows(run)
+
+
+def test_a_sketch_costs_what_a_trained_drafter_will_and_drafts_like_one():
+    """The default shape is the shipped drafter's, and where the target is laid out for fast passes, the sketch is, too."""
+    shipped = json.loads((default_drafter() / "config.json").read_text(encoding="utf-8"))
+    named = {"num_hidden_layers": LAYERS, "block_size": BLOCK_SIZE, "markov_rank": MARKOV_RANK, "draft_vocab_size": DRAFT_VOCAB}
+    assert {name: shipped[name] for name in named} == named
+    target = tiny_target(dtype=torch.bfloat16).pack()
+    sketch = sketch_for(target, layers=1, block_size=3)
+    assert (sketch.config.num_hidden_layers, sketch.block_size, sketch.training) == (1, 3, False)
+    assert (sketch.fused is None) is not can_pack(target.head_weight)
+    assert profile_draft(target, sketch, context=10, repeats=1) > 0
+    out = generate(target, sketch, [1, 2, 3], max_new_tokens=4)
+    assert len(out.token_ids) == 4
 
 
 def test_the_cost_is_the_price_over_the_speed_up():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from dspark.bench.arms import parse_arm
 from dspark.bench.rollouts import rollouts_of
+from dspark.bench.stats import RESAMPLES, interval, summarise
 from dspark.calibrate import AS_TRAINED, Calibration
 from dspark.replay import Oracle, replay
 from dspark.schedule import Autoregressive, ConfidenceThreshold, Policy, PrefixScheduler
@@ -18,6 +21,10 @@ Row = dict[str, object]
 Traces = Sequence[tuple[Row, Trace]]  # as dspark.trace_file.load_traces gives them
 ORACLE, PREFIX, PRICED = "oracle", "prefix", "prefix, draft priced"
 ALL = "all"
+CHOICES = (
+    "plain, fixed[:N], mtp1, adaptive[:WIDEN,NARROW,FALLBACK], confidence:T (survival), conditional:T, "
+    f"{PREFIX}[:N], {PRICED!r} and {ORACLE}"
+)
 
 
 def policy_of(name: str) -> Callable[[StepTimes, int], Policy]:
@@ -38,7 +45,10 @@ def policy_of(name: str) -> Callable[[StepTimes, int], Policy]:
         return lambda times, block_size: PrefixScheduler(times.sps, max_window=int(n))
     if name == PREFIX:
         return lambda times, block_size: PrefixScheduler(times.sps)
-    arm = parse_arm(name)
+    try:
+        arm = parse_arm(name)
+    except ValueError:
+        raise ValueError(f"policy {name!r} cannot be read: choose from {CHOICES}") from None
     if not arm.drafts or arm.wrap:
         raise ValueError(f"{name!r} cannot be replayed: name a policy alone, and choose traces that were recorded with or without --copy")
     return lambda times, block_size: arm.policy(None)
@@ -126,6 +136,44 @@ def against_windows(lines: pd.DataFrame, policy: str) -> dict[str, float | str]:
         "single": float(mine[ALL] / single.max()),
         "best_single": str(single.idxmax()),
     }
+
+
+def timed_against_windows(run: pd.DataFrame, policy: str = PREFIX) -> dict[str, float | str | int]:
+    """What the clock said: a policy's speed-up over the fixed window that was the fastest over all domains, in a frame of
+    :func:`dspark.bench.speed.read_speed`.
+
+    best_single: that window · single, low, high: with the 95 % bootstrap interval over prompts · speedup: over plain · n: prompts a
+    domain. Raises ValueError if this policy or no fixed window was timed.
+    """
+    lines = summarise(run, "plain").query("domain == @ALL").set_index("arm")["speedup"]
+    fixed = lines[lines.index.str.fullmatch(r"fixed:\d+")]
+    if fixed.empty or policy not in lines:
+        raise ValueError(f"{policy!r} is to be compared with fixed windows, but timed were {', '.join(lines.index)}: measure both")
+    against = summarise(run, fixed.idxmax()).set_index(["arm", "domain"]).loc[(policy, ALL)]
+    told = {"best_single": fixed.idxmax(), "single": against["speedup"], "low": against["low"], "high": against["high"]}
+    return told | {"speedup": lines[policy], "n": int(run.iloc[0]["n"])}
+
+
+def against_windows_interval(
+    frame: pd.DataFrame, policy: str, *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap intervals over prompts of ``hindsight`` and ``single`` (:func:`against_windows`), from a frame of :func:`replayed`.
+
+    Prompts are drawn anew in each domain, the same ones for every policy, and the best windows are found anew each time.
+    """
+    names = [name for name in dict.fromkeys(frame["policy"]) if name.startswith("fixed:")]
+    known = frame[frame["policy"].isin([*names, policy])]
+    rates = []  # of each domain: log tokens/s, [policies, resamples]
+    for domain, part in known.groupby("domain", sort=False):
+        tokens, seconds = (part.pivot(index="policy", columns="prompt_id", values=name) for name in ("tokens", "seconds"))
+        rng = np.random.default_rng([seed, zlib.crc32(str(domain).encode())])
+        drawn = rng.integers(tokens.shape[1], size=(resamples, tokens.shape[1]))
+        tokens, seconds = (values.loc[[*names, policy]].to_numpy()[:, drawn].sum(-1) for values in (tokens, seconds))
+        rates.append(np.log(tokens / seconds))
+    fixed, mine = np.stack(rates)[:, :-1], np.stack(rates)[:, -1]
+    hindsight = (mine - fixed.max(1)).mean(0)
+    single = mine.mean(0) - fixed.mean(0).max(0)
+    return {"hindsight": interval(np.exp(hindsight)), "single": interval(np.exp(single))}
 
 
 def threshold_sweep(traces: Traces, thresholds: Iterable[float], on: str = "survival") -> pd.DataFrame:

@@ -138,14 +138,15 @@ def _closely(schema: pa.Schema) -> dict[str, object]:
     return {"compression": "zstd", "compression_level": 19, "use_byte_stream_split": numbers, "use_dictionary": others}
 
 
-def read_results(path: Path) -> pd.DataFrame:
-    """Raises ValueError if there is no such file or it is not Parquet."""
+def read_results(path: Path, remedy: str = "python -m dspark.bench") -> pd.DataFrame:
+    """Raises ValueError if there is no such file or it is not Parquet. remedy: the command that makes it."""
     try:
         return pd.read_parquet(path)
     except FileNotFoundError:
-        raise ValueError(f"no results at {path}: run python -m dspark.bench first") from None
+        raise ValueError(f"no results at {path}: make them with {remedy}") from None
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file ({str(error).splitlines()[0]}): delete it and measure again") from error
+        told = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a Parquet file ({told}): delete it, and make it again with {remedy}") from error
 
 
 def read_rows(path: Path, remedy: str, schema_version: int = SCHEMA_VERSION) -> pd.DataFrame:
@@ -153,10 +154,7 @@ def read_rows(path: Path, remedy: str, schema_version: int = SCHEMA_VERSION) -> 
 
     Raises ValueError for a missing or foreign file, one without rows, and one that another schema version wrote.
     """
-    try:
-        frame = read_results(path)
-    except ValueError as error:
-        raise ValueError(f"{error} (this file is made by {remedy})") from None
+    frame = read_results(path, remedy)
     if frame.empty:
         raise ValueError(f"{path} has no rows: make it again with {remedy}")
     versions = sorted(set(frame["schema_version"])) if "schema_version" in frame else ["none"]

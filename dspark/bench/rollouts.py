@@ -117,7 +117,12 @@ def kept_rollouts(path: Path, drafter: Drafter) -> pd.DataFrame:
 
 
 def roll_out_here(prompts: int, tokens: int) -> pd.DataFrame:
-    """Rollouts of a few dev prompts of each domain on the default models, in memory: for a notebook that wants its own."""
+    """Rollouts of a few dev prompts of each domain on the default models, in memory: for a notebook that wants its own.
+
+    Raises ValueError for fewer than two, as half of them judge what the others fit.
+    """
+    if prompts < 2:
+        raise ValueError(f"rolling out takes at least 2 prompts of each domain, one to fit and one to judge, got {prompts}")
     plan = Plan(arms="fixed", baseline="fixed", split="dev", prompts=prompts, tokens=tokens)
     with TemporaryDirectory() as folder:
         return measure_rollouts(plan, plan.load(), Path(folder) / "rollouts.parquet")

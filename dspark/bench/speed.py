@@ -98,6 +98,9 @@ def constant_columns(plan: Plan, models: Models) -> dict[str, Row]:
     return {arm.name: (with_drafter if arm.trained else without) | chosen | ours | (stock if arm.peer else {}) for arm in plan.parsed_arms}
 
 
-def read_speed(path: Path) -> pd.DataFrame:
-    """Rows of a speed or memory run. Raises ValueError for a file that is missing, foreign, empty, or of another schema version."""
-    return read_rows(path, "python -m dspark.bench")
+def read_speed(path: Path, remedy: str = "python -m dspark.bench") -> pd.DataFrame:
+    """Rows of a speed or memory run. remedy: the command that makes it.
+
+    Raises ValueError for a file that is missing, foreign, empty, or of another schema version.
+    """
+    return read_rows(path, remedy)

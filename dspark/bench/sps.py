@@ -19,7 +19,7 @@ from dspark.bench.place import place
 from dspark.bench.plan import Plan, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import read_rows, write_results
-from dspark.profile import WIDTHS, SPSCurve, profile_sps
+from dspark.profile import WIDTHS, SPSCurve, median_steps
 from dspark.trace import draft_times
 
 COMMAND = "python -m dspark.bench.sps"
@@ -27,16 +27,19 @@ CONTEXTS = (128, 512, 1536)  # tokens in the cache
 
 
 def measure_sps(plan: Plan, models: Models, out: Path, repeats: int = 15) -> pd.DataFrame:
-    """Medians of ``repeats`` steps of every width. Raises ValueError if no context length fits the target."""
+    """Medians of ``repeats`` steps of every width, as measured (:func:`curve_of` makes the scheduler's curve of them).
+
+    Raises ValueError if no context length fits the target.
+    """
     target, rows = models.target, []
     contexts = [n for n in CONTEXTS if n <= target.max_context - WIDTHS[-1]]
     if not contexts:
         raise ValueError(f"{target.name} takes {target.max_context} tokens, less than the shortest context measured here ({CONTEXTS[0]})")
     for context in contexts:
-        curve = profile_sps(target, context=context, repeats=repeats)
+        passes = median_steps(target, context=context, repeats=repeats)
         prompt = torch.randint(target.vocab_size, (context,), generator=torch.Generator().manual_seed(plan.seed)).tolist()
         drafts = draft_times(target, models.drafter, prompt, repeats)
-        for kind, seconds in (("verify", dict(zip(curve.widths, curve.seconds, strict=True))), ("draft", drafts)):
+        for kind, seconds in (("verify", passes), ("draft", drafts)):
             rows += [
                 {"context": context, "kind": kind, "tokens": n, "seconds": took, "repeats": repeats} for n, took in seconds.items() if n
             ]
@@ -48,7 +51,7 @@ def measure_sps(plan: Plan, models: Models, out: Path, repeats: int = 15) -> pd.
 
 
 def curve_of(frame: pd.DataFrame, context: int) -> SPSCurve:
-    """The step-time curve of a measured context length. Raises ValueError for one that was not measured."""
+    """The curve that the scheduler reads, of a measured context length: no time falls. Raises ValueError for one not measured."""
     rows = frame[(frame["kind"] == "verify") & (frame["context"] == context)].sort_values("tokens")
     if rows.empty:
         raise ValueError(f"context {context} was not measured: choose one of {', '.join(map(str, sorted(set(frame['context']))))}")

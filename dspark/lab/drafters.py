@@ -30,6 +30,7 @@ LOOKS = {  # drafter → name, colour, dash
 }
 HEAD_OFF = "the same drafter, its head switched off"
 OTHER = (GREY, "dashdot")
+Z = 1.959964  # standard errors to either side of a share: 95 %
 
 
 def read_drafters(folder: Path, temperature: float) -> pd.DataFrame:
@@ -40,7 +41,7 @@ def read_drafters(folder: Path, temperature: float) -> pd.DataFrame:
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: leave results empty for the committed ones")
-    frames = [read_speed(path) for path in sorted(folder.glob(f"drafters-t{temperature:g}-*.parquet"))]
+    frames = [read_speed(path, "python -m dspark.train compare") for path in sorted(folder.glob(f"drafters-t{temperature:g}-*.parquet"))]
     if not frames:
         return pd.DataFrame()
     return joined(frames, folder)
@@ -101,12 +102,12 @@ def _tau(counts: np.ndarray) -> np.ndarray:
 
 
 def pooled_positions(frame: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
-    """Conditional acceptance in real decoding, all domains together: columns drafter, position, n, acceptance, error (one standard
-    error of a share of n)."""
+    """Conditional acceptance in real decoding, all domains together: columns drafter, position, n, acceptance, error (half of
+    its 95 % interval)."""
     counts = acceptance_by_position(frame[frame["arm"].isin(arms)]).groupby(["arm", "position"], sort=False)[["reached", "accepted"]].sum()
     counts = counts.reset_index().rename(columns={"arm": "drafter", "reached": "n"})
     share = counts["accepted"] / counts["n"]
-    return counts.assign(acceptance=share, error=np.sqrt(share * (1 - share) / counts["n"])).drop(columns="accepted")
+    return counts.assign(acceptance=share, error=Z * np.sqrt(share * (1 - share) / counts["n"])).drop(columns="accepted")
 
 
 def acceptance_figure(positions: pd.DataFrame, note: str) -> go.Figure:
@@ -131,7 +132,7 @@ def acceptance_figure(positions: pd.DataFrame, note: str) -> go.Figure:
         )
     figure.update_xaxes(title="position in the block (tokens behind the anchor)", dtick=1)
     figure.update_yaxes(title="conditional acceptance (share)")
-    return dressed(figure, f"Acceptance by position ({note}, bars: one standard error)", 420)
+    return dressed(figure, f"Acceptance by position ({note}, bars: 95 %)", 420)
 
 
 SIZES = {"layers": "layers of the drafter (number)", "block_size": "block size γ (tokens)"}
@@ -300,6 +301,6 @@ def computed_positions(named: dict[str, Sequence[np.ndarray]]) -> pd.DataFrame:
     for drafter, parts in named.items():
         values = np.concatenate(parts)
         for k, column in enumerate(values.T, 1):
-            error = column.std(ddof=1) / math.sqrt(len(column)) if len(column) > 1 else math.nan
+            error = Z * column.std(ddof=1) / math.sqrt(len(column)) if len(column) > 1 else math.nan
             rows.append({"drafter": drafter, "position": k, "n": len(column), "acceptance": column.mean(), "error": error})
     return pd.DataFrame(rows)

@@ -123,7 +123,8 @@ def _sampled(frame: pd.DataFrame) -> str:
     most, whole = frame.loc[frame["n"].idxmax()], frame["every_block_run"].sum()
     prompts = frame.loc[frame["prompt"] != ALL_PROMPTS, "prompt"].nunique()
     return (
-        f"the shipped model, {prompts} prompts, {len(frame)} χ² tests of {frame['n'].min():,} to {most['n']:,} draws, {whole} of them with "
+        f"the shipped model in {' and '.join(dict.fromkeys(frame['dtype']))}, {prompts} prompts, "
+        f"{len(frame)} χ² tests of {frame['n'].min():,} to {most['n']:,} draws, {whole} of them with "
         "every block run through target and cache, the others with their rows remembered: smallest p after Holm's correction "
         f"{frame['p_adjusted'].min():.2g}; with the most draws a total variation of "
         f"{most['detectable_tv']:.2g} is caught with power 0.9"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from dspark.bench.policies import ALL, ORACLE, against_windows
+from dspark.bench.policies import ALL, ORACLE, against_windows, against_windows_interval, pooled
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, dressed
 from dspark.profile import SPSCurve
 from dspark.schedule import Admission
@@ -27,9 +27,8 @@ def step_times(curve: SPSCurve, about: str) -> go.Figure:
     )
     figure.update_xaxes(title="tokens checked in one pass (number)")
     figure.update_yaxes(title="time of the pass (ms)", rangemode="tozero", range=[0, 3 * max(ms)])
-    return dressed(
-        figure, f"What checking costs: {widths[-1]} tokens take {ms[-1] / ms[0]:.2f}× the time of one<br><sup>{about}</sup>", 380
-    )
+    title = f"What checking costs: {widths[-1]} tokens take {ms[-1] / ms[0]:.2f}× the time of one<br><sup>{about}</sup>"
+    return dressed(figure, title, 400).update_layout(title={"y": 0.95, "yanchor": "top"}, margin={"t": 110})
 
 
 def admission_path(path: Sequence[Admission], tokens: Sequence[str] | None = None) -> go.Figure:
@@ -104,17 +103,19 @@ def policy_table(lines: pd.DataFrame) -> pd.DataFrame:
     return whole[list(columns)].rename(columns=columns).round(3)
 
 
-def verdicts(lines: pd.DataFrame, policies: Sequence[str]) -> pd.DataFrame:
-    """Each policy against the best fixed window of each domain in hindsight and the best single one, in per cent of their tokens/s."""
-    rows = []
+def verdicts(frame: pd.DataFrame, policies: Sequence[str]) -> pd.DataFrame:
+    """Each policy against the best fixed window of each domain in hindsight and the best single one, in per cent of their tokens/s,
+    with 95 % bootstrap intervals over prompts. frame: of :func:`dspark.bench.policies.replayed`."""
+    rows, lines = [], pooled(frame)
     for policy in policies:
-        found = against_windows(lines, policy)
+        found, spread = against_windows(lines, policy), against_windows_interval(frame, policy)
+        hindsight, single = (f"{found[of]:.1%} [{spread[of][0]:.1%}, {spread[of][1]:.1%}]" for of in ("hindsight", "single"))
         rows.append(
             {
                 "policy": policy,
-                "of the best window of each domain": f"{found['hindsight']:.1%}",
+                "of the best window of each domain": hindsight,
                 "least": f"{found['worst']:.1%} ({found['worst_domain']})",
-                "of the best single window": f"{found['single']:.1%} ({found['best_single']})",
+                "of the best single window": f"{single} ({found['best_single']})",
             }
         )
     return pd.DataFrame(rows).set_index("policy")

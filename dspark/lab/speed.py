@@ -50,7 +50,12 @@ def _about(frame: pd.DataFrame) -> str:
 
 
 def _looks(arms: Iterable[str]) -> dict[str, dict[str, str]]:
-    return {arm: {"color": COLOURS[i % len(COLOURS)], "symbol": MARKS[i % len(MARKS)]} for i, arm in enumerate(arms)}
+    """Colour and mark of each arm; where colours come again, marks are hollow."""
+    again = ("", "-open")
+    return {
+        arm: {"color": COLOURS[i % len(COLOURS)], "symbol": MARKS[i % len(MARKS)] + again[i // len(COLOURS) % 2]}
+        for i, arm in enumerate(arms)
+    }
 
 
 def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> go.Figure:

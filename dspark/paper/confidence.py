@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -11,7 +12,7 @@ from dspark.bench.rollouts import FIT, JUDGE, judged, ranked, rollouts_of
 from dspark.calibrate import AS_TRAINED, Calibration, Rollouts, calibrate, reliability
 from dspark.lab.figures import GREY
 from dspark.lab.static import INKS
-from dspark.paper.figures import WIDTH, dress, printed
+from dspark.paper.figures import WIDTH, dress, printed, wilson
 from dspark.paper.macros import MEASURED, SETTING, Macro, integer, listed, number, percent, styled
 from dspark.paper.part import Part
 from dspark.paper.tables import floated, tabular
@@ -51,13 +52,14 @@ def _macros(frame: pd.DataFrame, rows: pd.DataFrame, calibration: Calibration) -
         yield Macro(MEASURED, f"Confidence{name}After", percent(worst["ece_after"], 1))
         yield Macro(MEASURED, f"Confidence{name}Noise", percent(worst["noise"], 1))
         yield Macro(MEASURED, f"Confidence{name}WorstPosition", integer(worst["position"]))
-        yield Macro(MEASURED, f"Confidence{name}AucLow", number(part_of["auc_after"].min()))
-        yield Macro(MEASURED, f"Confidence{name}AucHigh", number(part_of["auc_after"].max()))
+        yield Macro(MEASURED, f"Confidence{name}AucLow", number(part_of["auc_after"].min(), 3))
+        yield Macro(MEASURED, f"Confidence{name}AucHigh", number(part_of["auc_after"].max(), 3))
         yield Macro(MEASURED, f"Confidence{name}AucBestLow", number(part_of["auc_best"].min()))
         yield Macro(MEASURED, f"Confidence{name}AucBestHigh", number(part_of["auc_best"].max()))
         yield Macro(MEASURED, f"Confidence{name}EceMet", integer((part_of["ece_after"] <= ECE_GOAL).sum()))
         yield Macro(MEASURED, f"Confidence{name}Known", percent(part_of["ece_known"].max(), 1))
         yield Macro(MEASURED, f"Confidence{name}KnownMet", integer((part_of["ece_known"] <= ECE_GOAL).sum()))
+        yield Macro(MEASURED, f"Confidence{name}Worse", integer((part_of["ece_after"] > part_of["ece_before"]).sum()))
         yield Macro(MEASURED, f"Confidence{name}AucMet", integer((part_of["auc_after"] >= AUC_GOAL).sum()))
     together = ranked(frame, calibration).set_index("temperature")
     for temperature, name in NAMES.items():
@@ -70,7 +72,7 @@ def by_position(rows: pd.DataFrame, label: str) -> str:
     body = []
     for _, row in rows.iterrows():
         shares = [percent(row[name], 1) for name in ("survival", "ece_before", "ece_after", "noise", "ece_known")]
-        values = [integer(row["n"]), *shares, *(number(row[name]) for name in ("auc_before", "auc_after", "auc_best"))]
+        values = [integer(row["n"]), *shares, *(number(row[name], 3) for name in ("auc_before", "auc_after", "auc_best"))]
         body.append([f"{row['temperature']:g}", integer(row["position"]), *(styled(MEASURED, value) for value in values)])
     about = (
         "The confidence $a_k$ on the half of the prompts that was not fitted: share of blocks that survive to position $k$, calibration "
@@ -97,9 +99,17 @@ def diagrams(data: Rollouts, calibration: Calibration) -> Figure:
                 confidence, outcome = data.at(k, put_right)
                 bins = [b for b in reliability(confidence, outcome) if b["n"] >= LEAST]
                 # Rounded: the same picture though a machine's last bit differs.
-                points = [[round(b[axis], 4) for b in bins] for axis in ("confidence", "frequency")]
-                axes.plot(*points, ms=3, linewidth=0.8, label=f"{label} calibration", **look)
+                stated, came = ([round(b[axis], 4) for b in bins] for axis in ("confidence", "frequency"))
+                spread = _spread(bins) if put_right is calibration else None
+                axes.errorbar(stated, came, yerr=spread, ms=3, linewidth=0.8, elinewidth=0.6, label=f"{label} calibration", **look)
             dress(axes, f"position {k + 1}\nn = {int(data.checked[:, k].sum()):,}", "stated $a_k$", "" if k else "survived (share)")
             axes.set_xticks([0, 0.5, 1])
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
+
+
+def _spread(bins: Sequence[Mapping[str, float]]) -> np.ndarray:
+    """Below and above each frequency: its 95 % interval (Wilson). [2, bins]."""
+    n, share = (np.array([b[name] for b in bins], dtype=float) for name in ("n", "frequency"))
+    low, high = wilson(share * n, n)
+    return np.round([share - low, high - share], 4).clip(min=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -86,6 +87,8 @@ def _each(kind: str, values: Mapping[str, str]) -> str:
 def _held_out(frame: pd.DataFrame) -> Iterator[Macro]:
     taus = dict(zip(frame["drafter"], frame["held_out_tau"].map(number), strict=True))
     yield Macro(SETTING, "ComparedSteps", listed(dict.fromkeys(integer(n) for n in frame["steps"])))
+    sequences = dict.fromkeys(integer(json.loads(recipe)["sequences"]) for recipe in frame["recipe"])
+    yield Macro(SETTING, "ComparedSequences", listed(sequences))
     yield Macro(SETTING, "ComparedRows", listed(dict.fromkeys(integer(n) for n in frame["corpus_rows"])))
     yield Macro(MEASURED, "ComparedHeldOut", _each(MEASURED, taus), dressed=True)
 
@@ -137,6 +140,7 @@ def verdict(low: float, high: float) -> str:
 
 def _times(spent: pd.DataFrame, medians: pd.DataFrame) -> Iterator[Macro]:
     yield Macro(SETTING, "DraftTimesContext", integer(spent["context"].iloc[0]))
+    yield Macro(SETTING, "DraftTimesPlace", escaped(f"{spent['threads'].iloc[0]} threads of {spent['machine'].iloc[0]}"))
     yield Macro(SETTING, "DraftTimesRepeats", integer(spent.groupby("drafter").size().min()))
     told = {drafter: number(ms, 1) + r"\,ms" for drafter, ms in medians["draft_ms"].items()}
     yield Macro(MEASURED, "DraftTimesBlock", _each(MEASURED, told), dressed=True)
@@ -191,9 +195,10 @@ def costs(medians: pd.DataFrame, gains: pd.DataFrame | None, label: str) -> str:
         share = line["head_ms"] / (line["draft_ms"] + line["verify_ms"])
         rows.append([_name(drafter), *measured, styled(MEASURED, percent(share, 1)), styled(SIMULATED, number(latency[drafter], 1))])
     about = (
-        r"Milliseconds to draft a block behind \SettingDraftTimesContext tokens, the sequential head's part of it, the target's pass over "
-        r"the block, the head's share of the round, and the latency per token $L=(T_{\mathrm{draft}}+T_{\mathrm{verify}})/\tau$ with the "
-        r"mean $\tau$ and one $T_{\mathrm{verify}}$ for all drafters of a block size, the median of theirs."
+        r"Milliseconds, medians of \SettingDraftTimesRepeats on \SettingDraftTimesPlace, to draft a block behind \SettingDraftTimesContext "
+        r"tokens, the sequential head's part of it, the target's pass over the block, the head's share of the round, and the latency per "
+        r"token $L=(T_{\mathrm{draft}}+T_{\mathrm{verify}})/\tau$ with the mean $\tau$ and one $T_{\mathrm{verify}}$ for all drafters of a "
+        r"block size, the median of theirs."
     )
     heads = ["drafter", r"$T_{\mathrm{draft}}$", "head", r"$T_{\mathrm{verify}}$", "head's share", "$L$"]
     return floated(tabular("l" + "r" * 5, heads, rows), about, label)

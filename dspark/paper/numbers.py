@@ -38,6 +38,7 @@ from dspark.train.losses import LossWeights
 
 Frames = Mapping[str, pd.DataFrame]  # name of the results file → its rows
 RUNS = {"Greedy": "speed-bfloat16-t0", "Sampled": "speed-bfloat16-t1"}  # the text speaks of these; other runs get a table
+WIDER = {"GreedyWider": "speed-n20-bfloat16-t0", "SampledWider": "speed-n20-bfloat16-t1"}  # more prompts, fewer arms
 PARTS = RUNS | {
     "Memory": "memory-bfloat16-t0",
     "Rewind": "rewind-bfloat16-t0",
@@ -89,7 +90,7 @@ def roles(frame: pd.DataFrame) -> dict[str, str]:
 def flags(frames: Frames) -> dict[str, bool]:
     """Switch → on. The switches are always the same ones, whatever was measured."""
     result = {part: name in frames for part, name in PARTS.items()}
-    for run, name in RUNS.items():
+    for run, name in (RUNS | WIDER).items():
         present = roles(frames[name]) if name in frames else {}
         result |= {run + role: role in present for role in ROLES}
     result["Speed"] = any(result[run] for run in RUNS)
@@ -105,7 +106,7 @@ def flags(frames: Frames) -> dict[str, bool]:
 
 
 def more_runs(frames: Frames) -> list[str]:
-    """Speed runs that the text does not speak of."""
+    """Speed runs that get a table of their own in the appendix."""
     return [name for name in frames if name.startswith(steps.TIMED) and name not in RUNS.values()]
 
 
@@ -114,7 +115,7 @@ def macros(frames: Frames, training: Mapping[str, object]) -> list[Macro]:
     makers = {"Memory": _memory, "Rewind": _rewind, "Enumeration": _enumeration, "Draws": _draws, "Texts": _texts}
     makers |= {"Crossed": _crossed, "Planted": _planted, "Killed": _killed}
     result = [*_method(), *_training(training)]
-    for run, name in RUNS.items():
+    for run, name in (RUNS | WIDER).items():
         if name in frames:
             result += _speed(run, frames[name])
     result += _settings(next((frames[name] for name in RUNS.values() if name in frames), None))
@@ -192,6 +193,7 @@ def _speed(run: str, frame: pd.DataFrame) -> Iterator[Macro]:
     lines = summarise(frame, "plain").set_index(["arm", "domain"])
     predicted = with_prediction(frame).set_index(["arm", "domain"])["predicted"]
     yield Macro(SETTING, f"{run}Temperature", f"{frame.iloc[0]['temperature']:g}")
+    yield Macro(SETTING, f"{run}Prompts", integer(frame.iloc[0]["n"]))
     yield Macro(MEASURED, f"{run}PlainStep", number(lines.loc[("plain", ALL), "plain_ms"], 1) + r"\,ms")
     present = roles(frame)
     for role, arm in present.items():
@@ -281,6 +283,7 @@ def _draws(frame: pd.DataFrame) -> Iterator[Macro]:
     yield Macro(MEASURED, "DrawsRows", integer(whole["rows_compared"].sum()))
     yield Macro(MEASURED, "DrawsRowDifference", significant(whole["largest_row_difference"].max()))
     yield Macro(SETTING, "DrawsTokens", integer(frame["tokens"].max()))
+    yield Macro(SETTING, "DrawsDtype", listed(code(dtype) for dtype in dict.fromkeys(frame["dtype"])))
     yield Macro(SETTING, "Significance", f"{SIGNIFICANCE:g}")
     yield Macro(SETTING, "Power", f"{POWER:g}")
 

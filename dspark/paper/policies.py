@@ -6,8 +6,18 @@ from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
-from dspark.bench.policies import ALL, ORACLE, PREFIX, PRICED, against_windows, pooled, replayed, windows
-from dspark.bench.stats import summarise
+from dspark.bench.policies import (
+    ALL,
+    ORACLE,
+    PREFIX,
+    PRICED,
+    against_windows,
+    against_windows_interval,
+    pooled,
+    replayed,
+    timed_against_windows,
+    windows,
+)
 from dspark.paper.macros import MEASURED, SETTING, SIMULATED, Macro, code, escaped, integer, number, percent, styled, times
 from dspark.paper.part import Part
 from dspark.paper.tables import floated, tabular
@@ -36,12 +46,14 @@ def part(frames: Mapping[str, pd.DataFrame]) -> Part:
         return Part()
     traces = traces_of(frames[FILE])
     block_size = int(traces[0][1].about["block_size"])
-    lines = pooled(replayed(traces, ["plain", *windows(block_size), *OTHERS]))
+    found = replayed(traces, ["plain", *windows(block_size), *OTHERS])
+    lines = pooled(found)
     n, tokens = len(traces), traces[0][1].about["max_new_tokens"]
     first = frames[FILE].iloc[0]
     place = f"{first['threads']} threads of {first['machine']}"
     return Part(
-        (*_macros(lines, n, tokens, block_size), *_timed(_peers(frames))), {"table-policies": table(lines, n, place, "tab:policies")}
+        (*_macros(lines, n, tokens, block_size), *_intervals(found), *_timed(_peers(frames))),
+        {"table-policies": table(lines, n, place, "tab:policies")},
     )
 
 
@@ -74,19 +86,24 @@ def _macros(lines: pd.DataFrame, n: int, tokens: int, block_size: int) -> Iterat
         yield Macro(SIMULATED, f"Policy{name}OverWorst", percent(mine["tokens_per_second"] / single.min(), 1))
 
 
+def _intervals(found: pd.DataFrame) -> Iterator[Macro]:
+    """Over prompts, of the prefix scheduler against fixed windows."""
+    for of, (low, high) in against_windows_interval(found, PREFIX).items():
+        for end, value in (("Low", low), ("High", high)):
+            yield Macro(SIMULATED, f"PolicyPrefix{of.capitalize()}{end}", percent(value, 1))
+
+
 def _timed(run: pd.DataFrame | None) -> Iterator[Macro]:
     """What the clock said of the prefix scheduler and the best fixed window of all domains together."""
     if run is None:
         return
-    lines = summarise(run, "plain").query("domain == @ALL").set_index("arm")["speedup"]
-    best = lines[lines.index.str.startswith("fixed:") & ~lines.index.str.contains("+", regex=False)].idxmax()
-    against = summarise(run, best).set_index(["arm", "domain"]).loc[(PREFIX, ALL)]
-    yield Macro(SETTING, "TimedPrompts", integer(run.iloc[0]["n"]))
-    yield Macro(MEASURED, "TimedWindow", code(best))
-    yield Macro(MEASURED, "TimedPrefix", times(against["speedup"]))
-    yield Macro(MEASURED, "TimedPrefixLow", number(against["low"]))
-    yield Macro(MEASURED, "TimedPrefixHigh", number(against["high"]))
-    yield Macro(MEASURED, "TimedPrefixSpeedup", times(lines[PREFIX]))
+    found = timed_against_windows(run)
+    yield Macro(SETTING, "TimedPrompts", integer(found["n"]))
+    yield Macro(MEASURED, "TimedWindow", code(found["best_single"]))
+    yield Macro(MEASURED, "TimedPrefix", times(found["single"]))
+    yield Macro(MEASURED, "TimedPrefixLow", number(found["low"]))
+    yield Macro(MEASURED, "TimedPrefixHigh", number(found["high"]))
+    yield Macro(MEASURED, "TimedPrefixSpeedup", times(found["speedup"]))
 
 
 def _milliseconds(line: pd.Series) -> tuple[float, float]:

@@ -81,9 +81,9 @@ def curves(frame: pd.DataFrame) -> Figure:
                 line = rows[rows["kind"] == kind]
                 label = f"context of {context:,}" if kind == "verify" else None
                 axes.plot(line["tokens"], 1e3 * line["seconds"], style, marker=MARKS[i], color=INKS[i], ms=4, linewidth=1.2, label=label)
-        axes.plot([], [], ":", color="black", label="drafting a block")
+        axes.plot([], [], ":", color="black", label="drafting a block\n(colours as above)")
         axes.set_ylim(bottom=0)
         axes.set_xticks(range(0, int(frame["tokens"].max()) + 1, 2))
-        dress(axes, "", "tokens in the pass", "ms per pass")
+        dress(axes, "", "tokens in the pass, or in the block that is drafted", "ms")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure

@@ -51,12 +51,12 @@ def latency(runs: Mapping[str, pd.DataFrame], arms: Mapping[str, Sequence[str]],
                 rows.append([escaped(run.lower()), code(arm), domain, *measured, styled(SIMULATED, times(line["predicted"]))])
     heads = ["run", "arm", "domain", r"$\tau$", r"$T_{\mathrm{plain}}$", r"$T_{\mathrm{draft}}$", r"$T_{\mathrm{verify}}$", "sum"]
     about = (
-        r"Step times in milliseconds (medians over prompts; where most rounds look their drafts up, the median draft is a lookup), mean of "
-        r"their sum in a round, and speed-up as timed and as computed from $\tau$ and the means: "
+        r"Step times in milliseconds on \SettingPlace (medians over prompts; where most rounds look their drafts up, the median draft is "
+        r"a lookup), mean of their sum in a round, and speed-up as timed and as computed from $\tau$ and the means: "
         r"$\tau\,T_{\mathrm{plain}}/(T_{\mathrm{draft}}+T_{\mathrm{verify}})$."
     )
     domains = next(iter(runs.values()))["domain"].nunique() + 1
-    return floated(tabular("lllrrrrrrr", [*heads, "timed", "computed"], rows, every=domains), about, label)
+    return floated(tabular("lllrrrrrrr", [*heads, "timed", "computed"], rows, every=domains, size=r"\scriptsize"), about, label)
 
 
 def published(label: str) -> str:

@@ -24,7 +24,7 @@ from dspark.train.features import SHARD_ROWS, FeatureStore, all_text
 from dspark.train.loop import LEARN_FROM, TrainConfig, Trainer
 from dspark.train.run import train_to
 from dspark.train.start import drafter_for, frequent_tokens, spread
-from dspark.train.unchosen import spread_taps, unused_token
+from dspark.train.unchosen import BLOCK_SIZE, DRAFT_VOCAB, LAYERS, MARKOV_RANK, spread_taps, unused_token
 from dspark.train.variants import Recipe, chosen
 
 STAGES = ("train", "decode", "time")
@@ -70,12 +70,12 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--learn-from", default=LEARN_FROM[0], choices=LEARN_FROM, help="where blocks stand; held-out rows: answers")
     drafter.add_argument("--lr", type=float, default=1.5e-3)
     drafter.add_argument("--weight-decay", type=float, default=0.0, help="of matrices, not of norms")
-    drafter.add_argument("--block-size", type=int, default=5)
+    drafter.add_argument("--block-size", type=int, default=BLOCK_SIZE)
     drafter.add_argument("--taps", type=integers, help="target layers the drafter reads; default five of them, spread evenly")
     drafter.add_argument("--init-layers", type=integers, help="target layers that the drafter's layers start from; default first and last")
-    drafter.add_argument("--markov-rank", type=int, default=48, help="0 for the purely parallel drafter (DFlash)")
+    drafter.add_argument("--markov-rank", type=int, default=MARKOV_RANK, help="0 for the purely parallel drafter (DFlash)")
     drafter.add_argument("--head", default="vanilla", choices=("vanilla", "gated", "rnn"))
-    drafter.add_argument("--draft-vocab", type=int, default=8192, help="most frequent response tokens that can be drafted")
+    drafter.add_argument("--draft-vocab", type=int, default=DRAFT_VOCAB, help="most frequent response tokens that can be drafted")
     drafter.add_argument("--mask-token", type=int, help="default a special token that stands nowhere in the corpus, else any such token")
     drafter.add_argument("--checkpoint-every", type=int, default=500)
     drafter.add_argument("--validate-every", type=int, default=500)
@@ -119,7 +119,7 @@ def fresh_drafter(target: Target, corpus: Corpus, args: argparse.Namespace) -> D
     return drafter_for(
         target,
         d2t=frequent_tokens(corpus.token_ids, corpus.assistant, args.draft_vocab, target.vocab_size, target.eos_token_ids),
-        init_layers=args.init_layers or spread(min(2, target.num_layers), target.num_layers - 1),
+        init_layers=args.init_layers or spread(min(LAYERS, target.num_layers), target.num_layers - 1),
         seed=args.seed,
         block_size=args.block_size,
         target_layer_ids=args.taps or spread_taps(target.num_layers),
