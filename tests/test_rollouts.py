@@ -191,7 +191,8 @@ def test_files_of_another_version_or_without_rows_name_the_command(models: Model
 
 
 def test_step_times_have_every_context_kind_and_width(models: Models, tmp_path: Path) -> None:
-    frame = sps.measure_sps(PLAN, models, tmp_path / "sps.parquet", repeats=1)
+    frame = sps.measure_here(PLAN, models, repeats=1)
+    write_results(frame, tmp_path / "sps.parquet")
     assert set(frame["context"]) == set(sps.CONTEXTS) and (frame["seconds"] > 0).all()
     assert list(frame.loc[(frame["context"] == 128) & (frame["kind"] == "draft"), "tokens"]) == [1, 2, 3, 4]
     assert sps.curve_of(read_results(tmp_path / "sps.parquet"), 128)(1) > 0
@@ -199,13 +200,27 @@ def test_step_times_have_every_context_kind_and_width(models: Models, tmp_path: 
         sps.curve_of(frame, 100)
 
 
-def test_step_times_are_kept_as_measured_and_only_the_schedulers_curve_never_falls(models: Models, tmp_path: Path, monkeypatch) -> None:
+def test_step_times_are_kept_as_measured_and_only_the_schedulers_curve_never_falls(models: Models, monkeypatch) -> None:
     measured = {1: 0.03, 2: 0.02, 4: 0.04}
     monkeypatch.setattr(sps, "median_steps", lambda *_args, **_options: measured)
-    frame = sps.measure_sps(PLAN, models, tmp_path / "sps.parquet", repeats=1)
+    frame = sps.measure_here(PLAN, models, repeats=1)
     passes = frame[(frame["kind"] == "verify") & (frame["context"] == 128)]
     assert dict(zip(passes["tokens"], passes["seconds"], strict=True)) == measured
     assert sps.curve_of(frame, 128).seconds == (0.03, 0.03, 0.04)
+
+
+def test_the_median_of_several_processes_counts_pass_by_pass(models: Models) -> None:
+    frame = sps.measure_here(PLAN, models, repeats=1)
+    factors = (3.0, 1.0, 2.0)
+    together = sps.joined([frame.assign(seconds=frame["seconds"] * factor) for factor in factors])
+    for name, factor in (("seconds", 2.0), ("fastest", 1.0), ("slowest", 3.0)):
+        assert together[name].to_numpy() == pytest.approx(factor * frame["seconds"].to_numpy())
+    assert set(together["processes"]) == {3} and len(together) == len(frame) and together.attrs == frame.attrs
+
+
+def test_step_times_of_no_process_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
+        sps.measure_sps(PLAN, tmp_path / "sps.parquet", processes=0)
 
 
 @pytest.mark.parametrize("wrong", ["fixd:3", "prefix+copy", "generate", "fixed:x", ""])

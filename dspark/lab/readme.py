@@ -25,7 +25,7 @@ def results_block(data: Path) -> str:
 
     The picture and the first table are seen at once, the rest is folded.
     """
-    makers = {"speed": speed_markdown, "peers": speed_markdown, "identity": identity_line, "memory": memory_line}
+    makers = {"speed": speed_markdown, "peers": speed_markdown, "identity": identity_line, "memory": memory_line, "sps": steps_line}
     files = sorted((data / "results").glob("*.parquet"), key=lambda path: path.stem)
     parts = [make(read_speed(path)) for kind, make in makers.items() for path in files if path.stem.startswith(f"{kind}-")]
     first, *rest = [part for part in (*parts, proof_lines(data / "results")) if part] or [
@@ -93,6 +93,16 @@ def memory_line(frame: pd.DataFrame) -> str:
     place = f"{first['threads']} threads of {first['machine']}" if first["device"] == "cpu" else str(first["device"])
     prompts = f"n = {first['n']} {'prompt' if first['n'] == 1 else 'prompts'} a domain"
     return f"Peak memory against `{baseline}` ({peaks[baseline]:.0f} MiB; {prompts}; {place}): {ratios}."
+
+
+def steps_line(frame: pd.DataFrame) -> str:
+    """One sentence: what a pass over one token takes, and over two and six. A token alone that takes longer than two attends slowly."""
+    first, passes = frame.iloc[0], frame[frame["kind"] == "verify"].pivot(index="context", columns="tokens", values="seconds")
+    place = f"{first['threads']} threads of {first['machine']}" if first["device"] == "cpu" else str(first["device"])
+    told = ", ".join(
+        f"{1e3 * row[1]:.1f}, {1e3 * row[2]:.1f} and {1e3 * row[6]:.1f} ms behind {n:,} tokens" for n, row in passes.iterrows()
+    )
+    return f"A pass of the target over one, two and six tokens takes {told} ({first['dtype']}, {place}, medians)."
 
 
 def proof_lines(results: Path) -> str:

@@ -64,6 +64,7 @@ def _macros(frame: pd.DataFrame) -> Iterator[Macro]:
     yield Macro(SETTING, "StepsWindow", integer(window))
     yield Macro(SETTING, "StepsCeiling", integer(window + 1))
     yield Macro(SETTING, "StepsRepeats", integer(frame["repeats"].min()))
+    yield Macro(SETTING, "StepsProcesses", integer(frame["processes"].min()))
     for name, seconds in (("Plain", curve.step_seconds(1)), ("Block", curve.step_seconds(1 + window)), ("Draft", draft)):
         yield Macro(MEASURED, f"Steps{name}", number(1e3 * seconds, 1) + r"\,ms")
     for name, needs in zip(SPEEDUPS, break_even(curve, [window], draft, list(SPEEDUPS.values())), strict=True):
