@@ -311,7 +311,8 @@ def test_a_file_of_another_version_or_without_rows_is_refused_wherever_it_is_dra
         for name, draw in drawn.items():
             path = folder / f"{name}.parquet"
             write_results(wrong, path)
-            with pytest.raises(ValueError, match=rf"{name}\.parquet has {told}.*dspark\.bench"):
+            command = "train compare" if name.startswith("drafters") else "bench"
+            with pytest.raises(ValueError, match=rf"{name}\.parquet has {told}.*dspark\.{command}"):
                 draw(tmp_path)
             assert static.main(["--results", str(path), "--out", str(tmp_path / "a.svg")]) == 1
             assert told in capsys.readouterr().err
@@ -355,6 +356,13 @@ def test_block_says_how_many_texts_are_equal_and_what_memory_it_takes(tmp_path):
     assert "in 4 of 6 cases (3 prompts × 2 ways to decode)" in equal
     assert peak == "Peak memory against `plain` (300 MiB; n = 3 prompts a domain; 2 threads of a machine): `fixed:5` 1.10×."
     assert "`fixed:5` 1.20×" in readme.memory_line(memory.assign(decode_peak_mib=np.nan))
+
+
+def test_step_times_are_told_in_one_sentence():
+    rows = [("verify", context, tokens, context / 1e4 + tokens / 1e3) for context in (100, 2000) for tokens in (1, 2, 6, 8)]
+    frame = pd.DataFrame([*rows, ("draft", 100, 1, 9.0)], columns=["kind", "context", "tokens", "seconds"])
+    told = readme.steps_line(frame.assign(dtype="bfloat16", threads=2, machine="a machine", device="cpu"))
+    assert "takes 11.0, 12.0 and 16.0 ms behind 100 tokens, 201.0, 202.0 and 206.0 ms behind 2,000 tokens (bfloat16, 2 threads" in told
 
 
 def test_rewriting_changes_only_what_stands_between_the_markers():

@@ -64,7 +64,9 @@ def compare(folder: Path, *what: str) -> None:
             rows = [("eagle", 5, 9.0, 0.0), ("dspark", 5, 4.0, 0.5), ("dflash", 5, 3.5, 0.0)]
             rows += [("dspark-block8", 8, 8.0, 1.2)] if name == "times" else []
             columns = ["drafter", "drafter_block_size", "draft_ms", "head_ms"]
-            frame = pd.DataFrame(rows, columns=columns).assign(verify_ms=32.0, context=256, schema_version=1)
+            frame = pd.DataFrame(rows, columns=columns).assign(
+                verify_ms=32.0, context=256, threads=2, machine="a machine", schema_version=1
+            )
             write_results(pd.concat([frame.assign(repeat=i) for i in range(3)]), results / "drafters-time.parquet")
         else:
             rounds = (speed["rounds"] * {"dflash": 1.1, "eagle": 0.9}.get(name, 1)).round().astype(int)
