@@ -409,8 +409,19 @@ def test_step_times_foretell_only_runs_in_the_same_place(changed):
     assert cases.empty if changed else cases["arm"].value_counts()["fixed:5"] == 2 * run["domain"].nunique()
     own = steps.foreseen(frames, own=True)
     assert len(own) == len(cases) and (changed or (own["predicted"] != cases["predicted"]).any())
-    assert steps.flags(frames) == {"Foreseen": not changed}
+    assert steps.flags(frames) == {"Foreseen": not changed, "ForeseenMany": not changed}
     assert any("Foreseen" in macro.name for macro in steps.part(frames).macros) == (not changed)
+
+
+def test_runs_of_few_prompts_are_counted_but_not_among_those_of_many():
+    measured, run = (read_results(DATA / "results" / f"{name}.parquet") for name in (steps.FILE, "speed-bfloat16-t0"))
+    few = run[run["prompt_id"].isin(run.groupby("domain").head(1)["prompt_id"])].assign(n=1)
+    told = {m.name: m.text for m in steps.part({steps.FILE: measured, "speed-x": run, "peers-x": few}).macros if "Foreseen" in m.name}
+    assert int(told["ForeseenCases"]) == 2 * int(told["ForeseenManyCases"])
+    assert int(told["ForeseenManyWithin"]) <= int(told["ForeseenWithin"])
+    alone = {steps.FILE: measured, "peers-x": few}
+    assert steps.flags(alone) == {"Foreseen": True, "ForeseenMany": False}
+    assert not any("ForeseenMany" in m.name for m in steps.part(alone).macros)
 
 
 def test_tables_give_measured_and_computed_speedups_their_own_look():

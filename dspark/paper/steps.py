@@ -19,11 +19,13 @@ from dspark.predict import break_even
 FILE = "sps-bfloat16"
 TIMED = ("speed-", "peers-")  # how the names of speed runs begin
 PLACE = ("target", "machine", "device", "dtype", "threads")  # step times foretell runs that agree in these
+MANY = 10  # prompts a domain from which on a median over them is more than one or two texts
 SPEEDUPS = {"One": 1.0, "Low": 1 + published.RANGE[0], "High": 1 + published.RANGE[1]}
 
 
 def flags(frames: Mapping[str, pd.DataFrame]) -> dict[str, bool]:
-    return {"Foreseen": not foreseen(frames).empty}
+    checked = foreseen(frames)
+    return {"Foreseen": not checked.empty, "ForeseenMany": not checked.empty and bool((checked["n"] >= MANY).any())}
 
 
 def part(frames: Mapping[str, pd.DataFrame]) -> Part:
@@ -36,13 +38,15 @@ def part(frames: Mapping[str, pd.DataFrame]) -> Part:
 
 def foreseen(frames: Mapping[str, pd.DataFrame], own: bool = False) -> pd.DataFrame:
     """:func:`dspark.bench.explained.check_predictions` of all speed runs in the place where step times were measured apart, by these
-    or by each run's own."""
+    or by each run's own. Its column n: prompts a domain of the run."""
     if FILE not in frames:
         return pd.DataFrame()
     steps = frames[FILE]
     curve, place = None if own else curve_of(steps, int(steps["context"].min())), steps.iloc[0]
     runs = (frame for name, frame in frames.items() if name.startswith(TIMED))
-    checks = [check_predictions(run, curve) for run in runs if all(run.iloc[0][same] == place[same] for same in PLACE)]
+    checks = [
+        check_predictions(run, curve).assign(n=run["n"].iloc[0]) for run in runs if all(run.iloc[0][same] == place[same] for same in PLACE)
+    ]
     return pd.concat(checks) if checks else pd.DataFrame()
 
 
@@ -52,6 +56,11 @@ def _foreseen(whose: str, checked: pd.DataFrame) -> Iterator[Macro]:
     if not whose:
         yield Macro(SETTING, "ForeseenCases", integer(len(checked)))
         yield Macro(SETTING, "ForeseenTolerance", percent(WITHIN))
+        if len(many := checked[checked["n"] >= MANY]):
+            yield Macro(SETTING, "ForeseenMany", integer(MANY))
+            yield Macro(SETTING, "ForeseenManyCases", integer(len(many)))
+            yield Macro(SIMULATED, "ForeseenManyWithin", integer(many["within"].sum()))
+            yield Macro(SIMULATED, "ForeseenManyError", percent(many["error"].abs().max(), 1))
     yield Macro(SIMULATED, f"Foreseen{whose}Within", integer(checked["within"].sum()))
     yield Macro(SIMULATED, f"Foreseen{whose}Error", percent(checked["error"].abs().max(), 1))
 
