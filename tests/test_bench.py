@@ -450,8 +450,10 @@ def test_rewind_times_are_shown_and_files_of_other_commands_are_named(tmp_path, 
     results = data_dir() / "results"
     assert command.main(["show", str(results / "rewind-bfloat16-t0.parquet")]) == 0
     assert "8000 tokens of context" in capsys.readouterr().out
-    assert command.main(["show", str(results / "drafters-trained.parquet")]) == 2
-    assert "was not written by dspark.bench" in capsys.readouterr().err
+    pd.DataFrame({"somebody": ["else's"]}).to_parquet(tmp_path / "foreign.parquet")
+    for foreign in (results / "drafters-trained.parquet", tmp_path / "foreign.parquet"):
+        assert command.main(["show", str(foreign)]) == 2
+        assert "was not written by dspark.bench" in capsys.readouterr().err
 
 
 def test_a_run_without_a_place_is_kept_apart_from_committed_results_and_from_runs_with_other_options(models, tmp_path, monkeypatch, capsys):

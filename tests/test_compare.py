@@ -110,6 +110,9 @@ def test_a_record_outlives_its_weights_among_drafters_that_were_trained_alike(
     write_results(of_other_code, other := tmp_path / "older" / records.name)
     told = refused(monkeypatch, *arguments, "--only", "dflash", "--stages", "train", "--results", str(other.parent))
     assert f"{other} holds drafters of another schema_version" in told
+    write_results(of_other_code.drop(columns="schema_version"), other)
+    told = refused(monkeypatch, *arguments, "--only", "dflash", "--stages", "train", "--results", str(other.parent))
+    assert f"{other} was written before rows said their schema version" in told
     before, another = records.read_bytes(), ["--only", "eagle", "--stages", "train", "--steps", "2", "--out", str(tmp_path / "other")]
     assert f"{records} holds drafters of another recipe: choose another --results" in refused(monkeypatch, *arguments, *another)
     assert records.read_bytes() == before and not (tmp_path / "other").exists(), "before anything is trained"

@@ -113,8 +113,9 @@ def test_a_sketch_costs_what_a_trained_drafter_will_and_drafts_like_one():
     assert (sketch.config.num_hidden_layers, sketch.block_size, sketch.training) == (1, 3, False)
     assert (sketch.fused is None) is not can_pack(target.head_weight)
     assert profile_draft(target, sketch, context=10, repeats=1) > 0
-    out = generate(target, sketch, [1, 2, 3], max_new_tokens=4)
-    assert len(out.token_ids) == 4
+    single = tiny_target(num_hidden_layers=1)
+    for model, drafter in ((target, sketch), (single, sketch_for(single))):
+        assert len(generate(model, drafter, [1, 2, 3], max_new_tokens=4).token_ids) == 4
 
 
 def test_the_cost_is_the_price_over_the_speed_up():

@@ -15,6 +15,7 @@ from dspark.bench.identity import beyond_rounding, check_identity
 from dspark.bench.memory import measure_memory
 from dspark.bench.place import place
 from dspark.bench.plan import add_options, plan_of
+from dspark.bench.results import read_results
 from dspark.bench.rewind import measure_rewind, rewind_table
 from dspark.bench.speed import measure_speed, read_speed
 from dspark.bench.table import identity_table, memory_table, speed_table
@@ -87,13 +88,14 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
+    found = read_results(options.file)
+    configuration, rewind = found.attrs.get("configuration", {}), "rewind_us" in found
+    if not rewind and configuration.get("mode") not in ("speed", "memory", "identity"):
+        raise ValueError(f"{options.file} was not written by dspark.bench: choose a speed, memory, identity or rewind file of data/results")
     frame = read_speed(options.file)
-    if "rewind_us" in frame:
+    if rewind:
         print(rewind_table(frame))
         return 0
-    configuration = frame.attrs.get("configuration", {})
-    if configuration.get("mode") not in ("speed", "memory", "identity"):
-        raise ValueError(f"{options.file} was not written by dspark.bench: choose a speed, memory, identity or rewind file of data/results")
     print(_table(configuration["mode"], frame, options.baseline or configuration["baseline"]))
     return 0
 

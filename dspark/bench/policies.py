@@ -21,6 +21,7 @@ Row = dict[str, object]
 Traces = Sequence[tuple[Row, Trace]]  # as dspark.trace_file.load_traces gives them
 ORACLE, PREFIX, PRICED = "oracle", "prefix", "prefix, draft priced"
 ALL = "all"
+WINDOW = r"fixed:\d+"
 CHOICES = (
     "plain, fixed[:N], mtp1, adaptive[:WIDEN,NARROW,FALLBACK], confidence:T (survival), conditional:T, "
     f"{PREFIX}[:N], {PRICED!r} and {ORACLE}"
@@ -47,8 +48,8 @@ def policy_of(name: str) -> Callable[[StepTimes, int], Policy]:
         return lambda times, block_size: PrefixScheduler(times.sps)
     try:
         arm = parse_arm(name)
-    except ValueError:
-        raise ValueError(f"policy {name!r} cannot be read: choose from {CHOICES}") from None
+    except ValueError as error:
+        raise ValueError(f"policy {name!r} cannot be read: choose from {CHOICES}") from error
     if not arm.drafts or arm.wrap:
         raise ValueError(f"{name!r} cannot be replayed: name a policy alone, and choose traces that were recorded with or without --copy")
     return lambda times, block_size: arm.policy(None)
@@ -138,6 +139,11 @@ def against_windows(lines: pd.DataFrame, policy: str) -> dict[str, float | str]:
     }
 
 
+def has_windows(run: pd.DataFrame, policy: str = PREFIX) -> bool:
+    """Whether a policy and fixed windows were timed side by side."""
+    return policy in set(run["arm"]) and run["arm"].str.fullmatch(WINDOW).any()
+
+
 def timed_against_windows(run: pd.DataFrame, policy: str = PREFIX) -> dict[str, float | str | int]:
     """What the clock said: a policy's speed-up over the fixed window that was the fastest over all domains, in a frame of
     :func:`dspark.bench.speed.read_speed`.
@@ -145,10 +151,11 @@ def timed_against_windows(run: pd.DataFrame, policy: str = PREFIX) -> dict[str, 
     best_single: that window · single, low, high: with the 95 % bootstrap interval over prompts · speedup: over plain · n: prompts a
     domain. Raises ValueError if this policy or no fixed window was timed.
     """
+    if not has_windows(run, policy):
+        timed = ", ".join(dict.fromkeys(run["arm"]))
+        raise ValueError(f"{policy!r} is to be compared with fixed windows, but timed were {timed}: measure both")
     lines = summarise(run, "plain").query("domain == @ALL").set_index("arm")["speedup"]
-    fixed = lines[lines.index.str.fullmatch(r"fixed:\d+")]
-    if fixed.empty or policy not in lines:
-        raise ValueError(f"{policy!r} is to be compared with fixed windows, but timed were {', '.join(lines.index)}: measure both")
+    fixed = lines[lines.index.str.fullmatch(WINDOW)]
     against = summarise(run, fixed.idxmax()).set_index(["arm", "domain"]).loc[(policy, ALL)]
     told = {"best_single": fixed.idxmax(), "single": against["speedup"], "low": against["low"], "high": against["high"]}
     return told | {"speedup": lines[policy], "n": int(run.iloc[0]["n"])}

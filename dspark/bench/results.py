@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Row = dict[str, object]
-SCHEMA_VERSION = 1  # of all rows of results; readers refuse another
+SCHEMA_VERSION = 1  # of rows of results (traces have their own); readers refuse another
 
 
 class Ledger:

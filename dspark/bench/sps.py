@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from datetime import UTC, datetime
 from multiprocessing import get_context
@@ -58,15 +59,18 @@ def measure_here(plan: Plan, models: Models, repeats: int = 15) -> pd.DataFrame:
 def measure_sps(plan: Plan, out: Path, repeats: int = 15, processes: int = 5) -> pd.DataFrame:
     """:func:`measure_here` in so many new processes, one after the other: :func:`joined`, in ``out`` and returned.
 
-    Raises ValueError for fewer than one process, and what a process raises.
+    Raises ValueError for fewer than one process or one that was killed, and what a process raises.
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
     frames = []
-    for _ in trange(processes, desc="processes", unit="process"):
-        # Ctrl-C ends the new process at once; this one says so.
-        with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
-            frames.append(pool.submit(_in_new_process, asdict(plan), repeats).result())
+    try:
+        for _ in trange(processes, desc="processes", unit="process"):
+            # Ctrl-C ends the new process as well, without a word of its own once it measures.
+            with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+                frames.append(pool.submit(_in_new_process, asdict(plan), repeats).result())
+    except BrokenProcessPool:
+        raise ValueError("a measuring process was ended from outside (out of memory?), so nothing was written: make room, repeat") from None
     frame = joined(frames)
     write_results(frame, out)
     return frame
@@ -108,7 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         plan = plan_of(options, arms="fixed", baseline="fixed", prompts=1)
-        torch.set_num_threads(plan.threads)
         out = options.out or place(f"sps-{plan.dtype}", plan)
         frame = measure_sps(plan, out, plan.repeats, options.processes)
         shown = frame.assign(ms=1e3 * frame["seconds"]).pivot_table(index=["context", "kind"], columns="tokens", values="ms")

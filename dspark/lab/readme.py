@@ -9,7 +9,6 @@ import pandas as pd
 
 from dspark.bench.prompts import data_dir
 from dspark.bench.results import read_rows
-from dspark.bench.speed import read_speed
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.static import caption
 from dspark.proof.sampled import ALL_PROMPTS
@@ -27,7 +26,8 @@ def results_block(data: Path) -> str:
     """
     makers = {"speed": speed_markdown, "peers": speed_markdown, "identity": identity_line, "memory": memory_line, "sps": steps_line}
     files = sorted((data / "results").glob("*.parquet"), key=lambda path: path.stem)
-    parts = [make(read_speed(path)) for kind, make in makers.items() for path in files if path.stem.startswith(f"{kind}-")]
+    commands = dict.fromkeys(makers, "python -m dspark.bench") | {"sps": "python -m dspark.bench.sps"}
+    parts = [make(read_rows(path, commands[kind])) for kind, make in makers.items() for path in files if path.stem.startswith(f"{kind}-")]
     first, *rest = [part for part in (*parts, proof_lines(data / "results")) if part] or [
         "No results are committed yet: `make bench` measures them."
     ]

@@ -13,6 +13,7 @@ from dspark.bench.policies import (
     PRICED,
     against_windows,
     against_windows_interval,
+    has_windows,
     pooled,
     replayed,
     timed_against_windows,
@@ -36,8 +37,7 @@ def flags(frames: Mapping[str, pd.DataFrame]) -> dict[str, bool]:
 
 def _peers(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame | None:
     """A run in which fixed windows and the prefix scheduler were timed side by side."""
-    runs = (frame for name, frame in frames.items() if name.startswith(PEERS))
-    return next((run for run in runs if PREFIX in set(run["arm"]) and run["arm"].str.startswith("fixed:").any()), None)
+    return next((frame for name, frame in frames.items() if name.startswith(PEERS) and has_windows(frame)), None)
 
 
 def part(frames: Mapping[str, pd.DataFrame]) -> Part:

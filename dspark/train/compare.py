@@ -109,10 +109,12 @@ def check_records(out: Path, target: Target, recipe: Recipe, corpus_path: Path) 
 
 def _alike(out: Path, wanted: Mapping[str, object]) -> pd.DataFrame:
     """The records in ``out``. Raises ValueError unless all of them are of this target, corpus, recipe and schema version."""
-    earlier, names = read_results(out), ["target_digest", "corpus_sha256", "recipe", "schema_version"]
+    earlier, names = read_results(out), ["target_digest", "corpus_sha256", "recipe"]
     if missing := {"drafter", *names} - set(earlier):
         raise ValueError(f"{out} holds no training records (no column {min(missing)!r}): delete it, or choose another --results")
-    if other := next((name for name in names if (earlier[name] != wanted[name]).any()), None):
+    if "schema_version" not in earlier:
+        raise ValueError(f"{out} was written before rows said their schema version: choose another --results, or delete it")
+    if other := next((name for name in [*names, "schema_version"] if (earlier[name] != wanted[name]).any()), None):
         raise ValueError(f"{out} holds drafters of another {other}: choose another --results, or delete it")
     return earlier
 
