@@ -81,7 +81,7 @@ def test_the_readme_and_the_paper_say_what_was_crossed(tmp_path: Path) -> None:
     names = {"policy": ["fixed", "mtp1"] * 2, "block_size": 3, "situation": ["plain", "plain", "turns", "turns"]}
     counts = {"prompts": 600, "equal": [600, 600, 599, 600], "tokens": 9, "accepted": 5, "rejected": 4}
     frame = pd.DataFrame(names | counts)
-    write_results(frame, tmp_path / "proof-crossed.parquet")
+    write_results(frame.assign(schema_version=1), tmp_path / "proof-crossed.parquet")
     line = readme.proof_lines(tmp_path).splitlines()[-1]
     assert "2,399 of 2,400" in line and "1200 prompts in 2 situations, each with 2 policies at block sizes 3 to 3" in line
     assert "20 drafts kept, 16 refused" in line

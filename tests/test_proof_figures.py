@@ -79,7 +79,7 @@ def test_the_cross_is_a_cell_per_policy_and_block_size_and_a_line_per_situation(
 
 
 def test_a_part_that_was_not_run_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_results(pd.DataFrame({"bug": ["b"]}), tmp_path / "proof-planted.parquet")
+    write_results(pd.DataFrame({"bug": ["b"], "schema_version": [1]}), tmp_path / "proof-planted.parquet")
     assert list(read_parts(tmp_path)) == ["planted"]
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in printed] == ["enumeration", "sampled", "texts", "crossed"]
