@@ -413,6 +413,12 @@ def test_step_times_foretell_only_runs_in_the_same_place(changed):
     assert any("Foreseen" in macro.name for macro in steps.part(frames).macros) == (not changed)
 
 
+def test_step_times_that_an_older_version_adjusted_are_refused():
+    measured = read_results(DATA / "results" / f"{steps.FILE}.parquet").drop(columns="processes")
+    with pytest.raises(ValueError, match=r"older version, not as measured.*python -m dspark\.bench\.sps"):
+        steps.part({steps.FILE: measured})
+
+
 def test_runs_of_few_prompts_are_counted_but_not_among_those_of_many():
     measured, run = (read_results(DATA / "results" / f"{name}.parquet") for name in (steps.FILE, "speed-bfloat16-t0"))
     few = run[run["prompt_id"].isin(run.groupby("domain").head(1)["prompt_id"])].assign(n=1)

@@ -111,6 +111,7 @@ def test_a_sketch_costs_what_a_trained_drafter_will_and_drafts_like_one():
     target = tiny_target(dtype=torch.bfloat16).pack()
     sketch = sketch_for(target, layers=1, block_size=3)
     assert (sketch.config.num_hidden_layers, sketch.block_size, sketch.training) == (1, 3, False)
+    assert sketch_for(tiny_target(num_hidden_layers=2), layers=3).config.num_hidden_layers == 3, "as many as were asked for"
     assert (sketch.fused is None) is not can_pack(target.head_weight)
     assert profile_draft(target, sketch, context=10, repeats=1) > 0
     single = tiny_target(num_hidden_layers=1)

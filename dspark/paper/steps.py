@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from dspark import published
 from dspark.bench.explained import WITHIN, check_predictions
-from dspark.bench.sps import curve_of
+from dspark.bench.sps import COMMAND, curve_of
 from dspark.lab.static import INKS, MARKS
 from dspark.paper.figures import WIDTH, dress, printed
 from dspark.paper.macros import MEASURED, SETTING, SIMULATED, Macro, integer, number, percent
@@ -32,6 +32,8 @@ def part(frames: Mapping[str, pd.DataFrame]) -> Part:
     """The break-even is that of the drafter's whole block behind the shortest context."""
     if FILE not in frames:
         return Part()
+    if "processes" not in frames[FILE]:
+        raise ValueError(f"{FILE}.parquet holds step times of an older version, not as measured: make it again with {COMMAND}")
     told = (*_macros(frames[FILE]), *_foreseen("", foreseen(frames)), *_foreseen("Own", foreseen(frames, own=True)))
     return Part(told, {}, {"figure-steps": curves(frames[FILE])})
 

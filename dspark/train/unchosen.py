@@ -15,13 +15,8 @@ LAYERS, BLOCK_SIZE, MARKOV_RANK, DRAFT_VOCAB = 2, 5, 48, 8192
 
 def sketch_for(target: Target, layers: int = LAYERS, block_size: int = BLOCK_SIZE) -> Drafter:
     """A drafter of the shape that training gives by default, ready to draft but with nothing learnt: what a block costs depends on
-    shapes alone, so it can be timed before anything is trained (:func:`dspark.profile.profile_draft`). It has as many ``layers`` as
-    the target at most."""
-    shape = {
-        "num_hidden_layers": min(layers, target.num_layers),
-        "block_size": block_size,
-        "target_layer_ids": spread_taps(target.num_layers),
-    }
+    shapes alone, so it can be timed before anything is trained (:func:`dspark.profile.profile_draft`)."""
+    shape = {"num_hidden_layers": layers, "block_size": block_size, "target_layer_ids": spread_taps(target.num_layers)}
     d2t = torch.arange(min(DRAFT_VOCAB, target.vocab_size))
     drafter = drafter_for(target, d2t=d2t, markov_rank=MARKOV_RANK, mask_token_id=0, **shape)
     return ready(drafter.to(target.dtype).attach(target), target)
