@@ -159,6 +159,9 @@ def test_positions_are_pooled_by_their_counts_and_drawn_per_drafter() -> None:
     assert set(positions["drafter"]) == {"dspark", "dflash", "eagle"}
     first = positions[positions["drafter"] == "dspark"]
     assert first["n"].tolist() == [60, 48, 24] and first["acceptance"].tolist() == [0.8, 0.5, 0.25]
+    of_few = pd.DataFrame({"drafter": "dspark", "position": [1, 2], "n": 2, "acceptance": [0.1, 0.9], "error": 0.4})
+    bars = drafters.acceptance_figure(of_few, "a test").data[0]
+    assert (bars.y - bars.error_y.arrayminus == pytest.approx([0, 0.5])) and (bars.y + bars.error_y.array == pytest.approx([0.5, 1]))
     assert first["error"].iloc[1] == pytest.approx(1.959964 * (0.25 / 48) ** 0.5)
     figure = drafters.acceptance_figure(positions, "n = 6 prompts")
     assert [line.name for line in figure.data] == [

@@ -117,12 +117,13 @@ def acceptance_figure(positions: pd.DataFrame, note: str) -> go.Figure:
     """
     figure = go.Figure()
     for drafter, rows in positions.groupby("drafter", sort=False):
+        up, down = rows["error"].clip(upper=1 - rows["acceptance"]), rows["error"].clip(upper=rows["acceptance"])  # a share ends at 0 and 1
         name, colour, dash = LOOKS.get(drafter, (drafter, *(LOOKS["dflash"][1:] if drafter == HEAD_OFF else OTHER)))
         figure.add_trace(
             go.Scatter(
                 x=rows["position"],
                 y=rows["acceptance"],
-                error_y={"array": rows["error"], "color": colour, "thickness": 1},
+                error_y={"array": up, "arrayminus": down, "color": colour, "thickness": 1},
                 name=name,
                 mode="lines+markers",
                 line={"color": colour, "dash": dash, "width": 2.5},
