@@ -15,7 +15,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(stamp)  ## decode with DSpark and plainly, show the text, the speedup and the notebook that did it
-	$(python) -m dspark.demo
+	$(python) -m dspark.lab.demo
 
 lab: $(stamp)  ## open the notebooks in JupyterLab
 	$(python) -m jupyter lab notebooks/00_start.ipynb

@@ -9,12 +9,12 @@ One round, in the notation used everywhere:
     τ ``tokens_per_round``  accepted drafts, an accepted second guess (``sibling``), + 1 (correction or bonus)
 """
 
-from dspark.checkpoint import load_drafter, save_drafter
 from dspark.decode import Output, Round, decode, generate
-from dspark.lookup import ContextLookup
-from dspark.predict import predict_speedup
+from dspark.draft.lookup import ContextLookup
+from dspark.formats.checkpoint import load_drafter, save_drafter
 from dspark.schedule import MTP1, SIBLING_RATES, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, PrefixScheduler
-from dspark.target import Target, load_target
+from dspark.target.target import Target, load_target
+from dspark.tune.predict import predict_speedup
 
 __version__ = "0.1.0"
 __all__ = [

@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dspark.draft import NOTHING, Admits, Draft
-from dspark.sampling import Chance, Rows, Sampling
+from dspark.draft.drafter import NOTHING, Admits, Draft
 from dspark.schedule import Autoregressive, FixedWindow, Policy
-from dspark.target import Prompt, Target
-from dspark.verify import Sibling, accept
+from dspark.target.target import Prompt, Target
+from dspark.verify.accept import Sibling, accept
+from dspark.verify.sampling import Chance, Rows, Sampling
 
 
 class DraftSource(Protocol):

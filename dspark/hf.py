@@ -22,12 +22,12 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from dspark.architecture import attention_layers
 from dspark.decode import DraftSource, Round, checked_policy, rounds
-from dspark.lookup import ContextLookup
-from dspark.sampling import Chance, Sampling
+from dspark.draft.lookup import ContextLookup
 from dspark.schedule import Policy
-from dspark.target import Target
+from dspark.target.families import attention_layers
+from dspark.target.target import Target
+from dspark.verify.sampling import Chance, Sampling
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)  # in the order in which Sampling applies them
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}  # by generate itself

@@ -50,7 +50,7 @@ class Policy:
         return self.lengths([torch.tensor(confidence)]) == [len(confidence)]
 
     def siblings(self, confidence: Tensor) -> list[int]:
-        """How many siblings of x_1, x_2, … of a request, alone in its round, to check beside the block (:mod:`dspark.verify`).
+        """How many siblings of x_1, x_2, … of a request, alone in its round, to check beside the block (:mod:`dspark.verify.accept`).
         confidence: [w] float32. None here; who overrides this overrides :attr:`chain`.
 
         It may depend on all that is drafted: a sibling is tried only where its draft was rejected, against what that left owing.
@@ -230,7 +230,7 @@ class Admission:
 class PrefixScheduler(_NeedsConfidence):
     """The paper's Algorithm 1: over all requests, admit drafts while expected throughput rises, stop at the first fall.
 
-    sps: target steps per second when one step checks B = Σ(1 + ℓ_r) tokens; measured (:mod:`dspark.profile`). Candidates
+    sps: target steps per second when one step checks B = Σ(1 + ℓ_r) tokens; measured (:mod:`dspark.tune.profile`). Candidates
     (r, j) are taken by falling survival a_{r,j}, and Θ = (R + Σ admitted a) / (draft_seconds + 1/SPS(B)). Stopping at the first
     fall is what keeps the law: whether (r, j) is admitted depends on survivals at or above a_{r,j} alone, hence on x_{r,<j}, never on
     x_{r,j} or later tokens. A search for the best budget over ALL candidates would read later confidences and bias it (Appendix A).

@@ -9,8 +9,8 @@ import torch
 from tiny import tiny_drafter, tiny_target
 from torch import Tensor
 
-from dspark.sampling import Chance, Sampling
-from dspark.verify import accept, residual
+from dspark.verify.accept import accept, residual
+from dspark.verify.sampling import Chance, Sampling
 
 REDUCED = torch.tensor([2, 5, 8, 40, 77, 99])
 

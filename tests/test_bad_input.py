@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 import dspark
 from dspark import MTP1, AdaptiveWindow, ConfidenceThreshold, ContextLookup, FixedWindow, PrefixScheduler
-from dspark.draft import Drafter
-from dspark.fetch import verify_sha256
-from dspark.target import Target
+from dspark.draft.drafter import Drafter
+from dspark.formats.fetch import verify_sha256
+from dspark.target.target import Target
 from dspark.train.__main__ import main
 from dspark.train.corpus import Corpus, load_corpus, save_corpus
 from dspark.train.features import FeatureStore

@@ -15,7 +15,6 @@ import torch
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.baselines.stock import by_transformers
 from dspark.bench import __main__ as command
 from dspark.bench import memory, provenance, results, speed
 from dspark.bench import plan as plan_module
@@ -27,12 +26,13 @@ from dspark.bench.prompts import data_dir
 from dspark.bench.results import Ledger, read_results, write_results
 from dspark.bench.speed import measure_speed
 from dspark.bench.stats import acceptance_by_position, speedups, summarise
+from dspark.bench.stock import by_transformers
 from dspark.bench.table import identity_table, memory_table, speed_table
 from dspark.decode import Round
-from dspark.draft import Drafter
-from dspark.profile import is_packed
+from dspark.draft.drafter import Drafter
 from dspark.rewind import RewindCache
-from dspark.target import Target
+from dspark.target.target import Target
+from dspark.tune.profile import is_packed
 
 EVERY_POLICY = "plain,fixed:4,mtp1,adaptive,adaptive:0.3,0.1,0.01,confidence:0.4,conditional:0.4,prefix,fixed:3+copy:1,adaptive+copy"
 

@@ -10,7 +10,8 @@ import torch
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.calibrate import (
+from dspark.decode import Round
+from dspark.tune.calibrate import (
     AS_TRAINED,
     Calibration,
     Rollouts,
@@ -23,7 +24,6 @@ from dspark.calibrate import (
     ranking_together,
     rollouts,
 )
-from dspark.decode import Round
 
 
 def honest(n: int = 20_000, block_size: int = 3, seed: int = 0) -> Rollouts:

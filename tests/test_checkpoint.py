@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 import dspark
-from dspark.checkpoint import data_dir, export_reference
-from dspark.draft import Draft, Drafter
-from dspark.sampling import Chance, Sampling
-from dspark.target import Target
+from dspark.draft.drafter import Draft, Drafter
+from dspark.formats.checkpoint import data_dir, export_reference
+from dspark.target.target import Target
+from dspark.verify.sampling import Chance, Sampling
 
 HEADS = {
     "vanilla": {},

@@ -10,7 +10,7 @@ from tiny import tiny_drafter, tiny_target
 
 import dspark
 from dspark.decode import Round
-from dspark.draft import Drafter
+from dspark.draft.drafter import Drafter
 from dspark.schedule import Policy
 
 PROMPTS = [[5, 6, 7], [8, 9] * 20]
@@ -43,7 +43,7 @@ class Oracle:
         state["at"] += len(token_ids)
 
     def draft(self, state: dict[str, int], anchor: int, window: int, *unread: object) -> object:
-        from dspark.draft import Draft
+        from dspark.draft.drafter import Draft
 
         tokens = self.continuation[state["at"] + 1 :][:window]
         return Draft(tokens, torch.eye(100)[tokens], torch.ones(len(tokens)), "oracle")

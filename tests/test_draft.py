@@ -9,10 +9,10 @@ import torch
 from tiny import tiny_drafter, tiny_target
 from torch import Tensor
 
-from dspark.backbone import Context, DrafterConfig
-from dspark.draft import Draft, Drafter, DraftState, SequentialHead
-from dspark.sampling import Chance, Sampling
-from dspark.target import Target
+from dspark.draft.backbone import Context, DrafterConfig
+from dspark.draft.drafter import Draft, Drafter, DraftState, SequentialHead
+from dspark.target.target import Target
+from dspark.verify.sampling import Chance, Sampling
 
 HEADS = [{"markov_rank": 0}, {"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}]
 

@@ -13,10 +13,10 @@ from test_eagle import eagle
 from tiny import tiny_drafter, tiny_target
 
 from dspark.bench.results import write_results
+from dspark.cpu.packed import QuantizedLinear, can_quantize
 from dspark.lab import collision, drafters, published
 from dspark.lab.training import training_curves
-from dspark.packed import QuantizedLinear, can_quantize
-from dspark.sampling import Chance, Sampling
+from dspark.verify.sampling import Chance, Sampling
 
 ARMS = {"dspark": (2.0, 2, 5), "dflash": (1.6, 2, 5), "eagle": (1.5, 1, 5), "dspark-block8": (2.2, 2, 8), "dflash-layers4": (1.7, 4, 5)}
 

@@ -12,20 +12,20 @@ from test_train import corpus
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.baselines.eagle import EagleDrafter
-from dspark.checkpoint import export_reference
 from dspark.decode import rounds
-from dspark.draft import Draft, Drafter
+from dspark.draft.drafter import Draft, Drafter
+from dspark.draft.eagle import EagleDrafter
+from dspark.formats.checkpoint import export_reference
 from dspark.proof.branches import ExactSampling, ExactSource, enumerate_law
 from dspark.proof.cases import PROMPT, SEED, small_target
 from dspark.proof.enumeration import target_law
-from dspark.sampling import Chance, Sampling
-from dspark.target import Target
+from dspark.target.target import Target
 from dspark.train.blocks import block_loss, choose_blocks
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.losses import LossWeights
 from dspark.train.start import drafter_for
+from dspark.verify.sampling import Chance, Sampling
 
 SHAPE = {"kind": EagleDrafter, "num_hidden_layers": 1, "markov_rank": 0}
 

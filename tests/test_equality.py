@@ -37,9 +37,9 @@ from dspark.proof.tiny import (
     sliding_target,
 )
 from dspark.rewind import FIRST_CAPACITY
-from dspark.sampling import Chance, Rows, Sampling
 from dspark.train.start import drafter_for
-from dspark.verify import accept
+from dspark.verify.accept import accept
+from dspark.verify.sampling import Chance, Rows, Sampling
 
 BLOCK_SIZES = range(1, 9)
 # ---- policies, block sizes, prompts

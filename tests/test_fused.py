@@ -9,13 +9,13 @@ from test_eagle import draft_behind, eagle
 from tiny import tiny_drafter, tiny_target
 from torch import Tensor, nn
 
-import dspark.fused
-from dspark.baselines.eagle import EagleDrafter
-from dspark.draft import Draft, Drafter
-from dspark.fused import FusedBackbone
-from dspark.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, has_vnni
-from dspark.sampling import Chance, Sampling
-from dspark.target import Target
+import dspark.cpu.fused
+from dspark.cpu.fused import FusedBackbone
+from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, has_vnni
+from dspark.draft.drafter import Draft, Drafter
+from dspark.draft.eagle import EagleDrafter
+from dspark.target.target import Target
+from dspark.verify.sampling import Chance, Sampling
 
 TEXT = [5, 9, 11, 4, 30, 8, 2, 61]
 
@@ -48,7 +48,7 @@ def assert_same_law(ours: Draft, theirs: Draft) -> None:
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_the_fused_backbone_drafts_as_the_plain_one(head: dict[str, object], first_table: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same weights in float32, whatever the head, and where the table of rotations has to grow."""
-    monkeypatch.setattr(dspark.fused, "FIRST_TABLE", first_table)
+    monkeypatch.setattr(dspark.cpu.fused, "FIRST_TABLE", first_table)
     target = tiny_target()
     drafter = tiny_drafter(target, **head)
     generator = torch.Generator().manual_seed(0)

@@ -27,10 +27,10 @@ from transformers import (
 )
 
 import dspark
-from dspark.draft import Drafter
+from dspark.draft.drafter import Drafter
 from dspark.hf import _sampling as sampling_of
 from dspark.hf import dspark_generate
-from dspark.target import Target
+from dspark.target.target import Target
 
 SHAPE = {
     "vocab_size": 60,

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from dspark.draft import Drafter
-from dspark.lookup import RATES
+from dspark.draft.drafter import Drafter
+from dspark.draft.lookup import RATES
 from dspark.proof import enumeration
 from dspark.proof.branches import ExactSampling, difference, enumerate_law, exact
 from dspark.proof.cases import HEADS, POLICIES, SAMPLINGS, SCHEDULED, SOURCES, Case, every_case, few_cases, served
 from dspark.proof.counterexample import APPENDIX_A, STEPS_PER_SECOND, GlobalArgmax, first_token_laws
 from dspark.proof.enumeration import Proof, Trip
 from dspark.proof.tables import PAIR, PAIR_POLICIES, PAIR_STEPS_PER_SECOND, TEXTS, Request, joint_law, one_round, target_law
-from dspark.sampling import Chance
 from dspark.schedule import PrefixScheduler
-from dspark.verify import accept, residual
+from dspark.verify.accept import accept, residual
+from dspark.verify.sampling import Chance
 
 CASES = few_cases()
 prove = cache(enumeration.prove)

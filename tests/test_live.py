@@ -21,7 +21,10 @@ from test_lab import ROUNDS, TEXT, decode, ids, round_of
 from tiny import tiny_drafter, tiny_target
 
 import dspark
+from dspark.bench.replay import replay
 from dspark.bench.results import write_results
+from dspark.bench.trace import StepTimes, record
+from dspark.bench.trace_file import load_trace, save_trace, trace_row, traces_frame
 from dspark.decode import Round
 from dspark.lab import figures, sample, strips, text
 from dspark.lab.controls import KINDS, PolicyControls, family, policy_of
@@ -30,13 +33,10 @@ from dspark.lab.live_widgets import EXAMPLES
 from dspark.lab.replaying import ReplayPanel, sample_traces, trace_decode
 from dspark.lab.session import Request, Session, Watched
 from dspark.lab.still import still
-from dspark.profile import SPSCurve
 from dspark.proof.tiny import Wavering, reference
-from dspark.replay import replay
 from dspark.schedule import SIBLING_RATES, PrefixScheduler
-from dspark.target import Target
-from dspark.trace import StepTimes, record
-from dspark.trace_file import load_trace, save_trace, trace_row, traces_frame
+from dspark.target.target import Target
+from dspark.tune.profile import SPSCurve
 
 SHORT = Request("An apple", max_new_tokens=12)
 LONGER = replace(SHORT, max_new_tokens=40)

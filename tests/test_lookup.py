@@ -7,8 +7,8 @@ import torch
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.lookup import LEAST_SURVIVAL, RATES
-from dspark.sampling import Chance, Sampling
+from dspark.draft.lookup import LEAST_SURVIVAL, RATES
+from dspark.verify.sampling import Chance, Sampling
 
 
 def state_after(source: dspark.ContextLookup, tokens: list[int]) -> object:
@@ -17,7 +17,7 @@ def state_after(source: dspark.ContextLookup, tokens: list[int]) -> object:
     return state
 
 
-def drafted(source: dspark.ContextLookup, state: object, anchor: int, window: int = 8) -> dspark.draft.Draft:
+def drafted(source: dspark.ContextLookup, state: object, anchor: int, window: int = 8) -> dspark.draft.drafter.Draft:
     return source.draft(state, anchor, min(window, source.block_size), Sampling(), Chance())
 
 
@@ -68,7 +68,7 @@ def test_inside_a_block_the_drafter_hears_what_followed_its_drafts_in_the_contex
     anchor, heard, law = 6, 77, Sampling(1.0)
     text = [20, 21, 22, 30, 31]
 
-    def draft(text: list[int]) -> dspark.draft.Draft:
+    def draft(text: list[int]) -> dspark.draft.drafter.Draft:
         return source.draft(state_after(source, text), anchor, 4, law, Chance(torch.Generator().manual_seed(0)))
 
     alone = draft(text)  # the drafter itself reads no token but the anchor

@@ -27,15 +27,15 @@ from test_checkpoint import REDUCED, edit, shard, speculators
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.backbone import DrafterConfig
-from dspark.checkpoint import export_reference
-from dspark.draft import Drafter
-from dspark.sampling import Chance, Sampling
-from dspark.target import Target
+from dspark.draft.backbone import DrafterConfig
+from dspark.draft.drafter import Drafter
+from dspark.formats.checkpoint import export_reference
+from dspark.target.target import Target
 from dspark.train.corpus import Corpus, load_corpus, save_corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.start import drafter_for
+from dspark.verify.sampling import Chance, Sampling
 
 pytestmark = pytest.mark.timeout(20)
 

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import dspark
-from dspark import demo
+from dspark.draft.lookup import ContextLookup
+from dspark.lab import demo
 from dspark.lab.text import tally
-from dspark.lookup import ContextLookup
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -308,4 +308,4 @@ def test_demo_interrupted_says_so_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(papermill, "execute_notebook", interrupt)
     monkeypatch.setattr(demo, "default_folder", lambda: None)
     assert demo.main([]) == 130
-    assert capsys.readouterr().err == "dspark.demo: interrupted\n"
+    assert capsys.readouterr().err == "dspark.lab.demo: interrupted\n"

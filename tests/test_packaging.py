@@ -153,7 +153,7 @@ def test_git_ignores_what_the_commands_leave(tmp_path):
     left += [".hypothesis/x", "dspark/__pycache__/x.pyc", "notebooks/.ipynb_checkpoints/x"]
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     (tmp_path / ".gitignore").write_text(text(".gitignore"), encoding="utf-8")
-    ignored = subprocess.run(["git", "check-ignore", *left, "dspark/draft.py"], cwd=tmp_path, capture_output=True, text=True)
+    ignored = subprocess.run(["git", "check-ignore", *left, "dspark/draft/drafter.py"], cwd=tmp_path, capture_output=True, text=True)
     assert ignored.stdout.split() == left
 
 

@@ -7,8 +7,8 @@ import torch
 from tiny import tiny_drafter, tiny_target
 from torch import nn
 
-import dspark.packed
-from dspark.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, has_bfloat16_kernels, has_float16_kernels
+import dspark.cpu.packed
+from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, has_bfloat16_kernels, has_float16_kernels
 
 MATRIX = torch.zeros(8, 8, dtype=torch.bfloat16)
 needs_8_bits = pytest.mark.skipif(not can_quantize(MATRIX), reason="this CPU or this build of PyTorch has no 8-bit kernels")
@@ -19,7 +19,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Both kinds where both exist: a processor with bfloat16 kernels has the others as well."""
     if not {"bfloat16": has_bfloat16_kernels, "float16": has_float16_kernels}[request.param]():
         pytest.skip(f"this CPU or this build of PyTorch has no {request.param} kernels")
-    monkeypatch.setattr(dspark.packed, "has_bfloat16_kernels", lambda: request.param == "bfloat16")
+    monkeypatch.setattr(dspark.cpu.packed, "has_bfloat16_kernels", lambda: request.param == "bfloat16")
     return request.param
 
 
@@ -44,7 +44,7 @@ def test_the_float16_layout_holds_bfloat16_weights_to_the_last_digit(monkeypatch
     """All bfloat16 numbers from 2⁻¹⁷ to the largest that float16 holds; smaller ones are off by 2⁻²⁵ at most."""
     if not has_float16_kernels():
         pytest.skip("this CPU or this build of PyTorch has no float16 kernels")
-    monkeypatch.setattr(dspark.packed, "has_bfloat16_kernels", lambda: False)
+    monkeypatch.setattr(dspark.cpu.packed, "has_bfloat16_kernels", lambda: False)
     every = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16)  # from 0 up
     held = every[every <= torch.finfo(torch.float16).max][:, None]
     kept = PackedLinear(held)(torch.ones(1, 1))[0][:, None]
@@ -95,7 +95,7 @@ def test_a_packed_drafter_holds_no_weight_twice(kernels: str) -> None:
 
 def test_without_kernels_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("has_bfloat16_kernels", "has_float16_kernels"):
-        monkeypatch.setattr(dspark.packed, name, lambda: False)
+        monkeypatch.setattr(dspark.cpu.packed, name, lambda: False)
     assert not can_pack(MATRIX) and not can_quantize(MATRIX)
     assert type(tiny_target(dtype=torch.bfloat16).pack().head) is nn.Linear
 

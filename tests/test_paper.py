@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dspark import published
+from dspark.bench import published
 from dspark.bench.results import read_results, write_results
 from dspark.bench.stats import summarise
 from dspark.paper import __main__ as command

@@ -14,7 +14,7 @@ from tiny import tiny_drafter, tiny_target
 
 import dspark
 from dspark.bench.arms import parse_arm
-from dspark.lookup import LEAST_SURVIVAL
+from dspark.draft.lookup import LEAST_SURVIVAL
 from dspark.phrases import FILE, LEAST_COUNT, LEAST_RATE, ORDERS, PhraseMemory, _key, load_phrases
 from dspark.train.__main__ import remember_phrases
 from dspark.train.corpus import Corpus, save_corpus
@@ -60,17 +60,17 @@ def test_different_ngrams_have_the_same_hash_as_seldom_as_by_chance() -> None:
     assert len({_key(gram) for gram in grams}) >= len(set(grams)) - 15, "by chance 2 in 130 000"
 
 
-def drafted(source: dspark.ContextLookup, tokens: list[int], anchor: int, window: int = 4) -> dspark.draft.Draft:
+def drafted(source: dspark.ContextLookup, tokens: list[int], anchor: int, window: int = 4) -> dspark.draft.drafter.Draft:
     state = source.new_state(tokens)
     source.extend(state, tokens, torch.zeros(1, len(tokens), 64))
-    return source.draft(state, anchor, window, dspark.sampling.Sampling(), dspark.sampling.Chance())
+    return source.draft(state, anchor, window, dspark.verify.sampling.Sampling(), dspark.verify.sampling.Chance())
 
 
 def test_a_phrase_ends_where_it_has_become_unlikely_or_long_enough() -> None:
     text = np.tile(np.arange(8), (3, 4))
     memory, target = PhraseMemory.of_text(text, np.ones_like(text, dtype=bool)), tiny_target()
 
-    def phrase(memory: PhraseMemory, tokens: list[int], anchor: int, window: int) -> dspark.draft.Draft:
+    def phrase(memory: PhraseMemory, tokens: list[int], anchor: int, window: int) -> dspark.draft.drafter.Draft:
         """min_match: more than there are, so that the context is silent."""
         return drafted(dspark.ContextLookup(None, min_match=9, max_copy=20, phrases=memory, target=target), tokens, anchor, window)
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for the trials of 
 
 BUGS = bugs()
 SAID = ("assert", "AssertionError", "Failed: DID NOT RAISE", "Failed: Timeout", "ValueError")  # a test's own words, or a check of ours
-RULE, RESIDUAL = "dspark/verify.py", "mass = owed.sum()"
+RULE, RESIDUAL = "dspark/verify/accept.py", "mass = owed.sum()"
 SHOWN = "tests/test_verify.py::test_the_residual_is_a_distribution_over_what_the_target_still_owes"
 CONTROLS = [
     Bug("harmless", "a change that changes nothing", "", (SHOWN,), (Edit(RULE, RESIDUAL, "mass = owed.sum(-1)"),)),

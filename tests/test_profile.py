@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny import tiny_target
 
-from dspark import profile
-from dspark.profile import SPSCurve, profile_sps, sps_curve
+from dspark.tune import profile
+from dspark.tune.profile import SPSCurve, profile_sps, sps_curve
 
 
 @pytest.fixture(autouse=True)

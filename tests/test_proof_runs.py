@@ -21,7 +21,7 @@ from dspark.proof.branches import enumerate_joined, enumerate_law
 from dspark.proof.cases import Case, few_cases, large_cases, served, small_target
 from dspark.proof.enumeration import contents
 from dspark.proof.workers import side_by_side
-from dspark.sampling import Chance
+from dspark.verify.sampling import Chance
 
 # ---- side by side
 

@@ -18,13 +18,13 @@ from torch import Tensor
 
 import dspark
 from dspark.decode import DraftSource, Round
-from dspark.draft import Draft, Drafter
-from dspark.lookup import LEAST_SURVIVAL, RATES, LookupState
+from dspark.draft.drafter import Draft, Drafter
+from dspark.draft.lookup import LEAST_SURVIVAL, RATES, LookupState
 from dspark.rewind import GrowingKV, RewindCache
-from dspark.sampling import Chance, Sampling
 from dspark.schedule import Policy
-from dspark.target import Target
-from dspark.verify import accept, residual
+from dspark.target.target import Target
+from dspark.verify.accept import accept, residual
+from dspark.verify.sampling import Chance, Sampling
 
 
 def examples(count: int) -> settings:

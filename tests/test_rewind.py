@@ -8,7 +8,7 @@ from tiny import tiny_target
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from dspark.rewind import GrowingKV
-from dspark.target import Target
+from dspark.target.target import Target
 
 
 def sliding_target(attention: str) -> Target:

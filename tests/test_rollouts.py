@@ -19,14 +19,14 @@ from dspark.bench.arms import Models
 from dspark.bench.overheard import Overheard
 from dspark.bench.plan import Plan
 from dspark.bench.prompts import load_prompts
+from dspark.bench.replay import replay
 from dspark.bench.results import read_results, write_results
-from dspark.calibrate import AS_TRAINED, Calibration, calibrate, calibration_noise, calibration_report, reliability
+from dspark.bench.trace import StepTimes
 from dspark.decode import generate
-from dspark.lookup import ContextLookup
-from dspark.replay import replay
-from dspark.sampling import Sampling
-from dspark.target import Target
-from dspark.trace import StepTimes
+from dspark.draft.lookup import ContextLookup
+from dspark.target.target import Target
+from dspark.tune.calibrate import AS_TRAINED, Calibration, calibrate, calibration_noise, calibration_report, reliability
+from dspark.verify.sampling import Sampling
 
 PLAN = Plan(arms="fixed", baseline="fixed", split="dev", domains="code,chat", prompts=4, tokens=12, repeats=2)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import dspark
 from dspark.decode import Round, rounds
-from dspark.draft import Draft, Drafter, DraftState
-from dspark.sampling import Chance, Sampling
+from dspark.draft.drafter import Draft, Drafter, DraftState
 from dspark.schedule import Policy
+from dspark.verify.sampling import Chance, Sampling
 
 PROMPT = [5, 6, 7]
 

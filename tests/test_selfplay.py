@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dspark.target import Target
+from dspark.target.target import Target
 from dspark.train import selfplay
 from dspark.train.corpus import Corpus, concatenate, load_corpus, save_corpus
 from dspark.train.selfplay import converse, sample, self_play

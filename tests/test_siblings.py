@@ -11,21 +11,21 @@ from test_families import FAMILIES, model_of
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark import attention
-from dspark.attention import NAME, share_keys
 from dspark.bench.identity import logits_of, pass_of
 from dspark.bench.measure import positions
 from dspark.bench.overheard import Overheard
+from dspark.bench.replay import replay
+from dspark.bench.trace import StepTimes, from_rounds, record
+from dspark.cpu import attention
+from dspark.cpu.attention import NAME, share_keys
 from dspark.hf import dspark_generate
 from dspark.lab.figures import draft_states, fates
 from dspark.proof.cases import LEVEL
 from dspark.proof.tiny import Wavering, random_prompt, reference
-from dspark.replay import replay
-from dspark.sampling import Chance, Sampling
 from dspark.schedule import Admission, PrefixScheduler, Shortened
-from dspark.target import Target
-from dspark.trace import StepTimes, from_rounds, record
-from dspark.verify import Sibling, accept
+from dspark.target.target import Target
+from dspark.verify.accept import Sibling, accept
+from dspark.verify.sampling import Chance, Sampling
 
 BESIDE = PrefixScheduler(LEVEL, sibling_rates=(0.6, 0.4))
 FLAT = PrefixScheduler(lambda tokens: 1.0, sibling_rates=(0.5, 0.3, 0.2))

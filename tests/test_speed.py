@@ -13,12 +13,12 @@ from tiny import tiny_drafter, tiny_target
 from dspark import generate
 from dspark.bench.explained import check_predictions, explained
 from dspark.bench.policies import timed_against_windows
-from dspark.checkpoint import default_drafter
+from dspark.cpu.packed import can_pack
+from dspark.formats.checkpoint import default_drafter
 from dspark.lab import speed
-from dspark.packed import can_pack
-from dspark.predict import break_even
-from dspark.profile import SPSCurve, profile_draft
 from dspark.train.unchosen import BLOCK_SIZE, DRAFT_VOCAB, LAYERS, MARKOV_RANK, sketch_for
+from dspark.tune.predict import break_even
+from dspark.tune.profile import SPSCurve, profile_draft
 
 PLAIN_MS, DRAFT_MS, VERIFY_MS = 30.0, 6.0, 34.0
 

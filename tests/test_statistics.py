@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_drafter, tiny_target
 
 from dspark.decode import decode
-from dspark.draft import Drafter
+from dspark.draft.drafter import Drafter
 from dspark.proof.remembered import Tree, grow
 from dspark.proof.sampled import COPYING, POLICIES, SETTINGS, World, judged, over_prompts
 from dspark.proof.statistics import (
@@ -26,8 +26,8 @@ from dspark.proof.statistics import (
     pooled,
     together,
 )
-from dspark.sampling import Sampling
-from dspark.target import Target
+from dspark.target.target import Target
+from dspark.verify.sampling import Sampling
 
 PROMPT = [4, 5, 6, 4, 5, 7, 4]
 N = 1_500
@@ -201,7 +201,7 @@ def residual_with_epsilon(p_target: torch.Tensor, p_draft: torch.Tensor) -> torc
 @pytest.mark.parametrize("rule", [correction_from_the_target, residual_with_epsilon])
 def test_a_bent_rule_is_caught_by_the_same_procedure(models: tuple[Target, Drafter], rule: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the level that passes the true rule, with no more draws; plain sampling, which has no residual, still passes."""
-    monkeypatch.setattr("dspark.verify.residual", rule)
+    monkeypatch.setattr("dspark.verify.accept.residual", rule)
     names = ["plain", "fixed:5", "adaptive", "conditional:0.25", COPYING]
     p_values = dict(zip(names, holm([p_value(models, name, SETTINGS[0], N) for name in names]), strict=True))
     assert p_values.pop("plain") > 1e-3

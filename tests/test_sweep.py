@@ -9,7 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from dspark import sweep
+from dspark.lab import sweep
 
 CODE = """
 import json

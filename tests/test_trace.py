@@ -13,15 +13,15 @@ from test_equality import Wavering, random_prompt
 from tiny import full_disk, tiny_drafter, tiny_target
 
 import dspark
+from dspark.bench.replay import Oracle, replay
 from dspark.bench.results import read_results, write_results
-from dspark.calibrate import rollouts
+from dspark.bench.trace import StepTimes, Trace, from_rounds, record
+from dspark.bench.trace_file import load_trace, load_traces, row_trace, save_trace, trace_row, traces_frame
 from dspark.decode import Round
+from dspark.draft.lookup import ContextLookup
 from dspark.lab.replaying import trace_decode
-from dspark.lookup import ContextLookup
-from dspark.replay import Oracle, replay
 from dspark.schedule import Policy
-from dspark.trace import StepTimes, Trace, from_rounds, record
-from dspark.trace_file import load_trace, load_traces, row_trace, save_trace, trace_row, traces_frame
+from dspark.tune.calibrate import rollouts
 
 TIMES = StepTimes({n: 1e-3 + 1e-4 * n for n in range(9)}, {n: 1e-2 + 1e-3 * n for n in range(1, 10)}, 1e-5, 1e-4)
 PROMPT = [5, 6, 7]

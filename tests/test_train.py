@@ -14,8 +14,8 @@ from tiny import tiny_drafter, tiny_target
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import dspark.train.__main__
-from dspark.backbone import Context, block_mask
-from dspark.target import Target
+from dspark.draft.backbone import Context, block_mask
+from dspark.target.target import Target
 from dspark.train.blocks import block_loss, choose_blocks
 from dspark.train.corpus import Corpus
 from dspark.train.features import FeatureStore, all_text

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dspark.sampling import Chance, Sampling, nucleus
-from dspark.verify import accept, residual
+from dspark.verify.accept import accept, residual
+from dspark.verify.sampling import Chance, Sampling, nucleus
 
 N = 20_000
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from dspark.baselines.stock import by_early_exit, by_prompt_lookup, by_transformers
 from dspark.bench.measure import Decoder, Settings, by_dspark
+from dspark.bench.stock import by_early_exit, by_prompt_lookup, by_transformers
 from dspark.decode import DraftSource
-from dspark.draft import Drafter
-from dspark.lookup import ContextLookup
-from dspark.profile import sps_curve
+from dspark.draft.drafter import Drafter
+from dspark.draft.lookup import ContextLookup
 from dspark.schedule import MTP1, SIBLING_RATES, AdaptiveWindow, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler, Shortened
-from dspark.target import Target
+from dspark.target.target import Target
+from dspark.tune.profile import sps_curve
 
 CHOICES = (
     "plain, generate, lookup[:N] and assisted[:LAYERS] (transformers), copy[:N] (no drafter), fixed[:N], mtp1, "

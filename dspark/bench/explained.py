@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from dspark.bench.stats import acceptance_by_position, speedups
-from dspark.predict import SPS, expected_tokens_per_round, predict_speedup
-from dspark.profile import SPSCurve
+from dspark.tune.predict import SPS, expected_tokens_per_round, predict_speedup
+from dspark.tune.profile import SPSCurve
 
 PLAIN = "plain"
 WITHIN = 0.10  # what the prediction is held to
@@ -66,7 +66,7 @@ def summary_by_domain(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def check_predictions(frame: pd.DataFrame, sps: SPS | None = None) -> pd.DataFrame:
-    """:func:`dspark.predict.predict_speedup` against the run, for every fixed window and domain.
+    """:func:`dspark.tune.predict.predict_speedup` against the run, for every fixed window and domain.
 
     sps: measured apart from the run; None takes the run's own median step times, which checks the law and not the profile.
     Columns arm, domain, window, tokens_per_round (predicted from the conditional acceptance by position), predicted, speedup

@@ -18,14 +18,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from dspark.baselines.stock import by_transformers
 from dspark.bench.arms import Models
 from dspark.bench.measure import Decoder, Settings, Trial, first_divergence
 from dspark.bench.plan import Plan
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
+from dspark.bench.stock import by_transformers
 from dspark.decode import Round
-from dspark.target import Target
+from dspark.target.target import Target
 
 
 class Pass(NamedTuple):

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from dspark.decode import DraftSource, Round, decode
-from dspark.lookup import COPIED
+from dspark.draft.lookup import COPIED
 from dspark.schedule import Policy
-from dspark.target import Target
+from dspark.target.target import Target
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dspark.decode import DraftSource
-from dspark.draft import Draft
-from dspark.sampling import Sampling
-from dspark.target import Target
+from dspark.draft.drafter import Draft
+from dspark.target.target import Target
+from dspark.verify.sampling import Sampling
 
 
 class _Stand:

@@ -15,11 +15,11 @@ from dspark.bench.measure import Settings
 from dspark.bench.prompts import DOMAINS, PromptItem, load_prompts
 from dspark.bench.provenance import cores, drafter_columns
 from dspark.bench.results import SCHEMA_VERSION
-from dspark.checkpoint import load_drafter
-from dspark.draft import Drafter
-from dspark.profile import cpu_name, is_packed
-from dspark.sampling import Sampling
-from dspark.target import DTYPES, load_target
+from dspark.draft.drafter import Drafter
+from dspark.formats.checkpoint import load_drafter
+from dspark.target.target import DTYPES, load_target
+from dspark.tune.profile import cpu_name, is_packed
+from dspark.verify.sampling import Sampling
 
 T = TypeVar("T")
 

@@ -10,15 +10,15 @@ import numpy as np
 import pandas as pd
 
 from dspark.bench.arms import parse_arm
+from dspark.bench.replay import Oracle, replay
 from dspark.bench.rollouts import rollouts_of
 from dspark.bench.stats import RESAMPLES, interval, summarise
-from dspark.calibrate import AS_TRAINED, Calibration
-from dspark.replay import Oracle, replay
+from dspark.bench.trace import StepTimes, Trace
 from dspark.schedule import Autoregressive, ConfidenceThreshold, Policy, PrefixScheduler
-from dspark.trace import StepTimes, Trace
+from dspark.tune.calibrate import AS_TRAINED, Calibration
 
 Row = dict[str, object]
-Traces = Sequence[tuple[Row, Trace]]  # as dspark.trace_file.load_traces gives them
+Traces = Sequence[tuple[Row, Trace]]  # as dspark.bench.trace_file.load_traces gives them
 ORACLE, PREFIX, PRICED = "oracle", "prefix", "prefix, draft priced"
 ALL = "all"
 WINDOW = r"fixed:\d+"

@@ -16,9 +16,9 @@ import transformers
 
 import dspark
 from dspark.bench.results import SCHEMA_VERSION
-from dspark.draft import Drafter
-from dspark.profile import cpu_name, device_name, is_packed
-from dspark.target import Target
+from dspark.draft.drafter import Drafter
+from dspark.target.target import Target
+from dspark.tune.profile import cpu_name, device_name, is_packed
 
 
 def environment(target: Target) -> dict[str, object]:

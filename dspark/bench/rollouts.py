@@ -24,13 +24,13 @@ from dspark.bench.place import place
 from dspark.bench.plan import Plan, Unit, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, drafter_digest, environment
 from dspark.bench.results import Ledger, Row, read_rows
-from dspark.calibrate import Calibration, Rollouts, calibrate, calibration_report, ranking_together, rollouts
-from dspark.checkpoint import CONFIG, data_dir, load_drafter, save_drafter
 from dspark.decode import generate
-from dspark.draft import Drafter
-from dspark.sampling import Sampling
+from dspark.draft.drafter import Drafter
+from dspark.formats.checkpoint import CONFIG, data_dir, load_drafter, save_drafter
 from dspark.schedule import FixedWindow
-from dspark.target import Target
+from dspark.target.target import Target
+from dspark.tune.calibrate import Calibration, Rollouts, calibrate, calibration_report, ranking_together, rollouts
+from dspark.verify.sampling import Sampling
 
 COMMAND = "python -m dspark.bench.rollouts"
 TEMPERATURES = (0.0, 1.0)

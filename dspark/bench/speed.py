@@ -16,7 +16,7 @@ from dspark.bench.measure import Decoder, Trial, first_divergence, summary
 from dspark.bench.plan import Plan, Unit, rotated
 from dspark.bench.provenance import drafter_columns, environment, peak_rss_mib
 from dspark.bench.results import Ledger, Row, read_rows
-from dspark.target import Target
+from dspark.target.target import Target
 
 
 def measure_speed(plan: Plan, models: Models, out: Path) -> pd.DataFrame:

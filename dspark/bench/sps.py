@@ -26,8 +26,8 @@ from dspark.bench.place import place
 from dspark.bench.plan import Plan, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import read_rows, write_results
-from dspark.profile import WIDTHS, SPSCurve, median_steps
-from dspark.trace import draft_times
+from dspark.bench.trace import draft_times
+from dspark.tune.profile import WIDTHS, SPSCurve, median_steps
 
 COMMAND = "python -m dspark.bench.sps"
 CONTEXTS = (128, 512, 1536)  # tokens in the cache

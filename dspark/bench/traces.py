@@ -18,9 +18,9 @@ from dspark.bench.place import place
 from dspark.bench.plan import Plan, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import Ledger, Row, read_rows
+from dspark.bench.trace import StepTimes, Trace, measured_times, record
+from dspark.bench.trace_file import COMMAND, SCHEMA_VERSION, load_traces, row_trace, trace_row, traces_frame
 from dspark.decode import DraftSource
-from dspark.trace import StepTimes, Trace, measured_times, record
-from dspark.trace_file import COMMAND, SCHEMA_VERSION, load_traces, row_trace, trace_row, traces_frame
 
 Traces = list[tuple[Row, Trace]]
 

@@ -12,8 +12,8 @@ import plotly.graph_objects as go
 
 from dspark.lab.proof import laws
 from dspark.proof.branches import enumerate_law
-from dspark.sampling import Chance
-from dspark.verify import accept
+from dspark.verify.accept import accept
+from dspark.verify.sampling import Chance
 
 FIRST, SECOND = ("of", "no"), ("course", "problem")
 PAIRS = tuple(f"{a} {b}" for a, b in product(FIRST, SECOND))
@@ -33,7 +33,7 @@ def pair_law(fit: Fraction) -> dict[str, Fraction]:
 
 
 def accepted_words(fit: Fraction) -> tuple[Fraction, dict[str, Fraction]]:
-    """Every branch of drafting two words and checking them with :func:`dspark.verify.accept`: the expected number of accepted
+    """Every branch of drafting two words and checking them with :func:`dspark.verify.accept.accept`: the expected number of accepted
     drafts, and the law of the two words that come out, which must be the target's whatever ``fit`` is."""
     half, one = Fraction(1, 2), Fraction(1)
     fitting = np.array([[fit, 1 - fit], [1 - fit, fit]], dtype=object)  # [first word, second word]

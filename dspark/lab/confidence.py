@@ -6,9 +6,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dspark import published
-from dspark.calibrate import AS_TRAINED, Calibration, Rollouts, calibration_error, ranking_quality, reliability
+from dspark.bench import published
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, dressed
+from dspark.tune.calibrate import AS_TRAINED, Calibration, Rollouts, calibration_error, ranking_quality, reliability
 
 LEAST = 0.05  # checked drafts a round below which an acceptance rate is one of a handful of drafts
 

@@ -16,12 +16,12 @@ import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
-from dspark import published
+from dspark.bench import published
 from dspark.bench.speed import read_speed
 from dspark.bench.stats import acceptance_by_position, interval
-from dspark.draft import Drafter
+from dspark.draft.drafter import Drafter
 from dspark.lab.figures import FATES, GREY, dressed
-from dspark.target import Target
+from dspark.target.target import Target
 
 LOOKS = {  # drafter → name, colour, dash
     "dspark": ("DSpark", FATES["draft"].colour(), "solid"),

@@ -14,19 +14,19 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
+from dspark.bench.trace import Trace, from_rounds
+from dspark.bench.trace_file import save_trace
 from dspark.decode import DraftSource, Output, Round
-from dspark.draft import Drafter
+from dspark.draft.drafter import Drafter
+from dspark.draft.lookup import ContextLookup
 from dspark.lab import strips
 from dspark.lab.controls import PolicyControls, policy_of
 from dspark.lab.live_widgets import EXAMPLES, LiveWidgets
 from dspark.lab.session import Request, Session, one_sentence
 from dspark.lab.text import numbers, remembered, streaming_text, tally
-from dspark.lookup import ContextLookup
-from dspark.profile import sps_curve
 from dspark.schedule import FixedWindow
-from dspark.target import Target
-from dspark.trace import Trace, from_rounds
-from dspark.trace_file import save_trace
+from dspark.target.target import Target
+from dspark.tune.profile import sps_curve
 
 INTERVAL = 0.12  # seconds between two drawings: quicker than that nobody reads, and the decoder wants the processor
 SLOW = 0.7  # seconds that slow motion shows each half of a round

@@ -1,10 +1,10 @@
-"""What the paper reports, to be printed beside what was measured here. Quoted (:mod:`dspark.published`), never measured by us."""
+"""What the paper reports, to be printed beside what was measured here. Quoted (:mod:`dspark.bench.published`), never measured by us."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-from dspark import published
+from dspark.bench import published
 
 TABLE_1 = f"{published.SOURCE}, {published.TABLE_1}, {published.COMPARED}"
 

@@ -1,6 +1,6 @@
 """The replay panel: a trace under sliders. Windows, checks in vain, τ and the predicted speed-up of any policy, without a model.
 
-Every move of a slider replays the whole text (:mod:`dspark.replay`, milliseconds) and draws it anew.
+Every move of a slider replays the whole text (:mod:`dspark.bench.replay`, milliseconds) and draws it anew.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from pathlib import Path
 import ipywidgets as w
 
 from dspark.bench.prompts import data_dir
+from dspark.bench.replay import replay
+from dspark.bench.trace import LONGEST_CHARACTER, Trace
+from dspark.bench.trace_file import load_traces, save_trace
 from dspark.decode import Round
 from dspark.lab import strips
 from dspark.lab.controls import STYLE, PolicyControls, alert, column, family, heat_colours, policy_of, row, short
 from dspark.lab.figures import Decode
 from dspark.lab.session import one_sentence
 from dspark.lab.text import Tally, numbers, remembered, streaming_text, tally
-from dspark.replay import replay
 from dspark.schedule import Autoregressive
-from dspark.trace import LONGEST_CHARACTER, Trace
-from dspark.trace_file import load_traces, save_trace
 
 
 def sample_traces() -> Path:

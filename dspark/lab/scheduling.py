@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 
 from dspark.bench.policies import ALL, ORACLE, against_windows, against_windows_interval, pooled
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, dressed
-from dspark.profile import SPSCurve
 from dspark.schedule import Admission
+from dspark.tune.profile import SPSCurve
 
 MARKS = (("circle", "draft"), ("square", "correction"), ("diamond", "bonus"), ("cross", "copy"))
 

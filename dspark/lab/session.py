@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dspark.decode import DraftSource, Round, decode
 from dspark.schedule import Autoregressive, Policy
-from dspark.target import Target
+from dspark.target.target import Target
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from dspark import published
+from dspark.bench import published
 from dspark.bench.arms import parse_arm, separated
 from dspark.bench.explained import PLAIN, WITHIN, explained
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.figures import FATES, GREY, dressed
-from dspark.predict import BreakEven
+from dspark.tune.predict import BreakEven
 
 MTP1 = "mtp1"
 # Quoted, never measured here: per-user speed at matched throughput over MTP-1, in production on many GPUs.

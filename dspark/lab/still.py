@@ -6,15 +6,15 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from dspark.bench.replay import replay
+from dspark.bench.trace import Trace
 from dspark.decode import Round
 from dspark.lab import strips
 from dspark.lab.controls import short
 from dspark.lab.figures import FATES, GREY, Decode, fates, whole_pieces
 from dspark.lab.replaying import prompt_of, trace_decode
 from dspark.lab.text import tally
-from dspark.replay import replay
 from dspark.schedule import AdaptiveWindow, Autoregressive, Policy
-from dspark.trace import Trace
 
 COLUMNS, CELL, LINE, TOP = 92, 7.5, 19, 60  # characters in a line, pixels of one, pixels of a line, and where the first begins
 

@@ -9,13 +9,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dspark.bench.rollouts import FIT, JUDGE, judged, ranked, rollouts_of
-from dspark.calibrate import AS_TRAINED, Calibration, Rollouts, calibrate, reliability
 from dspark.lab.figures import GREY
 from dspark.lab.static import INKS
 from dspark.paper.figures import WIDTH, dress, printed, wilson
 from dspark.paper.macros import MEASURED, SETTING, Macro, integer, listed, number, percent, styled
 from dspark.paper.part import Part
 from dspark.paper.tables import floated, tabular
+from dspark.tune.calibrate import AS_TRAINED, Calibration, Rollouts, calibrate, reliability
 
 FILE = "rollouts-dev"
 FITTED = 1.0  # sampling temperature

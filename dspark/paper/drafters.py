@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dspark import published
+from dspark.bench import published
 from dspark.lab.drafters import head_shares, joined, pooled_positions, tau_gains
 from dspark.lab.static import INKS, MARKS
 from dspark.paper.figures import WIDTH, dress, printed, wilson

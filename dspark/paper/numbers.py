@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from dspark import published
+from dspark.bench import published
 from dspark.bench.identity import beyond_rounding
 from dspark.bench.results import read_rows
 from dspark.bench.stats import ALL, summarise
-from dspark.lookup import LEAST_SURVIVAL, LONGEST, RATES
+from dspark.draft.lookup import LEAST_SURVIVAL, LONGEST, RATES
 from dspark.paper import confidence, drafters, policies, shapes, steps
 from dspark.paper.latency import largest_error, with_prediction
 from dspark.paper.macros import (

@@ -19,10 +19,10 @@ from dspark.bench.policies import (
     timed_against_windows,
     windows,
 )
+from dspark.bench.trace_file import traces_of
 from dspark.paper.macros import MEASURED, SETTING, SIMULATED, Macro, code, escaped, integer, number, percent, styled, times
 from dspark.paper.part import Part
 from dspark.paper.tables import floated, tabular
-from dspark.trace_file import traces_of
 
 FILE = "traces-test"
 PEERS = "peers-"  # how the names of runs begin in which all policies were timed

@@ -1,9 +1,9 @@
 """What others published, as macros with where it stands; nothing of it was measured by us. The numbers that notebooks quote, too, come
-from :mod:`dspark.published`."""
+from :mod:`dspark.bench.published`."""
 
 from __future__ import annotations
 
-from dspark import published
+from dspark.bench import published
 from dspark.paper.macros import QUOTED, Macro, percent
 
 PERCENT = r"\,\%"

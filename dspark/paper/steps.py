@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dspark import published
+from dspark.bench import published
 from dspark.bench.explained import WITHIN, check_predictions
 from dspark.bench.sps import COMMAND, curve_of
 from dspark.lab.static import INKS, MARKS
 from dspark.paper.figures import WIDTH, dress, printed
 from dspark.paper.macros import MEASURED, SETTING, SIMULATED, Macro, integer, number, percent
 from dspark.paper.part import Part
-from dspark.predict import break_even
+from dspark.tune.predict import break_even
 
 FILE = "sps-bfloat16"
 TIMED = ("speed-", "peers-")  # how the names of speed runs begin

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from dspark.bench.published import BENCHMARKS, TAU
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.static import caption
 from dspark.paper import quoted
 from dspark.paper.latency import with_prediction
 from dspark.paper.macros import MEASURED, QUOTED, SIMULATED, code, escaped, integer, number, styled, times
-from dspark.published import BENCHMARKS, TAU
 
 
 def speed(frame: pd.DataFrame, label: str) -> str:

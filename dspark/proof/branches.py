@@ -1,7 +1,7 @@
 """Randomness as a tree: a run is repeated once for every way in which its questions can be answered, so its law is a sum of fractions.
 
 Nothing is rounded. A float32 is a fraction, and the acceptance rule only subtracts, clips, sums and divides: given rows of
-fractions, the product's own :func:`dspark.verify.accept` computes exactly.
+fractions, the product's own :func:`dspark.verify.accept.accept` computes exactly.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from dspark.decode import DraftSource
-from dspark.draft import Admits, Draft
-from dspark.sampling import Chance, Sampling
+from dspark.draft.drafter import Admits, Draft
+from dspark.verify.sampling import Chance, Sampling
 
 Law = dict[tuple[int, ...], Fraction]
 

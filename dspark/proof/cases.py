@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark.decode import DraftSource
-from dspark.draft import Drafter
-from dspark.lookup import ContextLookup
+from dspark.draft.drafter import Drafter
+from dspark.draft.lookup import ContextLookup
 from dspark.proof.branches import ExactSampling
 from dspark.rewind import RewindCache
 from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler
-from dspark.target import Target
+from dspark.target.target import Target
 from dspark.train.start import drafter_for
 
 PROMPT = [0, 1, 0]

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from dspark.bench.provenance import cores, environment
 from dspark.bench.results import Ledger, Row
 from dspark.decode import DraftSource, generate
-from dspark.draft import Drafter
-from dspark.lookup import ContextLookup
+from dspark.draft.drafter import Drafter
+from dspark.draft.lookup import ContextLookup
 from dspark.phrases import PhraseMemory
 from dspark.proof.cases import JAGGED, LEVEL, SMOOTH
 from dspark.proof.inputs import digest
@@ -43,7 +43,7 @@ from dspark.proof.tiny import (
 from dspark.proof.workers import side_by_side
 from dspark.rewind import FIRST_CAPACITY
 from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler, Shortened
-from dspark.target import Prompt, Target
+from dspark.target.target import Prompt, Target
 
 BLOCK_SIZES = range(1, 9)
 ERRORS = (0.1, 0.4)  # shares of wrong tokens in drafts of the coming text

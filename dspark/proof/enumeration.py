@@ -30,9 +30,9 @@ from dspark.proof.inputs import digest
 from dspark.proof.tables import PAIR, PAIR_POLICIES
 from dspark.proof.workers import side_by_side
 from dspark.rewind import GrowingKV, RewindCache
-from dspark.sampling import Chance
 from dspark.schedule import Policy
-from dspark.target import Target
+from dspark.target.target import Target
+from dspark.verify.sampling import Chance
 
 
 class Trip(NamedTuple):

@@ -13,7 +13,7 @@ import transformers
 
 import dspark
 from dspark.bench.prompts import data_dir
-from dspark.checkpoint import default_drafter
+from dspark.formats.checkpoint import default_drafter
 
 PACKAGE = Path(dspark.__file__).parent
 
@@ -51,7 +51,7 @@ def _deeds(module: Path) -> bytes:
 
 
 def shipped_files() -> list[Path]:
-    """The prompts and the default target's drafter. The target itself is pinned in dspark/fetch.py."""
+    """The prompts and the default target's drafter. The target itself is pinned in dspark/formats/fetch.py."""
     return [*sorted((data_dir() / "prompts").glob("*.jsonl")), *sorted(default_drafter().iterdir())]
 
 

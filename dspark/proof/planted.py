@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 import dspark
 from dspark.bench.provenance import cores, revision
 from dspark.bench.results import SCHEMA_VERSION, Ledger, Row
-from dspark.profile import cpu_name
 from dspark.proof.inputs import digest
+from dspark.tune.profile import cpu_name
 
 ROOT = Path(dspark.__file__).resolve().parents[1]
 FORKS = Path(__file__).with_name("forks.py")

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dspark.backbone import Context
-from dspark.draft import Drafter
+from dspark.draft.backbone import Context
+from dspark.draft.drafter import Drafter
 from dspark.rewind import GrowingKV, RewindCache
-from dspark.sampling import Sampling
-from dspark.target import Target
+from dspark.target.target import Target
+from dspark.verify.sampling import Sampling
 
 Text = tuple[int, ...]  # new tokens, behind the prompt
 BATCH = 16  # prefixes in one pass; a batch costs little more than a single row
@@ -119,7 +119,7 @@ class RememberedTarget:
     def forward(
         self, token_ids: Tensor, cache: TokenCache, taps: Sequence[int] = (), *, logits_to_keep: int = 0, siblings: Sequence[int] = ()
     ) -> tuple[dict[int | tuple[int, int], list[Tensor] | Tensor], Tensor | None]:
-        """As :meth:`dspark.target.Target.forward`; of the logits [1, n, vocab] there are [0] and [0, -1], which the loop reads."""
+        """As :meth:`dspark.target.target.Target.forward`; of the logits [1, n, vocab] there are [0] and [0, -1], which the loop reads."""
         first, tokens = cache.length, token_ids[0].tolist()
         cache.tokens += tokens
         if first == 0:

@@ -21,18 +21,18 @@ from tqdm.auto import tqdm
 from dspark.bench.prompts import load_prompts
 from dspark.bench.provenance import cores, drafter_columns, environment
 from dspark.bench.results import Ledger, Row
-from dspark.checkpoint import load_drafter
 from dspark.decode import DraftSource, rounds
-from dspark.draft import Drafter
-from dspark.lookup import ContextLookup
+from dspark.draft.drafter import Drafter
+from dspark.draft.lookup import ContextLookup
+from dspark.formats.checkpoint import load_drafter
 from dspark.proof.cases import StepsPerSecond
 from dspark.proof.inputs import digest, shipped_files
 from dspark.proof.remembered import RememberedSampling, RememberedTarget, RememberingDrafter, Text, Tree, WatchedTarget, grow
 from dspark.proof.statistics import Comparison, compare, detectable_tv, holm, together
 from dspark.proof.workers import side_by_side
-from dspark.sampling import Chance, Sampling
 from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler
-from dspark.target import Target, load_target
+from dspark.target.target import Target, load_target
+from dspark.verify.sampling import Chance, Sampling
 
 TOKENS = 3  # the joint law of so many new tokens
 LIMIT = 64  # new tokens at most: far away, so that no window is shortened

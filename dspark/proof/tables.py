@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from dspark.proof.branches import Law, enumerate_law
-from dspark.sampling import Chance
 from dspark.schedule import ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler
-from dspark.verify import accept
+from dspark.verify.accept import accept
+from dspark.verify.sampling import Chance
 
 Text = tuple[int, ...]
 BLOCK_SIZE = 2

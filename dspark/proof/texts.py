@@ -25,12 +25,12 @@ from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
 from dspark.bench.table import identity_table
 from dspark.decode import DraftSource
-from dspark.draft import Drafter
+from dspark.draft.drafter import Drafter
 from dspark.proof.inputs import digest, shipped_files
 from dspark.proof.remembered import PrefilledTarget
 from dspark.proof.workers import side_by_side
 from dspark.schedule import Policy
-from dspark.target import Target
+from dspark.target.target import Target
 
 PLAIN = "plain"
 WINDOWS = {f"fixed:{n}": n for n in range(1, 9)} | {"mtp1": 1}

@@ -12,11 +12,11 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dspark.backbone import DrafterConfig
-from dspark.draft import Admits, Draft, Drafter, Vote, everything
-from dspark.sampling import Chance, Sampling
-from dspark.target import Target
+from dspark.draft.backbone import DrafterConfig
+from dspark.draft.drafter import Admits, Draft, Drafter, Vote, everything
+from dspark.target.target import Target
 from dspark.train.start import drafter_for
+from dspark.verify.sampling import Chance, Sampling
 
 HEADS = ({"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}, {"markov_rank": 0})
 SHAPES = [  # grouped, single and as many key-value heads as query heads; head and embedding apart, and the same

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.draft import Drafter
+from dspark.draft.drafter import Drafter
 from dspark.train.features import Shard
 from dspark.train.losses import HeadLoss, LossWeights, position_weights
 

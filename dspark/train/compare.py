@@ -27,15 +27,15 @@ from dspark.bench.plan import Plan, rotated
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import SCHEMA_VERSION, Ledger, read_results, write_results
 from dspark.bench.speed import measure_speed
-from dspark.checkpoint import CONFIG, load_drafter, save_drafter
-from dspark.draft import Drafter
-from dspark.sampling import Chance, Sampling
-from dspark.target import Target
+from dspark.draft.drafter import Drafter
+from dspark.formats.checkpoint import CONFIG, load_drafter, save_drafter
+from dspark.target.target import Target
 from dspark.train.corpus import load_corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import Trainer
 from dspark.train.run import train_to
 from dspark.train.variants import VARIANTS, Recipe, Variant
+from dspark.verify.sampling import Chance, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def _times(target: Target, drafter: Drafter, text: list[int]) -> dict[str, float
 
 @torch.inference_mode()
 def _run_head(drafter: Drafter, hidden: Tensor) -> None:
-    """What :meth:`dspark.draft.Drafter.draft` does because there is a sequential head, and nothing else."""
+    """What :meth:`dspark.draft.drafter.Drafter.draft` does because there is a sequential head, and nothing else."""
     if (head := drafter.markov_head) is None:
         return
     logits, state = torch.zeros(len(drafter.d2t), device=hidden.device), None

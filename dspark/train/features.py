@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark.target import Taps, Target
+from dspark.target.target import Taps, Target
 from dspark.train.corpus import Corpus
 
 SHARD_ROWS = 64  # 200 MB of features at hidden 576 and five taps; the last shard, full or not, is held out

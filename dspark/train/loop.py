@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark.draft import Drafter
-from dspark.target import Target
+from dspark.draft.drafter import Drafter
+from dspark.target.target import Target
 from dspark.train.blocks import Blocks, StepResult, block_loss, choose_blocks
 from dspark.train.features import FeatureStore, Shard
 from dspark.train.interrupt import held_back

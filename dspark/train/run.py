@@ -11,9 +11,9 @@ import torch
 from tqdm.auto import tqdm
 
 from dspark.bench.provenance import revision
-from dspark.checkpoint import save_drafter
-from dspark.profile import cpu_name, device_name
+from dspark.formats.checkpoint import save_drafter
 from dspark.train.loop import Trainer
+from dspark.tune.profile import cpu_name, device_name
 
 
 def train_to(trainer: Trainer, out: Path, *, validate_every: int, about: dict[str, object]) -> None:

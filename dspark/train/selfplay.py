@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dspark.target import Target
+from dspark.target.target import Target
 from dspark.train.corpus import Corpus, concatenate, load_corpus, save_corpus, write_atomically
 from dspark.train.subjects import SUBJECTS, Subject
 from dspark.train.turns import Turns, head_of, turns_of

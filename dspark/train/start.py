@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dspark.backbone import DrafterConfig
-from dspark.draft import Drafter
-from dspark.target import Target
+from dspark.draft.backbone import DrafterConfig
+from dspark.draft.drafter import Drafter
+from dspark.target.target import Target
 
 
 def frequent_tokens(token_ids: Tensor, assistant: Tensor, count: int, vocab_size: int, always: frozenset[int]) -> Tensor:

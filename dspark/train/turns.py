@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jinja2 import TemplateError
 
-from dspark.target import Target
+from dspark.target.target import Target
 
 log = logging.getLogger(__name__)
 

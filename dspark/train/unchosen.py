@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from dspark.checkpoint import ready
-from dspark.draft import Drafter
-from dspark.target import Target
+from dspark.draft.drafter import Drafter
+from dspark.formats.checkpoint import ready
+from dspark.target.target import Target
 from dspark.train.corpus import Corpus
 from dspark.train.start import drafter_for, spread
 
@@ -15,7 +15,7 @@ LAYERS, BLOCK_SIZE, MARKOV_RANK, DRAFT_VOCAB = 2, 5, 48, 8192
 
 def sketch_for(target: Target, layers: int = LAYERS, block_size: int = BLOCK_SIZE) -> Drafter:
     """A drafter of the shape that training gives by default, ready to draft but with nothing learnt: what a block costs depends on
-    shapes alone, so it can be timed before anything is trained (:func:`dspark.profile.profile_draft`)."""
+    shapes alone, so it can be timed before anything is trained (:func:`dspark.tune.profile.profile_draft`)."""
     shape = {"num_hidden_layers": layers, "block_size": block_size, "target_layer_ids": spread_taps(target.num_layers)}
     d2t = torch.arange(min(DRAFT_VOCAB, target.vocab_size))
     drafter = drafter_for(target, d2t=d2t, markov_rank=MARKOV_RANK, mask_token_id=0, **shape)

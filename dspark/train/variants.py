@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dspark.baselines.eagle import EagleDrafter
-from dspark.draft import Drafter
-from dspark.target import Target
+from dspark.draft.drafter import Drafter
+from dspark.draft.eagle import EagleDrafter
+from dspark.target.target import Target
 from dspark.train.corpus import Corpus
 from dspark.train.loop import TrainConfig
 from dspark.train.start import drafter_for, frequent_tokens, spread

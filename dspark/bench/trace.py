@@ -1,7 +1,7 @@
 """Traces: what happened at every position of a text, so that panels and policies can be tried without a model.
 
 A complete trace holds the whole block, drafted and checked by the target, at EVERY position of the greedy text. Any policy's run is
-a walk over some of these positions, so :mod:`dspark.replay` gives the very rounds that the policy would have made.
+a walk over some of these positions, so :mod:`dspark.bench.replay` gives the very rounds that the policy would have made.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from dspark.bench.provenance import drafter_digest
 from dspark.decode import DraftSource, Round, _Clock, rounds
-from dspark.lookup import COPIED
-from dspark.profile import SPSCurve, profile_sps
-from dspark.sampling import Chance, Sampling
+from dspark.draft.lookup import COPIED
 from dspark.schedule import FixedWindow
-from dspark.target import Prompt, Target
+from dspark.target.target import Prompt, Target
+from dspark.tune.profile import SPSCurve, profile_sps
+from dspark.verify.sampling import Chance, Sampling
 
 BROKEN = "\ufffd"  # what decoding shows where bytes of a character are missing
 LONGEST_CHARACTER = 4  # tokens: a byte each
@@ -59,7 +59,7 @@ class StepTimes:
 
 def _curve(seconds: dict[int, float]) -> SPSCurve:
     if not seconds:
-        raise ValueError("the trace has no step times: record it with dspark.trace.record, or give it times=StepTimes(…)")
+        raise ValueError("the trace has no step times: record it with dspark.bench.trace.record, or give it times=StepTimes(…)")
     return SPSCurve(tuple(sorted(seconds)), tuple(max(seconds[width], 1e-9) for width in sorted(seconds)))
 
 

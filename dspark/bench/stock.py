@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dspark.bench.measure import Decoder, Settings, Trial, opaque_round
-from dspark.profile import is_packed
-from dspark.target import Target
+from dspark.target.target import Target
+from dspark.tune.profile import is_packed
 
 LOOKUP_TOKENS = 10  # what transformers' own documentation uses
 

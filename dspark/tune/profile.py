@@ -18,11 +18,11 @@ from statistics import median
 
 import torch
 
-from dspark.draft import Drafter
-from dspark.fetch import cache_dir
-from dspark.packed import PackedLinear
-from dspark.sampling import Chance, Sampling
-from dspark.target import Target
+from dspark.cpu.packed import PackedLinear
+from dspark.draft.drafter import Drafter
+from dspark.formats.fetch import cache_dir
+from dspark.target.target import Target
+from dspark.verify.sampling import Chance, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class SPSCurve:
     """SPS(B): target steps per second when one step checks B tokens. Called with B, it never rises in B.
 
     widths: measured B, ascending · seconds: median step time at each; a wider step that was measured faster, by chance or because
-    a token alone attends slowly (:mod:`dspark.attention`), is given the time of the narrower one (running maximum). Between widths
+    a token alone attends slowly (:mod:`dspark.cpu.attention`), is given the time of the narrower one (running maximum). Between widths
     the step TIME is linear. Below the first it is constant; behind the last it grows with the last slope or the mean one, whichever
     is steeper: noise must not make tokens look free.
     """
@@ -184,7 +184,7 @@ def _write(path: Path, content: dict[str, object]) -> None:
 
 
 def is_packed(target: Target) -> bool:
-    """Whether the target's weights were rearranged for speed (:mod:`dspark.packed`)."""
+    """Whether the target's weights were rearranged for speed (:mod:`dspark.cpu.packed`)."""
     return any(isinstance(module, PackedLinear) for module in target.model.modules())
 
 

@@ -15,11 +15,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dspark.architecture import attention_layers, can_branch, decoder_of, num_shared_layers, steady_context
-from dspark.attention import share_keys
-from dspark.fetch import converted_gguf, default_folder
-from dspark.packed import can_pack, pack_linears
+from dspark.cpu.attention import share_keys
+from dspark.cpu.packed import can_pack, pack_linears
+from dspark.formats.fetch import converted_gguf, default_folder
 from dspark.rewind import RewindCache
+from dspark.target.families import attention_layers, can_branch, decoder_of, num_shared_layers, steady_context
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Target:
 
     @property
     def steady_context(self) -> int:
-        """Tokens up to which a position means the same in every pass (:func:`dspark.architecture.steady_context`)."""
+        """Tokens up to which a position means the same in every pass (:func:`dspark.target.families.steady_context`)."""
         return steady_context(self.config)
 
     @cached_property
@@ -108,8 +108,8 @@ class Target:
         return sha.hexdigest()[:16]
 
     def pack(self) -> Target:
-        """Lay the weights out for fast CPU passes where that is possible (:mod:`dspark.packed`), in place; the products stay the same,
-        and so does what attention gives a stream, without its copies (:mod:`dspark.attention`)."""
+        """Lay the weights out for fast CPU passes where that is possible (:mod:`dspark.cpu.packed`), in place; the products stay the same,
+        and so does what attention gives a stream, without its copies (:mod:`dspark.cpu.attention`)."""
         _ = self.digest  # reads the plain weights, so before they go
         if can_pack(self.head_weight):
             share_keys(self.decoder)
@@ -119,7 +119,7 @@ class Target:
 
     @property
     def can_branch(self) -> bool:
-        """Whether tokens can stand beside each other in one pass (:func:`dspark.architecture.can_branch`)."""
+        """Whether tokens can stand beside each other in one pass (:func:`dspark.target.families.can_branch`)."""
         return can_branch(self.model)
 
     @property

@@ -1,6 +1,6 @@
 """An autoregressive drafter in the manner of EAGLE-3 (Li et al., 2025): it drafts one token after another.
 
-It reads the same taps as :class:`dspark.draft.Drafter` and borrows the same embedding and head, but its one layer runs once per
+It reads the same taps as :class:`dspark.draft.drafter.Drafter` and borrows the same embedding and head, but its one layer runs once per
 drafted token. What the layer reads at a token's position is that token's embedding and a feature of the position before it: the
 target's taps, fused, where the target has been, and the layer's own output where it has not. Training lives through the same
 steps on the same outputs ("training-time test"), so that drafting meets nothing that training has not seen.
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dspark.backbone import Context, DrafterConfig, RMSNorm
-from dspark.draft import Admits, Draft, Drafter, DraftState, Vote, everything
+from dspark.draft.backbone import Context, DrafterConfig, RMSNorm
+from dspark.draft.drafter import Admits, Draft, Drafter, DraftState, Vote, everything
 from dspark.rewind import GrowingKV
-from dspark.sampling import Chance, Sampling
+from dspark.verify.sampling import Chance, Sampling
 
 
 @dataclass
@@ -81,7 +81,7 @@ class EagleDrafter(Drafter):
     # ---- training
 
     def block_hidden(self, token_ids: Tensor, taps: Tensor, tokens: Tensor, previous: Tensor, positions: Tensor) -> Tensor:
-        """γ steps of all blocks at once; see :meth:`dspark.draft.Drafter.block_hidden`. ``tokens`` is of no use here."""
+        """γ steps of all blocks at once; see :meth:`dspark.draft.drafter.Drafter.block_hidden`. ``tokens`` is of no use here."""
         features, anchors = self.fc(taps), positions[..., 0]  # [rows, length, hidden], [rows, anchors]
         stands = torch.arange(1, token_ids.shape[1], device=taps.device).expand(len(token_ids), -1)
         entries = _Unrolled(Context(*self._keys_values(self._inputs(token_ids[:, 1:], features[:, :-1]), stands)))

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dspark.backbone import DrafterConfig
-from dspark.draft import Drafter
-from dspark.target import Target
+from dspark.draft.backbone import DrafterConfig
+from dspark.draft.drafter import Drafter
+from dspark.target.target import Target
 
 NATIVE = {  # architecture → where its class lies: ours is at hand, a baseline is imported when one is read
-    "DSparkDrafter": "dspark.draft:Drafter",
-    "EagleDrafter": "dspark.baselines.eagle:EagleDrafter",
+    "DSparkDrafter": "dspark.draft.drafter:Drafter",
+    "EagleDrafter": "dspark.draft.eagle:EagleDrafter",
 }
 REFERENCE, SPECULATORS = "Qwen3DSparkModel", "dspark"
 FORMAT_VERSION = 1

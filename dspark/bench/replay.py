@@ -1,6 +1,6 @@
 """The rounds that a policy would have made, from a trace and without a model: milliseconds instead of minutes.
 
-Exact over a complete trace (:func:`dspark.trace.record`): greedy text is the same whatever the policy, so a round's outcome depends on
+Exact over a complete trace (:func:`dspark.bench.trace.record`): greedy text is the same whatever the policy, so a round's outcome depends on
 its position alone. Sampled text is not: see :func:`replay`.
 """
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dspark.bench.trace import StepTimes, Trace
 from dspark.decode import Round
-from dspark.lookup import COPIED
+from dspark.draft.lookup import COPIED
 from dspark.schedule import Past, Policy
-from dspark.trace import StepTimes, Trace
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Oracle(Policy):
     """
 
     def lengths(self, confidence: object) -> list[int]:
-        raise ValueError("the oracle knows the future of a complete trace only: pass it to dspark.replay.replay")
+        raise ValueError("the oracle knows the future of a complete trace only: pass it to dspark.bench.replay.replay")
 
 
 def replay(trace: Trace, policy: Policy, *, limit: int | None = None) -> list[Round]:
@@ -112,13 +112,13 @@ class _NoPast:
     def __getattr__(self, name: str) -> object:
         raise ValueError(
             "a policy that reads past rounds cannot be replayed over a live run, where its rounds would have stood elsewhere: "
-            "record a complete trace with dspark.trace.record"
+            "record a complete trace with dspark.bench.trace.record"
         )
 
 
 def _estimate(trace: Trace, policy: Policy) -> list[Round]:
     if isinstance(policy, Oracle):
-        raise ValueError("the oracle needs a complete trace: record one with dspark.trace.record")
+        raise ValueError("the oracle needs a complete trace: record one with dspark.bench.trace.record")
     past: Past = _NoPast()
     rounds = [trace.rounds[0]]
     for r in trace.rounds[1:]:

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.backbone import Context, DrafterConfig, Layer, RMSNorm, Rope, block_mask
-from dspark.fused import FusedBackbone
-from dspark.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, pack_linears
+from dspark.cpu.fused import FusedBackbone
+from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, pack_linears
+from dspark.draft.backbone import Context, DrafterConfig, Layer, RMSNorm, Rope, block_mask
 from dspark.phrases import PhraseMemory
 from dspark.rewind import GrowingKV
-from dspark.sampling import Chance, Sampling
-from dspark.target import Target
+from dspark.target.target import Target
+from dspark.verify.sampling import Chance, Sampling
 
 
 class SequentialHead(nn.Module):
@@ -126,7 +126,7 @@ class DraftState:
 class Drafter(nn.Module):
     """Backbone, sequential head and confidence head; embedding and LM head are the target's, frozen."""
 
-    architecture = "DSparkDrafter"  # what its config.json says; see :data:`dspark.layouts.NATIVE`
+    architecture = "DSparkDrafter"  # what its config.json says; see :data:`dspark.formats.native.NATIVE`
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()

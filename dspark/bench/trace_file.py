@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 
 from dspark.bench.results import Row, read_results, write_results
+from dspark.bench.trace import Trace
 from dspark.decode import Round
-from dspark.trace import Trace
 
 SCHEMA_VERSION = 1
 COMMAND = "python -m dspark.bench.traces"
@@ -50,7 +50,7 @@ def row_trace(row: Row) -> Trace:
         columns = {name: _cut(row[name], lengths[name]) for name in LISTS} | {name: list(row[name]) for name in NUMBERS}
         about = json.loads(row["about"])
     except KeyError as error:
-        raise ValueError(f"the row is no trace, it lacks {error}: pass a file written by dspark.trace_file") from None
+        raise ValueError(f"the row is no trace, it lacks {error}: pass a file written by dspark.bench.trace_file") from None
     columns["anchor"] = [None if anchor < 0 else int(anchor) for anchor in columns["anchor"]]
     columns["survival"] = [tuple(torch.tensor(c).cumprod(-1).tolist()) for c in columns["confidence"]]
     columns["index"] = range(len(columns["anchor"]))

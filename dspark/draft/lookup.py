@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dspark.draft import NOTHING, Admits, Draft, Drafter, DraftState, everything
+from dspark.draft.drafter import NOTHING, Admits, Draft, Drafter, DraftState, everything
 from dspark.phrases import ORDERS, PhraseMemory
-from dspark.sampling import Chance, Sampling
-from dspark.target import Target
+from dspark.target.target import Target
+from dspark.verify.sampling import Chance, Sampling
 
 MAX_COPY = 16  # tokens
 LEAST_SURVIVAL = 0.1  # a block ends where it is this unlikely to be right so far
@@ -129,7 +129,7 @@ class ContextLookup:
 
     def _vote(self, follows: Mapping[Gram, int], text: Sequence[int], drafts: Sequence[int]) -> tuple[int, float] | None:
         """What is known to follow the drafts so far, though nothing known follows the anchor: inside a block the drafter hears it
-        (:meth:`dspark.draft.Drafter.draft`)."""
+        (:meth:`dspark.draft.drafter.Drafter.draft`)."""
         found = self._follower(follows, [*text, *drafts])
         return found and found[:2]
 

@@ -1,4 +1,4 @@
-"""The drafter's backbone as one request runs it on a CPU: the sums of :mod:`dspark.backbone` in fewer and cheaper steps.
+"""The drafter's backbone as one request runs it on a CPU: the sums of :mod:`dspark.draft.backbone` in fewer and cheaper steps.
 
 A block has a handful of rows, so its pass costs what its calls and its weights' bytes cost, not its arithmetic. Here layers that
 read the same input are one product, queries and keys are normed and turned together, and the block's weights may have 8 bits: the
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.backbone import Layer, Rope
+from dspark.draft.backbone import Layer, Rope
 from dspark.rewind import GrowingKV
 
 if TYPE_CHECKING:
-    from dspark.draft import Drafter
+    from dspark.draft.drafter import Drafter
 
 FIRST_TABLE = 1024  # positions with known cosines and sines; grows by doubling
 
@@ -61,7 +61,7 @@ class FusedBackbone:
         self.table = Rope(torch.empty(1, 1, 0, 0), torch.empty(1, 1, 0, 0))
 
     def context(self, taps: Tensor, first: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """See :meth:`dspark.draft.Drafter.context`. taps: [1, tokens, m·hidden]; returns float32."""
+        """See :meth:`dspark.draft.drafter.Drafter.context`. taps: [1, tokens, m·hidden]; returns float32."""
         x = self.drafter.hidden_norm(self.drafter.fc(taps).float())
         per_layer = self.keys_values(x).float().view(taps.shape[1], len(self.layers), 2, -1, self.layers[0].head_dim)
         keys, values = per_layer.permute(2, 1, 3, 0, 4)  # two of [layers, kv_heads, tokens, head_dim]
@@ -69,7 +69,7 @@ class FusedBackbone:
         return [(k[None], v[None]) for k, v in zip(keys, values, strict=True)]
 
     def backbone(self, tokens: Tensor, positions: Tensor, contexts: Sequence[GrowingKV]) -> Tensor:
-        """See :meth:`dspark.draft.Drafter.backbone`. tokens, positions: [1, n], the latter in a row; returns float32."""
+        """See :meth:`dspark.draft.drafter.Drafter.backbone`. tokens, positions: [1, n], the latter in a row; returns float32."""
         x = self.drafter.embed(tokens).float()
         rope = self.rope(int(positions[0, 0]), tokens.shape[1])
         for layer, context in zip(self.layers, contexts, strict=True):

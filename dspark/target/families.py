@@ -7,7 +7,7 @@ import inspect
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig
 
-from dspark.attention import NAME as SDPA_SHARED
+from dspark.cpu.attention import NAME as SDPA_SHARED
 
 SWITCHING = {"longrope", "dynamic"}  # kinds of rotary embedding that depend on how long the text is
 REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values of tokens, and nothing else

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-SPS = Callable[[int], float]  # target steps per second when one step checks B tokens, e.g. a dspark.profile.SPSCurve
+SPS = Callable[[int], float]  # target steps per second when one step checks B tokens, e.g. a dspark.tune.profile.SPSCurve
 
 
 def expected_tokens_per_round(acceptance: Sequence[float]) -> float:
@@ -23,7 +23,7 @@ def expected_tokens_per_round(acceptance: Sequence[float]) -> float:
 def predict_speedup(sps: SPS, acceptance: Sequence[float], draft_seconds: float) -> float:
     """Speed-up over plain decoding of a fixed window with these acceptances: τ · T_plain / (T_draft + T_verify).
 
-    sps: measured on this machine (:func:`dspark.profile.profile_sps`) · draft_seconds: T_draft, one block; 0 for the limit that
+    sps: measured on this machine (:func:`dspark.tune.profile.profile_sps`) · draft_seconds: T_draft, one block; 0 for the limit that
     free drafting would reach.
     """
     return expected_tokens_per_round(acceptance) / required_tokens_per_round(sps, len(acceptance), draft_seconds)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dspark.sampling import Chance, Rows
+from dspark.verify.sampling import Chance, Rows
 
 
 class Sibling(NamedTuple):

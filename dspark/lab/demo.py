@@ -1,4 +1,4 @@
-"""``python -m dspark.demo``: run the first notebook in batch on this machine and print what came out of it."""
+"""``python -m dspark.lab.demo``: run the first notebook in batch on this machine and print what came out of it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import papermill
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from dspark.fetch import default_folder
+from dspark.formats.fetch import default_folder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "00_start.ipynb"
 
 
@@ -113,7 +113,7 @@ def shown(path: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dspark.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dspark.lab.demo", description=__doc__)
     parser.add_argument(
         "-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a notebook parameter"
     )
@@ -139,10 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             default_folder()  # the first fetch shows its progress here; inside the notebook nobody would see it
         print(report(run(NOTEBOOK, options.out.resolve(), parameters), options.out.resolve()))
     except (ValueError, OSError) as error:
-        print(f"dspark.demo: {error}", file=sys.stderr)
+        print(f"dspark.lab.demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("dspark.demo: interrupted", file=sys.stderr)
+        print("dspark.lab.demo: interrupted", file=sys.stderr)
         return 130
     return 0
 

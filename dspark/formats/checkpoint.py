@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dspark.draft import Drafter
-from dspark.layouts import (
+from dspark.cpu.packed import PackedLinear
+from dspark.draft.drafter import Drafter
+from dspark.formats.native import (
     CONFIG,
     NATIVE,
     assemble,
@@ -30,9 +31,8 @@ from dspark.layouts import (
     some,
     values_of,
 )
-from dspark.packed import PackedLinear
 from dspark.phrases import FILE, load_phrases
-from dspark.target import Target
+from dspark.target.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def data_dir() -> Path:
     Raises ValueError if there is no such folder.
     """
     chosen = os.environ.get("DSPARK_DATA")
-    folder = Path(chosen).expanduser() if chosen else Path(__file__).resolve().parents[1] / "data"
+    folder = Path(chosen).expanduser() if chosen else Path(__file__).resolve().parents[2] / "data"
     if not folder.is_dir():
         raise ValueError(f"no data folder at {folder}: set DSPARK_DATA to the repository's data folder, or install with pip install -e")
     return folder

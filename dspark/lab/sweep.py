@@ -1,4 +1,4 @@
-"""``python -m dspark.sweep NOTEBOOK -p NAME VALUE,VALUE``: one notebook over a grid of parameters, by papermill, in processes.
+"""``python -m dspark.lab.sweep NOTEBOOK -p NAME VALUE,VALUE``: one notebook over a grid of parameters, by papermill, in processes.
 
 Every cell of the grid is named by the hash of the notebook's code and its parameters: one that is finished is not run again, so a
 killed sweep goes on where it stopped, and a wider grid runs only what is new. A notebook takes part if it has a parameter ``out``
@@ -24,7 +24,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from dspark.bench.results import write_results
-from dspark.demo import ROOT, checked_parameters, notebook_parameters, run, shown
+from dspark.lab.demo import ROOT, checked_parameters, notebook_parameters, run, shown
 
 Row = dict[str, object]
 
@@ -154,7 +154,7 @@ def _described(parameters: Mapping[str, object]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit status: 0, 1 if a cell failed, 2 for bad input, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m dspark.sweep", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m dspark.lab.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUES"), help="an axis of the grid")
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="folder; the results go to a folder in it named after the notebook")
@@ -171,13 +171,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(table.to_string(index=False, max_colwidth=40))
             print(f"{len(table)} of {len(cells)} cells in {shown(folder / 'table.parquet')}")
     except (ValueError, OSError) as error:
-        print(f"dspark.sweep: {error}", file=sys.stderr)
+        print(f"dspark.lab.sweep: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("dspark.sweep: interrupted; finished cells are kept, and the same command goes on from there", file=sys.stderr)
+        print("dspark.lab.sweep: interrupted; finished cells are kept, and the same command goes on from there", file=sys.stderr)
         return 130
     for cell, problem in failed.items():
-        print(f"dspark.sweep: {_described(dict(cell.parameters))}: {problem}", file=sys.stderr)
+        print(f"dspark.lab.sweep: {_described(dict(cell.parameters))}: {problem}", file=sys.stderr)
     return int(bool(failed))
 
 
