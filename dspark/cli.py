@@ -1,0 +1,35 @@
+"""The frame round every command: parse, run, one line for an error, an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; argparse exits with 2 as well
+
+
+def run_main(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], int | None],
+    arguments: Sequence[str] | None = None,
+    *,
+    kept: str = "",
+) -> int:
+    """Parse ``arguments`` (default: the command line) and pass the options to ``work``.
+
+    parser: its ``prog`` is "python -m NAME"; errors are printed as "NAME: …" in one line on stderr.
+    kept: what an interrupted run keeps, such as "finished prompts"; empty if nothing can be resumed.
+    Returns the exit status: what ``work`` returned (None: 0), 2 after a ValueError or OSError, 130 after Ctrl-C.
+    """
+    options = parser.parse_args(arguments)
+    name = parser.prog.removeprefix("python -m ")
+    try:
+        return work(options) or 0
+    except (ValueError, OSError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        resume = f"; {kept} are kept, and the same command resumes there" if kept else ""
+        print(f"{name}: interrupted{resume}", file=sys.stderr)
+        return INTERRUPTED
