@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny import interrupted
+from tiny import WINDOW, interrupted
 
 from dspark.bench.results import write_results
 from dspark.lab import readme
@@ -16,7 +16,6 @@ from dspark.paper import numbers
 from dspark.proof import __main__ as command
 from dspark.proof import crossed
 from dspark.proof.crossed import BLOCK_SIZES, PROMPTS, SITUATIONS, WAYS, Asked, Total, asked, every_piece, few_pieces
-from dspark.proof.tiny import WINDOW
 from dspark.rewind import FIRST_CAPACITY
 
 

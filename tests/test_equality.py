@@ -15,7 +15,20 @@ import pytest
 import torch
 import transformers.generation.utils as transformers_utils
 from test_decode import policies
-from tiny import interrupted, tiny_drafter, tiny_target
+from tiny import (
+    HEADS,
+    SHAPES,
+    WINDOW,
+    Wavering,
+    drafter_of_its_own_shape,
+    interrupted,
+    letter_tokenizer,
+    random_prompt,
+    reference,
+    sliding_target,
+    tiny_drafter,
+    tiny_target,
+)
 from torch import Tensor
 
 import dspark
@@ -25,17 +38,6 @@ from dspark.bench.measure import Settings
 from dspark.bench.plan import Plan
 from dspark.phrases import PhraseMemory
 from dspark.proof import texts
-from dspark.proof.tiny import (
-    HEADS,
-    SHAPES,
-    WINDOW,
-    Wavering,
-    drafter_of_its_own_shape,
-    letter_tokenizer,
-    random_prompt,
-    reference,
-    sliding_target,
-)
 from dspark.rewind import FIRST_CAPACITY
 from dspark.train.start import drafter_for
 from dspark.verify.accept import accept

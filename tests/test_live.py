@@ -18,7 +18,7 @@ import torch
 from ipywidgets.widgets import widget as registry
 from test_families import model_of
 from test_lab import ROUNDS, TEXT, decode, ids, round_of
-from tiny import tiny_drafter, tiny_target
+from tiny import Wavering, reference, tiny_drafter, tiny_target
 
 import dspark
 from dspark.bench.replay import replay
@@ -33,7 +33,6 @@ from dspark.lab.live_widgets import EXAMPLES
 from dspark.lab.replaying import ReplayPanel, sample_traces, trace_decode
 from dspark.lab.session import Request, Session, Watched
 from dspark.lab.still import still
-from dspark.proof.tiny import Wavering, reference
 from dspark.schedule import SIBLING_RATES, PrefixScheduler
 from dspark.target.target import Target
 from dspark.tune.profile import SPSCurve

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_eagle import eagle
 from test_families import FAMILIES, model_of
-from tiny import tiny_drafter, tiny_target
+from tiny import Wavering, random_prompt, reference, tiny_drafter, tiny_target
 
 import dspark
 from dspark.bench.identity import logits_of, pass_of
@@ -21,7 +21,6 @@ from dspark.cpu.attention import NAME, share_keys
 from dspark.hf import dspark_generate
 from dspark.lab.figures import draft_states, fates
 from dspark.proof.cases import LEVEL
-from dspark.proof.tiny import Wavering, random_prompt, reference
 from dspark.schedule import Admission, PrefixScheduler, Shortened
 from dspark.target.target import Target
 from dspark.verify.accept import Sibling, accept

@@ -1,17 +1,173 @@
-"""What the tests share: the tiny random models of the proof, a disk without room, and a run that is cut off."""
+"""Shared by the tests: tiny random models, the text of `model.generate`, drafts that are partly wrong, a full disk, an interrupted run."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dspark.bench.results import Ledger
-from dspark.proof.tiny import tiny_drafter, tiny_target
+from dspark.draft.backbone import DrafterConfig
+from dspark.draft.drafter import Admits, Draft, Drafter, Vote, everything
+from dspark.target.target import Target
+from dspark.train.start import drafter_for
+from dspark.verify.sampling import Chance, Sampling
 
-__all__ = ["full_disk", "interrupted", "tiny_drafter", "tiny_target"]
+HEADS = ({"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}, {"markov_rank": 0})
+SHAPES = [  # grouped, single and as many key-value heads as query heads; head and embedding apart, and the same
+    {"num_key_value_heads": kv, "tie_word_embeddings": tied} for kv, tied in product((2, 1, 4), (False, True))
+]
+WINDOW = 8  # tokens that the sliding layers see
+LETTERS = "".join(map(chr, range(32, 127)))
+TEMPLATE = (
+    "{% for m in messages %}<start>{{ m['role'] }} {{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<start>assistant {% endif %}"
+)
+
+
+def tiny_target(seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> Target:
+    """A random Llama of 4 layers, hidden 32, vocabulary 100; token 2 ends the text. No tokenizer: prompts are token ids."""
+    settings = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+    return Target(model.to(dtype), None, "tiny")
+
+
+def tiny_drafter(target: Target, *, seed: int = 1, **shape: object) -> Drafter:
+    """A random drafter for that target: block 4, two layers, Markov rank 8, all weights far from zero."""
+    settings = {"block_size": 4, "target_layer_ids": (0, 2), "mask_token_id": 3, "markov_rank": 8, "num_hidden_layers": 2}
+    drafter = drafter_for(target, seed=seed, **(settings | shape))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for weight in drafter.parameters():
+            if weight.dim() == 2:
+                torch.nn.init.normal_(weight, std=0.3)
+    return drafter.to(target.dtype).attach(target).eval().requires_grad_(False)
+
+
+def sliding_target(attention: str) -> Target:
+    """A random Gemma3 whose layers alternate between a window of 8 tokens and the whole context."""
+    config = Gemma3TextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        initializer_range=0.4,
+        tie_word_embeddings=False,
+        max_position_embeddings=1024,
+        eos_token_id=None,
+        attn_implementation=attention,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Target(Gemma3ForCausalLM(config), None, "tiny-gemma3")
+
+
+def drafter_of_its_own_shape(target: Target, block_size: int) -> Drafter:
+    """A random drafter for a target whose layers it does not resemble: only the hidden size and the vocabulary are shared."""
+    shape = {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    config = DrafterConfig(
+        target.vocab_size, target.hidden_size, target_layer_ids=(0, 2), mask_token_id=3, block_size=block_size, markov_rank=8, **shape
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(block_size)
+        return Drafter(config).attach(target).eval().requires_grad_(False)
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per printable character, 100 in all, with a chat template; token 2 ends a turn and the text."""
+    names = ["<pad>", "<unknown>", "<end>", "<mask>", "<start>", *LETTERS]
+    letters = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unknown>"))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    letters.decoder = decoders.Fuse()
+    special = {"pad_token": "<pad>", "unk_token": "<unknown>", "eos_token": "<end>", "mask_token": "<mask>", "bos_token": "<start>"}
+    return PreTrainedTokenizerFast(tokenizer_object=letters, chat_template=TEMPLATE, clean_up_tokenization_spaces=False, **special)
+
+
+def reference(target: Target, prompt: list[int], count: int) -> list[int]:
+    """What transformers alone makes of it."""
+    eos = sorted(target.eos_token_ids) or None
+    ids = torch.tensor([prompt])
+    out = target.model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, eos_token_id=eos, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def random_prompt(seed: int, length: int, vocab: int = 100) -> list[int]:
+    return torch.randint(4, vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Wavering:
+    """Drafts the text that will come, with a wrong token every so often: runs of acceptances of every length, up to whole blocks.
+
+    Tokens behind the end of the text are drafted as well, if ``text`` goes on there. Its confidence is a seeded coin's, so that
+    the policies cut anywhere. errors: share of wrong tokens.
+    """
+
+    target_layer_ids, has_confidence = (0,), True
+
+    def __init__(self, target: Target, text: list[int], block_size: int, errors: float = 0.2, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        wrong = (torch.rand(len(text), generator=generator) < errors).tolist()
+        self.vocab, self.block_size, self.right = target.vocab_size, block_size, text
+        self.text = [(token + w) % self.vocab for token, w in zip(text, wrong, strict=True)]
+        self.confidence = torch.rand(len(text), generator=generator).sqrt()
+
+    def new_state(self, prompt: list[int]) -> dict[str, int]:
+        return {"at": -len(prompt)}
+
+    def extend(self, state: dict[str, int], token_ids: list[int], taps: Tensor) -> None:
+        assert taps.shape[1] == len(token_ids)
+        state["at"] += len(token_ids)
+
+    def draft(
+        self,
+        state: dict[str, int],
+        anchor: int,
+        window: int,
+        sampling: Sampling,
+        chance: Chance,
+        admits: Admits = everything,
+        vote: Vote | None = None,
+    ) -> Draft:
+        ahead = slice(state["at"] + 1, state["at"] + 1 + window)
+        tokens, confidence = self.text[ahead], self.confidence[ahead]
+        drawn = next((k for k in range(len(tokens)) if not admits(confidence[: k + 1].tolist())), len(tokens))
+
+        def another(k: int, tried: Sequence[int]) -> Tensor:
+            """The right token first."""
+            nearest = ((self.right[state["at"] + 1 + k] + i) % self.vocab for i in range(self.vocab))
+            return torch.eye(self.vocab)[next(token for token in nearest if token not in tried)]
+
+        return Draft(tokens[:drawn], torch.eye(self.vocab)[tokens[:drawn]], confidence[: drawn + 1], "wavering", another)
 
 
 @contextmanager
