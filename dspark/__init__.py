@@ -11,9 +11,10 @@ One round, in the notation used everywhere:
 
 from dspark.decode import Output, Round, decode, generate
 from dspark.draft.lookup import ContextLookup
-from dspark.formats.checkpoint import load_drafter, save_drafter
+from dspark.formats.checkpoint import save_drafter
+from dspark.load import load_drafter, load_target
 from dspark.schedule import MTP1, SIBLING_RATES, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, PrefixScheduler
-from dspark.target.target import Target, load_target
+from dspark.target.target import Target
 from dspark.tune.predict import predict_speedup
 
 __version__ = "0.1.0"

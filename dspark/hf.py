@@ -51,7 +51,7 @@ def dspark_generate(
     needs nothing trained · policy: default the whole block · token_streamer: like ``streamer``, which transformers does not hand on
     and of which it writes the prompt alone, so that who reads it waits for ever ·
     on_round: called with every :class:`~dspark.decode.Round` as it is finished. A bfloat16 model on a CPU verifies blocks slowly
-    unless it is packed first, in place: ``Target(model, tokenizer, name).pack()``.
+    unless it is packed first, in place: ``pack_target(Target(model, tokenizer, name))``.
     Raises ValueError for what cannot be kept exactly: more than one sequence, padding, beams, other logits processors, scores, a
     filled cache, inputs that are no token ids, models that keep more than keys and values, texts beyond a switch of LongRoPE.
     """

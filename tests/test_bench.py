@@ -28,6 +28,7 @@ from dspark.bench.speed import measure_speed
 from dspark.bench.stats import acceptance_by_position, speedups, summarise
 from dspark.bench.stock import by_transformers
 from dspark.bench.table import identity_table, memory_table, speed_table
+from dspark.cpu import pack_target
 from dspark.decode import Round
 from dspark.draft.drafter import Drafter
 from dspark.rewind import RewindCache
@@ -301,7 +302,7 @@ def test_a_fault_of_the_cache_does_not_pass_for_rounding(models, tmp_path, monke
 def test_generate_is_measured_on_the_stock_target_and_no_drafter_is_loaded_in_vain(monkeypatch):
     def load(name, *, dtype, device, pack=True):
         target = tiny_target(dtype=torch.bfloat16)
-        return target.pack() if pack else target
+        return pack_target(target) if pack else target
 
     monkeypatch.setattr(plan_module, "load_target", load)
     monkeypatch.setattr(plan_module, "load_drafter", lambda *_: pytest.fail("no arm is trained"))

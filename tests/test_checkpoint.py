@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 import dspark
+from dspark.cpu import pack_target
 from dspark.draft.drafter import Draft, Drafter
-from dspark.formats.checkpoint import data_dir, export_reference
+from dspark.files import data_dir
+from dspark.formats.checkpoint import export_reference
 from dspark.target.target import Target
 from dspark.verify.sampling import Chance, Sampling
 
@@ -144,7 +146,7 @@ def test_a_loaded_drafter_is_frozen_and_in_the_targets_dtype(folder: Path) -> No
 
 
 def test_a_packed_target_gets_a_packed_drafter_that_can_be_saved_again(target: Target, tmp_path: Path) -> None:
-    packed = tiny_target(dtype=torch.bfloat16).pack()
+    packed = pack_target(tiny_target(dtype=torch.bfloat16))
     drafter = tiny_drafter(target)
     for write in (dspark.save_drafter, export_reference):
         write(drafter, packed, tmp_path)

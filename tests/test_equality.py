@@ -36,6 +36,7 @@ from dspark.bench.arms import Models, parse_arms
 from dspark.bench.identity import beyond_rounding, compare
 from dspark.bench.measure import Settings
 from dspark.bench.plan import Plan
+from dspark.cpu import pack_target
 from dspark.phrases import PhraseMemory
 from dspark.proof import texts
 from dspark.rewind import FIRST_CAPACITY
@@ -166,7 +167,7 @@ def test_a_sliding_window_model_gives_its_text_far_beyond_the_window(attention: 
 def test_in_bfloat16_no_text_diverges_by_more_than_rounding() -> None:
     # Small weights bring the logits close together, so that rounding does decide between tokens.
     shape = {"seed": 1, "dtype": torch.bfloat16, "eos_token_id": None, "hidden_size": 256, "initializer_range": 0.02}
-    target, stock = tiny_target(**shape).pack(), tiny_target(**shape)
+    target, stock = pack_target(tiny_target(**shape)), tiny_target(**shape)
     pair = Models(target, tiny_drafter(target), stock)
     settings = Settings(max_new_tokens=30)
     arms = parse_arms("plain,fixed:4,adaptive,fixed:3+copy:1")
@@ -184,7 +185,7 @@ def tiny_models(plan: Plan, stock: bool = False) -> Models:
     drafter = tiny_drafter(target)
     said = np.arange(60).reshape(2, 30) % 15  # every token is followed by the next one
     drafter.phrases = PhraseMemory.of_text(said, np.ones_like(said, dtype=bool))
-    return Models(target.pack(), drafter, plain)
+    return Models(pack_target(target), drafter, plain)
 
 
 def test_the_proof_by_texts_compares_every_way_and_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 import dspark
 from dspark.bench.rewind import rewind_microseconds
 from dspark.hf import dspark_generate
-from dspark.target.target import Target, load_target
+from dspark.load import load_target
+from dspark.target.target import Target
 from dspark.train.start import drafter_for
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}

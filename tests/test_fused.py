@@ -10,6 +10,7 @@ from tiny import tiny_drafter, tiny_target
 from torch import Tensor, nn
 
 import dspark.cpu.fused
+from dspark.cpu import pack_drafter
 from dspark.cpu.fused import FusedBackbone
 from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, has_vnni
 from dspark.draft.drafter import Draft, Drafter
@@ -76,7 +77,7 @@ def test_a_packed_drafter_reports_the_law_that_it_drew_from(kind: type[Drafter])
     target = tiny_target(dtype=torch.bfloat16)
     shape = {} if kind is Drafter else {"kind": kind, "num_hidden_layers": 1, "markov_rank": 0}
     packed, unpacked = (tiny_drafter(target, **shape) for _ in range(2))
-    packed.pack()
+    pack_drafter(packed)
 
     class Watching(Chance):
         def choose(self, probs: Tensor) -> int:
@@ -95,7 +96,7 @@ def test_a_packed_drafter_reports_the_law_that_it_drew_from(kind: type[Drafter])
 def test_packing_leaves_the_weights_that_are_saved() -> None:
     target = tiny_target(dtype=torch.bfloat16)
     packed, unpacked = (tiny_drafter(target) for _ in range(2))
-    packed.pack()
+    pack_drafter(packed)
     assert packed.state_dict().keys() == unpacked.state_dict().keys()
     assert all(torch.equal(weight, unpacked.state_dict()[name]) for name, weight in packed.state_dict().items())
 
@@ -104,4 +105,4 @@ def test_only_what_has_kernels_is_packed() -> None:
     """A float32 drafter stays as it is."""
     target = tiny_target()
     assert not can_pack(target.head_weight) and not can_quantize(target.head_weight)
-    assert tiny_drafter(target).pack().fused is None
+    assert pack_drafter(tiny_drafter(target)).fused is None

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import dspark
+from dspark.cpu import pack_target
 from dspark.draft.drafter import Drafter
 from dspark.hf import _sampling as sampling_of
 from dspark.hf import dspark_generate
@@ -284,7 +285,7 @@ def test_a_model_in_training_mode_is_refused():
 
 
 def test_a_packed_model_still_generates_with_us() -> None:
-    target = tiny_target(dtype=torch.bfloat16).pack()
+    target = pack_target(tiny_target(dtype=torch.bfloat16))
     drafter = tiny_drafter(target)
     ours = target.model.generate(
         PROMPT, custom_generate=dspark_generate, drafter=drafter, do_sample=False, max_new_tokens=12, eos_token_id=None

@@ -8,6 +8,7 @@ from tiny import tiny_drafter, tiny_target
 from torch import nn
 
 import dspark.cpu.packed
+from dspark.cpu import pack_drafter, pack_target
 from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, has_bfloat16_kernels, has_float16_kernels
 
 MATRIX = torch.zeros(8, 8, dtype=torch.bfloat16)
@@ -58,7 +59,7 @@ def test_the_float16_layout_holds_bfloat16_weights_to_the_last_digit(monkeypatch
 def test_packing_changes_neither_text_nor_digest(kernels: str) -> None:
     plain, packed = (tiny_target(dtype=torch.bfloat16) for _ in range(2))
     digest = plain.digest
-    packed.pack()
+    pack_target(packed)
     assert isinstance(packed.head, PackedLinear) and packed.digest == digest
     ids = torch.randint(4, 100, (1, 20), generator=torch.Generator().manual_seed(0))
     a, b = plain.forward(ids, None)[0], packed.forward(ids, None)[0]
@@ -86,7 +87,7 @@ def test_8_bit_products_do_not_overflow() -> None:
 
 def test_a_packed_drafter_holds_no_weight_twice(kernels: str) -> None:
     """But those of its own layers, which are saved: what the shortcuts join is kept in its packed form only."""
-    drafter = tiny_drafter(tiny_target(dtype=torch.bfloat16)).pack()
+    drafter = pack_drafter(tiny_drafter(tiny_target(dtype=torch.bfloat16)))
     shortcuts = [drafter.head, drafter.fused.keys_values]
     shortcuts += [part for layer in drafter.fused.layers for part in (layer.project, layer.out, layer.gate_and_up, layer.down)]
     assert not any(hasattr(part, "weight") for part in shortcuts)
@@ -97,7 +98,7 @@ def test_without_kernels_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("has_bfloat16_kernels", "has_float16_kernels"):
         monkeypatch.setattr(dspark.cpu.packed, name, lambda: False)
     assert not can_pack(MATRIX) and not can_quantize(MATRIX)
-    assert type(tiny_target(dtype=torch.bfloat16).pack().head) is nn.Linear
+    assert type(pack_target(tiny_target(dtype=torch.bfloat16)).head) is nn.Linear
 
 
 def test_only_bfloat16_on_a_cpu_is_packed() -> None:

@@ -16,7 +16,7 @@ from dspark.bench.measure import positions
 from dspark.bench.overheard import Overheard
 from dspark.bench.replay import replay
 from dspark.bench.trace import StepTimes, from_rounds, record
-from dspark.cpu import attention
+from dspark.cpu import attention, pack_target
 from dspark.cpu.attention import NAME, share_keys
 from dspark.hf import dspark_generate
 from dspark.lab.figures import draft_states, fates
@@ -176,7 +176,7 @@ def test_a_text_ends_behind_an_end_that_is_a_sibling_or_stands_before_one(seed: 
 
 
 def test_a_packed_target_gives_siblings_the_rows_that_they_would_have_alone() -> None:
-    target = tiny_target(eos_token_id=None, dtype=torch.bfloat16, hidden_size=64).pack()
+    target = pack_target(tiny_target(eos_token_id=None, dtype=torch.bfloat16, hidden_size=64))
     prompt, cache = random_prompt(1, 12), target.new_cache()
     target.forward(torch.tensor([prompt]), cache)
     logits, _ = target.forward(torch.tensor([[5, 9, 20, 21]]), cache, siblings=[1, 1])
@@ -203,7 +203,7 @@ def test_the_pass_that_is_weighed_is_the_rounds_own_and_keeps_its_text() -> None
 @pytest.mark.parametrize("seed", range(4))
 def test_the_passes_that_are_weighed_choose_the_very_tokens_that_were_chosen_in_bfloat16(seed: int) -> None:
     """Through transformers' own cache: what it keeps of a pass is what the rewound one keeps."""
-    target = tiny_target(eos_token_id=None, dtype=torch.bfloat16, hidden_size=64, initializer_range=0.05, seed=seed).pack()
+    target = pack_target(tiny_target(eos_token_id=None, dtype=torch.bfloat16, hidden_size=64, initializer_range=0.05, seed=seed))
     prompt = random_prompt(seed, 7)
     run = dspark.generate(target, Wavering(target, reference(target, prompt, 60), 4, 0.4), prompt, max_new_tokens=50, policy=FLAT)
     assert any(r.sibling is not None for r in run.rounds)

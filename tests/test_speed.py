@@ -13,9 +13,10 @@ from tiny import tiny_drafter, tiny_target
 from dspark import generate
 from dspark.bench.explained import check_predictions, explained
 from dspark.bench.policies import timed_against_windows
+from dspark.cpu import pack_target
 from dspark.cpu.packed import can_pack
-from dspark.formats.checkpoint import default_drafter
 from dspark.lab import speed
+from dspark.load import default_drafter
 from dspark.train.unchosen import BLOCK_SIZE, DRAFT_VOCAB, LAYERS, MARKOV_RANK, sketch_for
 from dspark.tune.predict import break_even
 from dspark.tune.profile import SPSCurve, profile_draft
@@ -108,7 +109,7 @@ def test_a_sketch_costs_what_a_trained_drafter_will_and_drafts_like_one():
     shipped = json.loads((default_drafter() / "config.json").read_text(encoding="utf-8"))
     named = {"num_hidden_layers": LAYERS, "block_size": BLOCK_SIZE, "markov_rank": MARKOV_RANK, "draft_vocab_size": DRAFT_VOCAB}
     assert {name: shipped[name] for name in named} == named
-    target = tiny_target(dtype=torch.bfloat16).pack()
+    target = pack_target(tiny_target(dtype=torch.bfloat16))
     sketch = sketch_for(target, layers=1, block_size=3)
     assert (sketch.config.num_hidden_layers, sketch.block_size, sketch.training) == (1, 3, False)
     assert sketch_for(tiny_target(num_hidden_layers=2), layers=3).config.num_hidden_layers == 3, "as many as were asked for"

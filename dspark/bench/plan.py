@@ -16,8 +16,7 @@ from dspark.bench.prompts import DOMAINS, PromptItem, load_prompts
 from dspark.bench.provenance import cores, drafter_columns
 from dspark.bench.results import SCHEMA_VERSION
 from dspark.draft.drafter import Drafter
-from dspark.formats.checkpoint import load_drafter
-from dspark.target.target import DTYPES, load_target
+from dspark.load import DTYPES, load_drafter, load_target
 from dspark.tune.profile import cpu_name, is_packed
 from dspark.verify.sampling import Sampling
 

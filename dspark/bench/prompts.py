@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from dspark.formats.checkpoint import data_dir
+from dspark.files import data_dir
 
 DOMAINS = ("code", "math", "chat", "structured")
 SPLITS = ("dev", "test")

@@ -14,8 +14,9 @@ from torch import Tensor
 from dspark.bench.plan import Plan
 from dspark.bench.provenance import environment
 from dspark.bench.results import write_results
+from dspark.load import load_target
 from dspark.rewind import RewindCache
-from dspark.target.target import Target, load_target
+from dspark.target.target import Target
 
 LENGTHS = (100, 1_000, 8_000)
 BLOCK = 8  # tokens rejected each time

@@ -26,7 +26,9 @@ from dspark.bench.provenance import drafter_columns, drafter_digest, environment
 from dspark.bench.results import Ledger, Row, read_rows
 from dspark.decode import generate
 from dspark.draft.drafter import Drafter
-from dspark.formats.checkpoint import CONFIG, data_dir, load_drafter, save_drafter
+from dspark.files import data_dir
+from dspark.formats.checkpoint import CONFIG, save_drafter
+from dspark.load import load_drafter
 from dspark.schedule import FixedWindow
 from dspark.target.target import Target
 from dspark.tune.calibrate import Calibration, Rollouts, calibrate, calibration_report, ranking_together, rollouts

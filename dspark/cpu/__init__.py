@@ -1,0 +1,55 @@
+"""How weights are laid out for a CPU. Applied from outside, by :mod:`dspark.load`: the target and the drafter import nothing from here."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from dspark.cpu.attention import share_keys
+from dspark.cpu.fused import FusedBackbone
+from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, pack_linears
+
+if TYPE_CHECKING:
+    from dspark.draft.drafter import Drafter
+    from dspark.target.target import Target
+
+__all__ = ["is_packed", "pack_drafter", "pack_target"]
+
+
+def pack_target(target: Target) -> Target:
+    """Lay out the target's bfloat16 weights for fast passes on a CPU, in place; leave any other target alone. Returns the target.
+
+    The products stay the same, and so does what attention computes, without its copies. The digest of the plain weights stays with
+    the model, so that another Target of the same model has the same digest.
+    """
+    if not can_pack(target.head_weight):
+        return target
+    target.model.weight_digest = target.digest
+    share_keys(target.decoder)
+    pack_linears(target.model)
+    target.head.weight = target.head_weight  # a Target reads it, so the packed model can be made a target again
+    return target
+
+
+def pack_drafter(drafter: Drafter) -> Drafter:
+    """Lay out an attached bfloat16 drafter for fast drafts on a CPU, in place; leave any other alone. Returns the drafter.
+
+    Weights of a block have 8 bits where the CPU has kernels for that, which is faster: any distribution may propose drafts. The
+    weights that are saved stay as they are.
+    """
+    if not can_pack(drafter.head_weight):
+        return drafter
+    make = QuantizedLinear if can_quantize(drafter.head_weight) else PackedLinear
+    drafter.fused = FusedBackbone(drafter, PackedLinear, make)
+    object.__setattr__(drafter, "head", make(drafter.head_weight))  # borrowed from the target, so no submodule: it is never saved
+    if drafter.markov_head is not None:
+        pack_linears(drafter.markov_head, partial(make, keep_weight=True))
+    pack_linears(drafter, partial(PackedLinear, keep_weight=True))
+    return drafter
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether :func:`pack_target` or :func:`pack_drafter` changed a model or a drafter."""
+    return any(isinstance(part, PackedLinear) for part in module.modules())

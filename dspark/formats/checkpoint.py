@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dspark.cpu.packed import PackedLinear
 from dspark.draft.drafter import Drafter
+from dspark.files import data_dir
 from dspark.formats.native import (
     CONFIG,
     NATIVE,
@@ -31,25 +31,12 @@ from dspark.formats.native import (
     some,
     values_of,
 )
-from dspark.phrases import FILE, load_phrases
 from dspark.target.target import Target
 
 log = logging.getLogger(__name__)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-def data_dir() -> Path:
-    """The data folder: the environment's DSPARK_DATA, else ``data`` beside the package (an editable install or a clone).
-
-    Raises ValueError if there is no such folder.
-    """
-    chosen = os.environ.get("DSPARK_DATA")
-    folder = Path(chosen).expanduser() if chosen else Path(__file__).resolve().parents[2] / "data"
-    if not folder.is_dir():
-        raise ValueError(f"no data folder at {folder}: set DSPARK_DATA to the repository's data folder, or install with pip install -e")
-    return folder
 
 
 def save_drafter(drafter: Drafter, target: Target, folder: str | Path, *, training: dict | None = None) -> None:
@@ -133,8 +120,6 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
         raise ValueError(f"{folder / CONFIG} is malformed: {_line(error)}. Restore it from where the drafter came from") from error
     drafter.sts_temperatures = tuple(map(float, values.get("sts_temperatures") or ()))
     drafter.attach(target)
-    if (path := folder / FILE).exists():
-        drafter.phrases = load_phrases(path, None if target.dtype == torch.float16 else target.digest, target.vocab_size)
     check_copies(copies, target, d2t, folder)
     if layout in NATIVE and target.dtype == torch.float16:
         log.warning("%s: not checked against the target's digest, since float16 does not hold every bfloat16 weight", folder)
@@ -142,13 +127,7 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
         made_for = f"{config.get('target')!r} (weights {config.get('target_digest')!r})"
         found = f"{target.name} (weights {target.digest})"
         raise ValueError(f"the drafter in {folder} was made for {made_for}, not for {found}: load that target, or train a drafter for this")
-    return ready(drafter, target)
-
-
-def ready(drafter: Drafter, target: Target) -> Drafter:
-    """An attached drafter as it drafts: frozen, and laid out for fast passes where its target is."""
-    drafter.eval().requires_grad_(False)
-    return drafter.pack() if isinstance(target.head, PackedLinear) else drafter
+    return drafter
 
 
 def default_drafter() -> Path:

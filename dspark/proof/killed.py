@@ -36,9 +36,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dspark.bench.provenance import cores, environment
 from dspark.bench.results import Ledger, Row, read_results
 from dspark.formats.checkpoint import save_drafter
+from dspark.load import load_target
 from dspark.proof.inputs import digest
 from dspark.proof.workers import side_by_side
-from dspark.target.target import Target, load_target
+from dspark.target.target import Target
 from dspark.train.corpus import Corpus, save_corpus
 from dspark.train.start import drafter_for
 

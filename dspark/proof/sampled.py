@@ -24,14 +24,14 @@ from dspark.bench.results import Ledger, Row
 from dspark.decode import DraftSource, rounds
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
-from dspark.formats.checkpoint import load_drafter
+from dspark.load import load_drafter, load_target
 from dspark.proof.cases import StepsPerSecond
 from dspark.proof.inputs import digest, shipped_files
 from dspark.proof.remembered import RememberedSampling, RememberedTarget, RememberingDrafter, Text, Tree, WatchedTarget, grow
 from dspark.proof.statistics import Comparison, compare, detectable_tv, holm, together
 from dspark.proof.workers import side_by_side
 from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler
-from dspark.target.target import Target, load_target
+from dspark.target.target import Target
 from dspark.verify.sampling import Chance, Sampling
 
 TOKENS = 3  # the joint law of so many new tokens

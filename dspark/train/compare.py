@@ -28,7 +28,8 @@ from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import SCHEMA_VERSION, Ledger, read_results, write_results
 from dspark.bench.speed import measure_speed
 from dspark.draft.drafter import Drafter
-from dspark.formats.checkpoint import CONFIG, load_drafter, save_drafter
+from dspark.formats.checkpoint import CONFIG, save_drafter
+from dspark.load import load_drafter
 from dspark.target.target import Target
 from dspark.train.corpus import load_corpus
 from dspark.train.features import FeatureStore

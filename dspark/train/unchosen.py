@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dspark.draft.drafter import Drafter
-from dspark.formats.checkpoint import ready
+from dspark.load import ready
 from dspark.target.target import Target
 from dspark.train.corpus import Corpus
 from dspark.train.start import drafter_for, spread

@@ -20,7 +20,7 @@ import torch
 
 from dspark.cpu.packed import PackedLinear
 from dspark.draft.drafter import Drafter
-from dspark.formats.fetch import cache_dir
+from dspark.files import cache_dir
 from dspark.target.target import Target
 from dspark.verify.sampling import Chance, Sampling
 

