@@ -1,26 +1,26 @@
-"""dspark: speculative decoding by DSpark, with the target's law kept exactly.
+"""dspark: speculative decoding by DSpark, with the target's distribution kept exactly.
 
 One round, in the notation used everywhere:
-    x_0 ``anchor``          the last committed token, not yet in the target's KV cache
+    x_0 ``anchor``            the last committed token, not yet in the target's KV cache
     x_1..x_γ ``draft_tokens`` proposed in one parallel pass and a tiny sequential head; γ is ``block_size``
-    c_k ``confidence``      P(x_k survives, given x_<k survived);  a_k ``survival`` = Π_{i≤k} c_i
-    ℓ ``verify_length``     how many drafts the policy sends to the target
-    p_t, p_d                ``target_probs``, ``draft_probs``: float32, after temperature, top-k and top-p
-    τ ``tokens_per_round``  accepted drafts, an accepted second guess (``sibling``), + 1 (correction or bonus)
+    c_k ``confidence``        P(x_k survives, given x_<k survived);  a_k ``survival`` = Π_{i≤k} c_i
+    ℓ ``verify_length``       how many drafts the policy sends to the target
+    p_t, p_d                  ``p_target``, ``p_draft``: float32, after temperature, top-k and top-p
+    τ ``tokens_per_round``    accepted drafts + 1 (correction or bonus)
 """
 
-from dspark.decode import Output, Round, decode, generate
+from dspark.decode import decode, generate
 from dspark.draft.lookup import ContextLookup
 from dspark.formats.checkpoint import save_drafter
 from dspark.load import load_drafter, load_target
-from dspark.schedule import MTP1, SIBLING_RATES, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, PrefixScheduler
+from dspark.round import Output, Round
+from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, PrefixScheduler
 from dspark.target.target import Target
 from dspark.tune.predict import predict_speedup
 
 __version__ = "0.1.0"
 __all__ = [
     "MTP1",
-    "SIBLING_RATES",
     "AdaptiveWindow",
     "Autoregressive",
     "ConfidenceThreshold",

@@ -27,7 +27,7 @@ from dspark.draft.lookup import ContextLookup
 from dspark.schedule import Policy
 from dspark.target.families import attention_layers
 from dspark.target.target import Target
-from dspark.verify.sampling import Chance, Sampling
+from dspark.verify.sampling import Rng, Sampling
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)  # in the order in which Sampling applies them
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}  # by generate itself
@@ -60,7 +60,7 @@ def dspark_generate(
     target = _Borrowed(model, (token for c in ends for token in c.eos_token_id.tolist()))
     source = ContextLookup(None, target=target) if drafter is None else drafter
     _check_attached(source, target)
-    policy = checked_policy(policy, source, target)
+    policy = checked_policy(policy, source)
     sampling = _sampling(logits_processor, generation_config.do_sample)
     prompt = input_ids[0].tolist()
     lengths = [c for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
@@ -73,7 +73,7 @@ def dspark_generate(
     text = input_ids
     if token_streamer:
         token_streamer.put(input_ids[0].cpu())
-    for r in rounds(target, source, prompt, limit, policy, sampling, Chance()):
+    for r in rounds(target, source, prompt, limit, policy, sampling, Rng()):
         longer = torch.cat([text, torch.tensor([r.committed], device=text.device)], 1)
         end = _end(criteria, longer, text.shape[1])
         stopped, before, text = end is not None, text.shape[1], longer[:, :end]

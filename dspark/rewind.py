@@ -1,8 +1,7 @@
-"""A KV cache that forgets in O(1): the rejected part of a block is dropped by moving a number."""
+"""A KV cache that forgets in O(1): the rejected part of a block is dropped by lowering a number."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -25,7 +24,7 @@ class GrowingKV:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [batch, heads, new, head_dim] behind the valid part; return views [batch, heads, length, head_dim]."""
+        """Write keys and values [batch, heads, new, head_dim] after the valid part; return views [batch, heads, length, head_dim]."""
         start, self.length = self.length, self.length + keys.shape[2]
         if self.length > self.capacity:
             self._grow(keys, values, start)
@@ -42,13 +41,6 @@ class GrowingKV:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length
 
-    def move(self, source: int, to: int) -> None:
-        """Position ``to`` gets what ``source`` holds. Raises ValueError unless to ≤ source, and the cache holds it."""
-        if not 0 <= to <= source < self.length:
-            raise ValueError(f"cannot move {source} to {to}: the cache holds {self.length} tokens")
-        self.keys[:, :, to] = self.keys[:, :, source]
-        self.values[:, :, to] = self.values[:, :, source]
-
     def _grow(self, keys: Tensor, values: Tensor, valid: int) -> None:
         capacity = max(self.capacity, FIRST_CAPACITY)
         while capacity < self.length:
@@ -64,8 +56,8 @@ class GrowingKV:
 class _RewindLayer(CacheLayerMixin):
     """One layer as transformers sees it.
 
-    It never claims to be a sliding-window layer: all keys and values stay, and the model's own mask does the window. That
-    is what makes rewinding safe for sliding-window models.
+    It never claims to be a sliding-window layer: all keys and values stay, and the model's own mask applies the window. That
+    makes rewinding safe for sliding-window models.
     """
 
     is_sliding = False
@@ -115,10 +107,3 @@ class RewindCache(Cache):
         """Keep the first ``length`` tokens. Raises ValueError if fewer are held."""
         for layer in self.layers:
             layer.kv.rewind(length)
-
-    @torch.inference_mode()
-    def keep(self, length: int, position: int) -> None:
-        """Keep the first ``length`` tokens and behind them the one at ``position`` ≥ length, which was computed to stand there."""
-        for layer in self.layers:
-            layer.kv.move(position, length)
-        self.rewind(length + 1)

@@ -11,6 +11,7 @@ from tiny import tiny_drafter, tiny_target
 import dspark
 from dspark.decode import Round
 from dspark.draft.drafter import Drafter
+from dspark.draft.source import Draft
 from dspark.schedule import Policy
 
 PROMPTS = [[5, 6, 7], [8, 9] * 20]
@@ -43,8 +44,6 @@ class Oracle:
         state["at"] += len(token_ids)
 
     def draft(self, state: dict[str, int], anchor: int, window: int, *unread: object) -> object:
-        from dspark.draft.drafter import Draft
-
         tokens = self.continuation[state["at"] + 1 :][:window]
         return Draft(tokens, torch.eye(100)[tokens], torch.ones(len(tokens)), "oracle")
 
@@ -55,14 +54,14 @@ def greedy_reference(target: dspark.Target, prompt: list[int], count: int) -> li
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_round_tells_what_the_target_gave_each_checked_draft(temperature: float) -> None:
+def test_a_round_records_what_the_target_gave_each_checked_draft(temperature: float) -> None:
     """At the temperature of the decoding; greedy, at temperature 1. Adaptive windows and replays live on it."""
     target, text = tiny_target(), [5, 6, 7]
     for r in dspark.decode(target, tiny_drafter(target), text, max_new_tokens=30, temperature=temperature):
         checked = list(r.draft_tokens[: r.verify_length])
         logits, _ = target.forward(torch.tensor([[*text, *checked]]), None)
-        laws = (logits[0, len(text) - 1 :] / (temperature or 1.0)).softmax(-1)
-        assert r.target_probs_of_drafts == pytest.approx([float(laws[k, token]) for k, token in enumerate(checked)], rel=1e-3)
+        rows = (logits[0, len(text) - 1 :] / (temperature or 1.0)).softmax(-1)
+        assert r.target_probs_of_drafts == pytest.approx([float(rows[k, token]) for k, token in enumerate(checked)], rel=1e-3)
         text = [*text, *r.committed]
 
 
@@ -111,7 +110,7 @@ def test_nothing_follows_an_end_of_text_inside_an_accepted_block() -> None:
     target.eos_token_ids = frozenset([2, stop])
     out = dspark.generate(target, Oracle(tiny_drafter(target), text), PROMPTS[0], max_new_tokens=30)
     assert out.token_ids == text[: first + 1]
-    assert sum(len(r.committed) for r in out.rounds) == first + 1  # τ counts nothing behind it
+    assert sum(len(r.committed) for r in out.rounds) == first + 1  # τ counts nothing after it
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 17])

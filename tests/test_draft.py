@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from tiny import tiny_drafter, tiny_target
 from torch import Tensor
 
 from dspark.draft.backbone import Context, DrafterConfig
-from dspark.draft.drafter import Draft, Drafter, DraftState, SequentialHead
+from dspark.draft.drafter import Drafter, DraftState
 from dspark.target.target import Target
-from dspark.verify.sampling import Chance, Sampling
+from dspark.verify.sampling import Rng, Sampling
 
 HEADS = [{"markov_rank": 0}, {"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}]
 
@@ -31,7 +29,7 @@ def test_step_by_step_drafting_equals_the_training_forward_pass(head: dict[str, 
     drafter = tiny_drafter(target, **head)
     prompt = [5, 9, 11, 4, 30]
     state, taps = ready(target, drafter, prompt)
-    draft = drafter.draft(state, 17, 4, Sampling(1.0), Chance(torch.Generator().manual_seed(0)))
+    draft = drafter.draft(state, 17, 4, Sampling(1.0), Rng(torch.Generator().manual_seed(0)))
 
     contexts = [Context(*kv) for kv in drafter.context(taps)]
     block, positions = torch.tensor([[17, 3, 3, 3]]), torch.arange(5, 9)[None]
@@ -54,7 +52,7 @@ def test_confidence_never_sees_the_token_it_is_about(head: dict[str, object]) ->
     seen: dict[tuple[int, ...], float] = {}
     for seed in range(30):
         state, _ = ready(target, drafter, [5, 9, 11])
-        draft = drafter.draft(state, 7, 4, Sampling(3.0), Chance(torch.Generator().manual_seed(seed)))
+        draft = drafter.draft(state, 7, 4, Sampling(3.0), Rng(torch.Generator().manual_seed(seed)))
         for k in range(4):
             before, c = tuple(draft.tokens[:k]), draft.confidence[k].item()
             assert seen.setdefault(before, c) == pytest.approx(c, abs=1e-6)
@@ -66,7 +64,7 @@ def test_the_rank_zero_head_is_purely_parallel() -> None:
     rows = []
     for seed in (0, 1):
         state, _ = ready(target, drafter, [5, 9, 11])
-        rows.append(drafter.draft(state, 7, 4, Sampling(2.0), Chance(torch.Generator().manual_seed(seed))))
+        rows.append(drafter.draft(state, 7, 4, Sampling(2.0), Rng(torch.Generator().manual_seed(seed))))
     assert rows[0].tokens != rows[1].tokens
     assert torch.equal(rows[0].probs, rows[1].probs)
 
@@ -77,7 +75,7 @@ def test_the_sequential_head_makes_a_token_depend_on_the_one_before() -> None:
     rows = []
     for seed in (0, 1):
         state, _ = ready(target, drafter, [5, 9, 11])
-        rows.append(drafter.draft(state, 7, 4, Sampling(2.0), Chance(torch.Generator().manual_seed(seed))).probs)
+        rows.append(drafter.draft(state, 7, 4, Sampling(2.0), Rng(torch.Generator().manual_seed(seed))).probs)
     assert torch.equal(rows[0][0], rows[1][0])
     assert not torch.allclose(rows[0][1], rows[1][1])
 
@@ -86,10 +84,10 @@ def test_drafting_leaves_only_context_in_the_drafters_cache() -> None:
     target = tiny_target()
     drafter = tiny_drafter(target)
     state, taps = ready(target, drafter, [5, 9, 11])
-    first = drafter.draft(state, 7, 4, Sampling(), Chance())
+    first = drafter.draft(state, 7, 4, Sampling(), Rng())
     assert [kv.length for kv in state.layers] == [3, 3]
     state.pending.append(taps[:, :0])
-    assert drafter.draft(state, 7, 4, Sampling(), Chance()).tokens == first.tokens
+    assert drafter.draft(state, 7, 4, Sampling(), Rng()).tokens == first.tokens
 
 
 def test_context_in_pieces_equals_context_at_once() -> None:
@@ -99,7 +97,7 @@ def test_context_in_pieces_equals_context_at_once() -> None:
     pieces = drafter.new_state()
     for part in taps.split((1, 3, 2), dim=1):
         drafter.extend(pieces, [0] * part.shape[1], part)
-    a, b = (drafter.draft(s, 7, 4, Sampling(), Chance()) for s in (whole, pieces))
+    a, b = (drafter.draft(s, 7, 4, Sampling(), Rng()) for s in (whole, pieces))
     assert a.tokens == b.tokens and torch.allclose(a.confidence, b.confidence, atol=1e-6)
 
 
@@ -108,7 +106,7 @@ def test_a_reduced_draft_vocabulary_proposes_only_its_own_tokens() -> None:
     d2t = torch.tensor([2, 5, 8, 40, 77, 99])
     drafter = tiny_drafter(target, d2t=d2t)
     state, _ = ready(target, drafter, [5, 9, 11])
-    draft = drafter.draft(state, 7, 4, Sampling(1.0), Chance(torch.Generator().manual_seed(0)))
+    draft = drafter.draft(state, 7, 4, Sampling(1.0), Rng(torch.Generator().manual_seed(0)))
     assert set(draft.tokens) <= set(d2t.tolist())
     assert draft.probs.shape == (4, 100)
     assert torch.allclose(draft.probs[:, d2t].sum(-1), torch.ones(4), atol=1e-6)
@@ -120,7 +118,7 @@ def test_a_window_outside_the_block_is_refused(window: int) -> None:
     drafter = tiny_drafter(target)
     state, _ = ready(target, drafter, [5])
     with pytest.raises(ValueError, match=str(window)):
-        drafter.draft(state, 7, window, Sampling(), Chance())
+        drafter.draft(state, 7, window, Sampling(), Rng())
 
 
 @pytest.mark.parametrize(
@@ -142,39 +140,20 @@ def test_an_impossible_shape_is_refused(field: str, value: object) -> None:
         DrafterConfig(**(shape | {field: value}))
 
 
-def test_a_draft_ends_before_the_first_token_that_is_not_worth_drawing() -> None:
-    """Asked with c_1..c_k before x_k is drawn; what was drawn until then is what a whole block starts with."""
-    target, asked = tiny_target(), []
-    drafter = tiny_drafter(target)
-
-    def drafted(worth: int) -> Draft:
-        def admits(confidence: Sequence[float]) -> bool:
-            asked.append(list(confidence))
-            return len(confidence) <= worth
-
+def test_a_short_window_draws_what_a_whole_block_starts_with() -> None:
+    target = tiny_target()
+    drafter, drafts = tiny_drafter(target), []
+    for window in range(1, 5):
         state, _ = ready(target, drafter, [5, 9, 11, 4, 30])
-        return drafter.draft(state, 7, 4, Sampling(1.0), Chance(torch.Generator().manual_seed(0)), admits)
-
-    whole = drafted(4)
-    assert [len(confidence) for confidence in asked] == [1, 2, 3, 4]
-    for worth in range(4):
-        short = drafted(worth)
-        assert short.tokens == whole.tokens[:worth]
-        assert len(short.probs) == worth and torch.equal(short.probs, whole.probs[:worth].reshape(short.probs.shape))
-        assert torch.equal(short.confidence, whole.confidence[: worth + 1])
+        drafts.append(drafter.draft(state, 7, window, Sampling(1.0), Rng(torch.Generator().manual_seed(0))))
+    for short in drafts:
+        assert short.tokens == drafts[-1].tokens[: len(short.tokens)]
+        assert torch.allclose(short.probs, drafts[-1].probs[: len(short.tokens)], atol=1e-6)
+        assert torch.allclose(short.confidence, drafts[-1].confidence[: len(short.tokens)])
 
 
-@pytest.mark.parametrize("worth", range(4))
-def test_a_token_that_is_not_worth_drawing_costs_its_confidence_alone(worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, stepped = tiny_target(), []
-    drafter, step = tiny_drafter(target), SequentialHead.step
-
-    def counting(self: SequentialHead, *arguments: object) -> object:
-        stepped.append(arguments)
-        return step(self, *arguments)
-
-    monkeypatch.setattr(SequentialHead, "step", counting)
-    state, _ = ready(target, drafter, [5, 9, 11, 4, 30])
-    chance = Chance(torch.Generator().manual_seed(0))
-    draft = drafter.draft(state, 7, 4, Sampling(1.0), chance, lambda confidence: len(confidence) <= worth)
-    assert len(stepped) == len(draft.tokens) == len(draft.confidence) - 1 == worth
+def test_a_drafter_without_a_confidence_head_reports_nan() -> None:
+    target = tiny_target()
+    drafter = tiny_drafter(target, enable_confidence_head=False)
+    state, _ = ready(target, drafter, [5, 9, 11])
+    assert not drafter.has_confidence and drafter.draft(state, 7, 3, Sampling(), Rng()).confidence.isnan().all()

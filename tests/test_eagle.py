@@ -25,7 +25,7 @@ from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.losses import LossWeights
 from dspark.train.start import drafter_for
-from dspark.verify.sampling import Chance, Sampling
+from dspark.verify.sampling import Rng, Sampling
 
 SHAPE = {"kind": EagleDrafter, "num_hidden_layers": 1, "markov_rank": 0}
 
@@ -38,7 +38,7 @@ def draft_behind(drafter: EagleDrafter, target: Target, text: list[int], anchor:
     state = drafter.new_state(text)
     _, taps = target.forward(torch.tensor([text]), None, drafter.target_layer_ids)
     drafter.extend(state, text, taps)
-    return drafter.draft(state, anchor, drafter.block_size, Sampling(1.0), Chance(torch.Generator().manual_seed(seed)))
+    return drafter.draft(state, anchor, drafter.block_size, Sampling(1.0), Rng(torch.Generator().manual_seed(seed)))
 
 
 def trainer(folder: Path, steps: int = 6, kind: type = EagleDrafter, seed: int = 0) -> Trainer:
@@ -147,7 +147,7 @@ def test_context_in_pieces_with_drafts_between_equals_context_at_once() -> None:
     for first, last in ((0, 2), (2, 5), (5, 6), (6, 8)):
         drafter.extend(state, text[first:last], taps[:, first:last])
         assert state.length == last
-        found = drafter.draft(state, 40 + last, 4, Sampling(1.0), Chance(torch.Generator().manual_seed(last)))
+        found = drafter.draft(state, 40 + last, 4, Sampling(1.0), Rng(torch.Generator().manual_seed(last)))
         assert [kv.length for kv in state.layers] == [last - 1] and state.length == last
         expected = draft_behind(drafter, target, text[:last], 40 + last, seed=last)
         assert found.tokens == expected.tokens
@@ -159,7 +159,7 @@ def test_a_second_draft_from_the_same_context_knows_nothing_of_the_first() -> No
     drafter = eagle(target)
     state = drafter.new_state([5, 9, 11])
     drafter.extend(state, [5, 9, 11], target.forward(torch.tensor([[5, 9, 11]]), None, (0, 2))[1])
-    first, _, again = (drafter.draft(state, anchor, 4, Sampling(), Chance()) for anchor in (7, 50, 7))
+    first, _, again = (drafter.draft(state, anchor, 4, Sampling(), Rng()) for anchor in (7, 50, 7))
     assert first.tokens == again.tokens and torch.allclose(first.confidence, again.confidence, atol=1e-6)
 
 
@@ -176,7 +176,7 @@ def test_a_token_depends_on_all_tokens_drafted_before_it() -> None:
 def test_a_window_outside_the_block_is_refused(window: int) -> None:
     target = tiny_target()
     with pytest.raises(ValueError, match=str(window)):
-        eagle(target).draft(DraftFreeState(), 7, window, Sampling(), Chance())
+        eagle(target).draft(DraftFreeState(), 7, window, Sampling(), Rng())
 
 
 class DraftFreeState:
@@ -212,8 +212,8 @@ def test_the_joint_law_of_sampled_text_is_the_targets_own(policy: dspark.FixedWi
     source = ExactSource(drafter.to(target.dtype).attach(target).eval().requires_grad_(False))
     sampling, accepted = ExactSampling(1.0), set()
 
-    def run(chance: Chance) -> list[int]:
-        stream = list(rounds(target, source, PROMPT, 4, policy, sampling, chance))
+    def run(rng: Rng) -> list[int]:
+        stream = list(rounds(target, source, PROMPT, 4, policy, sampling, rng))
         accepted.update((r.accepted, r.verify_length) for r in stream[1:])
         return [token for r in stream for token in r.committed]
 

@@ -8,7 +8,8 @@ from tiny import tiny_drafter, tiny_target
 
 import dspark
 from dspark.draft.lookup import LEAST_SURVIVAL, RATES
-from dspark.verify.sampling import Chance, Sampling
+from dspark.draft.source import Draft
+from dspark.verify.sampling import Rng, Sampling
 
 
 def state_after(source: dspark.ContextLookup, tokens: list[int]) -> object:
@@ -17,8 +18,8 @@ def state_after(source: dspark.ContextLookup, tokens: list[int]) -> object:
     return state
 
 
-def drafted(source: dspark.ContextLookup, state: object, anchor: int, window: int = 8) -> dspark.draft.drafter.Draft:
-    return source.draft(state, anchor, min(window, source.block_size), Sampling(), Chance())
+def drafted(source: dspark.ContextLookup, state: object, anchor: int, window: int = 8) -> Draft:
+    return source.draft(state, anchor, min(window, source.block_size), Sampling(), Rng())
 
 
 @pytest.fixture
@@ -64,44 +65,13 @@ def test_where_nothing_repeats_the_drafter_proposes_at_most_its_own_block(source
     assert len(draft.tokens) == source.drafter.block_size == 4 < source.block_size
 
 
-def test_inside_a_block_the_drafter_hears_what_followed_its_drafts_in_the_context(source: dspark.ContextLookup) -> None:
-    anchor, heard, law = 6, 77, Sampling(1.0)
-    text = [20, 21, 22, 30, 31]
-
-    def draft(text: list[int]) -> dspark.draft.drafter.Draft:
-        return source.draft(state_after(source, text), anchor, 4, law, Chance(torch.Generator().manual_seed(0)))
-
-    alone = draft(text)  # the drafter itself reads no token but the anchor
-    told = draft([anchor, alone.tokens[0], heard, 30, 31])
-    assert torch.equal(told.probs[0], alone.probs[0]), "of the first draft the context knows nothing"
-    assert torch.allclose(told.probs[1], (1 - RATES[2]) * alone.probs[1] + RATES[2] * torch.eye(100)[heard], atol=1e-6)
-    assert told.confidence[0] == alone.confidence[0] and told.confidence[1] == alone.confidence[1].clamp(min=RATES[2])
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_a_vote_is_asked_in_its_share_of_the_cases(source: dspark.ContextLookup, rate: float) -> None:
-    logits = torch.randn(100, generator=torch.Generator().manual_seed(1))
-    place, counted = source.drafter._heard(lambda drafts: (7, rate), [])
-    leaning = source.drafter._lean(logits, place, counted)
-    expected = (1 - rate) * logits.softmax(-1) + rate * torch.eye(100)[7]
-    assert counted == rate and torch.allclose(leaning.softmax(-1), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("vote", [None, lambda drafts: None, lambda drafts: (3, 0.9)], ids=["nobody", "no token", "none of its own"])
-def test_without_a_token_of_its_vocabulary_a_vote_changes_nothing(vote: object) -> None:
-    drafter = tiny_drafter(tiny_target(), draft_vocab_size=50)
-    drafter.place_of = {token: place for token, place in drafter.place_of.items() if token != 3}
-    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
-    assert drafter._lean(logits, *drafter._heard(vote, [])) is logits and drafter._heard(vote, [])[1] == 0
-
-
 def test_copies_never_exceed_window_and_limit(source: dspark.ContextLookup) -> None:
     text = [1, 2, 3, 4, 5, 6, *range(20, 40), 1, 2, 3, 4, 5]
     assert len(drafted(source, state_after(source, text), 6, window=3).tokens) == 3
     assert len(drafted(source, state_after(source, text), 6, window=9).tokens) == source.max_copy
 
 
-def test_confidence_is_the_rate_of_ends_of_that_length(source: dspark.ContextLookup) -> None:
+def test_confidence_is_the_rate_of_suffixes_of_that_length(source: dspark.ContextLookup) -> None:
     text = [1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2, 3, 4, 5]
     for length in (2, 3, 4, 5, 6):
         draft = drafted(source, state_after(source, [*text[:9], *text[15 - length :]]), 6)

@@ -13,15 +13,16 @@ from torch import Tensor
 
 import dspark
 from dspark.decode import Round, rounds
-from dspark.draft.drafter import Draft, Drafter, DraftState
+from dspark.draft.drafter import Drafter, DraftState
+from dspark.draft.source import Draft
 from dspark.schedule import Policy
-from dspark.verify.sampling import Chance, Sampling
+from dspark.verify.sampling import Rng, Sampling
 
 PROMPT = [5, 6, 7]
 
 
 class Reading:
-    """A drafter that keeps what it is told."""
+    """A drafter that keeps the tokens and taps it is given."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter, self.tokens, self.taps = drafter, [], []
@@ -54,26 +55,23 @@ def test_the_target_runs_over_the_anchor_and_the_scheduled_drafts_only(policy: P
         return forward(token_ids, *rest, **options)
 
     monkeypatch.setattr(target, "forward", noting)
-    drafter = tiny_drafter(target)
-    draft = drafter.draft
-    monkeypatch.setattr(drafter, "draft", lambda *how: draft(*how[:5]))  # draws its whole block unasked, so there is something to cut
-    out = dspark.generate(target, drafter, PROMPT, max_new_tokens=40, temperature=1.0, policy=policy)
+    out = dspark.generate(target, tiny_drafter(target), PROMPT, max_new_tokens=40, temperature=1.0, policy=policy)
     assert passes == [PROMPT, *([r.anchor, *r.draft_tokens[: r.verify_length]] for r in out.rounds[1:])]
     assert any(0 < r.verify_length < len(r.draft_tokens) for r in out.rounds)
 
 
-class Kind(Chance):
-    """Every coin falls the draft's way."""
+class AcceptsAll(Rng):
+    """Every acceptance draw favours the draft."""
 
     def accepts(self, p_target: Tensor, p_draft: Tensor) -> bool:
         return True
 
 
 @pytest.mark.parametrize("policy", policies(4), ids=lambda policy: type(policy).__name__)
-def test_nothing_but_the_coins_decides_how_many_checked_drafts_stay(policy: Policy) -> None:
-    """Whoever cuts a block after the target has seen it, cuts by what the tokens are: that bends the law."""
-    target, chance = tiny_target(eos_token_id=None), Kind(torch.Generator().manual_seed(0))
-    stream = list(rounds(target, tiny_drafter(target), PROMPT, 20, policy, Sampling(1.0), chance))
+def test_only_the_acceptance_draws_decide_how_many_checked_drafts_stay(policy: Policy) -> None:
+    """Cutting a block after the target has seen it would depend on the tokens and bend the distribution."""
+    target, rng = tiny_target(eos_token_id=None), AcceptsAll(torch.Generator().manual_seed(0))
+    stream = list(rounds(target, tiny_drafter(target), PROMPT, 20, policy, Sampling(1.0), rng))
     assert [r.accepted for r in stream] == [r.verify_length for r in stream]
 
 
@@ -91,30 +89,30 @@ def test_the_drafters_context_is_the_committed_text_before_the_anchor(temperatur
 
 @pytest.mark.parametrize("copying", [False, True])
 def test_a_request_leaves_nothing_behind_for_the_next(copying: bool) -> None:
-    """The very rounds, drafts and confidences included, that a drafter new to the world would give."""
+    """The same rounds, drafts and confidences included, as from a fresh drafter."""
 
     def source() -> object:
         drafter = tiny_drafter(target)
         return dspark.ContextLookup(drafter, 1) if copying else drafter
 
-    def told(source: object, prompt: list[int]) -> list[Round]:
+    def run(source: object, prompt: list[int]) -> list[Round]:
         found = dspark.generate(target, source, prompt, max_new_tokens=30, temperature=1.0).rounds
         return [replace(r, draft_seconds=0.0, verify_seconds=0.0, seconds=0.0) for r in found]
 
     target = tiny_target(eos_token_id=None)
     used = source()
-    told(used, [8, 9] * 10)
-    assert told(used, PROMPT * 3) == told(source(), PROMPT * 3)
+    run(used, [8, 9] * 10)
+    assert run(used, PROMPT * 3) == run(source(), PROMPT * 3)
 
 
-def test_tokens_behind_the_end_of_the_text_count_towards_nothing() -> None:
+def test_tokens_after_the_end_of_the_text_count_towards_nothing() -> None:
     target = tiny_target(eos_token_id=None)
     text = greedy_reference(target, PROMPT, 30)
     first = text.index(text[6])
     target.eos_token_ids = frozenset([text[6]])
     out = dspark.generate(target, Oracle(tiny_drafter(target), text), PROMPT, max_new_tokens=30)
     last = out.rounds[-1]
-    assert last.accepted >= len(last.committed)  # the end was an accepted draft with more of the block behind it
+    assert last.accepted >= len(last.committed)  # the end was an accepted draft with more of the block after it
     assert out.tokens_per_round == first / (len(out.rounds) - 1)
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dspark.proof.counterexample import GlobalArgmax
 from dspark.schedule import (
     MTP1,
     AdaptiveWindow,
@@ -17,7 +16,6 @@ from dspark.schedule import (
     FixedWindow,
     Policy,
     PrefixScheduler,
-    Shortened,
 )
 
 
@@ -143,11 +141,3 @@ def test_the_adaptive_window_follows_the_mass_that_the_target_gave() -> None:
 def test_impossible_settings_are_refused(make: object) -> None:
     with pytest.raises(ValueError):
         make()
-
-
-def test_a_policy_in_shorter_blocks_admits_what_it_admits_itself() -> None:
-    """Also one that is not asked for lengths while a block is drawn, as the counterexample of Appendix A."""
-    within = GlobalArgmax({1: 1.0, 2: 0.5, 3: 0.45}.__getitem__)
-    assert within.admits([0.1]) and Shortened(within, 2).admits([0.1]) and within.lengths([torch.tensor([0.1])]) == [0]
-    strict = ConfidenceThreshold(0.5)
-    assert not strict.admits([0.1]) and not Shortened(strict, 2).admits([0.1]) and Shortened(strict, 2).admits([0.6])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dspark.verify.accept import accept, residual
-from dspark.verify.sampling import Chance, Sampling, nucleus
+from dspark.verify.sampling import Rng, Sampling, nucleus
 
 N = 20_000
 
@@ -16,11 +16,11 @@ def distribution(seed: int, rows: int, vocab: int = 4) -> torch.Tensor:
 
 
 def law_of_first_token(p_draft: torch.Tensor, p_target: torch.Tensor) -> torch.Tensor:
-    chance = Chance(torch.Generator().manual_seed(0))
+    rng = Rng(torch.Generator().manual_seed(0))
     counts = torch.zeros(p_target.shape[-1])
     for _ in range(N):
-        drafted = chance.choose(p_draft[0])
-        accepted, following = accept([drafted], p_draft, p_target, chance)
+        drafted = rng.choose(p_draft[0])
+        accepted, following = accept([drafted], p_draft, p_target, rng)
         counts[drafted if accepted else following] += 1
     return counts / N
 
@@ -34,31 +34,31 @@ def test_the_committed_token_follows_the_target_whatever_the_draft_distribution_
 
 def test_the_bonus_comes_from_the_row_behind_the_last_accepted_draft() -> None:
     p = torch.eye(4)[[1, 2, 3]]
-    assert accept([1, 2], p[:2], p, Chance()) == (2, 3)
+    assert accept([1, 2], p[:2], p, Rng()) == (2, 3)
 
 
 def test_equal_distributions_accept_everything() -> None:
     p = distribution(3, 5)
-    chance = Chance(torch.Generator().manual_seed(1))
+    rng = Rng(torch.Generator().manual_seed(1))
     for _ in range(200):
-        tokens = [chance.choose(row) for row in p[:4]]
-        assert accept(tokens, p[:4], p, chance)[0] == 4
+        tokens = [rng.choose(row) for row in p[:4]]
+        assert accept(tokens, p[:4], p, rng)[0] == 4
 
 
 def test_one_hot_rows_are_greedy_decoding() -> None:
     p_target = torch.eye(4)[[0, 1, 2, 3]]
     p_draft = torch.eye(4)[[0, 1, 3]]
-    assert accept([0, 1, 3], p_draft, p_target, Chance()) == (2, 2)
+    assert accept([0, 1, 3], p_draft, p_target, Rng()) == (2, 2)
 
 
 def test_nothing_drafted_is_a_plain_step() -> None:
-    assert accept([], torch.empty(0, 4), torch.eye(4)[[2]], Chance()) == (0, 2)
+    assert accept([], torch.empty(0, 4), torch.eye(4)[[2]], Rng()) == (0, 2)
 
 
 def test_a_token_that_the_target_forbids_is_never_accepted() -> None:
     p_target, p_draft = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0]])
-    chance = Chance(torch.Generator().manual_seed(0))
-    assert all(accept([1], p_draft, p_target, chance) == (0, 0) for _ in range(100))
+    rng = Rng(torch.Generator().manual_seed(0))
+    assert all(accept([1], p_draft, p_target, rng) == (0, 0) for _ in range(100))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -82,13 +82,13 @@ def test_laws_that_differ_in_rounding_only_leave_a_residual_that_is_a_law() -> N
 
 def test_sampling_never_draws_a_token_of_probability_zero() -> None:
     probs = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
-    chance = Chance(torch.Generator().manual_seed(0))
-    assert {chance.choose(probs) for _ in range(500)} == {1, 3}
+    rng = Rng(torch.Generator().manual_seed(0))
+    assert {rng.choose(probs) for _ in range(500)} == {1, 3}
 
 
 def test_sampling_follows_the_distribution() -> None:
-    probs, chance = distribution(9, 1)[0], Chance(torch.Generator().manual_seed(0))
-    counts = torch.bincount(torch.tensor([chance.choose(probs) for _ in range(N)]), minlength=4) / N
+    probs, rng = distribution(9, 1)[0], Rng(torch.Generator().manual_seed(0))
+    counts = torch.bincount(torch.tensor([rng.choose(probs) for _ in range(N)]), minlength=4) / N
     assert (counts - probs).abs().max() < 4 * (0.25 / N) ** 0.5
 
 

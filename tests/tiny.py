@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 
@@ -16,10 +16,11 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from dspark.bench.results import Ledger
 from dspark.draft.backbone import DrafterConfig
-from dspark.draft.drafter import Admits, Draft, Drafter, Vote, everything
+from dspark.draft.drafter import Drafter
+from dspark.draft.source import Draft
 from dspark.target.target import Target
 from dspark.train.start import drafter_for
-from dspark.verify.sampling import Chance, Sampling
+from dspark.verify.sampling import Rng, Sampling
 
 HEADS = ({"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}, {"markov_rank": 0})
 SHAPES = [  # grouped, single and as many key-value heads as query heads; head and embedding apart, and the same
@@ -137,7 +138,7 @@ class Wavering:
     def __init__(self, target: Target, text: list[int], block_size: int, errors: float = 0.2, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         wrong = (torch.rand(len(text), generator=generator) < errors).tolist()
-        self.vocab, self.block_size, self.right = target.vocab_size, block_size, text
+        self.vocab, self.block_size = target.vocab_size, block_size
         self.text = [(token + w) % self.vocab for token, w in zip(text, wrong, strict=True)]
         self.confidence = torch.rand(len(text), generator=generator).sqrt()
 
@@ -148,26 +149,10 @@ class Wavering:
         assert taps.shape[1] == len(token_ids)
         state["at"] += len(token_ids)
 
-    def draft(
-        self,
-        state: dict[str, int],
-        anchor: int,
-        window: int,
-        sampling: Sampling,
-        chance: Chance,
-        admits: Admits = everything,
-        vote: Vote | None = None,
-    ) -> Draft:
+    def draft(self, state: dict[str, int], anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
         ahead = slice(state["at"] + 1, state["at"] + 1 + window)
         tokens, confidence = self.text[ahead], self.confidence[ahead]
-        drawn = next((k for k in range(len(tokens)) if not admits(confidence[: k + 1].tolist())), len(tokens))
-
-        def another(k: int, tried: Sequence[int]) -> Tensor:
-            """The right token first."""
-            nearest = ((self.right[state["at"] + 1 + k] + i) % self.vocab for i in range(self.vocab))
-            return torch.eye(self.vocab)[next(token for token in nearest if token not in tried)]
-
-        return Draft(tokens[:drawn], torch.eye(self.vocab)[tokens[:drawn]], confidence[: drawn + 1], "wavering", another)
+        return Draft(tokens, torch.eye(self.vocab)[tokens], confidence, "wavering")
 
 
 @contextmanager

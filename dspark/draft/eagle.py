@@ -8,7 +8,6 @@ steps on the same outputs ("training-time test"), so that drafting meets nothing
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,24 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from dspark.draft.backbone import Context, DrafterConfig, RMSNorm
-from dspark.draft.drafter import Admits, Draft, Drafter, DraftState, Vote, everything
+from dspark.draft.drafter import Drafter, DraftState
+from dspark.draft.source import Draft
 from dspark.rewind import GrowingKV
-from dspark.verify.sampling import Chance, Sampling
+from dspark.verify.sampling import Rng, Sampling
 
 
 @dataclass
 class EagleState(DraftState):
-    """Its cache holds one entry per token but the first, which has no feature before it.
+    """As :class:`DraftState`; the cache has one entry per token but the first, which has no feature before it.
 
-    pending: taps that no entry was made of yet, the last committed token's among them, for its entry is the anchor's ·
-    tokens: the ids at the same positions.
+    pending: taps without an entry yet, those of the last committed token included, since that entry is the anchor's.
+    tokens: the ids at the same positions as ``pending``.
     """
 
     tokens: list[int] = field(default_factory=list)
 
 
 class _Unrolled:
-    """Keys and values of the context and of the steps so far, differentiable: what a GrowingKV is while drafting."""
+    """Keys and values of the context and of the steps so far, differentiable: the training counterpart of a GrowingKV."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -44,7 +44,7 @@ class _Unrolled:
 
 
 class EagleDrafter(Drafter):
-    """One layer, run once per drafted token; no Markov head, as the layer itself reads the token before."""
+    """One layer, run once per drafted token; without a Markov head, since the layer itself reads the token before."""
 
     architecture = "EagleDrafter"
 
@@ -58,7 +58,7 @@ class EagleDrafter(Drafter):
 
     @torch.no_grad()
     def start_context(self, norm_weight: Tensor) -> None:
-        """The layer norms its input itself; what it reads starts as the sum of feature and embedding, both normed."""
+        """The layer norms its own input, which starts as the sum of feature and embedding, both normed."""
         self.combine.weight.mul_(0.1).add_(torch.eye(self.config.hidden_size).repeat(1, 2))
 
     # ---- one step
@@ -68,24 +68,24 @@ class EagleDrafter(Drafter):
         return self.combine(torch.cat([self.embed_norm(self.embed(tokens)), self.hidden_norm(features)], -1))
 
     def _keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """All that the layer keeps of a token it only looks back at. x: [batch, n, hidden] of :meth:`_inputs`."""
+        """The cache entries of tokens. x: [batch, n, hidden] from :meth:`_inputs`; two of [batch, kv_heads, n, head_dim]."""
         layer = self.layers[0]
         return layer.self_attn.keys_values(layer.input_layernorm(x), self._rope(positions, x.dtype))
 
-    def _step(self, x: Tensor, place: Tensor, entries: GrowingKV) -> Tensor:
-        """The layer at one position while drafting. x: [1, 1, hidden], place: [1, 1]."""
+    def _step(self, x: Tensor, position: Tensor, entries: GrowingKV) -> Tensor:
+        """The layer at one position while drafting. x: [1, 1, hidden], position: [1, 1]. Returns [1, 1, hidden]."""
         if self.fused is not None:
-            return self.fused.layers[0](x, self.fused.rope(int(place), 1), entries)
-        return self.layers[0](x, self._rope(place, x.dtype), entries, None)
+            return self.fused.layers[0](x, self.fused.rope(int(position), 1), entries)
+        return self.layers[0](x, self._rope(position, x.dtype), entries, None)
 
     # ---- training
 
     def block_hidden(self, token_ids: Tensor, taps: Tensor, tokens: Tensor, previous: Tensor, positions: Tensor) -> Tensor:
-        """γ steps of all blocks at once; see :meth:`dspark.draft.drafter.Drafter.block_hidden`. ``tokens`` is of no use here."""
+        """γ steps of all blocks at once; see :meth:`dspark.draft.drafter.Drafter.block_hidden`. ``tokens`` is not read."""
         features, anchors = self.fc(taps), positions[..., 0]  # [rows, length, hidden], [rows, anchors]
-        stands = torch.arange(1, token_ids.shape[1], device=taps.device).expand(len(token_ids), -1)
-        entries = _Unrolled(Context(*self._keys_values(self._inputs(token_ids[:, 1:], features[:, :-1]), stands)))
-        visible = stands[:, None] < anchors[..., None]  # [rows, anchors, length − 1]: context strictly before the anchor, …
+        at = torch.arange(1, token_ids.shape[1], device=taps.device).expand(len(token_ids), -1)
+        entries = _Unrolled(Context(*self._keys_values(self._inputs(token_ids[:, 1:], features[:, :-1]), at)))
+        visible = at[:, None] < anchors[..., None]  # [rows, anchors, length − 1]: context strictly before the anchor, …
         own = torch.eye(anchors.shape[1], dtype=torch.bool, device=taps.device).expand(len(anchors), -1, -1)
         before = (anchors - 1).clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])
         feature, out = features.gather(1, before), []
@@ -107,45 +107,33 @@ class EagleDrafter(Drafter):
         state.tokens.extend(token_ids)
 
     def _absorb(self, state: EagleState) -> Tensor:
-        """Make entries of all tokens whose feature is known. Returns the feature before the anchor, [1, 1, hidden]."""
+        """Make the entries of all tokens whose feature is known. Returns the feature before the anchor, [1, 1, hidden]."""
         taps, kv = torch.cat(state.pending, 1), state.layers[0]
         features = self.fc(taps)
         if len(state.tokens) > 1:
             ids = torch.tensor([state.tokens[1:]], device=taps.device)
-            stands = kv.length + 1 + torch.arange(ids.shape[1], device=taps.device)[None]
-            kv.append(*self._keys_values(self._inputs(ids, features[:, :-1]), stands))
+            at = kv.length + 1 + torch.arange(ids.shape[1], device=taps.device)[None]
+            kv.append(*self._keys_values(self._inputs(ids, features[:, :-1]), at))
         state.pending, state.tokens = [taps[:, -1:]], state.tokens[-1:]
         return features[:, -1:]
 
     @torch.inference_mode()
-    def draft(
-        self,
-        state: EagleState,
-        anchor: int,
-        window: int,
-        sampling: Sampling,
-        chance: Chance,
-        admits: Admits = everything,
-        vote: Vote | None = None,
-    ) -> Draft:
-        """Propose ``window`` tokens behind the anchor, whose position is the length of the context, one step each."""
+    def draft(self, state: EagleState, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
+        """Propose ``window`` tokens after the anchor, whose position is the length of the context, one step each.
+
+        Raises ValueError unless 1 ≤ window ≤ block_size.
+        """
         self._check_window(window)
         feature, kv = self._absorb(state), state.layers[0]
-        entries, previous, tokens, rows, confidence = kv.length, anchor, [], [], []
-        for k in range(window):
-            place = torch.tensor([[kv.length + 1]], device=feature.device)
+        entries, previous, tokens, rows, hidden = kv.length, anchor, [], [], []
+        for _ in range(window):
+            position = torch.tensor([[kv.length + 1]], device=feature.device)
             x = self._inputs(torch.tensor([[previous]], device=feature.device), feature)
-            feature = self._step(x, place, kv)
-            hidden = self.norm(feature)[0, 0]
-            place, rate = self._heard(vote, tokens)
-            told = self.confidence_head.halves(hidden[None])[0][0] if self.has_confidence else math.nan
-            confidence.append(self._confidence(told, k, rate))
-            if not admits(confidence):
-                break
-            probs = sampling.probs(self._lean(self.head(hidden[None])[0].float(), place, rate))
-            choice = chance.choose(probs)
-            previous = int(self.d2t[choice])
+            feature = self._step(x, position, kv)
+            hidden.append(self.norm(feature)[0])  # [1, hidden]
+            probs = sampling.probs(self.head(hidden[-1])[0].float())
+            previous = int(self.d2t[rng.choose(probs)])
             tokens.append(previous)
             rows.append(probs)
-        kv.rewind(entries)  # what stands on the drafter's own features is dropped, and so is the anchor: its next block makes it anew
-        return Draft(tokens, self._spread(rows), torch.tensor(confidence))
+        kv.rewind(entries)  # entries made from the drafter's own features are dropped, the anchor's too: its next block makes it anew
+        return Draft(tokens, self._spread(rows), self._confidence(torch.cat(hidden), [anchor, *tokens[:-1]]))

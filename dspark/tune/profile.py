@@ -22,7 +22,7 @@ from dspark.cpu.packed import PackedLinear
 from dspark.draft.drafter import Drafter
 from dspark.files import cache_dir
 from dspark.target.target import Target
-from dspark.verify.sampling import Chance, Sampling
+from dspark.verify.sampling import Rng, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ FORMAT = 2  # of the cached files; a new number makes old ones be measured again
 class SPSCurve:
     """SPS(B): target steps per second when one step checks B tokens. Called with B, it never rises in B.
 
-    widths: measured B, ascending · seconds: median step time at each; a wider step that was measured faster, by chance or because
+    widths: measured B, ascending · seconds: median step time at each; a wider step that was measured faster, by rng or because
     a token alone attends slowly (:mod:`dspark.cpu.attention`), is given the time of the narrower one (running maximum). Between widths
     the step TIME is linear. Below the first it is constant; behind the last it grows with the last slope or the mean one, whichever
     is steeper: noise must not make tokens look free.
@@ -124,12 +124,12 @@ def profile_draft(target: Target, drafter: Drafter, *, context: int = 256, repea
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     width = len(drafter.target_layer_ids) * target.hidden_size
     taps = torch.randn(1, context + 2 * repeats + 2, width, generator=torch.Generator().manual_seed(0)).to(target.device, target.dtype)
-    state, times, chance, at = drafter.new_state(), [], Chance(torch.Generator(target.device).manual_seed(0)), 0
+    state, times, rng, at = drafter.new_state(), [], Rng(torch.Generator(target.device).manual_seed(0)), 0
     for new in [context, *[2] * repeats]:  # the first one takes in the prompt and is not counted
         drafter.extend(state, [], taps[:, at : at + new])
         at += new
         start = _now(target.device)
-        drafter.draft(state, 0, drafter.block_size, Sampling(), chance)
+        drafter.draft(state, 0, drafter.block_size, Sampling(), rng)
         times.append(_now(target.device) - start)
     return median(times[1:])
 

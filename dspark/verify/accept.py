@@ -1,60 +1,41 @@
-"""Exact acceptance: one target pass over [anchor, x_1..x_ℓ] decides how many drafts stay (Leviathan et al., 2023, Theorem 1).
-
-A position may have further guesses, its siblings, that stand beside the block in the same pass: each is tried against what the
-rejections before it have left owing (Miao et al., 2024, SpecInfer, Algorithm 2; Yang et al., 2024)."""
+"""Exact acceptance: one target pass over [x_0, x_1..x_ℓ] decides how many drafts stay (Leviathan et al., 2023, Theorem 1)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
-from dspark.verify.sampling import Chance, Rows
+from dspark.verify.sampling import Rng, Rows
 
 
-class Sibling(NamedTuple):
-    """One more guess at ``position`` k = 1, 2, … · law: [vocab] float32, what the token was drawn from."""
+def accept(draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor | Rows, rng: Rng) -> tuple[int, int]:
+    """Accept the longest prefix of the drafts, then sample one more token.
 
-    position: int
-    token: int
-    law: Tensor
+    draft_tokens: ℓ ids; x_k was drawn from ``p_draft[k−1]``.
+    p_draft: [≥ ℓ, vocab] float32, rows sum to 1.
+    p_target: [ℓ+1, vocab] float32, the target's distributions after x_0, x_1, …, x_ℓ.
+    Returns (accepted, next_token): how many drafts stay, and the token that follows them.
 
+    x_k is accepted with probability min(1, p_t(x_k) / p_d(x_k)). At the first rejection the next token is sampled from the residual
+    (the correction); if all ℓ drafts survive, from the target's last row (the bonus). Either way every token follows p_target exactly,
+    whatever the drafts were drawn from. Greedy decoding is the case of one-hot rows.
 
-def accept(
-    draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor | Rows, chance: Chance, siblings: Sequence[Sibling] = ()
-) -> tuple[int, int]:
-    """Keep the longest prefix of the drafts that the rule accepts, perhaps a sibling behind it, and draw the one token behind that.
-
-    draft_tokens: ℓ ids, x_k drawn from ``p_draft[k−1]`` · p_draft: [≥ ℓ, vocab] float32 · p_target: [ℓ+1+siblings, vocab] float32,
-    the rows behind the anchor, the drafts and the siblings · siblings: those of one position in the order in which they were drawn.
-    Returns (row, next_token), the row of p_target that the next token stands behind: k if k drafts were accepted, ℓ+1+i if sibling i
-    (0-based) was. x_k is accepted with probability min(1, p_t(x_k) / p_d(x_k)); at the first rejection the residual takes the place of
-    p_t, and the siblings of x_k are tried against it in the same way; if none is accepted, the next token comes from what is left.
-    Behind an accepted token it comes from the target's own row (the bonus). Every token then follows p_target exactly, whatever the
-    drafts were drawn from. Greedy is the case of one-hot rows.
-
-    Only indexing, −, clip, sum and / touch the rows, so arrays of fractions do as well: the proof runs this very function.
+    Only indexing, −, clip, sum and / touch the rows, so arrays of fractions work too: the exactness tests run this very function.
     """
     for k, token in enumerate(draft_tokens):
-        if chance.accepts(p_target[k, token], p_draft[k, token]):
-            continue
-        owed = residual(p_target[k], p_draft[k])
-        for row, sibling in enumerate(siblings, len(draft_tokens) + 1):
-            if sibling.position == k + 1:
-                if chance.accepts(owed[sibling.token], sibling.law[sibling.token]):
-                    return row, chance.choose(p_target[row])
-                owed = residual(owed, sibling.law)
-        return k, chance.choose(owed)
-    return len(draft_tokens), chance.choose(p_target[len(draft_tokens)])
+        if not rng.accepts(p_target[k, token], p_draft[k, token]):
+            return k, rng.choose(residual(p_target[k], p_draft[k]))
+    return len(draft_tokens), rng.choose(p_target[len(draft_tokens)])
 
 
 def residual(p_target: Tensor, p_draft: Tensor) -> Tensor:
-    """norm(max(p_t − p_d, 0)): what the target still owes after a rejection. [vocab] float32; no epsilon, it would bend the law.
+    """norm(max(p_t − p_d, 0)), the distribution of the correction after a rejection. All [vocab] float32.
 
-    Its mass is positive whenever a rejection is possible: some token has p_d > p_t, so another has p_t > p_d. Only the last bit
-    of float32 rows can make it zero; then the two laws are the same as far as float32 can tell.
+    No epsilon: it would bend the distribution. The mass is positive whenever a rejection is possible, since some token has
+    p_d > p_t and so another has p_t > p_d. Only the last bit of float32 rows can make it zero; then the two distributions are equal
+    as far as float32 can tell, and the target's own row is returned.
     """
-    owed = (p_target - p_draft).clip(0)
-    mass = owed.sum()
-    return owed / mass if mass > 0 else p_target
+    difference = (p_target - p_draft).clip(0)
+    mass = difference.sum()
+    return difference / mass if mass > 0 else p_target

@@ -1,4 +1,4 @@
-"""One function turns logits into the distribution that is sampled, for target and drafter alike."""
+"""One function turns logits into the distribution that is sampled, for target and drafter alike; one object makes the draws."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
+    """How the next token is chosen.
 
-    Raises ValueError for a negative temperature, a negative top_k, or top_p outside (0, 1].
+    temperature: 0 is greedy; at least 0.
+    top_k: keep the k most probable tokens; 0 keeps all.
+    top_p: keep the smallest set of tokens with this much probability, in (0, 1]; 1 keeps all.
+    Raises ValueError for a value out of range.
     """
 
     temperature: float = 0.0
@@ -20,17 +23,21 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        numbers = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, got {value!r}: leave it out for the default")
+        if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(f"top_k must be 0 (off) or a positive whole number, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}: 1 keeps every token")
 
     def probs(self, logits: Tensor) -> Tensor:
         """logits: [..., vocab], any float dtype → probabilities of the same shape, float32, rows sum to 1.
 
-        Greedy is the one-hot distribution of the arg max, so that one acceptance rule serves every temperature.
+        Greedy is the one-hot distribution of the arg max, so one acceptance rule serves every temperature.
         """
         if self.temperature == 0:
             best = logits.float().argmax(-1, keepdim=True)  # over bfloat16 it would take four times as long on a CPU
@@ -38,16 +45,16 @@ class Sampling:
         logits = logits.float()
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # 0 or less: no temperature makes it overflow to ∞
         if 0 < self.top_k < logits.shape[-1]:
-            smallest_kept = logits.topk(self.top_k).values[..., -1:]
+            smallest_kept = logits.topk(int(self.top_k)).values[..., -1:]
             logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
         probs = logits.softmax(-1)
         return nucleus(probs, self.top_p) if self.top_p < 1 else probs
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """The smallest set of most probable tokens whose mass reaches ``top_p``, renormalised (Holtzman et al., 2020, §3.1).
+    """Keep the smallest set of most probable tokens whose mass reaches ``top_p`` and renormalise (Holtzman et al., 2020, §3.1).
 
-    probs: [..., vocab] float32, rows sum to 1.
+    probs: [..., vocab] float32, rows sum to 1. Returns the same shape.
     """
     ordered, index = probs.sort(dim=-1, descending=True)
     mass_before = ordered.cumsum(-1) - ordered  # 0 for the first: one token always stays
@@ -56,45 +63,50 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 
 class Rows:
-    """[rows, vocab]: ``sampling.probs(logits)``, each row made when it is first asked for.
+    """[rows, vocab]: ``sampling.probs(logits)``, each row computed when it is first read.
 
-    Behind the first rejection nobody asks; and a whole block of float32 rows costs more in fresh memory than in arithmetic.
+    Rows after the first rejection are never read, and a whole block of float32 rows costs more in fresh memory than in arithmetic.
     """
 
     def __init__(self, sampling: Sampling, logits: Tensor) -> None:
         self.sampling, self.logits = sampling, logits
-        self.made: dict[int, Tensor] = {}
+        self.computed: dict[int, Tensor] = {}
 
-    def __getitem__(self, place: int | tuple[int, int]) -> Tensor:
+    def __getitem__(self, index: int | tuple[int, int]) -> Tensor:
         """Row k [vocab], or for (k, token) one probability []."""
-        k, *token = place if isinstance(place, tuple) else (place,)
-        if k not in self.made:
-            self.made[k] = self.sampling.probs(self.logits[k])
-        return self.made[k][token[0]] if token else self.made[k]
+        k, *token = index if isinstance(index, tuple) else (index,)
+        if k not in self.computed:
+            self.computed[k] = self.sampling.probs(self.logits[k])
+        return self.computed[k][token[0]] if token else self.computed[k]
 
 
-class Chance:
-    """Where decoding is random: two questions, each answered by one draw from the generator (PyTorch's global one if None).
+class Rng:
+    """All that is random in decoding: two kinds of draw, each made with one uniform number.
 
-    A proof of exactness puts an object here that answers every question in every way (:mod:`dspark.proof.branches`).
+    generator: PyTorch's global one if None. The exactness tests pass an object that takes every branch instead.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.generator = generator
 
     def choose(self, probs: Tensor) -> int:
-        """Index i with probability p_i, by inverting the cumulative distribution. probs: [vocab] float32."""
+        """Index i with probability p_i, by inverting the cumulative distribution. probs: [vocab] float32.
+
+        Raises ValueError if the probabilities do not sum to something positive.
+        """
         cumulative = probs.cumsum(-1, dtype=torch.float64)
         if not cumulative[-1] > 0:
-            raise ValueError(f"nothing can be drawn from probabilities that sum to {cumulative[-1]:g}: the model's weights are damaged")
+            raise ValueError(f"cannot sample from probabilities that sum to {cumulative[-1]:g}: the model's weights are damaged")
         u = self._uniform(probs.device) * cumulative[-1]
         # The first index whose cumulative mass exceeds u: never a token of probability zero.
         return int(torch.searchsorted(cumulative, u, right=True).clamp_(max=probs.shape[-1] - 1))
 
     def accepts(self, p_target: Tensor, p_draft: Tensor) -> bool:
-        """True with probability min(1, p_t / p_d), for two numbers in [0, 1]; p_d > 0, as the token was drawn from it."""
+        """True with probability min(1, p_t / p_d), for two numbers in [0, 1]; p_d > 0, since the token was drawn from it."""
         return bool(self._uniform(p_target.device) * p_draft < p_target)
 
     def _uniform(self, device: torch.device) -> Tensor:
         """[] float64 in [0, 1)."""
         return torch.rand((), generator=self.generator, dtype=torch.float64, device=device)
+
+Chance = Rng  # SHIM

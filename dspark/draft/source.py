@@ -1,0 +1,55 @@
+"""What every source of drafts has in common, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dspark.verify.sampling import Rng, Sampling
+
+COPY = "copy"  # the source of a draft that was looked up, not computed
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A proposed block of w tokens.
+
+    tokens: w ids of the target's vocabulary.
+    probs: [w, vocab] float32, exactly the distributions they were drawn from.
+    confidence: [w] float32, c_k, calibrated if the drafter carries temperatures; NaN without a confidence head.
+    source: who proposed it.
+    """
+
+    tokens: list[int]
+    probs: Tensor
+    confidence: Tensor
+    source: str = "drafter"
+
+
+NOTHING = Draft([], torch.empty(0, 0), torch.empty(0), "")
+
+
+class DraftSource(Protocol):
+    """Anything that proposes blocks: the trained drafter, copying from the context, a baseline.
+
+    block_size: most tokens it proposes at once.
+    target_layer_ids: target layers whose output it reads; () for none.
+    has_confidence: whether its confidences are numbers.
+    """
+
+    block_size: int
+    target_layer_ids: tuple[int, ...]
+    has_confidence: bool
+
+    def new_state(self, prompt: Sequence[int]) -> object:
+        """What this source remembers about one request."""
+
+    def extend(self, state: object, token_ids: Sequence[int], taps: Tensor | None) -> None:
+        """The target has processed these committed tokens. taps: [1, tokens, m·hidden] at the same positions, None if not asked for."""
+
+    def draft(self, state: object, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
+        """Propose at most ``window`` tokens after the anchor."""

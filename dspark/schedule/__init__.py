@@ -1,0 +1,39 @@
+"""Scheduling: the policies, and the one registry of their names, sliders, labels and colours."""
+
+from dspark.schedule.policies import (
+    MTP1,
+    SPS,
+    AdaptiveWindow,
+    Autoregressive,
+    ConfidenceThreshold,
+    FixedWindow,
+    NeedsConfidence,
+    Policy,
+    Shortened,
+)
+from dspark.schedule.prefix import Admission, PrefixScheduler
+from dspark.schedule.registry import POLICIES, Parameter, PolicyRow, make_policy, parse_policy, policy_colour, policy_label
+
+__all__ = [
+    "MTP1",
+    "POLICIES",
+    "SPS",
+    "AdaptiveWindow",
+    "Admission",
+    "Autoregressive",
+    "ConfidenceThreshold",
+    "FixedWindow",
+    "NeedsConfidence",
+    "Parameter",
+    "Policy",
+    "PolicyRow",
+    "PrefixScheduler",
+    "Shortened",
+    "make_policy",
+    "parse_policy",
+    "policy_colour",
+    "policy_label",
+]
+
+SIBLING_RATES = ()  # SHIM
+Past = object  # SHIM

@@ -1,0 +1,98 @@
+"""The prefix scheduler: the paper's Algorithm 1 on measured step times."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dspark.round import Round
+from dspark.schedule.policies import SPS, NeedsConfidence
+
+
+@dataclass(frozen=True)
+class Admission:
+    """One step of Algorithm 1: may draft ``position`` of request ``request`` be checked?
+
+    request: its index in the round.
+    position: 1, 2, …; 0 is the start, where only the anchors are checked.
+    survival: a_{r,j}.
+    expected: tokens that the round would commit on average.
+    budget: B, tokens in the target's pass.
+    throughput: Θ, expected tokens per second.
+    admitted: whether Θ rose.
+    """
+
+    request: int
+    position: int
+    survival: float
+    expected: float
+    budget: int
+    throughput: float
+    admitted: bool
+
+
+@dataclass(frozen=True)
+class PrefixScheduler(NeedsConfidence):
+    """The paper's Algorithm 1: over all requests, admit drafts while expected throughput rises, stop at the first fall.
+
+    Candidates (r, j) are taken by falling survival a_{r,j}, and Θ = (R + Σ admitted a) / (draft_seconds + 1/SPS(B)), where
+    B = Σ(1 + ℓ_r) tokens. Stopping at the first fall keeps the distribution: whether (r, j) is admitted depends on survivals at or
+    above a_{r,j} alone, hence on x_{r,<j}, never on x_{r,j} or later tokens. A search for the best budget over ALL candidates would
+    read later confidences and bias it (Appendix A).
+
+    sps: measured target steps per second at B tokens.
+    draft_seconds: T_draft of the parallel pass. 0, the paper's rule, leaves it out, since a server drafts while it verifies; on one
+        stream the pass is waited for, so counting it checks a little more.
+    max_window: tokens to draft at most, None for the whole block.
+    """
+
+    sps: SPS
+    draft_seconds: float = 0.0
+    max_window: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.draft_seconds >= 0:
+            raise ValueError(f"draft_seconds must be at least 0, got {self.draft_seconds}")
+
+    def window(self, last: Round | None, block_size: int) -> int:
+        return block_size if self.max_window is None else self.max_window
+
+    def check(self, block_size: int, has_confidence: bool) -> None:
+        super().check(block_size, has_confidence)
+        if self.max_window is not None and not 1 <= self.max_window <= block_size:
+            raise ValueError(f"max_window {self.max_window} must lie in 1..{block_size}, the drafter's block size")
+
+    def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
+        lengths = [0] * len(confidence)
+        for step in self.admissions(confidence):
+            if step.admitted and step.position:
+                lengths[step.request] = step.position
+        return lengths
+
+    def admissions(self, confidence: Sequence[Tensor]) -> Iterator[Admission]:
+        """The path of the algorithm, the start first; only its last step can be one that was not admitted."""
+        survival = [c.cumprod(-1).tolist() for c in confidence]
+        expected, budget = float(len(survival)), len(survival)
+        best = self._throughput(expected, budget)
+        yield Admission(0, 0, 1.0, expected, budget, best, True)
+        # Survival never rises along a request, so the largest remaining candidate is always some request's next token.
+        heap = [(-a[0], r, 1) for r, a in enumerate(survival) if a]
+        heapq.heapify(heap)
+        while heap:
+            negative, r, position = heapq.heappop(heap)
+            expected, budget = expected - negative, budget + 1
+            throughput = self._throughput(expected, budget)
+            admitted = throughput > best
+            yield Admission(r, position, -negative, expected, budget, throughput, admitted)
+            if not admitted:
+                break
+            best = throughput
+            if position < len(survival[r]):
+                heapq.heappush(heap, (-survival[r][position], r, position + 1))
+
+    def _throughput(self, expected: float, budget: int) -> float:
+        sps = self.sps(budget)
+        return expected * sps / (1 + self.draft_seconds * sps)
