@@ -16,7 +16,7 @@ from dspark.bench.measure import Trial
 from dspark.bench.prompts import data_dir
 from dspark.bench.results import SCHEMA_VERSION, read_rows, write_results
 from dspark.decode import Round
-from dspark.lab import drafters, figures, proof, readme, scheduling, static, tables
+from dspark.lab import drafters, figures, proof, scheduling, static, tables
 from dspark.schedule import PrefixScheduler
 
 BYTES = {i: bytes([i]) for i in range(256)}
@@ -261,7 +261,7 @@ def test_a_prompt_that_comes_again_is_a_repeat_and_counts_once():
     assert numbers["speedup"] == pytest.approx(2.0), "the median of the repeats"
 
 
-# ---- the README
+# ---- the picture of RESULTS.md
 
 
 def results(baseline: str = "plain") -> pd.DataFrame:
@@ -293,20 +293,10 @@ def test_picture_of_missing_results_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_block_holds_every_arm_and_domain_with_interval_and_tau(tmp_path):
-    write_results(results(), tmp_path / "results" / "speed-bfloat16-t0.parquet")
-    block = readme.results_block(tmp_path)
-    head, rule, *rows = block.split("\n\n")[1].split("\n")
-    assert head == "| | code | chat | geometric mean |" and rule == "|---|---|---|---|"
-    assert [row.split(" | ")[0] for row in rows] == ["| `generate`", "| `fixed:5`"]
-    assert all(re.fullmatch(r"1\.\d\d× \[1\.\d\d, 1\.\d\d\], τ 2\.00", cell) for cell in rows[1].strip("| ").split(" | ")[1:])
-    assert "τ" not in rows[0] and "greedy, bfloat16, 32 new tokens, n = 8 test prompts a domain, 2 threads of a machine" in block
-
-
 def test_a_file_of_another_version_or_without_rows_is_refused_wherever_it_is_drawn(tmp_path, capsys):
     folder, frame = tmp_path / "results", results()
     unnamed = frame.drop(columns="schema_version")
-    drawn = {"speed-x": readme.results_block, "drafters-t0-dspark": lambda data: drafters.read_drafters(data / "results", 0.0)}
+    drawn = {"drafters-t0-dspark": lambda data: drafters.read_drafters(data / "results", 0.0)}
     for wrong, told in ((frame.assign(schema_version=99), "schema version 99"), (frame[:0], "no rows"), (unnamed, "schema version none")):
         for name, draw in drawn.items():
             path = folder / f"{name}.parquet"
@@ -330,58 +320,3 @@ def test_every_committed_results_file_says_its_schema_version(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_no_notebook_draws_results_that_were_not_looked_at(path):
     assert "read_results" not in path.read_text(encoding="utf-8")
-
-
-def test_remarks_under_a_table_hold_the_ratio_to_mtp1_and_the_texts_that_are_equal():
-    frame = results()
-    mtp = frame[frame["arm"] == "fixed:5"].assign(arm="mtp1", latency_ms=lambda rows: 2 * rows["latency_ms"])
-    parted = frame["equals_baseline"].where((frame["arm"] != "fixed:5") | (frame["domain"] != "code"), other=False)
-    ratio, texts = readme.speed_markdown(pd.concat([frame.assign(equals_baseline=parted), mtp])).split("\n\n")[2:]
-    assert ratio == "Over `mtp1`, geometric mean: `fixed:5` 2.00× [2.00, 2.00]."
-    assert texts == "Texts that are `plain`'s token for token: `generate` 16 of 16, `fixed:5` 8 of 16, `mtp1` 16 of 16."
-    sampled = readme.speed_markdown(frame.assign(temperature=1.0))
-    assert "token for token" not in sampled and "mtp1" not in sampled
-
-
-def test_block_says_how_many_texts_are_equal_and_what_memory_it_takes(tmp_path):
-    texts = [{"arm": arm, "prompt_id": i, "dtype": "float32", "equal": i < 2} for arm in ("plain", "fixed:5") for i in range(3)]
-    peaks = {"plain": (400.0, 300.0), "fixed:5": (480.0, 330.0)}
-    memory = [{"arm": arm, "baseline": "plain", "peak_rss_mib": a, "decode_peak_mib": b} for arm, (a, b) in peaks.items()]
-    place = {"schema_version": SCHEMA_VERSION, "threads": 2, "machine": "a machine", "device": "cpu"}
-    texts, memory = (pd.DataFrame(rows).assign(n=3, **place) for rows in (texts, memory))
-    write_results(texts, tmp_path / "results" / "identity-float32-t0.parquet")
-    write_results(memory, tmp_path / "results" / "memory-bfloat16-t0.parquet")
-    equal, fold, peak, end = readme.results_block(tmp_path).split("\n\n")
-    assert fold == readme.FOLD and end == "</details>"
-    assert "in 4 of 6 cases (3 prompts × 2 ways to decode)" in equal
-    assert peak == "Peak memory against `plain` (300 MiB; n = 3 prompts a domain; 2 threads of a machine): `fixed:5` 1.10×."
-    assert "`fixed:5` 1.20×" in readme.memory_line(memory.assign(decode_peak_mib=np.nan))
-
-
-def test_step_times_are_told_in_one_sentence():
-    rows = [("verify", context, tokens, context / 1e4 + tokens / 1e3) for context in (100, 2000) for tokens in (1, 2, 6, 8)]
-    frame = pd.DataFrame([*rows, ("draft", 100, 1, 9.0)], columns=["kind", "context", "tokens", "seconds"])
-    told = readme.steps_line(frame.assign(dtype="bfloat16", threads=2, machine="a machine", device="cpu"))
-    assert "takes 11.0, 12.0 and 16.0 ms behind 100 tokens, 201.0, 202.0 and 206.0 ms behind 2,000 tokens (bfloat16, 2 threads" in told
-
-
-def test_rewriting_changes_only_what_stands_between_the_markers():
-    page = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
-    once = readme.rewritten(page, "new")
-    assert once == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
-    assert readme.rewritten(once, "new") == once
-    for broken in ("nothing", readme.BEGIN, f"{readme.END}{readme.BEGIN}"):
-        with pytest.raises(ValueError, match="once each"):
-            readme.rewritten(broken, "new")
-
-
-def test_numbers_in_the_readme_are_those_of_the_committed_results():
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.rewritten(page, readme.results_block(ROOT / "data")) == page, "run python -m dspark.lab.readme"
-
-
-def test_every_file_that_the_readme_points_to_is_there():
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    missing = [link for link in re.findall(r"\]\(([^):]+)\)", page) if not (ROOT / link).exists()]
-    assert missing == []
-    assert {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")} == set(re.findall(r"\((notebooks/[^)]+)\)", page))

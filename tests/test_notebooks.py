@@ -103,7 +103,7 @@ def test_the_python_in_the_readme_runs(tiny_folders, monkeypatch, capsys):
     monkeypatch.setattr(dspark, "load_drafter", lambda name, target: load_drafter({"default": tiny_folders["drafter"]}[name], target))
     names = {}
     exec(compile("\n".join(parts), "README.md", "exec"), names)
-    assert names["ids"].shape[1] > names["inputs"]["input_ids"].shape[1], "the last part decodes as well"
+    assert names["out"].token_ids
     assert re.search(r"^\d+ \d+ of \d+ drafts: ", capsys.readouterr().out, flags=re.MULTILINE)
 
 

@@ -1,0 +1,130 @@
+"""RESULTS.md and README's table are what ``python -m dspark.bench.report`` makes of data/results, and say what the rows say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dspark.bench import report
+from dspark.bench.markdown import caption, over_mtp1, same_texts, speed_table
+from dspark.bench.results import SCHEMA_VERSION, write_results
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = {"schema_version": SCHEMA_VERSION, "threads": 2, "machine": "a machine", "device": "cpu", "dtype": "bfloat16"}
+
+
+def speed_rows(gains: dict[str, float], n: int = 8) -> pd.DataFrame:
+    """A speed file of two domains; gains: arm → exact speed-up over plain. Arms above 1 commit two tokens per round."""
+    rows, rng = [], np.random.default_rng(0)
+    for domain in ("code", "chat"):
+        for i in range(n):
+            plain_ms = rng.uniform(15, 25)
+            for arm, gain in {"plain": 1.0, **gains}.items():
+                seconds = 32 * plain_ms / gain / 1e3
+                rows.append(
+                    {"arm": arm, "domain": domain, "prompt_id": f"{domain}/{i}", "equals_baseline": True, "latency_ms": plain_ms / gain}
+                    | {"decoded_tokens": 32, "rounds": 16 if gain > 1 else 32, "seconds": seconds, "model_seconds": seconds}
+                    | {"draft_ms": 1.0, "verify_ms": 16.0, "round_ms": 18.0}
+                )
+    about = {"baseline": "plain", "target": "tiny", "temperature": 0.0, "max_new_tokens": 33, "n": n, "split": "test"}
+    return pd.DataFrame(rows).assign(**about, **PLACE)
+
+
+def test_readme_and_results_are_exactly_what_the_generator_makes_of_the_committed_files():
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "README.md"))
+    assert page == report.results_page(ROOT / "data"), "run python -m dspark.bench.report"
+    assert readme == report.filled(readme, report.headline_table(ROOT / "data")), "run python -m dspark.bench.report"
+
+
+def test_table_has_every_arm_and_domain_with_interval_and_tau():
+    frame = speed_rows({"generate": 0.9, "fixed:5": 1.7})
+    words, table = speed_table(frame).split("\n\n")
+    head, rule, *rows = table.split("\n")
+    assert head == "|  | code | chat | geometric mean |" and rule == "| --- | --- | --- | --- |"
+    assert [row.split(" | ")[0] for row in rows] == ["| `generate`", "| `fixed:5`"]
+    assert rows[1].strip("| ").split(" | ")[1:] == ["1.70× [1.70, 1.70], τ 2.00"] * 3
+    assert "τ" not in rows[0] and caption(frame) in words
+    assert caption(frame) == "tiny, greedy, bfloat16, 33 new tokens, n = 8 test prompts per domain, 2 threads of a machine"
+
+
+def test_remarks_hold_the_ratio_to_mtp1_and_the_number_of_equal_texts():
+    frame = speed_rows({"generate": 0.9, "mtp1": 1.2, "fixed:5": 1.8})
+    frame["equals_baseline"] = (frame["arm"] != "fixed:5") | (frame["domain"] != "code")
+    assert over_mtp1(frame) == "Over `mtp1`, geometric mean: `fixed:5` 1.50× [1.50, 1.50]."
+    assert same_texts(frame).endswith("token for token: `generate` 16 of 16, `mtp1` 16 of 16, `fixed:5` 8 of 16.")
+    assert same_texts(frame.assign(temperature=1.0)) == "" and over_mtp1(speed_rows({"fixed:5": 1.8})) == ""
+    assert over_mtp1(frame) in speed_table(frame) and over_mtp1(frame) not in speed_table(frame, remarks=False)
+
+
+def test_arms_that_no_longer_exist_are_left_out(tmp_path):
+    write_results(speed_rows({"fixed:5": 1.7, "fixed+gone": 1.9}), tmp_path / "results" / "speed-x.parquet")
+    page = report.results_page(tmp_path)
+    assert "`fixed:5`" in page and "gone" not in page
+
+
+def test_sections_without_a_file_are_left_out(tmp_path):
+    assert report.results_page(tmp_path) == report.INTRODUCTION + "\n"
+
+
+def test_readme_table_has_four_rows_and_a_missing_arm_is_named(tmp_path):
+    path = tmp_path / "results" / report.HEADLINE
+    gains = {"generate": 0.9, "mtp1": 1.4, "fixed:5": 1.7, "fixed+copy": 2.0}
+    write_results(speed_rows(gains | {"prefix": 1.8}), path)
+    assert re.findall(r"^\| `(.+?)`", report.headline_table(tmp_path), flags=re.MULTILINE) == list(gains)
+    write_results(speed_rows({"mtp1": 1.4}), path)
+    with pytest.raises(ValueError, match=r"no arm generate, fixed:5, fixed\+copy: measure it again"):
+        report.headline_table(tmp_path)
+
+
+def test_memory_falls_back_to_the_whole_process(tmp_path):
+    peaks = {"plain": (400.0, 300.0), "fixed:5": (480.0, 330.0)}
+    rows = [{"arm": arm, "baseline": "plain", "n": 3, "peak_rss_mib": a, "decode_peak_mib": b} for arm, (a, b) in peaks.items()]
+    memory, path = pd.DataFrame(rows).assign(**PLACE), tmp_path / "results" / "memory-x.parquet"
+    write_results(memory, path)
+    line = "Peak memory over `plain` (300 MiB; n = 3 prompts per domain; 2 threads of a machine): `fixed:5` 1.10×."
+    assert line in report.results_page(tmp_path)
+    write_results(memory.assign(decode_peak_mib=np.nan), path)
+    assert "`fixed:5` 1.20×" in report.results_page(tmp_path)
+
+
+def test_step_times_are_a_table_in_milliseconds(tmp_path):
+    rows = [("verify", context, tokens, context / 1e4 + tokens / 1e3) for context in (100, 2000) for tokens in (1, 2, 6)]
+    rows += [("draft", context, tokens, tokens / 1e3) for context in (100, 2000) for tokens in (1, 5)]
+    frame = pd.DataFrame(rows, columns=["kind", "context", "tokens", "seconds"]).assign(**PLACE)
+    write_results(frame, tmp_path / "results" / "sps-x.parquet")
+    page = report.results_page(tmp_path)
+    assert "| tokens of context | 1 token | 2 tokens | 6 tokens | a drafted block |" in page
+    assert "| 100 | 11.0 | 12.0 | 16.0 | 5.0 |" in page and "| 2,000 | 201.0 | 202.0 | 206.0 | 5.0 |" in page
+
+
+@pytest.mark.parametrize(("change", "words"), [({"schema_version": 99}, "schema version 99"), (None, "no rows")])
+def test_a_file_of_another_version_or_without_rows_is_refused_in_one_line(tmp_path, change, words):
+    frame = speed_rows({"fixed:5": 1.7})
+    write_results(frame.assign(**change) if change else frame[:0], tmp_path / "results" / "speed-x.parquet")
+    with pytest.raises(ValueError, match=rf"speed-x\.parquet has {words}.*dspark\.bench"):
+        report.results_page(tmp_path)
+
+
+def test_only_what_is_between_the_markers_changes():
+    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    once = report.filled(page, "new")
+    assert once == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n" and report.filled(once, "new") == once
+    for broken in ("nothing", report.BEGIN, f"{report.END}{report.BEGIN}"):
+        with pytest.raises(ValueError, match="once each"):
+            report.filled(broken, "new")
+
+
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md", "data/README.md", "data/LOG.md"])
+def test_every_file_that_a_page_links_to_is_there(name):
+    path = ROOT / name
+    links = re.findall(r"\]\(([^):]+)\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_readme_lists_every_notebook():
+    listed = set(re.findall(r"\((notebooks/[^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")} == listed
