@@ -6,7 +6,6 @@ import errno
 import gc
 import json
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -219,7 +218,7 @@ def refuses_to_write_what_was_trained(folder: Path, full: AbstractContextManager
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")])
 def test_an_error_while_writing_a_checkpoint_keeps_the_last_one(tmp_path: Path, error: Exception) -> None:
-    refuses_to_write_what_was_trained(tmp_path, mock.patch("dspark.train.loop.save_file", side_effect=error))
+    refuses_to_write_what_was_trained(tmp_path, mock.patch("dspark.train.checkpoint.save_file", side_effect=error))
 
 
 def test_a_full_disk_during_training_keeps_the_last_checkpoint(tmp_path: Path) -> None:
@@ -233,8 +232,8 @@ def test_a_full_disk_while_keeping_features_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def command(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """Run `python -m dspark.train drafter` in this process with tiny settings; returns what it exits with."""
+def command(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+    """Run `python -m dspark.train drafter` in this process with tiny settings; returns its error, empty if there is none."""
     save_corpus(corpus(), tmp_path / "corpus.safetensors")
     settings = {"target": model_folder, "dtype": "float32", "corpus": tmp_path / "corpus.safetensors", "out": tmp_path / "drafter"}
     settings |= {"steps": 4, "sequences": 2, "anchors": 2, "taps": "0,2", "init-layers": "0", "block-size": 3}
@@ -243,12 +242,8 @@ def command(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def run(**changes: object) -> str:
         chosen = settings | {name.replace("_", "-"): value for name, value in changes.items()}
         arguments = [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["train", "drafter", *arguments])
-        try:
-            main()
-        except SystemExit as stopped:
-            return str(stopped.code)
-        return ""
+        capsys.readouterr()
+        return capsys.readouterr().err.splitlines()[-1] if main(["drafter", *arguments]) else ""
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield run
@@ -280,7 +275,7 @@ def command(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 )
 def test_the_command_ends_with_one_line(command: Callable[..., str], changes: dict[str, object], value: str) -> None:
     message = command(**changes)
-    assert message.startswith("error: ")
+    assert message.startswith("dspark.train: ")
     assert "\n" not in message
     assert value in message
 
@@ -323,7 +318,7 @@ def test_more_text_is_learnt_from_and_what_is_held_out_stays(
     assert torch.equal(joined.assistant[64:], alone.assistant) and not alone.assistant.all()
     for refusal in ({"more": tmp_path / "corpus.safetensors", "corpus": short(tmp_path)}, {"more": short(tmp_path, 63)}, {"skip_rows": 70}):
         message = command(**({"more": tmp_path / "more.safetensors"} | refusal))
-        assert message.startswith("error: ") and ("cannot join" in message or "at least 64 rows" in message)
+        assert message.startswith("dspark.train: ") and ("cannot join" in message or "at least 64 rows" in message)
 
 
 def short(folder: Path, rows: int = 70) -> Path:
@@ -355,10 +350,10 @@ def test_stopping_the_command_keeps_what_was_trained(command: Callable[..., str]
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dspark.train.run.tqdm.set_postfix", stop_at_3)
-        assert "continues" in command()
+        patch.setattr("dspark.train.loop.tqdm.set_postfix", stop_at_3)
+        assert "resumes" in command()
     gc.collect()
     assert (tmp_path / "drafter.training" / "checkpoint.safetensors").is_file()
-    monkeypatch.setattr("dspark.train.run.Trainer.run", lambda trainer: pytest.fail(f"resumed at {trainer.step}"))
+    monkeypatch.setattr("dspark.train.loop.Trainer.run", lambda trainer: pytest.fail(f"resumed at {trainer.step}"))
     with pytest.raises(pytest.fail.Exception, match="resumed at 3"):
         command()

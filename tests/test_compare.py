@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +17,10 @@ import dspark
 from dspark.bench.provenance import drafter_digest
 from dspark.bench.results import read_results, write_results
 from dspark.train import __main__ as command
-from dspark.train import compare, run
+from dspark.train import compare
 from dspark.train.corpus import Corpus, save_corpus
 from dspark.train.features import FeatureStore
-from dspark.train.loop import TrainConfig, Trainer
+from dspark.train.loop import TrainConfig, Trainer, train_to
 from dspark.train.variants import GROUPS, VARIANTS, Recipe, chosen
 
 MAIN = [variant.name for variant in GROUPS["main"]]
@@ -48,22 +47,24 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "FeatureStore", partial(FeatureStore, shard_rows=4))
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["dspark.train", "compare", *words])
+@pytest.fixture(autouse=True)
+def usual_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
-    command.main()
 
 
-def refused(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
-    with pytest.raises(SystemExit) as caught:
-        call(monkeypatch, *words)
-    return str(caught.value)
+def call(*words: str) -> None:
+    assert command.main(["compare", *words]) == 0
 
 
-def test_one_command_trains_decodes_times_and_tells_where_every_row_comes_from(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call(monkeypatch, *arguments, "--stages", "train,decode,time")
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The line that the command ends with."""
+    capsys.readouterr()
+    assert command.main(["compare", *words]) in (2, 130)
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_one_command_trains_decodes_times_and_tells_where_every_row_comes_from(arguments: list[str], tmp_path: Path) -> None:
+    call(*arguments, "--stages", "train,decode,time")
     results = tmp_path / "results"
     trained = read_results(results / "drafters-trained.parquet").set_index("drafter")
     assert list(trained.index) == MAIN and list(trained["layers"]) == [2, 2, 1] and list(trained["rank"]) == [4, 0, 0]
@@ -86,58 +87,58 @@ def test_one_command_trains_decodes_times_and_tells_where_every_row_comes_from(
 def test_what_is_finished_is_not_done_again_and_a_longer_list_keeps_it(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call(monkeypatch, *arguments, "--only", "dflash")
+    call(*arguments, "--only", "dflash")
     kept = [*tmp_path.glob("results/drafters-t1-*"), *tmp_path.glob("out/dflash/*")]
     before = {path: path.read_bytes() for path in kept}
     monkeypatch.setattr(compare, "train_to", lambda trainer, out, **_: pytest.fail(f"{out} was trained again"))
-    call(monkeypatch, *arguments, "--only", "dflash")
-    monkeypatch.setattr(compare, "train_to", run.train_to)
-    call(monkeypatch, *arguments, "--only", "eagle", "--stages", "train")
+    call(*arguments, "--only", "dflash")
+    monkeypatch.setattr(compare, "train_to", train_to)
+    call(*arguments, "--only", "eagle", "--stages", "train")
     assert read_results(tmp_path / "results" / "drafters-trained.parquet")["drafter"].tolist() == ["dflash", "eagle"]
     assert all(path.read_bytes() == content for path, content in before.items()) and len(before) == 3
 
 
 def test_a_record_outlives_its_weights_among_drafters_that_were_trained_alike(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = tmp_path / "results" / "drafters-trained.parquet"
     for name in ("eagle", "dspark"):
-        call(monkeypatch, *arguments, "--only", name, "--stages", "train")
+        call(*arguments, "--only", name, "--stages", "train")
         shutil.rmtree(tmp_path / "out" / name)
-    call(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
+    call(*arguments, "--only", "dflash", "--stages", "train")
     assert read_results(records)["drafter"].tolist() == MAIN and read_results(records)["recipe"].nunique() == 1
     of_other_code = read_results(records).assign(schema_version=99)
     write_results(of_other_code, other := tmp_path / "older" / records.name)
-    told = refused(monkeypatch, *arguments, "--only", "dflash", "--stages", "train", "--results", str(other.parent))
-    assert f"{other} holds drafters of another schema_version" in told
+    message = refused(capsys, *arguments, "--only", "dflash", "--stages", "train", "--results", str(other.parent))
+    assert f"{other} holds drafters of another schema_version" in message
     write_results(of_other_code.drop(columns="schema_version"), other)
-    told = refused(monkeypatch, *arguments, "--only", "dflash", "--stages", "train", "--results", str(other.parent))
-    assert f"{other} was written before rows said their schema version" in told
+    message = refused(capsys, *arguments, "--only", "dflash", "--stages", "train", "--results", str(other.parent))
+    assert f"{other} was written before rows had a schema version" in message
     before, another = records.read_bytes(), ["--only", "eagle", "--stages", "train", "--steps", "2", "--out", str(tmp_path / "other")]
-    assert f"{records} holds drafters of another recipe: choose another --results" in refused(monkeypatch, *arguments, *another)
+    assert f"{records} holds drafters of another recipe: choose another --results" in refused(capsys, *arguments, *another)
     assert records.read_bytes() == before and not (tmp_path / "other").exists(), "before anything is trained"
     elsewhere = tmp_path / "other" / "results"
-    call(monkeypatch, *[word for word in arguments if word not in ("--results", str(records.parent))], *another)
+    call(*[word for word in arguments if word not in ("--results", str(records.parent))], *another)
     assert read_results(elsewhere / "drafters-trained.parquet")["drafter"].tolist() == ["eagle"], "by default beside the drafters"
 
 
 def test_records_never_replace_a_file_that_holds_something_else(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = tmp_path / "results" / "drafters-trained.parquet"
     records.parent.mkdir()
     pd.DataFrame({"drafter": ["eagle"], "target_digest": ["0"]}).to_parquet(records)
     before = records.read_bytes()
-    message = refused(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
+    message = refused(capsys, *arguments, "--only", "dflash", "--stages", "train")
     assert str(records) in message and "'corpus_sha256'" in message and "--results" in message
     assert records.read_bytes() == before and not (tmp_path / "out").exists(), "before anything is trained"
 
 
 def test_a_training_stopped_in_the_middle_ends_as_if_it_had_not_been(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only = ("--only", "eagle", "--stages", "train")
-    call(monkeypatch, *arguments, *only)
+    call(*arguments, *only)
     lines = (tmp_path / "out" / "eagle.training" / "log.jsonl").read_text().splitlines()
     (tmp_path / "out").rename(tmp_path / "whole")
 
@@ -150,10 +151,10 @@ def test_a_training_stopped_in_the_middle_ends_as_if_it_had_not_been(
 
     monkeypatch.setattr(Recipe, "config", lambda r: replace(TrainConfig(r.steps, r.sequences, r.anchors, r.lr), checkpoint_every=1))
     monkeypatch.setattr(Trainer, "_train_step", interrupted)
-    assert "continues from there" in refused(monkeypatch, *arguments, *only)
+    assert "the same command resumes there" in refused(capsys, *arguments, *only)
     assert not (tmp_path / "out" / "eagle").exists()
     monkeypatch.setattr(Trainer, "_train_step", stepped)
-    call(monkeypatch, *arguments, *only)
+    call(*arguments, *only)
     records = [json.loads(line) for line in (tmp_path / "out" / "eagle.training" / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3] and [r["loss"] for r in records] == [json.loads(line)["loss"] for line in lines]
     seconds = [r["seconds"] for r in records]
@@ -192,29 +193,29 @@ def test_all_see_the_same_batches_and_differ_in_what_they_name(tiny_folders: dic
     ],
 )
 def test_a_misspelt_option_is_refused_before_anything_loads(
-    arguments: list[str], words: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], words: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "load_target", lambda *_, **__: pytest.fail("it loaded"))
-    message = refused(monkeypatch, *arguments, *words)
+    message = refused(capsys, *arguments, *words)
     assert named in message and "\n" not in message
 
 
 def test_a_drafter_of_another_recipe_is_not_taken_for_a_finished_one(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
+    call(*arguments, "--only", "dflash", "--stages", "train")
     shutil.rmtree(tmp_path / "results")
-    assert "another --out" in refused(monkeypatch, *arguments, "--only", "dflash", "--steps", "4")
-    assert "another target, recipe or corpus" in refused(monkeypatch, *arguments, "--only", "dflash", "--lr", "0.5")
+    assert "another --out" in refused(capsys, *arguments, "--only", "dflash", "--steps", "4")
+    assert "another target, recipe or corpus" in refused(capsys, *arguments, "--only", "dflash", "--lr", "0.5")
 
 
-def test_decoding_before_training_is_one_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "train them first" in refused(monkeypatch, *arguments, "--stages", "decode")
+def test_decoding_before_training_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "train them first" in refused(capsys, *arguments, "--stages", "decode")
 
 
-def test_what_a_block_costs_is_timed_without_training(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    call(monkeypatch, *arguments, "--only", "dflash", "--stages", "train")
-    call(monkeypatch, *arguments, "--only", "dflash,dspark-block3", "--stages", "time")
+def test_what_a_block_costs_is_timed_without_training(arguments: list[str], tmp_path: Path) -> None:
+    call(*arguments, "--only", "dflash", "--stages", "train")
+    call(*arguments, "--only", "dflash,dspark-block3", "--stages", "time")
     timed = read_results(tmp_path / "results" / "drafters-time.parquet").groupby("drafter").first()
     assert timed["trained"].to_dict() == {"dflash": True, "dspark-block3": False}
     assert timed["drafter_block_size"].to_dict() == {"dflash": 5, "dspark-block3": 3} and (timed["drafter_vocab"] == 200).all()

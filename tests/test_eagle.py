@@ -20,10 +20,9 @@ from dspark.proof.branches import ExactSampling, ExactSource, enumerate_law
 from dspark.proof.cases import PROMPT, SEED, small_target
 from dspark.proof.enumeration import target_law
 from dspark.target.target import Target
-from dspark.train.blocks import block_loss, choose_blocks
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
-from dspark.train.losses import LossWeights
+from dspark.train.losses import LossWeights, block_loss, choose_blocks
 from dspark.train.start import drafter_for
 from dspark.verify.sampling import Rng, Sampling
 

@@ -16,10 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dspark.target.target import Target
 from dspark.train import selfplay
+from dspark.train.conversation import Subject, load_subjects, pieces, turns_of
 from dspark.train.corpus import Corpus, concatenate, load_corpus, save_corpus
 from dspark.train.selfplay import converse, sample, self_play
-from dspark.train.subjects import SUBJECTS, Subject
-from dspark.train.turns import head_of, turns_of
 
 torch.set_num_threads(1)
 
@@ -328,8 +327,8 @@ def test_forced_pieces_come_from_the_template(target: Target) -> None:
     assert list(turns.to_assistant) == ids_of("<end> <start> assistant")
     assert list(turns.to_user) == ids_of("<start> user")
     assert set(turns.stops) == set(ids_of("<end> <stop>"))
-    assert head_of(target.tokenizer, "w1 w2").split() == "<start> system w1 w2 <end> <start> user".split()
-    assert head_of(target.tokenizer, None).split() == "<start> system default <end> <start> user".split()
+    assert pieces(target.tokenizer, "w1 w2")[0].split() == "<start> system w1 w2 <end> <start> user".split()
+    assert pieces(target.tokenizer, None)[0].split() == "<start> system default <end> <start> user".split()
 
 
 def test_the_templates_own_end_of_turn_stops_even_where_it_is_no_eos(target: Target) -> None:
@@ -400,8 +399,9 @@ def test_a_subject_without_share_or_starts_is_refused(make: Callable[[], Subject
 
 
 def test_the_shipped_subjects_are_diverse_and_their_weights_add_up() -> None:
-    openings = [opening for subject in SUBJECTS for opening in subject.openings]
-    assert {subject.name for subject in SUBJECTS} == {"chat", "mathematics", "code", "summaries", "structured"}
+    subjects = load_subjects()
+    openings = [opening for subject in subjects for opening in subject.openings]
+    assert {subject.name for subject in subjects} == {"chat", "mathematics", "code", "summaries", "structured"}
     assert len(set(openings)) == len(openings) >= 60
     assert not any(opening.endswith("  ") or opening.startswith(" ") for opening in openings)
-    assert sum(weight for subject in SUBJECTS for weight, _, _ in subject.starts()) == pytest.approx(1)
+    assert sum(weight for subject in subjects for weight, _, _ in subject.starts()) == pytest.approx(1)

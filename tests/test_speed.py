@@ -17,7 +17,7 @@ from dspark.cpu import pack_target
 from dspark.cpu.packed import can_pack
 from dspark.lab import speed
 from dspark.load import default_drafter
-from dspark.train.unchosen import BLOCK_SIZE, DRAFT_VOCAB, LAYERS, MARKOV_RANK, sketch_for
+from dspark.train.start import BLOCK_SIZE, DRAFT_VOCAB, LAYERS, MARKOV_RANK, untrained_drafter
 from dspark.tune.predict import break_even
 from dspark.tune.profile import SPSCurve, profile_draft
 
@@ -110,13 +110,13 @@ def test_a_sketch_costs_what_a_trained_drafter_will_and_drafts_like_one():
     named = {"num_hidden_layers": LAYERS, "block_size": BLOCK_SIZE, "markov_rank": MARKOV_RANK, "draft_vocab_size": DRAFT_VOCAB}
     assert {name: shipped[name] for name in named} == named
     target = pack_target(tiny_target(dtype=torch.bfloat16))
-    sketch = sketch_for(target, layers=1, block_size=3)
+    sketch = untrained_drafter(target, layers=1, block_size=3)
     assert (sketch.config.num_hidden_layers, sketch.block_size, sketch.training) == (1, 3, False)
-    assert sketch_for(tiny_target(num_hidden_layers=2), layers=3).config.num_hidden_layers == 3, "as many as were asked for"
+    assert untrained_drafter(tiny_target(num_hidden_layers=2), layers=3).config.num_hidden_layers == 3, "as many as were asked for"
     assert (sketch.fused is None) is not can_pack(target.head_weight)
     assert profile_draft(target, sketch, context=10, repeats=1) > 0
     single = tiny_target(num_hidden_layers=1)
-    for model, drafter in ((target, sketch), (single, sketch_for(single))):
+    for model, drafter in ((target, sketch), (single, untrained_drafter(single))):
         assert len(generate(model, drafter, [1, 2, 3], max_new_tokens=4).token_ids) == 4
 
 

@@ -16,13 +16,11 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import dspark.train.__main__
 from dspark.draft.backbone import Context, block_mask
 from dspark.target.target import Target
-from dspark.train.blocks import block_loss, choose_blocks
 from dspark.train.corpus import Corpus
 from dspark.train.features import FeatureStore, all_text
 from dspark.train.loop import TrainConfig, Trainer
-from dspark.train.losses import HeadLoss, LossWeights, position_weights
-from dspark.train.start import drafter_for, frequent_tokens
-from dspark.train.unchosen import spread_taps, unused_token
+from dspark.train.losses import HeadLoss, LossWeights, block_loss, choose_blocks, position_weights
+from dspark.train.start import drafter_for, frequent_tokens, spread_taps, unused_token
 
 
 def corpus(rows: int = 12, tokens: int = 24, vocab: int = 100) -> Corpus:
@@ -247,7 +245,7 @@ def test_a_failed_write_keeps_the_last_whole_checkpoint(tmp_path: Path, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dspark.train.loop.save_file", full)
+    monkeypatch.setattr("dspark.train.checkpoint.save_file", full)
     with pytest.raises(ValueError, match="No space left"):
         run.save()
     monkeypatch.undo()

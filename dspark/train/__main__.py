@@ -6,6 +6,7 @@ import argparse
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,22 +14,22 @@ import torch
 
 from dspark.bench.plan import Plan
 from dspark.bench.provenance import drafter_digest
+from dspark.cli import run_main
 from dspark.cpu.packed import has_bfloat16_kernels
 from dspark.draft.drafter import Drafter
 from dspark.files import cache_dir
 from dspark.load import load_drafter, load_target
-from dspark.phrases import FILE, PhraseMemory
 from dspark.target.target import Target
+from dspark.train.compare import Comparison
 from dspark.train.corpus import Corpus, concatenate, load_corpus
 from dspark.train.features import SHARD_ROWS, FeatureStore, all_text
-from dspark.train.loop import LEARN_FROM, TrainConfig, Trainer
-from dspark.train.run import train_to
-from dspark.train.start import drafter_for, frequent_tokens, spread
-from dspark.train.unchosen import BLOCK_SIZE, DRAFT_VOCAB, LAYERS, MARKOV_RANK, spread_taps, unused_token
+from dspark.train.loop import LEARN_FROM, TrainConfig, Trainer, train_to
+from dspark.train.selfplay import self_play
+from dspark.train.start import BLOCK_SIZE, DRAFT_VOCAB, LAYERS, MARKOV_RANK, drafter_for, frequent_tokens, spread, spread_taps, unused_token
 from dspark.train.variants import Recipe, chosen
 
 STAGES = ("train", "decode", "time")
-DECODING = ("domains", "split", "prompts", "tokens", "temperature", "threads")  # options of dspark.bench that compare has as well
+DECODING = ("domains", "split", "prompts", "tokens", "temperature", "threads")  # options of dspark.bench that compare shares
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -51,24 +52,20 @@ def parser() -> argparse.ArgumentParser:
     corpus.add_argument("--tokens", type=int, default=448, help="tokens per row")
     corpus.add_argument("--batch", type=int, default=256)
 
-    phrases = commands.add_parser("phrases", parents=[common], help="count what the target often writes, for drafts that cost nothing")
-    phrases.add_argument("--out", type=Path, required=True, help="the drafter's folder")
-    phrases.add_argument("--more", type=Path, help="count in this corpus too")
-
-    drafter = commands.add_parser("drafter", parents=[common], help="train a drafter on a corpus; resumes where it was killed")
-    drafter.add_argument("--out", type=Path, required=True, help="folder of the finished drafter; its checkpoint lies beside it")
+    drafter = commands.add_parser("drafter", parents=[common], help="train a drafter on a corpus; resumes where it was interrupted")
+    drafter.add_argument("--out", type=Path, required=True, help="folder of the finished drafter; its checkpoint is kept beside it")
     drafter.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
     drafter.add_argument("--skip-rows", type=int, default=0, help="leave out the first rows of the shuffled corpus")
     drafter.add_argument("--rows", type=int, help="use only so many rows of the shuffled corpus")
-    drafter.add_argument("--more", type=Path, help="learn from this corpus too, 64 rows at a time; what is held out is of --corpus")
+    drafter.add_argument("--more", type=Path, help="learn from this corpus too, 64 rows at a time; the held-out rows are of --corpus")
     drafter.add_argument(
-        "--start-from", help="go on with the weights, shape and vocabulary of this trained drafter ('default', a folder, a hub id)"
+        "--start-from", help="start with the weights, shape and vocabulary of this trained drafter ('default', a folder, a hub id)"
     )
     drafter.add_argument("--steps", type=int, default=5000)
     drafter.add_argument("--sequences", type=int, default=4, help="corpus rows per step")
     drafter.add_argument("--anchors", type=int, default=64, help="blocks per row and step")
-    drafter.add_argument("--learn-from", default=LEARN_FROM[0], choices=LEARN_FROM, help="where blocks stand; held-out rows: answers")
-    drafter.add_argument("--lr", type=float, default=1.5e-3)
+    drafter.add_argument("--learn-from", default=LEARN_FROM[0], choices=LEARN_FROM, help="where blocks start; held-out rows: answers")
+    drafter.add_argument("--lr", type=float, default=1.5e-3, dest="learning_rate")
     drafter.add_argument("--weight-decay", type=float, default=0.0, help="of matrices, not of norms")
     drafter.add_argument("--block-size", type=int, default=BLOCK_SIZE)
     drafter.add_argument("--taps", type=integers, help="target layers the drafter reads; default five of them, spread evenly")
@@ -76,12 +73,12 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--markov-rank", type=int, default=MARKOV_RANK, help="0 for the purely parallel drafter (DFlash)")
     drafter.add_argument("--head", default="vanilla", choices=("vanilla", "gated", "rnn"))
     drafter.add_argument("--draft-vocab", type=int, default=DRAFT_VOCAB, help="most frequent response tokens that can be drafted")
-    drafter.add_argument("--mask-token", type=int, help="default a special token that stands nowhere in the corpus, else any such token")
+    drafter.add_argument("--mask-token", type=int, help="default a special token that the corpus does not hold, else any such token")
     drafter.add_argument("--checkpoint-every", type=int, default=500)
     drafter.add_argument("--validate-every", type=int, default=500)
 
     compare = commands.add_parser("compare", parents=[common], help="train several kinds of drafter alike and decode with them; resumes")
-    compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the drafters, one folder each")
+    compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="holds one folder per drafter")
     compare.add_argument("--results", type=Path, help="folder of the measurements; default a folder in --out")
     compare.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
     compare.add_argument("--only", default="main", help="drafters or groups of them: all, main, heads, block, layers, dspark-block8, …")
@@ -91,27 +88,19 @@ def parser() -> argparse.ArgumentParser:
     options = [option for option in fields(Recipe) if option.metadata] + [option for option in fields(Plan) if option.name in DECODING]
     for option in options:
         default = 1.0 if option.name == "temperature" else option.default  # as in the paper's table
-        told = f"{option.metadata['help']}; default {default}"
-        compare.add_argument("--" + option.name.replace("_", "-"), type=type(default), default=default, help=told)
+        text = f"{option.metadata['help']}; default {default}"
+        compare.add_argument("--" + option.name.replace("_", "-"), type=type(default), default=default, help=text)
     return top
 
 
 def usual_dtype(command: str, device: str) -> str:
-    """What is fast there. Training reads the weights as they are, and a CPU without bfloat16 kernels would take eight times as long."""
+    """The fast dtype: training with bfloat16 weights takes eight times as long on a CPU without kernels for them."""
     slow = device.startswith("cpu") and not has_bfloat16_kernels()
     return "float32" if slow and command in ("drafter", "compare") else "bfloat16"
 
 
-def remember_phrases(target: Target, args: argparse.Namespace) -> None:
-    corpus = concatenate([load_corpus(path) for path in (args.corpus, args.more) if path])
-    memory = PhraseMemory.of_text(corpus.token_ids.numpy(), corpus.assistant.numpy())
-    memory.save(args.out / FILE, target.digest)
-    print(f"{len(memory)} phrases of {int(corpus.assistant.sum())} response tokens in {args.out / FILE}")
-
-
-def make_corpus(target: Target, args: argparse.Namespace) -> None:
-    from dspark.train.selfplay import self_play
-
+def make_corpus(args: argparse.Namespace) -> None:
+    target = load_target(args.target, dtype=args.dtype, device=args.device)
     self_play(target, args.corpus, rows=args.rows, tokens=args.tokens, batch=args.batch, seed=args.seed)
 
 
@@ -129,13 +118,14 @@ def fresh_drafter(target: Target, corpus: Corpus, args: argparse.Namespace) -> D
     )
 
 
-def train_drafter(target: Target, args: argparse.Namespace) -> None:
+def train_drafter(args: argparse.Namespace) -> None:
+    target = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
     whole = load_corpus(args.corpus)
     shuffled = torch.randperm(len(whole), generator=torch.Generator().manual_seed(args.seed))
     corpus = whole.rows(shuffled[args.skip_rows :][: args.rows])
     if args.more:
         more = load_corpus(args.more)
-        more = more.rows(slice(len(more) // SHARD_ROWS * SHARD_ROWS))  # whole shards: the last one, which is held out, stays as it is
+        more = more.rows(slice(len(more) // SHARD_ROWS * SHARD_ROWS))  # whole shards, so that the held-out last one stays the same
         if not len(more) or not len(corpus):
             raise ValueError(f"--more {args.more} needs at least {SHARD_ROWS} rows and --corpus at least one that is not skipped")
         whole, corpus = (concatenate([more, part]) for part in (whole, corpus))
@@ -143,18 +133,9 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
     started_from = drafter_digest(drafter) if args.start_from else ""
     if args.learn_from == "all":
         corpus = all_text(corpus)
-    drafter.sts_temperatures = ()  # of the weights it starts from, not of those that it will have
+    drafter.sts_temperatures = ()  # fitted to the weights it starts from
     store = FeatureStore(target, corpus, drafter.target_layer_ids, args.features)
-    config = TrainConfig(
-        steps=args.steps,
-        sequences=args.sequences,
-        anchors=args.anchors,
-        learning_rate=args.lr,
-        weight_decay=args.weight_decay,
-        learn_from=args.learn_from,
-        seed=args.seed,
-        checkpoint_every=args.checkpoint_every,
-    )
+    config = TrainConfig(**{option.name: getattr(args, option.name) for option in fields(TrainConfig) if hasattr(args, option.name)})
     about = {"skipped_rows": args.skip_rows, "started_from": started_from, "learnt_from": args.learn_from}
     about |= {"more_rows": len(more)} if args.more else {}
     trainer = Trainer(target, drafter, store, config, args.out.with_name(args.out.name + ".training"))
@@ -162,51 +143,42 @@ def train_drafter(target: Target, args: argparse.Namespace) -> None:
 
 
 def compare_drafters(args: argparse.Namespace) -> None:
-    from dspark.train import compare
-
     variants, stages = chosen(args.only), [stage.strip() for stage in args.stages.split(",")]
     if wrong := [stage for stage in stages if stage not in STAGES]:
         raise ValueError(f"stage {wrong[0]!r} is unknown: choose from {', '.join(STAGES)}")
     recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
     decoding = {name: getattr(args, name) for name in ("target", "dtype", "device", "seed", *DECODING)}
-    plan = Plan(arms="fixed", baseline="fixed", **decoding)  # made now: a wrong option must not wait for the training
-    results = args.results or args.out / "results"
+    plan = Plan(arms="fixed", baseline="fixed", **decoding)  # a wrong option is refused before anything is loaded or trained
     bare = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
+    comparison = Comparison(bare, recipe, args.corpus, args.out, args.results or args.out / "results", args.features)
     if stages != ["time"]:
-        compare.check_records(results / "drafters-trained.parquet", bare, recipe, args.corpus)
+        comparison.earlier_records()  # refused before anything is trained
     if "train" in stages:
-        compare.train_all(bare, variants, recipe, args.corpus, args.out, args.features)
+        comparison.train(variants)
     if stages != ["time"]:
-        compare.trained_rows(args.out, results / "drafters-trained.parquet")
-    folders = {variant.name: args.out / variant.name for variant in variants}
-    if len(stages) > stages.count("train"):
+        comparison.record()
+    if "decode" in stages or "time" in stages:
         torch.set_num_threads(args.threads)
         target = load_target(args.target, dtype=args.dtype, device=args.device)
         if "decode" in stages:
-            compare.decode_all(target, folders, results, plan)
+            comparison.decode(target, variants, plan)
         if "time" in stages:
-            drafters = compare.to_time(target, bare, variants, recipe, args.corpus, args.out)
-            compare.time_all(target, drafters, results / "drafters-time.parquet")
+            comparison.time(target, variants)
 
 
-def main() -> None:
+def run(args: argparse.Namespace) -> None:
+    args.dtype = args.dtype or usual_dtype(args.command, args.device)
+    {"corpus": make_corpus, "drafter": train_drafter, "compare": compare_drafters}[args.command](args)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status, see :func:`dspark.cli.run_main`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parser().parse_args()
     # A background job starts with SIGINT ignored, and SIGTERM would skip the last checkpoint: both end the run cleanly here.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.default_int_handler)
-    args.dtype = args.dtype or usual_dtype(args.command, args.device)
-    try:
-        if args.command == "compare":
-            compare_drafters(args)
-        else:
-            target = load_target(args.target, dtype=args.dtype, device=args.device, pack=args.command == "corpus")
-            {"corpus": make_corpus, "phrases": remember_phrases, "drafter": train_drafter}[args.command](target, args)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; what was finished is kept, and the same command continues from there")
+    return run_main(parser(), run, arguments, kept="finished steps and parts")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

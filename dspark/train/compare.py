@@ -1,21 +1,18 @@
-"""Drafters trained alike and measured alike: what does each part of the design buy? (The twin of the paper's Table 1 and Figs. 2–4.)
+"""Drafters trained alike and measured alike: what does each part of the design gain? (The paper's Table 1 and Figs. 2–4.)
 
-One corpus, one step budget, the same taps, the same batches in the same order, the same draft vocabulary; only what a variant
-names differs. Everything resumes: a finished drafter is not trained again, a finished measurement not repeated.
+One corpus, one number of steps, the same taps, the same batches in the same order, the same draft vocabulary: only what a variant
+names differs. Everything resumes: a finished drafter is not trained again, a finished measurement is not repeated.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
@@ -27,150 +24,153 @@ from dspark.bench.plan import Plan, rotated
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import SCHEMA_VERSION, Ledger, read_results, write_results
 from dspark.bench.speed import measure_speed
+from dspark.clock import now
 from dspark.draft.drafter import Drafter
-from dspark.formats.checkpoint import CONFIG, save_drafter
-from dspark.load import load_drafter
+from dspark.files import file_sha256
+from dspark.formats.checkpoint import CONFIG
+from dspark.load import load_drafter, ready
 from dspark.target.target import Target
-from dspark.train.corpus import load_corpus
+from dspark.train.corpus import Corpus, load_corpus
 from dspark.train.features import FeatureStore
-from dspark.train.loop import Trainer
-from dspark.train.run import train_to
+from dspark.train.loop import Trainer, train_to
 from dspark.train.variants import VARIANTS, Recipe, Variant
-from dspark.verify.sampling import Chance, Sampling
+from dspark.verify.sampling import Rng, Sampling
 
 log = logging.getLogger(__name__)
 
-
-def train_all(target: Target, variants: Sequence[Variant], recipe: Recipe, corpus_path: Path, out: Path, features: Path | None) -> None:
-    """Train what is not finished, in the order given, each into its folder ``out/name``. ``target``: not packed.
-
-    Raises ValueError for a folder that holds a drafter of another recipe, corpus or target.
-    """
-    whole = load_corpus(corpus_path)
-    corpus, d2t = recipe.text(whole), recipe.vocabulary(whole, target)
-    wanted = {"recipe": asdict(recipe), "corpus": {"rows": len(whole), "sha256": _sha(corpus_path)}}
-    for variant in variants:
-        folder = out / variant.name
-        if not _finished(folder, wanted, target):
-            drafter = recipe.start(variant, target, d2t)
-            store = FeatureStore(target, corpus, drafter.target_layer_ids, features)
-            trainer = Trainer(target, drafter, store, recipe.config(), folder.with_name(folder.name + ".training"))
-            train_to(trainer, folder, validate_every=max(1, recipe.steps // 10), about={"variant": variant.name} | wanted)
+FROM_TRAINING = ("steps", "seconds", "corpus_rows", "response_tokens", "revision", "machine", "threads")  # columns of a record
 
 
-def _finished(folder: Path, wanted: dict[str, object], target: Target) -> bool:
-    if not (folder / CONFIG).is_file():
-        return False
-    held = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    training = held.get("training", {})
-    if held.get("target_digest") != target.digest or any(training.get(name) != value for name, value in wanted.items()):
-        raise ValueError(f"{folder} holds a drafter of another target, recipe or corpus: choose another --out, or delete it")
-    return True
+@dataclass(frozen=True)
+class Comparison:
+    """What the drafters are trained with, and where they and their measurements are kept."""
 
+    target: Target  # not packed: training reads the weights
+    recipe: Recipe
+    corpus_path: Path
+    out: Path  # holds one folder per drafter
+    results: Path  # folder of the results files
+    features: Path | None = None  # folder that keeps the target's features
 
-def trained_rows(folder: Path, out: Path) -> pd.DataFrame:
-    """One row per finished drafter in ``folder``, from what its config.json tells: shape, steps, held-out loss, τ and acceptance
-    by position. Written to ``out`` anew each time, as nothing is measured here; rows that ``out`` has of other drafters stay, as their
-    weights need not be kept. Raises ValueError if no drafter is finished, or ``out`` holds something else or drafters of another target,
-    corpus, recipe or schema version."""
-    rows = []
-    for name, variant in VARIANTS.items():
-        if not (folder / name / CONFIG).is_file():
-            continue
-        held = json.loads((folder / name / CONFIG).read_text(encoding="utf-8"))
-        training = held["training"]
-        shape = {f.name: getattr(variant, f.name) for f in fields(Variant) if f.name not in ("name", "kind", "rank")}
-        shape |= {"drafter": name, "architecture": held["architectures"][0], "rank": held["markov_rank"]}
-        told = {key: training[key] for key in ("steps", "seconds", "corpus_rows", "response_tokens", "revision", "machine", "threads")}
-        told |= {f"held_out_{key}": training["held_out"][key] for key in ("loss", "tau", "acceptance")}
-        told |= {"corpus_sha256": training["corpus"]["sha256"], "schema_version": SCHEMA_VERSION}
-        rows.append(shape | told | {"recipe": json.dumps(training["recipe"]), "target_digest": held["target_digest"]})
-    if not rows:
-        raise ValueError(f"no finished drafter in {folder}: train them first, with --stages train")
-    frame = pd.DataFrame(rows)
-    if out.is_file():
-        frame = _with_others(frame, out)
-    write_results(frame, out)
-    return frame
+    @property
+    def records(self) -> Path:
+        """The results file with one row per trained drafter."""
+        return self.results / "drafters-trained.parquet"
 
+    @cached_property
+    def corpus(self) -> Corpus:
+        return load_corpus(self.corpus_path)
 
-def _with_others(frame: pd.DataFrame, out: Path) -> pd.DataFrame:
-    """``frame`` and what ``out`` has of drafters that were trained like these, in the order of VARIANTS."""
-    earlier = _alike(out, frame.iloc[0])
-    others = earlier[earlier["drafter"].isin(VARIANTS.keys() - set(frame["drafter"]))]
-    return pd.concat([frame, others]).sort_values("drafter", key=lambda names: names.map(list(VARIANTS).index), ignore_index=True)
+    @cached_property
+    def corpus_digest(self) -> str:
+        return file_sha256(self.corpus_path)[:16]
 
+    @cached_property
+    def d2t(self) -> Tensor:
+        return self.recipe.vocabulary(self.corpus, self.target)
 
-def check_records(out: Path, target: Target, recipe: Recipe, corpus_path: Path) -> None:
-    """Raises ValueError, before anything is trained, where :func:`trained_rows` could not add to what ``out`` holds."""
-    if out.is_file():
-        wanted = {"target_digest": target.digest, "corpus_sha256": _sha(corpus_path), "recipe": json.dumps(asdict(recipe))}
-        _alike(out, wanted | {"schema_version": SCHEMA_VERSION})
-
-
-def _alike(out: Path, wanted: Mapping[str, object]) -> pd.DataFrame:
-    """The records in ``out``. Raises ValueError unless all of them are of this target, corpus, recipe and schema version."""
-    earlier, names = read_results(out), ["target_digest", "corpus_sha256", "recipe"]
-    if missing := {"drafter", *names} - set(earlier):
-        raise ValueError(f"{out} holds no training records (no column {min(missing)!r}): delete it, or choose another --results")
-    if "schema_version" not in earlier:
-        raise ValueError(f"{out} was written before rows said their schema version: choose another --results, or delete it")
-    if other := next((name for name in [*names, "schema_version"] if (earlier[name] != wanted[name]).any()), None):
-        raise ValueError(f"{out} holds drafters of another {other}: choose another --results, or delete it")
-    return earlier
-
-
-def _sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def decode_all(target: Target, folders: dict[str, Path], results: Path, plan: Plan) -> None:
-    """Real decoding by the plan, one results file per drafter."""
-    for name, folder in folders.items():
-        log.info("decoding with %s", name)
-        measure_speed(
-            replace(plan, drafter=str(folder)),
-            Models(target, load_drafter(folder, target)),
-            results / f"drafters-t{plan.temperature:g}-{name}.parquet",
-        )
-
-
-# ---- what drafting costs
-
-
-def to_time(
-    target: Target, bare: Target, variants: Sequence[Variant], recipe: Recipe, corpus_path: Path, folder: Path
-) -> dict[str, tuple[Drafter, bool]]:
-    """Each drafter, and whether it was trained: finished ones from ``folder``, the others as their training would start, since what
-    a block costs depends on shapes and not on weights. bare: the same target, not packed."""
-    found: dict[str, tuple[Drafter, bool]] = {}
-    d2t = recipe.vocabulary(load_corpus(corpus_path), target)
-    with TemporaryDirectory() as fresh:
+    def train(self, variants: Sequence[Variant]) -> None:
+        """Train the drafters that are not finished, in this order. Raises ValueError for a folder with a drafter trained otherwise."""
+        text = self.recipe.text(self.corpus)
+        about = {"recipe": asdict(self.recipe), "corpus": {"rows": len(self.corpus), "sha256": self.corpus_digest}}
         for variant in variants:
-            trained = (folder / variant.name / CONFIG).is_file()
-            if not trained:
-                save_drafter(recipe.start(variant, bare, d2t), bare, Path(fresh) / variant.name)
-            found[variant.name] = load_drafter((folder if trained else Path(fresh)) / variant.name, target), trained
-    return found
+            if self._config(variant.name) is None:
+                folder, drafter = self.out / variant.name, self.recipe.start(variant, self.target, self.d2t)
+                store = FeatureStore(self.target, text, drafter.target_layer_ids, self.features)
+                trainer = Trainer(self.target, drafter, store, self.recipe.config(), folder.with_name(folder.name + ".training"))
+                train_to(trainer, folder, validate_every=max(1, self.recipe.steps // 10), about={"variant": variant.name} | about)
 
+    def _config(self, name: str) -> dict | None:
+        """config.json of a finished drafter, None if it is not finished. Raises ValueError if it was trained otherwise."""
+        path = self.out / name / CONFIG
+        if not path.is_file():
+            return None
+        config = json.loads(path.read_text(encoding="utf-8"))
+        training = config.get("training", {})
+        found = (config.get("target_digest"), training.get("recipe"), training.get("corpus", {}).get("sha256"))
+        if found != (self.target.digest, asdict(self.recipe), self.corpus_digest):
+            raise ValueError(f"{path.parent} holds a drafter of another target, recipe or corpus: choose another --out, or delete it")
+        return config
 
-def time_all(target: Target, drafters: dict[str, tuple[Drafter, bool]], out: Path, context: int = 256, repeats: int = 15) -> pd.DataFrame:
-    """One row per drafter and repeat, in ``out`` and returned; the drafters take turns, so a slow spell falls on all of them.
+    # ---- what is known of the trained drafters
 
-    draft_ms: one block behind ``context`` tokens · head_ms: the sequential head's part of it · verify_ms: the target's pass over
-    the block and its anchor, at the same place. Medians of five, milliseconds.
-    """
-    place = environment(target) | {"context": context}
-    about = {name: {"drafter": name, "trained": trained} | drafter_columns(d) | place for name, (d, trained) in drafters.items()}
-    told = {name: columns["drafter_digest"] for name, columns in about.items()}
-    ledger = Ledger(out, {"mode": "drafters-time", "drafters": told, "repeats": repeats} | place)
-    if not ledger.complete:
+    @cached_property
+    def _origin(self) -> dict[str, object]:
+        """The columns that must be equal in all rows of the records."""
+        digests = {"target_digest": self.target.digest, "corpus_sha256": self.corpus_digest}
+        return digests | {"recipe": json.dumps(asdict(self.recipe)), "schema_version": SCHEMA_VERSION}
+
+    def earlier_records(self) -> pd.DataFrame | None:
+        """The rows in the records file, None if there is none. Raises ValueError if it holds anything but drafters trained alike."""
+        if not self.records.is_file():
+            return None
+        earlier = read_results(self.records)
+        if missing := {"drafter", *self._origin} - {"schema_version"} - set(earlier):
+            found = f"{self.records} holds no training records (no column {min(missing)!r})"
+            raise ValueError(f"{found}: delete it, or choose another --results")
+        if "schema_version" not in earlier:
+            raise ValueError(f"{self.records} was written before rows had a schema version: choose another --results, or delete it")
+        if other := next((name for name, value in self._origin.items() if (earlier[name] != value).any()), None):
+            raise ValueError(f"{self.records} holds drafters of another {other}: choose another --results, or delete it")
+        return earlier
+
+    def record(self) -> pd.DataFrame:
+        """Write one row per finished drafter: shape, steps, and loss, τ and acceptance by position on the held-out rows.
+
+        Earlier rows of other variants stay, as their weights need not be kept. Raises ValueError if no drafter is finished, or if
+        the file holds anything but drafters trained alike.
+        """
+        configs = {name: config for name in VARIANTS if (config := self._config(name)) is not None}
+        if not configs:
+            raise ValueError(f"no finished drafter in {self.out}: train them first, with --stages train")
+        frame, earlier = pd.DataFrame([self._row(name, config) for name, config in configs.items()]), self.earlier_records()
+        if earlier is not None:
+            frame = pd.concat([frame, earlier[earlier["drafter"].isin(VARIANTS.keys() - configs)]])
+            frame = frame.sort_values("drafter", key=lambda names: names.map(list(VARIANTS).index), ignore_index=True)
+        write_results(frame, self.records)
+        return frame
+
+    def _row(self, name: str, config: dict) -> dict[str, object]:
+        variant, training = VARIANTS[name], config["training"]
+        shape = {"layers": variant.layers, "block_size": variant.block_size, "head": variant.head, "drafter": name}
+        shape |= {"architecture": config["architectures"][0], "rank": config["markov_rank"]}
+        held_out = {f"held_out_{key}": training["held_out"][key] for key in ("loss", "tau", "acceptance")}
+        return shape | {key: training[key] for key in FROM_TRAINING} | held_out | self._origin
+
+    # ---- decoding, and what a block costs
+
+    def decode(self, target: Target, variants: Sequence[Variant], plan: Plan) -> None:
+        """Decode with each trained drafter by the plan: one results file per drafter. target: the same, laid out for decoding."""
+        for variant in variants:
+            log.info("decoding with %s", variant.name)
+            folder, out = self.out / variant.name, self.results / f"drafters-t{plan.temperature:g}-{variant.name}.parquet"
+            measure_speed(replace(plan, drafter=str(folder)), Models(target, load_drafter(folder, target)), out)
+
+    def time(self, target: Target, variants: Sequence[Variant], context: int = 256, repeats: int = 15) -> pd.DataFrame:
+        """One row per drafter and repeat. The drafters take turns, so that a slow spell of the machine falls on all of them.
+
+        Drafters that are not trained are timed as their training would start, as the cost depends on shapes alone.
+        draft_ms: one block after ``context`` tokens; head_ms: the Markov head's part of it; verify_ms: the target's pass over the
+        block and its anchor, at the same place. Each is a median of five, in milliseconds.
+        """
+        drafters, columns = {}, {}
+        place = environment(target) | {"context": context}
+        for name, variant in ((variant.name, variant) for variant in variants):
+            trained = (self.out / name / CONFIG).is_file()
+            drafters[name] = load_drafter(self.out / name, target) if trained else self._untrained(variant, target)
+            columns[name] = {"drafter": name, "trained": trained} | drafter_columns(drafters[name]) | place
+        digests = {name: column["drafter_digest"] for name, column in columns.items()}
+        configuration = {"mode": "drafters-time", "drafters": digests, "repeats": repeats} | place
+        ledger = Ledger(self.results / "drafters-time.parquet", configuration)
         text = torch.randint(target.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)).tolist()[0]
-        for repeat in tqdm(range(repeats), desc="timing", unit="repeat"):
+        for repeat in tqdm(range(0 if ledger.complete else repeats), desc="timing", unit="repeat"):
             if str(repeat) not in ledger.done:
-                times = {name: _times(target, drafters[name][0], text) for name in rotated(list(drafters), repeat)}
-                ledger.add(str(repeat), [about[name] | {"repeat": repeat} | columns for name, columns in times.items()])
-    return ledger.finish()
+                times = {name: _times(target, drafters[name], text) for name in rotated(list(drafters), repeat)}
+                ledger.add(str(repeat), [columns[name] | {"repeat": repeat} | row for name, row in times.items()])
+        return ledger.finish()
+
+    def _untrained(self, variant: Variant, target: Target) -> Drafter:
+        return ready(self.recipe.start(variant, self.target, self.d2t).to(target.dtype).attach(target), target)
 
 
 def _times(target: Target, drafter: Drafter, text: list[int]) -> dict[str, float]:
@@ -184,14 +184,14 @@ def _times(target: Target, drafter: Drafter, text: list[int]) -> dict[str, float
         target.forward(ids, cache, drafter.target_layer_ids)
         cache.rewind(len(text))
 
-    draft = partial(drafter.draft, state, anchor, block, Sampling(1.0), Chance(torch.Generator(target.device).manual_seed(0)))
+    draft = partial(drafter.draft, state, anchor, block, Sampling(1.0), Rng(torch.Generator(target.device).manual_seed(0)))
     head = partial(_run_head, drafter, torch.zeros(block, drafter.config.hidden_size, dtype=target.dtype, device=target.device))
     return {"draft_ms": _median_ms(draft, target), "head_ms": _median_ms(head, target), "verify_ms": _median_ms(verify, target)}
 
 
 @torch.inference_mode()
 def _run_head(drafter: Drafter, hidden: Tensor) -> None:
-    """What :meth:`dspark.draft.drafter.Drafter.draft` does because there is a sequential head, and nothing else."""
+    """The work of the Markov head in :meth:`dspark.draft.drafter.Drafter.draft`, nothing else. hidden: [γ, hidden]."""
     if (head := drafter.markov_head) is None:
         return
     logits, state = torch.zeros(len(drafter.d2t), device=hidden.device), None
@@ -201,12 +201,10 @@ def _run_head(drafter: Drafter, hidden: Tensor) -> None:
 
 
 def _median_ms(call: Callable[[], object], target: Target, times: int = 5) -> float:
-    call()  # the first one pays for memory
+    call()  # the first call allocates memory
     seconds = []
     for _ in range(times):
-        start = time.perf_counter()
+        start = now(target.device)
         call()
-        if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now(target.device) - start)
     return 1e3 * median(seconds)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +12,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
+from dspark.files import one_line, write_atomically
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """token_ids: [rows, tokens] int64 · assistant: [rows, tokens] bool · temperature: [rows] float32."""
+    """Rows of text, all of the same length."""
 
-    token_ids: Tensor
-    assistant: Tensor
-    temperature: Tensor
+    token_ids: Tensor  # [rows, tokens] int64
+    assistant: Tensor  # [rows, tokens] bool: the assistant's tokens, which the drafter learns from
+    temperature: Tensor  # [rows] float32, of the assistant's turns
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]
@@ -31,14 +31,14 @@ class Corpus:
 
 
 def load_corpus(path: str | Path) -> Corpus:
-    """Read a corpus file. Raises ValueError if it is missing, damaged or of another layout."""
+    """Read a corpus file. Raises ValueError if it is missing, damaged or has another layout."""
     if not Path(path).is_file():
         raise ValueError(f"no corpus at {path}: make one with `python -m dspark.train corpus`")
     try:
         stored = load_file(path)
         ids, bits, temperature = stored["token_ids"], stored["assistant_bits"], stored["temperature"]
-    except (SafetensorError, OSError, KeyError, TypeError) as error:  # TypeError: a type that NumPy does not have
-        raise ValueError(f"{path} is not a self-play corpus: {str(error).splitlines()[0]}") from None
+    except (SafetensorError, OSError, KeyError, TypeError) as error:  # TypeError: a dtype that NumPy does not have
+        raise ValueError(f"{path} is not a self-play corpus: {one_line(error)}") from None
     rows, tokens = ids.shape if ids.ndim == 2 else (-1, -1)
     for name, array, fits in (
         ("token_ids", ids, rows >= 0 and ids.dtype in (np.uint16, np.int32) and ids.min(initial=0) >= 0),
@@ -48,14 +48,14 @@ def load_corpus(path: str | Path) -> Corpus:
         if not fits:
             found = f"{name} is {array.dtype} {list(array.shape)} or out of range"
             raise ValueError(f"{path} is not a self-play corpus: {found}. Make it again with `python -m dspark.train corpus`")
-    assistant = np.unpackbits(bits, axis=1)[:, : ids.shape[1]].astype(bool)
+    assistant = np.unpackbits(bits, axis=1)[:, :tokens].astype(bool)
     return Corpus(torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(assistant), torch.from_numpy(temperature))
 
 
 def save_corpus(corpus: Corpus, path: str | Path) -> None:
     """Write a corpus file: token_ids uint16 (int32 if an id is 65 536 or more), assistant_bits uint8, temperature float32.
 
-    The file appears only when it is whole. Raises ValueError if it cannot be written (a full disk, a read-only folder).
+    Raises ValueError if the file cannot be written (a full disk, a read-only folder).
     """
     ids = corpus.token_ids.numpy()
     stored = {
@@ -63,30 +63,12 @@ def save_corpus(corpus: Corpus, path: str | Path) -> None:
         "assistant_bits": np.packbits(corpus.assistant.numpy(), axis=1),
         "temperature": corpus.temperature.numpy().astype(np.float32),
     }
-    write_atomically(Path(path), save(stored))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or absent, its folder made if missing. Raises ValueError if it cannot be written."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(content)
-        scratch.replace(path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}. Make room or choose another place; finished files are kept") from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
+    write_atomically(path, save(stored))
 
 
 def concatenate(parts: Sequence[Corpus]) -> Corpus:
-    """Rows of all parts, in order. Raises ValueError if there are none or if their lengths in tokens differ."""
+    """The rows of all parts, in order. Raises ValueError if there are none or if their rows differ in length."""
     lengths = sorted({part.token_ids.shape[1] for part in parts})
     if len(lengths) != 1:
         raise ValueError(f"cannot join corpora of {lengths} tokens a row: pass one or more of the same length")
-    return Corpus(
-        torch.cat([part.token_ids for part in parts]),
-        torch.cat([part.assistant for part in parts]),
-        torch.cat([part.temperature for part in parts]),
-    )
+    return Corpus(*(torch.cat([getattr(part, name) for part in parts]) for name in ("token_ids", "assistant", "temperature")))

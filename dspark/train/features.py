@@ -1,10 +1,8 @@
-"""What the drafter learns from: the target's taps and last hidden states over a corpus, computed once, a shard at a time."""
+"""What the drafter learns from: the target's taps and last hidden states over a corpus, computed once, shard by shard."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,39 +13,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dspark.files import digest, one_line, write_atomically
 from dspark.target.target import Taps, Target
 from dspark.train.corpus import Corpus
 
-SHARD_ROWS = 64  # 200 MB of features at hidden 576 and five taps; the last shard, full or not, is held out
+SHARD_ROWS = 64  # 200 MB of features at hidden size 576 and five taps; the last shard, full or not, is held out
 BATCH_ROWS = 8
-PROBE = 16  # tokens that show whether logits are the head's
+PROBE_TOKENS = 16  # show whether the target's logits are its head's
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One slice of the corpus with the target's view of it.
+    """Some rows of the corpus and what the target computes over them. Features have the target's dtype."""
 
-    token_ids [rows, tokens] · assistant [rows, tokens] · taps [rows, tokens, m·hidden] · final [rows, tokens, hidden]: what
-    the LM head reads at that position · logsumexp [rows, tokens] float32 over the whole vocabulary, ∞ outside what is learnt from: with
-    it any slice of the head's rows gives exact probabilities.
-    """
-
-    token_ids: Tensor
-    assistant: Tensor
-    taps: Tensor
-    final: Tensor
-    logsumexp: Tensor
+    token_ids: Tensor  # [rows, tokens] int64
+    assistant: Tensor  # [rows, tokens] bool: the tokens that are learnt from
+    taps: Tensor  # [rows, tokens, m·hidden]
+    final: Tensor  # [rows, tokens, hidden]: what the LM head reads
+    logsumexp: Tensor  # [rows, tokens] float32 of the target's logits where there is something to learn, ∞ elsewhere
 
 
 def all_text(corpus: Corpus, shard_rows: int = SHARD_ROWS) -> Corpus:
-    """Every token counts as the assistant's, except in the last shard: there is more to learn from, and what judges stays."""
+    """Mark every token as one to learn from, except in the last shard: validation stays on the assistant's tokens."""
     assistant = corpus.assistant.clone()
     assistant[: (len(corpus) - 1) // shard_rows * shard_rows] = True
     return Corpus(corpus.token_ids, assistant, corpus.temperature)
 
 
 class FeatureStore:
-    """Runs the target over the corpus on demand; with a ``folder`` every shard is kept there and computed only once."""
+    """Runs the target over the corpus on demand. With a ``folder``, every shard is kept there and computed only once.
+
+    Raises ValueError if the target has no such taps, does not know a token of the corpus, or changes its logits after the head.
+    """
 
     def __init__(
         self, target: Target, corpus: Corpus, taps: Sequence[int], folder: Path | None = None, shard_rows: int = SHARD_ROWS
@@ -58,20 +55,18 @@ class FeatureStore:
         self.target, self.corpus, self.taps, self.folder = target, corpus, tuple(taps), folder
         self.shard_rows = shard_rows
         self._check_head()
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
 
     @torch.inference_mode()
     def _check_head(self) -> None:
-        """Training reads the target's law off its head; a target that caps, scales or shifts what the head says has another one."""
-        token_ids = self.corpus.token_ids[:1, :PROBE].to(self.target.device)
+        """The loss computes the target's distribution from its head alone, so a target that changes the head's logits is refused."""
+        token_ids = self.corpus.token_ids[:1, :PROBE_TOKENS].to(self.target.device)
         if not token_ids.numel():
             return
-        said = self.target.model(input_ids=token_ids, use_cache=False).logits.float()
+        logits = self.target.model(input_ids=token_ids, use_cache=False).logits.float()
         head = self.target.head(self.target.decoder(input_ids=token_ids, use_cache=False).last_hidden_state).float()
-        if (said - head).abs().max() > max(1e-3, 4 * torch.finfo(self.target.dtype).eps) * said.abs().max():
+        if (logits - head).abs().max() > max(1e-3, 4 * torch.finfo(self.target.dtype).eps) * logits.abs().max():
             raise ValueError(
-                f"{self.target.name} caps, scales or shifts its logits behind the head, so a drafter would learn another law: "
+                f"{self.target.name} caps, scales or shifts its logits after the head, so a drafter would learn another distribution: "
                 "train for another target; ContextLookup(None, target=…) drafts for this one without training"
             )
 
@@ -79,35 +74,28 @@ class FeatureStore:
         return -(-len(self.corpus) // self.shard_rows)
 
     def shard(self, index: int) -> Shard:
-        """Shard ``index``: read if it is kept, else computed (and kept)."""
-        rows = slice(index * self.shard_rows, (index + 1) * self.shard_rows)
-        corpus = self.corpus.rows(rows)
+        """Shard ``index``, read from the folder or computed. Raises ValueError for a kept shard that is damaged or of other text."""
+        corpus = self.corpus.rows(slice(index * self.shard_rows, (index + 1) * self.shard_rows))
         path = None if self.folder is None else self.folder / f"{index:05d}.safetensors"
         if path is not None and path.exists():
             return Shard(corpus.token_ids, corpus.assistant, **self._read(path, corpus))
         tensors = self._compute(corpus)
         if path is not None:
-            scratch = path.with_suffix(f".{os.getpid()}.part")
-            try:
-                save_file(tensors | {"token_ids": corpus.token_ids.clone()}, scratch, {"about": self._about})
-                scratch.replace(path)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"cannot write {path}: {error}. Make room or leave features out; finished shards are kept") from error
-            finally:
-                scratch.unlink(missing_ok=True)
+            stored = tensors | {"token_ids": corpus.token_ids.clone()}
+            write_atomically(path, lambda scratch: save_file(stored, scratch, {"about": self._about}))
         return Shard(corpus.token_ids, corpus.assistant, **tensors)
 
     @cached_property
     def text(self) -> str:
-        """16 hex digits that change with the text and with what of it is learnt from."""
-        return hashlib.sha256(self.corpus.token_ids.numpy().tobytes() + self.corpus.assistant.numpy().tobytes()).hexdigest()[:16]
+        """16 hex digits that change with the text and with which of its tokens are learnt from."""
+        return digest(self.corpus.token_ids.numpy().tobytes(), self.corpus.assistant.numpy().tobytes())
 
     @property
     def _about(self) -> str:
         return json.dumps({"target": self.target.digest, "taps": self.taps})
 
     def _read(self, path: Path, corpus: Corpus) -> dict[str, Tensor]:
-        """A kept shard belongs to one target, one set of taps and these very rows; anything else is refused."""
+        """A kept shard belongs to one target, one set of taps and these rows. Raises ValueError for anything else."""
         try:
             if not path.is_file():
                 raise OSError("it is not a file")
@@ -115,7 +103,7 @@ class FeatureStore:
                 about = (file.metadata() or {}).get("about")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it, and it is computed again") from None
+            raise ValueError(f"{path} is damaged ({one_line(error)}): delete it, and it is computed again") from None
         rows = tensors.pop("token_ids", None)
         if about != self._about or rows is None or rows.dtype != torch.int64 or not torch.equal(rows, corpus.token_ids):
             raise ValueError(f"{path} holds features of {about!r} over other text, not of {self._about}: choose another folder")
@@ -144,10 +132,7 @@ class FeatureStore:
     def _run(self, token_ids: Tensor, assistant: Tensor) -> dict[str, Tensor]:
         with Taps(self.target, self.taps) as tapped:
             final = self.target.decoder(input_ids=token_ids.to(self.target.device), use_cache=False).last_hidden_state
-        logsumexp = torch.full(token_ids.shape, torch.inf, device=final.device)  # where nobody asks: p = 0
-        logsumexp[assistant] = self._logsumexp(final[assistant])
+        logsumexp = torch.full(token_ids.shape, torch.inf, device=final.device)
+        chunks = final[assistant].split(64)  # 64 rows: the float32 logits of all of them would not fit in memory
+        logsumexp[assistant] = torch.cat([self.target.head(chunk).float().logsumexp(-1) for chunk in chunks])
         return {"taps": tapped.joined().cpu(), "final": final.cpu(), "logsumexp": logsumexp.cpu()}
-
-    def _logsumexp(self, hidden: Tensor) -> Tensor:
-        chunks = [self.target.head(part).float().logsumexp(-1) for part in hidden.split(64)]
-        return torch.cat(chunks)

@@ -1,44 +1,50 @@
-"""Training a drafter for a frozen target: batches, optimiser, checkpoints. Resumes bit-exactly after a kill."""
+"""Training a drafter for a frozen target: batches, optimiser, validation. A training that was killed resumes bit-exactly."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from dspark.bench.provenance import revision
 from dspark.draft.drafter import Drafter
+from dspark.formats.checkpoint import save_drafter
 from dspark.target.target import Target
-from dspark.train.blocks import Blocks, StepResult, block_loss, choose_blocks
+from dspark.train.checkpoint import load_checkpoint, save_checkpoint
 from dspark.train.features import FeatureStore, Shard
-from dspark.train.interrupt import held_back
-from dspark.train.losses import LossWeights
+from dspark.train.losses import BlockLoss, Blocks, LossWeights, block_loss, choose_blocks
+from dspark.tune.profile import cpu_name, device_name
 
+T = TypeVar("T", Shard, Blocks)
 LEARN_FROM = ("answers", "all")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimiser and batch. One step sees ``sequences`` rows of the corpus with ``anchors`` blocks each."""
+    """Optimiser and batches. Raises ValueError for a value out of range."""
 
     steps: int
-    sequences: int = 4
-    anchors: int = 64
-    learning_rate: float = 6e-4
-    warmup: float = 0.04
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    learn_from: str = "answers"  # where anchors stand; "all": in every part of the rows that are not held out
+    sequences: int = 4  # corpus rows of one step
+    anchors: int = 64  # blocks per row and step
+    learning_rate: float = 6e-4  # at the end of the warm-up
+    warmup: float = 0.04  # share of the steps
+    clip: float = 1.0  # largest norm of the gradient
+    weight_decay: float = 0.0  # of matrices, not of norms and biases
+    learn_from: str = "answers"  # where anchors lie; "all": anywhere in the rows that are not held out
     seed: int = 0
-    checkpoint_every: int = 500
-    validation_shards: int = 1
+    checkpoint_every: int = 500  # steps
+    validation_shards: int = 1  # the last ones, held out
     loss: LossWeights = field(default_factory=LossWeights)
 
     def __post_init__(self) -> None:
@@ -53,7 +59,7 @@ class TrainConfig:
             raise ValueError(f"learn_from must be one of {', '.join(LEARN_FROM)}, got {self.learn_from!r}")
 
     def rate(self, step: int) -> float:
-        """Linear warm-up, then cosine to 0."""
+        """Learning rate of a step: linear warm-up, then cosine to 0."""
         warm = max(1, round(self.warmup * self.steps))
         if step < warm:
             return self.learning_rate * (step + 1) / warm
@@ -61,7 +67,11 @@ class TrainConfig:
 
 
 class Trainer:
-    """Holds what a resume needs: float32 master weights, AdamW's moments, the step. Everything random derives from (seed, step)."""
+    """Float32 master weights, AdamW's moments and the step. Everything random derives from (seed, step), so a resume is exact.
+
+    Continues from the checkpoint in ``folder`` if there is one. Raises ValueError if the corpus is too small, or the checkpoint
+    damaged or of another training.
+    """
 
     def __init__(self, target: Target, drafter: Drafter, store: FeatureStore, config: TrainConfig, folder: Path) -> None:
         if len(store) <= config.validation_shards:
@@ -74,10 +84,10 @@ class Trainer:
         self.t2d = torch.full((drafter.config.vocab_size,), -1, device=target.device)
         self.t2d[drafter.d2t] = torch.arange(len(drafter.d2t), device=target.device)
         self.step = 0
-        self._loaded: tuple[int, Shard] | None = None
+        self._loaded: tuple[int, Shard] | None = None  # the shard of the last batch, and its index
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
-            self._resume()
+            self.step = load_checkpoint(self.checkpoint, self.drafter, self.optimizer, self._about)
 
     @property
     def checkpoint(self) -> Path:
@@ -85,18 +95,18 @@ class Trainer:
 
     @property
     def _about(self) -> dict[str, object]:
-        """What a checkpoint belongs to."""
+        """What the training depends on: a checkpoint resumes only where all of it is the same."""
         shape = {"architecture": self.drafter.architecture} | self.drafter.config.to_dict()
         return {"train": asdict(self.config), "drafter": shape, "target": self.target.digest, "text": self.store.text}
 
     def run(self) -> Iterator[dict[str, object]]:
-        """Train from the current step to the end, yielding one record a step; checkpoints on the way, at the end and when it is stopped."""
+        """Train from the current step to the end and yield one record a step. Saves now and then, at the end and when interrupted."""
         try:
             while self.step < self.config.steps:
                 yield self._train_step()
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
-        except (GeneratorExit, KeyboardInterrupt):  # the consumer stopped early; Ctrl-C, which mostly comes during a step
+        except (GeneratorExit, KeyboardInterrupt):  # the consumer stopped early, or Ctrl-C
             self.save()
             raise
         self.save()
@@ -114,129 +124,116 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.clip)
         if not torch.isfinite(norm):
             raise ValueError(f"the gradient is {norm.item()} at step {self.step}: lower learning_rate ({self.config.learning_rate})")
-        with held_back():
+        with uninterrupted():
             self.optimizer.step()
             self.step += 1
         return {"step": self.step, "lr": self.config.rate(self.step - 1), "grad_norm": norm.item(), **result.summary()}
 
     @torch.no_grad()
     def validate(self, batches: int = 8) -> dict[str, object]:
-        """The same record over held-out rows, on the same anchors every time."""
+        """The record of a step, over held-out rows with the same anchors every time."""
         shard = self.store.shard(len(self.store) - 1)
         results = []
         for i in range(batches):
             rows = torch.arange(i * self.config.sequences, (i + 1) * self.config.sequences) % len(shard.token_ids)
             with self._autocast():
-                results.append(self._loss(self._slice(shard, rows), torch.Generator().manual_seed(i)))
-        return StepResult(
-            torch.stack([r.loss for r in results]).mean(),
-            torch.cat([r.acceptance for r in results]),
-            torch.cat([r.valid for r in results]),
-            {},
-        ).summary()
+                results.append(self._loss(_each(shard, lambda x, rows=rows: x[rows]), torch.Generator().manual_seed(i)))
+        acceptance, valid = (torch.cat([getattr(r, name) for r in results]) for name in ("acceptance", "valid"))
+        return BlockLoss(torch.stack([r.loss for r in results]).mean(), acceptance, valid, {}).summary()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=self.target.dtype == torch.bfloat16)
 
-    def _loss(self, shard: Shard, generator: torch.Generator) -> StepResult:
+    def _loss(self, shard: Shard, generator: torch.Generator) -> BlockLoss:
         config = self.drafter.config
         blocks = choose_blocks(shard, self.config.anchors, config.block_size, config.mask_token_id, generator)
-        shard, blocks = _to(shard, self.target.device), _to(blocks, self.target.device)
+        shard, blocks = (_each(record, lambda x: x.to(self.target.device)) for record in (shard, blocks))
         return block_loss(self.drafter, self.t2d, shard, blocks, self.config.loss)
 
     def _batch(self) -> Shard:
-        """The rows of this step: shards in a new random order every epoch, rows inside a shard as well."""
+        """The rows of this step. Every epoch shuffles the shards, every visit to a shard its rows."""
         train_shards = len(self.store) - self.config.validation_shards
         per_shard = max(1, self.store.shard_rows // self.config.sequences)
         visit, part = divmod(self.step, per_shard)
-        epoch, turn = divmod(visit, train_shards)
+        epoch, place = divmod(visit, train_shards)
         order = torch.randperm(train_shards, generator=torch.Generator().manual_seed(self.config.seed * 7_919 + epoch))
-        index = int(order[turn])
+        index = int(order[place])
         if self._loaded is None or self._loaded[0] != index:
             self._loaded = (index, self.store.shard(index))
         shard = self._loaded[1]
         rows = torch.randperm(len(shard.token_ids), generator=torch.Generator().manual_seed(self.config.seed * 104_729 + visit))
-        chosen = torch.arange(part * self.config.sequences, (part + 1) * self.config.sequences) % len(rows)
-        return self._slice(shard, rows[chosen])
-
-    @staticmethod
-    def _slice(shard: Shard, rows: Tensor) -> Shard:
-        return Shard(*(getattr(shard, name)[rows] for name in Shard.__dataclass_fields__))
-
-    # ---- what survives a kill
+        chosen = rows[torch.arange(part * self.config.sequences, (part + 1) * self.config.sequences) % len(rows)]
+        return _each(shard, lambda x: x[chosen])
 
     def save(self) -> None:
-        """Write weights, moments and step to one file, whole or not at all; never weights that are not finite."""
-        if broken := [name for name, weight in self.drafter.named_parameters() if not weight.isfinite().all()]:
-            raise ValueError(f"{broken[0]} is not finite after step {self.step}: {self.checkpoint} is kept as it was; continue from it")
-        tensors = {f"weights.{name}": value for name, value in self.drafter.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
-        about = {"step": self.step} | self._about
-        scratch = self.checkpoint.with_suffix(f".{os.getpid()}.part")
-        try:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, scratch, {"about": json.dumps(about)})
-            scratch.replace(self.checkpoint)
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-            raise ValueError(f"cannot write {self.checkpoint}: {error}. The last whole checkpoint is kept") from error
-        finally:
-            scratch.unlink(missing_ok=True)
-
-    def _resume(self) -> None:
-        about, tensors = self._read()
-        wanted = self._about
-        about.setdefault("text", wanted["text"])  # older ones do not name it
-        if isinstance(about.get("drafter"), dict):  # checkpoints that name no architecture hold the only one of their time
-            about["drafter"] = {"architecture": Drafter.architecture} | about["drafter"]
-        about["train"] = {"weight_decay": 0.0, "learn_from": "answers"} | about["train"]  # what older ones do not name
-        for name in ("steps", "checkpoint_every"):  # may change on the way: fewer steps anneal sooner, more go on for longer
-            about["train"][name] = wanted["train"][name]
-        for key, value in wanted.items():
-            if about.get(key) != json.loads(json.dumps(value)):
-                raise ValueError(f"{self.checkpoint} was made with {key} = {about.get(key)!r}, not {value}: choose another folder")
-        self._check(tensors)
-        self.drafter.load_state_dict({n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")})
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, i, part = name.split(".")
-                moments.setdefault(int(i), {})[part] = tensor
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.step = about["step"]
-
-    def _read(self) -> tuple[dict, dict[str, Tensor]]:
-        try:
-            if not self.checkpoint.is_file():
-                raise OSError("it is not a file")
-            with safe_open(self.checkpoint, "pt", device=str(self.target.device)) as file:
-                about = json.loads((file.metadata() or {})["about"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if type(about["step"]) is not int or about["step"] < 0 or type(about["train"]) is not dict:
-                raise ValueError(f"step {about['step']!r}")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{self.checkpoint} is damaged ({reason}): delete it to start over") from None
-        return about, tensors
-
-    def _check(self, tensors: dict[str, Tensor]) -> None:
-        """Raises ValueError unless these are weights and moments of this drafter, all finite, over the same draft vocabulary."""
-        like = {f"weights.{name}": value for name, value in self.drafter.state_dict().items()}
-        for i, weight in enumerate(self.drafter.parameters()):
-            like |= {f"optimizer.{i}.step": weight.sum(), f"optimizer.{i}.exp_avg": weight, f"optimizer.{i}.exp_avg_sq": weight}
-        for name in sorted(like.keys() | tensors.keys()):
-            found = tensors.get(name)
-            if name not in like or found is None or (found.shape, found.dtype) != (like[name].shape, like[name].dtype):
-                raise ValueError(f"{self.checkpoint} is damaged ({name!r} is missing or misshapen): delete it to start over")
-            if not found.isfinite().all() or (name.endswith("exp_avg_sq") and (found < 0).any()):
-                raise ValueError(f"{self.checkpoint} is damaged ({name} is out of range): delete it to start over")
-        if not torch.equal(tensors["weights.d2t"], self.drafter.d2t):
-            raise ValueError(f"{self.checkpoint} was made with another draft vocabulary, from another corpus: choose another folder")
+        """Write the checkpoint. Raises ValueError as :func:`dspark.train.checkpoint.save_checkpoint` does."""
+        save_checkpoint(self.checkpoint, self.drafter, self.optimizer, {"step": self.step} | self._about)
 
 
 def _groups(drafter: Drafter, weight_decay: float) -> list[dict[str, object]]:
-    """All parameters in their order, norms and biases undecayed."""
+    """One group per parameter, in order; norms and biases do not decay."""
     return [{"params": [weight], "weight_decay": weight_decay if weight.dim() > 1 else 0.0} for weight in drafter.parameters()]
 
 
-def _to(record: Shard | Blocks, device: torch.device) -> Shard | Blocks:
-    return type(record)(*(getattr(record, name).to(device) for name in record.__dataclass_fields__))
+def _each(record: T, change: Callable[[Tensor], Tensor]) -> T:
+    """The same record with every tensor changed."""
+    return type(record)(*(change(getattr(record, part.name)) for part in fields(record)))
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delay the KeyboardInterrupt of SIGINT and SIGTERM until the body has run: half an update must not be saved."""
+    received: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread is interrupted
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if in_main and signal.getsignal(n) is signal.default_int_handler]
+    for number in numbers:
+        signal.signal(number, lambda number, _frame: received.append(number))
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)
+    if received:
+        raise KeyboardInterrupt
+
+
+def train_to(trainer: Trainer, out: Path, *, validate_every: int, about: dict[str, object]) -> None:
+    """Train to the end and save the drafter in ``out``, with progress, a line of ``log.jsonl`` a step, and held-out numbers.
+
+    about: what config.json says of the training beside steps, seconds (earlier processes included) and held-out numbers
+    """
+    start, before = time.time(), _seconds_before(trainer)
+    bar = tqdm(total=trainer.config.steps, initial=trainer.step, unit="step", desc=out.name)
+    # Closing the iterator saves a checkpoint when Ctrl-C arrives in this function.
+    with (trainer.folder / "log.jsonl").open("a") as log, bar, contextlib.closing(trainer.run()) as records:
+        for record in records:
+            bar.update()
+            bar.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau']:.2f}", acceptance=record["acceptance"])
+            if record["step"] % validate_every == 0 or record["step"] == trainer.config.steps:
+                record |= {"held_out": trainer.validate()}
+            log.write(json.dumps(record | {"seconds": round(before + time.time() - start, 1)}) + "\n")
+            log.flush()
+    corpus = trainer.store.corpus
+    summary = {
+        "steps": trainer.step,
+        **about,
+        "corpus_rows": len(corpus),
+        "response_tokens": int(corpus.assistant.sum()),
+        "seconds": round(before + time.time() - start),
+        "held_out": trainer.validate(),
+        "revision": revision(),
+        "machine": cpu_name() if trainer.target.device.type == "cpu" else device_name(trainer.target.device),
+        "threads": torch.get_num_threads(),
+    }
+    save_drafter(trainer.drafter, trainer.target, out, training=summary)
+
+
+def _seconds_before(trainer: Trainer) -> float:
+    """Seconds that earlier processes spent on the steps of the checkpoint."""
+    path, seconds = trainer.folder / "log.jsonl", 0.0
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):  # a line cut off by a kill
+            record = json.loads(line)
+            if record["step"] <= trainer.step:
+                seconds = record.get("seconds", 0.0)
+    return seconds

@@ -1,6 +1,7 @@
-"""The drafter's loss, with its gradient written out and computed a few rows at a time.
+"""The loss: random blocks of known text, and how far the drafter's distributions are from the target's.
 
-Rows × vocabulary float32 tensors would dominate a training step in time and memory; here none outlives its chunk.
+Tensors of rows × vocabulary in float32 would dominate a training step in time and memory, so the gradient is written out and
+computed a few rows at a time.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ROWS = 192  # 192 × 8 192 float32 values stay inside a CPU's last-level cache
+from dspark.draft.drafter import Drafter
+from dspark.train.features import Shard
+
+CHUNK_ROWS = 192  # 192 × 8 192 float32 values fit a CPU's last-level cache
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """0.1·CE + 0.9·‖p_d − p_t‖₁ + 1.0·BCE(c, acceptance), and the decay of the position weight exp(−k/decay)."""
+    """cross_entropy·CE + total_variation·‖p_d − p_t‖₁ + confidence·BCE(c_k, acceptance), each times exp(−k/decay) at slot k."""
 
     cross_entropy: float = 0.1
     total_variation: float = 0.9
@@ -24,12 +28,110 @@ class LossWeights:
     decay: float = 4.0
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Random blocks of known text, all fields [rows, anchors, γ]. Slot k (0-based) predicts the token at anchor + k + 1."""
+
+    positions: Tensor  # int64, anchor + k
+    tokens: Tensor  # int64, what the backbone reads: anchor, mask, mask, …
+    previous: Tensor  # int64, the text's token before the label
+    labels: Tensor  # int64, the text's token that slot k predicts
+    valid: Tensor  # bool, this label and all before it are tokens to learn from
+
+    @property
+    def anchors(self) -> Tensor:
+        return self.positions[..., 0]
+
+
+def choose_blocks(shard: Shard, count: int, block_size: int, mask_token_id: int, generator: torch.Generator) -> Blocks:
+    """``count`` random anchors a row. An anchor and its successor are tokens to learn from; rows with fewer get invalid blocks."""
+    ids, assistant = shard.token_ids, shard.assistant
+    rows, length = ids.shape
+    candidate = assistant.clone()
+    candidate[:, :-1] &= assistant[:, 1:]
+    candidate[:, -1] = False
+    score = torch.rand(rows, length, generator=generator).masked_fill(~candidate, -1.0)
+    anchor = score.topk(min(count, length), dim=-1).indices.sort(-1).values  # [rows, anchors]
+    positions = anchor[..., None] + torch.arange(block_size)  # [rows, anchors, γ]
+    after = (positions + 1).clamp(max=length - 1)
+    valid = (positions + 1 < length) & pick(assistant, after) & pick(candidate, anchor)[..., None]
+    previous = pick(ids, positions.clamp(max=length - 1))
+    tokens = torch.full_like(previous, mask_token_id)
+    tokens[..., 0] = previous[..., 0]
+    return Blocks(positions, tokens, previous, pick(ids, after), valid.int().cumprod(-1).bool())
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """x: [rows, tokens, ...], index: [rows, ...] int64 positions → x at these positions, [*index.shape, ...]."""
+    row = torch.arange(x.shape[0], device=x.device).view(-1, *[1] * (index.dim() - 1))
+    return x[row, index]
+
+
+def position_weights(valid: Tensor, decay: float) -> Tensor:
+    """valid: [..., γ] bool → [..., γ] float32: exp(−k/decay) over the contiguous valid prefix, 0 after it."""
+    k = torch.arange(valid.shape[-1], device=valid.device)
+    return valid.int().cumprod(-1) * torch.exp(-k / decay)
+
+
+@dataclass(frozen=True)
+class BlockLoss:
+    """The loss of a batch of blocks and what it was computed from."""
+
+    loss: Tensor  # scalar float32, with gradient
+    acceptance: Tensor  # [rows, anchors, γ] float32, 1 − ½‖p_d − p_t‖₁: the probability that a draft is accepted
+    valid: Tensor  # [rows, anchors, γ] bool, as in Blocks
+    parts: dict[str, float]  # head_loss and confidence_loss
+
+    def summary(self) -> dict[str, object]:
+        """Loss, its parts, acceptance by position, and the τ that these acceptances would give at temperature 1."""
+        valid = self.valid.float()
+        by_position = (self.acceptance * valid).sum((0, 1)) / valid.sum((0, 1)).clamp(min=1)
+        whole = self.valid.all(-1)
+        survival = self.acceptance[whole].clamp(0, 1).cumprod(-1)
+        tau = 1 + (survival.sum(-1).mean().item() if len(survival) else 0.0)
+        return {"loss": self.loss.item(), "tau": tau, "acceptance": [round(a, 4) for a in by_position.tolist()], **self.parts}
+
+
+def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks, weights: LossWeights) -> BlockLoss:
+    """One forward pass over all blocks of a batch. t2d: [vocab] int64, each token's draft id, −1 if it has none."""
+    hidden = drafter.block_hidden(shard.token_ids, shard.taps, blocks.tokens, blocks.previous, blocks.positions)  # [rows, anchors, γ, h]
+    embedded = latent = w2 = None
+    if drafter.markov_head is not None:
+        embedded = drafter.markov_head.markov_w1(blocks.previous)
+        latent = drafter.markov_head.latents(hidden, embedded).flatten(0, 2)
+        w2 = drafter.markov_head.markov_w2.weight
+    positions = blocks.positions.clamp(max=shard.token_ids.shape[1] - 1)
+    weight = position_weights(blocks.valid, weights.decay)
+    weight = weight / weight.sum().clamp(min=1e-6)
+    head_loss, acceptance = HeadLoss.apply(
+        hidden.flatten(0, 2),
+        latent,
+        w2,
+        drafter.head_weight,
+        pick(shard.final, positions).flatten(0, 2),
+        pick(shard.logsumexp, positions).flatten(),
+        t2d[blocks.labels].flatten(),
+        weight.flatten(),
+        weights,
+    )
+    acceptance = acceptance.view(blocks.positions.shape)
+    confidence_loss = torch.zeros_like(head_loss)
+    if drafter.confidence_head is not None:
+        logits = drafter.confidence_head(hidden, embedded).float()
+        bce = F.binary_cross_entropy_with_logits(logits, acceptance.clamp(0, 1), reduction="none")
+        confidence_loss = (weight * bce).sum()
+    loss = head_loss + weights.confidence * confidence_loss
+    return BlockLoss(loss, acceptance, blocks.valid, {"head_loss": head_loss.item(), "confidence_loss": confidence_loss.item()})
+
+
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy and L1 distance between the drafter's and the target's next-token distributions, and the acceptance.
 
-    With z = h·Hᵀ + latent·W2ᵀ, p = softmax(z), q the target's probabilities and s = sign(p − q):
+    With z = h·Hᵀ + latent·W2ᵀ, p = softmax(z) the drafter's probabilities, q the target's and s = sign(p − q):
         ∂‖p − q‖₁/∂z = p ⊙ (s − ⟨p, s⟩)        ∂CE/∂z = p − onehot(label)
-    The target's mass outside the draft vocabulary counts in full in the L1 distance: the drafter can never propose it.
+    The target's mass outside the draft vocabulary counts in full in the L1 distance, as the drafter can never propose it.
+
+    Returns the loss (scalar float32, the weighted sum over rows) and the acceptance ([n] float32, without gradient).
     """
 
     @staticmethod
@@ -42,7 +144,7 @@ class HeadLoss(torch.autograd.Function):
         final: Tensor,  # [n, h] what the target's head reads at the same positions
         logsumexp: Tensor,  # [n] float32, over the whole vocabulary
         label: Tensor,  # [n] int64 draft ids, −1 where the label is outside the draft vocabulary
-        weight: Tensor,  # [n] float32, already normalised
+        weight: Tensor,  # [n] float32, of each row in the loss
         weights: LossWeights,
     ) -> tuple[Tensor, Tensor]:
         dtype = head.dtype
@@ -55,7 +157,7 @@ class HeadLoss(torch.autograd.Function):
 
         for rows in torch.arange(len(inputs), device=head.device).split(CHUNK_ROWS):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
-            p = F.linear(inputs[rows], columns).float()  # [c, draft_vocab] logits …
+            p = F.linear(inputs[rows], columns).float()  # logits, [chunk, draft_vocab] …
             log_norm = p.logsumexp(-1, keepdim=True)
             known = (label[rows] >= 0).float()
             index = label[rows].clamp(min=0)[:, None]
@@ -93,9 +195,3 @@ class HeadLoss(torch.autograd.Function):
             return grad_hidden, None, None, None, None, None, None, None, None
         grad_latent = grad_inputs[:, ctx.width :] * grad_total.to(grad_inputs.dtype)
         return grad_hidden, grad_latent, rest[0] * grad_total, None, None, None, None, None, None
-
-
-def position_weights(valid: Tensor, decay: float) -> Tensor:
-    """valid: [..., γ] bool → [..., γ] float32: exp(−k/decay) over the contiguous valid prefix, 0 behind its end."""
-    k = torch.arange(valid.shape[-1], device=valid.device)
-    return valid.int().cumprod(-1) * torch.exp(-k / decay)

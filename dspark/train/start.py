@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 from dspark.draft.backbone import DrafterConfig
 from dspark.draft.drafter import Drafter
+from dspark.load import ready
 from dspark.target.target import Target
+from dspark.train.corpus import Corpus
+
+LAYERS, BLOCK_SIZE, MARKOV_RANK, DRAFT_VOCAB, TAPS = 2, 5, 48, 8192, 5  # the default shape
 
 
 def frequent_tokens(token_ids: Tensor, assistant: Tensor, count: int, vocab_size: int, always: frozenset[int]) -> Tensor:
-    """The draft vocabulary d2t: the ``count`` most frequent response tokens, with those in ``always``; sorted ids, int64."""
+    """The draft vocabulary d2t: the ``count`` most frequent response tokens, including those in ``always``; sorted ids, int64."""
     frequency = torch.bincount(token_ids[assistant], minlength=vocab_size)
     frequency[list(always)] = frequency.max() + 1
     return frequency.topk(min(count, vocab_size)).indices.sort().values
@@ -25,6 +29,42 @@ def spread(count: int, last: int, first: int = 0) -> tuple[int, ...]:
     return tuple(last - int(step * (count - 1 - i) + 0.5) for i in range(count))
 
 
+def spread_taps(layers: int) -> tuple[int, ...]:
+    """The default taps of a target with so many layers: five, evenly from the second to the last but one.
+
+    A shallow target gives fewer; one of a single layer gives −1, its embedding.
+    """
+    last = layers - 2
+    first = min(1, last)
+    return spread(min(TAPS, last - first + 1), last, first)
+
+
+def unused_token(target: Target, corpus: Corpus) -> int:
+    """A mask token: a special token without another role that the corpus does not hold, else the last token that it does not hold.
+
+    Raises ValueError if the corpus holds every token.
+    """
+    added = target.tokenizer.added_tokens_decoder if target.tokenizer else {}
+    special = {token for token, about in added.items() if about.special}
+    roles = {getattr(target.tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad", "unk", "sep", "cls")}
+    unused = set(range(target.vocab_size)) - set(corpus.token_ids.unique().tolist()) - target.eos_token_ids - roles
+    if not unused:
+        raise ValueError(f"the corpus holds every token of {target.name}: choose a mask token with --mask-token")
+    return min(unused & special, default=max(unused))
+
+
+def untrained_drafter(target: Target, layers: int = LAYERS, block_size: int = BLOCK_SIZE) -> Drafter:
+    """A drafter of the default shape with random weights, ready to draft.
+
+    What a block costs depends on shapes alone, so it can be measured before anything is trained
+    (:func:`dspark.tune.profile.profile_draft`).
+    """
+    shape = {"num_hidden_layers": layers, "block_size": block_size, "target_layer_ids": spread_taps(target.num_layers)}
+    d2t = torch.arange(min(DRAFT_VOCAB, target.vocab_size))
+    drafter = drafter_for(target, d2t=d2t, markov_rank=MARKOV_RANK, mask_token_id=0, **shape)
+    return ready(drafter.to(target.dtype).attach(target), target)
+
+
 def drafter_for(
     target: Target,
     *,
@@ -34,10 +74,14 @@ def drafter_for(
     seed: int = 0,
     **shape: object,
 ) -> Drafter:
-    """A fresh drafter shaped like the target's own layers, where those are like its own. ``init_layers``: the target layers its
-    layers start from: what has the same name is copied, norms only if they compute the same; the rest starts at random.
+    """A fresh drafter, shaped like the target's layers unless ``shape`` says otherwise.
 
-    kind: DSpark's class or a baseline's · shape: any field of DrafterConfig.
+    kind: Drafter, or the class of a baseline
+    d2t: [draft_vocab] int64, the draft vocabulary; None: the target's
+    init_layers: the target layers that the drafter's layers start as copies of: weights of the same name and norms that compute the
+        same; the rest is random
+    shape: any field of DrafterConfig
+
     Raises ValueError if the target's layers have other sizes than the drafter's, or its embedding another width than its layers.
     """
     if wrong := [i for i in init_layers if not 0 <= i < target.num_layers]:
@@ -47,7 +91,7 @@ def drafter_for(
         raise ValueError(f"{target.name} has {widths}, which a drafter cannot share: ContextLookup(None, target=…) drafts without one")
     text = target.config
     heads = text.num_attention_heads
-    rope = getattr(text, "rope_parameters", None) or {}  # models with several kinds of layers have one for each
+    rope = getattr(text, "rope_parameters", None) or {}  # models with several kinds of layers have one of each kind
     config = DrafterConfig(
         **{
             "vocab_size": target.vocab_size,
@@ -78,18 +122,18 @@ def drafter_for(
     return drafter
 
 
-def _number(config: object, name: str, otherwise: float) -> float:
-    """A number of the target's config, of its last layer where each has its own; ``otherwise`` where it does not tell."""
+def _number(config: object, name: str, default: float) -> float:
+    """A number of the target's config, of its last layer where each has its own; ``default`` where there is none."""
     try:
         value = getattr(config, name, None)
-    except RuntimeError:  # what transformers raises for a number that differs from layer to layer
-        return otherwise
-    return (value[-1] if isinstance(value, Sequence) else value) or otherwise
+    except RuntimeError:  # transformers raises it for a number that differs from layer to layer
+        return default
+    return (value[-1] if isinstance(value, Sequence) else value) or default
 
 
 @torch.no_grad()
 def _is_norm(layer: nn.Module, name: str) -> bool:
-    """Whether this vector scales what RMSNorm gives, as the drafter's do; Gemma's are added to one, a LayerNorm also centres."""
+    """Whether this is the weight of an RMSNorm like the drafter's. Gemma adds one to its weights, a LayerNorm also centres."""
     module, weight = layer.get_submodule(name.rpartition(".")[0]), layer.get_parameter(name)
     x = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
     normed = weight.float() * x.float() * x.float().square().mean().rsqrt()
@@ -97,7 +141,7 @@ def _is_norm(layer: nn.Module, name: str) -> bool:
 
 
 def _start_from(drafter: Drafter, target: Target, init_layers: tuple[int, ...]) -> None:
-    """Layers start as copies of the target's; the context starts as the deepest tap, normed as the last copied layer expects."""
+    """Copy the target's layers; the context starts as the deepest tap, normed as the last copied layer expects."""
     for layer, source in zip(drafter.layers, init_layers, strict=False):
         theirs, own = target.layers[source], layer.state_dict()
         copied = {n: w for n, w in theirs.state_dict().items() if n in own and (w.dim() > 1 or _is_norm(theirs, n))}

@@ -1,10 +1,9 @@
-"""The drafters that are compared with each other, and the recipe that all of them share."""
+"""The drafters that are compared with each other, and the recipe they share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,43 +15,36 @@ from dspark.train.corpus import Corpus
 from dspark.train.loop import TrainConfig
 from dspark.train.start import drafter_for, frequent_tokens, spread
 
-T = TypeVar("T")
-
-
-def _option(default: T, text: str) -> T:
-    return field(default=default, metadata={"help": text})
-
 
 @dataclass(frozen=True)
 class Variant:
-    """What sets one drafter apart. rank: −1 is the recipe's, 0 the purely parallel drafter · head: the kind of sequential head."""
+    """What sets one drafter apart."""
 
     name: str
     layers: int = 2
     block_size: int = 5
-    rank: int = -1
-    head: str = "vanilla"
+    rank: int = -1  # of the Markov head; −1: the recipe's, 0: none (DFlash)
+    head: str = "vanilla"  # kind of Markov head: vanilla, gated, rnn
     kind: type[Drafter] = Drafter
 
 
-def _pairs(what: str, values: Sequence[int]) -> tuple[Variant, ...]:
-    """DSpark and DFlash, side by side, at every value of a field that is not the base's."""
+def _pairs(label: str, name: str, values: Sequence[int]) -> tuple[Variant, ...]:
+    """DSpark and DFlash at each value of the field ``name``, called dspark-LABEL8, dflash-LABEL8, …"""
     sides = (("dspark", -1), ("dflash", 0))
-    short = {"layers": "layers", "block_size": "block"}[what]
-    return tuple(Variant(f"{name}-{short}{value}", rank=rank, **{what: value}) for value in values for name, rank in sides)
+    return tuple(Variant(f"{side}-{label}{value}", rank=rank, **{name: value}) for value in values for side, rank in sides)
 
 
 GROUPS: dict[str, tuple[Variant, ...]] = {  # in order of importance
     "main": (Variant("dspark"), Variant("dflash", rank=0), Variant("eagle", layers=1, rank=0, kind=EagleDrafter)),
     "heads": (Variant("gated", head="gated"), Variant("rnn", head="rnn")),
-    "block": _pairs("block_size", (8, 3, 12, 2, 16)),
-    "layers": _pairs("layers", (1, 4, 3)),
+    "block": _pairs("block", "block_size", (8, 3, 12, 2, 16)),
+    "layers": _pairs("layers", "layers", (1, 4, 3)),
 }
 VARIANTS = {variant.name: variant for group in GROUPS.values() for variant in group}
 
 
 def chosen(names: str) -> list[Variant]:
-    """``"dspark,eagle"``, groups by their name, or ``"all"`` → variants, each once. ValueError for a name that is neither."""
+    """names: variants, groups or "all", separated by commas. Returns each variant once. Raises ValueError for an unknown name."""
     result: dict[str, Variant] = {}
     for name in (part.strip() for part in names.split(",")):
         if name != "all" and name not in GROUPS and name not in VARIANTS:
@@ -62,9 +54,13 @@ def chosen(names: str) -> list[Variant]:
     return list(result.values())
 
 
+def _option(default: object, text: str) -> object:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What all of them share. Every field is an option of ``python -m dspark.train compare``."""
+    """What all variants share. Every field is an option of ``python -m dspark.train compare``."""
 
     steps: int = _option(500, "training steps of each drafter")
     sequences: int = _option(4, "corpus rows per step")
@@ -73,7 +69,7 @@ class Recipe:
     skip_rows: int = _option(0, "leave out the first rows of the shuffled corpus")
     rows: int = _option(0, "use only so many rows of it; 0 for all")
     taps: str = _option("1,8,15,22,28", "target layers the drafters read")
-    markov_rank: int = _option(48, "of every sequential head")
+    markov_rank: int = _option(48, "rank of every Markov head")
     draft_vocab: int = _option(8192, "most frequent response tokens that can be drafted")
     mask_token: int = _option(3, "an unused special token of the target")
     seed: int = 0  # of the rows, the batches and the first weights
@@ -87,7 +83,7 @@ class Recipe:
         return corpus.rows(order[self.skip_rows :][: self.rows or None])
 
     def vocabulary(self, corpus: Corpus, target: Target) -> Tensor:
-        """d2t of all drafters: the most frequent response tokens of the whole corpus."""
+        """d2t of all drafters, [draft_vocab] int64: the most frequent response tokens of the whole corpus."""
         return frequent_tokens(corpus.token_ids, corpus.assistant, self.draft_vocab, target.vocab_size, target.eos_token_ids)
 
     def start(self, variant: Variant, target: Target, d2t: Tensor) -> Drafter:

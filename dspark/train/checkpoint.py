@@ -1,0 +1,86 @@
+"""What an interrupted training resumes from: one file with float32 weights, AdamW's moments, the step and the settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dspark.draft.drafter import Drafter
+from dspark.files import one_line, write_atomically
+
+MAY_CHANGE = ("steps", "checkpoint_every")  # on resuming: fewer steps anneal sooner, more train for longer
+
+
+def save_checkpoint(path: Path, drafter: Drafter, optimizer: torch.optim.Optimizer, about: dict[str, object]) -> None:
+    """Write the file whole or not at all.
+
+    about: ``step``, the steps done so far, and what the training depends on: ``train``, ``drafter``, ``target``, ``text``
+    Raises ValueError for weights that are not finite, or if the file cannot be written; the last checkpoint is kept then.
+    """
+    if broken := [name for name, weight in drafter.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"{broken[0]} is not finite after step {about['step']}: {path} is kept as it was; continue from it")
+    tensors = {f"weights.{name}": value for name, value in drafter.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    write_atomically(path, lambda scratch: save_file(tensors, scratch, {"about": json.dumps(about)}))
+
+
+def load_checkpoint(path: Path, drafter: Drafter, optimizer: torch.optim.Optimizer, wanted: dict[str, object]) -> int:
+    """Load weights and moments into ``drafter`` and ``optimizer``. Returns the number of steps done.
+
+    wanted: what the training depends on, as in :func:`save_checkpoint`, without the step
+    Raises ValueError if the file is damaged or belongs to another training.
+    """
+    about, tensors = _read(path, drafter.d2t.device)
+    about.setdefault("text", wanted["text"])  # older files lack these keys; the defaults are what they were made with
+    if isinstance(about.get("drafter"), dict):
+        about["drafter"] = {"architecture": Drafter.architecture} | about["drafter"]
+    about["train"] = {"weight_decay": 0.0, "learn_from": "answers"} | about["train"]
+    about["train"] |= {name: wanted["train"][name] for name in MAY_CHANGE}
+    for key, value in wanted.items():
+        if about.get(key) != json.loads(json.dumps(value)):
+            raise ValueError(f"{path} was made with {key} = {about.get(key)!r}, not {value}: choose another folder")
+    _check(path, tensors, drafter)
+    drafter.load_state_dict({n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, part = name.split(".")
+            moments.setdefault(int(i), {})[part] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return about["step"]
+
+
+def _read(path: Path, device: torch.device) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        if not path.is_file():
+            raise OSError("it is not a file")
+        with safe_open(path, "pt", device=str(device)) as file:
+            about = json.loads((file.metadata() or {})["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if type(about["step"]) is not int or about["step"] < 0 or type(about["train"]) is not dict:
+            raise ValueError(f"step {about['step']!r}")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({one_line(error)}): delete it to start over") from None
+    return about, tensors
+
+
+def _check(path: Path, tensors: dict[str, Tensor], drafter: Drafter) -> None:
+    """Raises ValueError unless these are weights and moments of this drafter, all finite, over the same draft vocabulary."""
+    like = {f"weights.{name}": value for name, value in drafter.state_dict().items()}
+    for i, weight in enumerate(drafter.parameters()):
+        like |= {f"optimizer.{i}.step": weight.sum(), f"optimizer.{i}.exp_avg": weight, f"optimizer.{i}.exp_avg_sq": weight}
+    for name in sorted(like.keys() | tensors.keys()):
+        found = tensors.get(name)
+        if name not in like or found is None or (found.shape, found.dtype) != (like[name].shape, like[name].dtype):
+            raise ValueError(f"{path} is damaged ({name!r} is missing or misshapen): delete it to start over")
+        if not found.isfinite().all() or (name.endswith("exp_avg_sq") and (found < 0).any()):
+            raise ValueError(f"{path} is damaged ({name} is out of range): delete it to start over")
+    if not torch.equal(tensors["weights.d2t"], drafter.d2t):
+        raise ValueError(f"{path} was made with another draft vocabulary, from another corpus: choose another folder")
