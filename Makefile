@@ -5,7 +5,7 @@ ARGS ?=
 python := .venv/bin/python
 stamp := .venv/.installed
 pip := $(python) -m pip --disable-pip-version-check --no-input
-linted := dspark tests notebooks
+linted := dspark tests notebooks paper
 nbval := --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600
 
 .DEFAULT_GOAL := help
@@ -20,7 +20,7 @@ demo: $(stamp)  ## decode with DSpark and plainly, show the text, the speedup an
 lab: $(stamp)  ## open the notebooks in JupyterLab
 	$(python) -m jupyter lab notebooks/00_start.ipynb
 
-# waiting threads give way to the other processes
+# Waiting threads yield to the other test processes.
 test test-notebooks: export OMP_WAIT_POLICY = PASSIVE
 
 test: $(stamp)  ## run the tests
@@ -29,8 +29,8 @@ test: $(stamp)  ## run the tests
 test-notebooks: $(stamp)  ## run every notebook at its defaults, asserts included
 	$(python) -m pytest -q -n auto --maxprocesses 2 --dist loadfile $(nbval) notebooks
 
-test-browser: $(stamp)  ## open the live notebook in JupyterLab and Chromium and use it as a reader would
-	$(pip) install --quiet --retries 1 --timeout 15 -c constraints.txt playwright || true  # where it cannot be had, the test says that it was skipped
+test-browser: $(stamp)  ## use the live notebook in JupyterLab and Chromium as a reader would
+	$(pip) install --quiet --retries 1 --timeout 15 -c constraints.txt playwright || true  # without it the test reports that it was skipped
 	$(python) -m pytest -q -rs tests/browser
 
 train: $(stamp)  ## train a drafter; ARGS="--help" lists the options
@@ -53,9 +53,9 @@ clean:  ## remove caches and build leftovers (.venv and runs/ stay)
 	rm -rf build paper/build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find $(linted) -depth \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
 
-# The stamp is written last and dropped first: an interrupted install is picked up again, never taken for a finished one.
-# An environment is only thrown away where its pip does not run, as others may be working in it.
-# PyTorch first and by itself: it is most of the download, and the reader of a slow line should see what they wait for.
+# The stamp is removed first and written last, so an interrupted install is resumed and never mistaken for a finished one.
+# An existing environment is only replaced if its pip does not run: somebody may be working in it.
+# PyTorch is installed first and alone: it is most of the download, and a reader on a slow line should see what takes so long.
 $(stamp): pyproject.toml constraints.txt
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

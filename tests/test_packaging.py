@@ -1,4 +1,4 @@
-"""The installation, in words: one list of dependencies, one set of versions, two commands."""
+"""The installation: one list of dependencies, one set of versions, two commands."""
 
 import os
 import re
