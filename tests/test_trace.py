@@ -9,23 +9,24 @@ import pandas as pd
 import pytest
 import torch
 from test_decode import greedy_reference, policies
-from test_equality import Wavering, random_prompt
-from tiny import full_disk, tiny_drafter, tiny_target
+from tiny import Wavering, full_disk, random_prompt, tiny_drafter, tiny_target
 
 import dspark
+from dspark.bench.prompts import data_dir
 from dspark.bench.replay import Oracle, replay
 from dspark.bench.results import read_results, write_results
 from dspark.bench.trace import StepTimes, Trace, from_rounds, record
-from dspark.bench.trace_file import load_trace, load_traces, row_trace, save_trace, trace_row, traces_frame
-from dspark.decode import Round
+from dspark.bench.trace_file import load_trace, load_traces, row_trace, save_trace, trace_row
+from dspark.bench.traces import read_traces
 from dspark.draft.lookup import ContextLookup
 from dspark.lab.replaying import trace_decode
+from dspark.round import Round
 from dspark.schedule import Policy
 from dspark.tune.calibrate import rollouts
 
 TIMES = StepTimes({n: 1e-3 + 1e-4 * n for n in range(9)}, {n: 1e-2 + 1e-3 * n for n in range(1, 10)}, 1e-5, 1e-4)
 PROMPT = [5, 6, 7]
-REAL = ("confidence", "survival", "target_probs_of_drafts", "draft_probs_of_drafts")
+REAL = ("confidence", "target_probs_of_drafts", "draft_probs_of_drafts")
 
 
 def untimed(rounds: list[Round]) -> list[Round]:
@@ -125,7 +126,7 @@ def test_no_policy_is_faster_than_the_oracle() -> None:
 def test_step_times_are_measured_for_every_width() -> None:
     target = tiny_target(eos_token_id=None)
     trace = record(target, dspark.ContextLookup(tiny_drafter(target), 1, max_copy=6), PROMPT, max_new_tokens=4)
-    assert list(trace.times.draft) == [0, 1, 2, 3, 4] and list(trace.times.verify) == [1, 2, 3, 4, 5, 6, 7]
+    assert list(trace.times.draft) == [1, 2, 3, 4] and list(trace.times.verify) == [1, 2, 3, 4, 5, 6, 7]
     assert all(seconds > 0 for seconds in (*trace.times.draft.values(), *trace.times.verify.values()))
     assert all(r.seconds > 0 for r in replay(trace, dspark.FixedWindow()))
 
@@ -161,10 +162,11 @@ def test_characters_of_several_tokens_are_read_from_a_file_as_they_were_written(
     monkeypatch.setattr(target, "decode", lambda ids: bytes(ids).decode("utf-8", "replace"))
     prefill, first, rest = text.encode()[:1], text.encode()[1:5], text.encode()[5:]  # the face is cut in two
     drafts = tuple("🙂".encode())
-    rounds = [Round(0, None, 0, (), (), (), 0, 0, tuple(prefill), (), (), "", 0.0, 1.0, 1.0)]
+    rounds = [Round(index=0, committed=tuple(prefill))]
+    some = dict.fromkeys(("confidence", "target_probs_of_drafts", "draft_probs_of_drafts"), (0.5,) * 4)
     for i, committed in enumerate((first, rest), 1):
-        some = (0.5,) * 4
-        rounds.append(Round(i, 7, 4, drafts, some, some, 4, 0, tuple(committed), some, some, "drafter", 1.0, 1.0, 2.0))
+        about = {"anchor": 7, "window": 4, "draft_tokens": drafts, "verify_length": 4, "source": "drafter"}
+        rounds.append(Round(index=i, committed=tuple(committed), **about, **some))
     save_trace(from_rounds(rounds, target, dspark.ContextLookup(None, target=target), [1]), tmp_path / "t.parquet")
     decode = trace_decode(load_trace(tmp_path / "t.parquet"))
     assert decode(list(text.encode())) == text and decode(list(drafts)) == "🙂" and decode(list(drafts[:2])) == "\ufffd\ufffd"
@@ -195,43 +197,46 @@ def test_a_live_run_can_be_asked_only_what_it_knows() -> None:
         replay(live(dspark.ConfidenceThreshold(0.6)), dspark.FixedWindow(4))
 
 
-def test_a_run_that_stopped_drafting_can_be_asked_for_less(tmp_path: Path) -> None:
-    """The confidence that it stopped at is kept, in the file as well: without it a round would look like a short block."""
+@pytest.mark.parametrize("threshold", [0.3, 1.0])
+def test_a_run_that_checked_less_than_it_drafted_can_be_asked_for_less_and_not_for_more(threshold: float, tmp_path: Path) -> None:
+    """Even where nothing was checked at all."""
     target = tiny_target(eos_token_id=None)
-    drafter, policy = tiny_drafter(target), dspark.ConfidenceThreshold(0.3)
+    drafter, policy = tiny_drafter(target), dspark.ConfidenceThreshold(threshold)
     out = dspark.generate(target, drafter, PROMPT, max_new_tokens=40, policy=policy)
     save_trace(from_rounds(out.rounds, target, drafter, PROMPT, max_new_tokens=40), tmp_path / "trace.parquet")
     trace = load_trace(tmp_path / "trace.parquet")
-    assert any(len(r.confidence) == len(r.draft_tokens) + 1 for r in trace.rounds)
+    assert all(len(r.confidence) == len(r.draft_tokens) for r in trace.rounds)
     assert_same(replay(trace, policy), out.rounds)
-    stricter = replay(trace, dspark.ConfidenceThreshold(0.5))
-    assert sum(r.verify_length for r in stricter) < sum(r.verify_length for r in out.rounds)
+    stricter = replay(trace, dspark.ConfidenceThreshold(min(1.0, threshold + 0.2)))
+    assert sum(r.verify_length for r in stricter) <= sum(r.verify_length for r in out.rounds)
     with pytest.raises(ValueError, match="FixedWindow"):
         replay(trace, dspark.ConfidenceThreshold(0.1))
 
 
-def test_a_run_in_which_nothing_was_worth_drawing_has_step_times() -> None:
-    target = tiny_target(eos_token_id=None)
-    drafter, policy = tiny_drafter(target), dspark.ConfidenceThreshold(1.0)
-    out = dspark.generate(target, drafter, PROMPT, max_new_tokens=10, policy=policy)
-    trace = from_rounds(out.rounds, target, drafter, PROMPT, max_new_tokens=10)
-    assert {len(r.draft_tokens) for r in out.rounds} == {0} and set(trace.times.draft) == {0}
-    assert_same(replay(trace, policy), out.rounds)
-
-
-def test_a_file_of_before_drafts_could_end_early_is_read_and_joined() -> None:
+def test_a_file_of_a_version_that_could_stop_within_a_block_is_read() -> None:
+    """It holds the confidence at which a draft stopped as well, and the time of an empty one."""
     target = tiny_target()
-    row = trace_row(record(target, tiny_drafter(target), PROMPT, max_new_tokens=6, times=TIMES))
-    old = {name: value for name, value in row.items() if name != "confidence_lengths"}
-    frame = traces_frame([old, row])
-    assert [list(lengths) for lengths in frame["confidence_lengths"]] == [row["confidence_lengths"]] * 2
-    assert row_trace(old) == row_trace(row)
+    trace = record(target, tiny_drafter(target), PROMPT, max_new_tokens=6, times=TIMES)
+    longer = [replace(r, confidence=(*r.confidence, 0.25)) if r.source else r for r in trace.rounds]
+    row = trace_row(replace(trace, rounds=tuple(longer))) | {"confidence_lengths": [len(r.confidence) for r in longer]}
+    assert row_trace(row) == row_trace(trace_row(trace))
 
 
-@pytest.mark.parametrize(("limit", "told"), [(0, r"1\.\.5"), (6, "got 6")])
-def test_a_limit_outside_the_trace_is_refused(limit: int, told: str) -> None:
+def test_the_traces_in_data_load_and_replay_over_their_own_greedy_text() -> None:
+    results = data_dir() / "results"
+    traces = [load_trace(results / "traces" / "sample.parquet"), *(trace for _, trace in read_traces(results / "traces-test.parquet")[:4])]
+    for trace in traces:
+        policies = (dspark.FixedWindow(), dspark.MTP1(), dspark.ConfidenceThreshold(0.3), dspark.PrefixScheduler(trace.times.sps), Oracle())
+        for policy in policies:
+            rounds = replay(trace, policy)
+            assert [token for r in rounds for token in r.committed] == trace.token_ids
+            assert all(r.accepted <= r.verify_length <= len(r.draft_tokens) == len(r.survival) for r in rounds)
+
+
+@pytest.mark.parametrize(("limit", "named"), [(0, r"1\.\.5"), (6, "got 6")])
+def test_a_limit_outside_the_trace_is_refused(limit: int, named: str) -> None:
     target = tiny_target()
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=named):
         replay(record(target, tiny_drafter(target), PROMPT, max_new_tokens=5, times=TIMES), dspark.FixedWindow(), limit=limit)
 
 
@@ -273,7 +278,7 @@ def test_a_full_disk_leaves_the_old_trace(tmp_path) -> None:
     save_trace(record(target, tiny_drafter(target), PROMPT, max_new_tokens=5, times=TIMES), path)
     before = path.read_bytes()
     longer = record(target, tiny_drafter(target), PROMPT, max_new_tokens=300, times=TIMES)
-    with pytest.raises(OSError), full_disk():
+    with pytest.raises(ValueError, match="cannot write"), full_disk():
         save_trace(longer, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["trace.parquet"]
 

@@ -5,45 +5,59 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from dspark.bench.measure import Decoder, Settings, by_dspark
 from dspark.bench.stock import by_early_exit, by_prompt_lookup, by_transformers
-from dspark.decode import DraftSource
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
-from dspark.schedule import MTP1, SIBLING_RATES, AdaptiveWindow, ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler, Shortened
+from dspark.draft.source import DraftSource
+from dspark.schedule import POLICIES, Policy, parse_policy
 from dspark.target.target import Target
 from dspark.tune.profile import sps_curve
 
+HEADLINE = "plain,generate,mtp1,fixed:5,fixed+copy,prefix+copy"
+PEERS: dict[str, Callable[[Target, Settings], Decoder]] = {
+    "generate": by_transformers,
+    "lookup": by_prompt_lookup,
+    "assisted": by_early_exit,
+}
 CHOICES = (
-    "plain, generate, lookup[:N] and assisted[:LAYERS] (transformers), copy[:N] (no drafter), fixed[:N], mtp1, "
-    "adaptive[:WIDEN,NARROW,FALLBACK], confidence:T (survival), conditional:T, prefix; those with a drafter may end in "
-    "+copy[:N] or +phrases[:N] (copying and remembered phrases), those of our loop in +block:N, and prefix in +siblings"
+    f"{', '.join(['plain', *PEERS])} (the last {len(PEERS)} are transformers' own), copy[:N] (no drafter), "
+    f"{', '.join(name for name in POLICIES if name != 'plain')} with their numbers, as in fixed:5 or confidence:0.3; "
+    "+copy[:N] after one with a drafter copies from the context where N tokens repeat, +block:N drafts at most N tokens"
 )
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to decode. policy: made once the target is there (``prefix`` needs its step times), None where we draft nothing ·
-    wrap: drafter (None if the arm is not ``trained``) and target → what drafts · trained: needs the trained drafter ·
-    peer: somebody else's loop, run on the stock target."""
+    """One way to decode.
+
+    name: as on the command line.
+    spec: the policy for :func:`dspark.schedule.parse_policy`; "" where our loop drafts nothing.
+    min_match: tokens that must repeat before the context is copied; 0 copies nothing.
+    trained: whether it needs the trained drafter.
+    peer: somebody else's loop, run on the stock target.
+    """
 
     name: str
-    policy: Callable[[Target], Policy] | None = None
-    wrap: Callable[[Drafter | None, Target | None], DraftSource] | None = None
+    spec: str = ""
+    min_match: int = 0
     trained: bool = False
     peer: Callable[[Target, Settings], Decoder] | None = None
 
     @property
     def drafts(self) -> bool:
         """Whether it drafts in our loop."""
-        return self.policy is not None
+        return bool(self.spec)
+
+    def policy(self, target: Target) -> Policy:
+        """The policy on this target; ``prefix`` measures its step times if they are not in the cache."""
+        return parse_policy(self.spec, lambda: sps_curve(target))
 
     def source(self, drafter: Drafter | None, target: Target | None = None) -> DraftSource:
         """The drafter as this arm uses it. target: needed by ``copy`` alone."""
         mine = drafter if self.trained else None
-        return self.wrap(mine, target) if self.wrap else mine
+        return ContextLookup(mine, self.min_match, target=target) if self.min_match else mine
 
     def decoder(self, target: Target, drafter: Drafter | None, settings: Settings, stock: Target | None = None) -> Decoder:
         """Ready to run. Raises ValueError if the drafter cannot serve the policy, or a peer lacks the stock target."""
@@ -51,8 +65,7 @@ class Arm:
             return self.peer(stock or target, settings)
         if not self.drafts:
             return by_dspark(target, None, None, settings)
-        source = self.source(drafter, target)
-        policy = self.policy(target)
+        source, policy = self.source(drafter, target), self.policy(target)
         try:
             policy.check(source.block_size, source.has_confidence)
         except ValueError as error:
@@ -62,8 +75,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Models:
-    """target: decodes in our loop · drafter: None where no arm needs it · stock: the target as transformers loads it, its weights
-    not rearranged: what a user of ``model.generate`` has. None where no arm needs it, the target itself where they are the same."""
+    """What the arms of a run need.
+
+    target: decodes in our loop.
+    drafter: None where no arm needs it.
+    stock: the target as transformers loads it, weights not rearranged; None where no arm needs it, ``target`` itself where they agree.
+    """
 
     target: Target
     drafter: Drafter | None = None
@@ -88,84 +105,22 @@ def parse_arms(names: str) -> tuple[Arm, ...]:
 
 
 def parse_arm(name: str) -> Arm:
-    """One arm by its name."""
-    kind, *suffixes = name.split("+")
+    """One arm by its name. Raises ValueError for a misspelled one."""
+    if name in PEERS:
+        return Arm(name, peer=PEERS[name])
+    if name == "plain":
+        return Arm(name)
+    copies = [part for part in name.split("+") if re.fullmatch(r"copy(:\d+)?", part)]
+    kept = [part for part in name.split("+") if part not in copies]
+    alone = name.startswith(tuple(copies)) if copies else False
     try:
-        if not suffixes and (peer := _peer(kind)):
-            return Arm(name, peer=peer)
-        if name == "plain":
-            return Arm(name)
-        alone = kind.partition(":")[0] == "copy"
-        wrap, block, siblings = _suffixes([kind, *suffixes] if alone else suffixes)
-        policy = _policy("fixed" if alone else kind, siblings)
-        return Arm(name, partial(_shortened, policy, block) if block else policy, wrap, not alone)
+        if len(copies) > 1 or (copies and copies[0].endswith(":0")):
+            raise ValueError("copy stands once, and its number is at least 1")
+        if kept[:1] == ["plain"]:
+            raise ValueError("plain drafts nothing, so nothing can follow it")
+        spec = "+".join(["fixed", *kept] if alone else kept)
+        parse_policy(spec, lambda: lambda tokens: 1.0)  # misspelled numbers are found before any model is loaded
     except ValueError as error:
         raise ValueError(f"arm {name!r} cannot be read ({error}): choose from {CHOICES}") from None
-
-
-def _peer(spec: str) -> Callable[[Target, Settings], Decoder] | None:
-    kind, *values = spec.split(":")
-    match kind, [int(value) for value in values] if kind in ("lookup", "assisted") else values:
-        case "generate", []:
-            return by_transformers
-        case "lookup", []:
-            return by_prompt_lookup
-        case "lookup", [tokens] if tokens >= 1:
-            return partial(by_prompt_lookup, tokens=tokens)
-        case "assisted", []:
-            return by_early_exit
-        case "assisted", [layers] if layers >= 1:
-            return partial(by_early_exit, layers=layers)
-        case "generate" | "lookup" | "assisted", _:
-            raise ValueError("its number must be a whole one, at least 1, and generate has none")
-    return None
-
-
-def _policy(spec: str, siblings: bool) -> Callable[[Target], Policy]:
-    kind, _, values = spec.partition(":")
-    if siblings and kind != "prefix":
-        raise ValueError("only prefix takes +siblings")
-    match kind, values.split(",") if values else []:
-        case "fixed", []:
-            policy: Policy = FixedWindow()
-        case "fixed", [n]:
-            policy = FixedWindow(int(n))
-        case "mtp1", []:
-            policy = MTP1()
-        case "adaptive", []:
-            policy = AdaptiveWindow()
-        case "adaptive", [widen, narrow, fallback]:
-            policy = AdaptiveWindow(float(widen), float(narrow), float(fallback))
-        case "confidence" | "conditional", [threshold]:
-            policy = ConfidenceThreshold(float(threshold), on="survival" if kind == "confidence" else "conditional")
-        case "prefix", []:
-            rates = SIBLING_RATES if siblings else ()
-            return lambda target: PrefixScheduler(sps_curve(target), sibling_rates=rates)
-        case _:
-            raise ValueError("no such policy, or not its numbers")
-    return lambda _target: policy
-
-
-def _suffixes(suffixes: list[str]) -> tuple[Callable[[Drafter | None, Target | None], ContextLookup] | None, int | None, bool]:
-    """(what is put round the drafter, longest block, whether there are siblings); None for what is not there."""
-    chosen: dict[str, int] = {}
-    for suffix in suffixes:
-        kind, _, n = suffix.partition(":")
-        unnumbered = (kind == "block" and not n) or (kind == "siblings" and n)
-        if kind in chosen or kind not in ("copy", "phrases", "block", "siblings") or unnumbered or (n and int(n) < 1):
-            raise ValueError("only +copy[:N] or +phrases[:N], +block:N, N at least 1, and +siblings, each once, may follow a policy")
-        chosen[kind] = int(n or 2)
-    if {"copy", "phrases"} <= chosen.keys():
-        raise ValueError("+phrases copies as well: leave +copy out")
-    min_match = chosen.get("copy", chosen.get("phrases"))
-    return min_match and partial(_copying, min_match, "phrases" in chosen), chosen.get("block"), "siblings" in chosen
-
-
-def _copying(min_match: int, recalls: bool, drafter: Drafter | None, target: Target | None) -> ContextLookup:
-    if recalls and drafter.phrases is None:
-        raise ValueError("the drafter's folder has no phrases: make them with `python -m dspark.train phrases`, or use +copy")
-    return ContextLookup(drafter, min_match, phrases=drafter.phrases if recalls else None, target=target)
-
-
-def _shortened(policy: Callable[[Target], Policy], block: int, target: Target) -> Policy:
-    return Shortened(policy(target), block)
+    min_match = int(copies[0].partition(":")[2] or 2) if copies else 0
+    return Arm(name, spec, min_match, trained=not alone)

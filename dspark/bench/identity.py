@@ -1,7 +1,7 @@
 """Is the greedy text of every arm ``model.generate``'s, token for token? In float32 it must be; below it every divergence is weighed.
 
-One row and a block of rows run through different kernels, which round differently: in bfloat16 two nearly tied tokens may change
-places. Whether that is what happened is not assumed but measured, at the very point where a text diverges (:func:`weigh`).
+One row and a block of rows run through different kernels, which round differently: in bfloat16 two nearly tied tokens may swap.
+Whether that happened is measured at the very position where a text diverges (:func:`weigh`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -24,20 +23,14 @@ from dspark.bench.plan import Plan
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
 from dspark.bench.stock import by_transformers
-from dspark.decode import Round
+from dspark.round import Round
 from dspark.target.target import Target
 
-
-class Pass(NamedTuple):
-    """Tokens that run together, the last ones in the places ``siblings`` beside the others, and which rows stay in the cache."""
-
-    tokens: Sequence[int]
-    siblings: Sequence[int]
-    kept: Sequence[int]
+Pass = tuple[Sequence[int], int]  # tokens that run together, and how many of them stay in the cache
 
 
 def check_identity(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
-    """One row per prompt and arm, with the columns of :func:`compare`. Resumable."""
+    """One row per prompt and arm, with the columns of :func:`compare`. Resumes."""
     plan.check("identity")
     ledger = Ledger(out, plan.configuration("identity", models.target.digest, models.drafter))
     if ledger.complete:
@@ -54,8 +47,10 @@ def check_identity(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
 def compare(models: Models, decoders: dict[str, Decoder], prompt: list[int], settings: Settings) -> list[Row]:
     """Decode one prompt in every way and by ``model.generate`` of the stock target, greedily. One row per decoder.
 
-    tokens: of the reference · equal · first_divergence: index of the first new token that differs, −1 for none · margin, noise:
-    see :func:`weigh`; NaN for none.
+    tokens: of the reference.
+    equal: whether all tokens are the reference's.
+    first_divergence: index of the first new token that differs, −1 for none.
+    margin, noise: see :func:`weigh`; NaN for none.
     """
     expected = by_transformers(models.stock, settings)(prompt, 0).token_ids
     rows = []
@@ -71,54 +66,50 @@ def compare(models: Models, decoders: dict[str, Decoder], prompt: list[int], set
 
 
 def weigh(models: Models, prompt: list[int], expected: list[int], trial: Trial, i: int) -> tuple[float, float]:
-    """How far apart two tokens are where the texts diverge, and how much of that rounding takes away; both in logits, ≥ 0.
+    """How far apart two tokens are where the texts diverge, and how much of that rounding removes; both in logits, ≥ 0.
 
-    The common prefix runs twice up to new token i: on the stock target token by token, as the reference ran, and on the arm's
-    target in the passes of its rounds. Both go through transformers' own cache, so that a fault of ours cannot pass for rounding.
-    margin: the first run's lead of the reference's token over the arm's: the top-2 margin where the arm took the second best.
-    noise: by how much that lead is smaller in the second run. Rounding made the two change places if and only if margin ≤ noise;
-    see :func:`beyond_rounding`. A text that is only longer or shorter has an infinite margin: rounding does not end a text.
+    The common prefix runs twice up to new token i: on the stock target token by token, as the reference ran, and on the arm's target in
+    the passes of its rounds. Both use transformers' own cache, so a fault of ours cannot pass for rounding.
+    margin: the first run's lead of the reference's token over the arm's.
+    noise: by how much that lead is smaller in the second run. Rounding swapped the tokens if and only if margin ≤ noise.
+    A text that is only longer or shorter has an infinite margin: rounding does not end a text.
     """
     if i >= min(len(expected), len(trial.token_ids)):
         return math.inf, 0.0
-    alone = logits_of(models.stock, prompt, (Pass([token], [], [0]) for token in expected), i)
+    alone = logits_of(models.stock, prompt, (([token], 1) for token in expected), i)
     together = logits_of(models.target, prompt, map(pass_of, trial.rounds), i)
     lead, left = (float(row[expected[i]] - row[trial.token_ids[i]]) for row in (alone, together))
     return abs(lead), max(0.0, lead - left)
 
 
 def pass_of(r: Round) -> Pass:
-    """The pass that checked the round's drafts, its siblings beside them."""
-    kept = [*range(1 + r.accepted)]
-    if r.sibling is not None:
-        kept.append(1 + r.verify_length + r.siblings.index((r.accepted + 1, r.sibling)))
-    tokens = [r.anchor, *r.draft_tokens[: r.verify_length], *(token for _, token in r.siblings)]
-    return Pass(tokens, [position for position, _ in r.siblings], kept)
+    """The pass that checked the round's drafts."""
+    return [r.anchor, *r.draft_tokens[: r.verify_length]], 1 + r.accepted
+
+
+def logits_of(target: Target, prompt: list[int], passes: Iterable[Pass], i: int) -> Tensor:
+    """The logits [vocab] float32 that choose new token ``i`` after ``prompt``, when the text runs in these passes."""
+    cache, passes = StockCache(), iter(passes)
+    logits, _ = target.forward(torch.tensor([prompt], device=target.device), cache, logits_to_keep=1)
+    first, rows = 0, logits[0]  # rows[k] chooses new token first + k
+    while i >= first + len(rows):
+        (tokens, kept), past = next(passes), cache.length
+        logits, _ = target.forward(torch.tensor([tokens], device=target.device), cache)
+        cache.rewind(past + kept)
+        first, rows = first + len(rows), logits[0, :kept]
+    return rows[i - first].float()
 
 
 class StockCache(DynamicCache):
-    """transformers' own cache, told what to keep of a pass."""
+    """transformers' own cache, cut by hand."""
 
     @property
     def length(self) -> int:
         return self.get_seq_length()
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def rewind(self, length: int) -> None:
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[:, :, rows], layer.values[:, :, rows]
-
-
-def logits_of(target: Target, prompt: list[int], passes: Iterable[Pass], i: int) -> Tensor:
-    """The logits [vocab] float32 that choose new token ``i`` behind ``prompt``, when the text runs in these passes."""
-    cache, passes = StockCache(), iter(passes)
-    logits, _ = target.forward(torch.tensor([prompt], device=target.device), cache, logits_to_keep=1)
-    first, rows = 0, logits[0]  # rows[k] chooses new token first + k
-    while i >= first + len(rows):
-        (tokens, siblings, kept), past = next(passes), cache.length
-        logits, _ = target.forward(torch.tensor([tokens], device=target.device), cache, siblings=siblings)
-        cache.keep([*range(past), *(past + row for row in kept)])
-        first, rows = first + len(rows), logits[0, kept]
-    return rows[i - first].float()
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
 def beyond_rounding(frame: pd.DataFrame) -> pd.Series:

@@ -1,4 +1,4 @@
-"""One arm, one prompt: decode it, and say in numbers what happened. The prefill and its token are left out of every rate."""
+"""One arm, one prompt: decode it and report numbers. Every rate leaves out the prefill and its token."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
-from dspark.decode import DraftSource, Round, decode
-from dspark.draft.lookup import COPIED
+from dspark.decode import decode
+from dspark.draft.source import COPY, DraftSource
+from dspark.round import Round
 from dspark.schedule import Policy
 from dspark.target.target import Target
 
@@ -26,7 +27,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Trial:
-    """What one arm made of one prompt. rounds: without the prefill · seconds: wall clock behind the first token."""
+    """One prompt decoded by one arm.
+
+    token_ids: the new tokens.
+    rounds: without the prefill.
+    prefill_seconds: until the first token.
+    seconds: after the first token.
+    """
 
     token_ids: list[int]
     rounds: list[Round]
@@ -55,7 +62,7 @@ def by_dspark(target: Target, source: DraftSource | None, policy: Policy | None,
 
 def opaque_round(index: int, anchor: int, committed: tuple[int, ...], seconds: float) -> Round:
     """A step of somebody else's loop, of which only its tokens and its time are known."""
-    return Round(index, anchor, 0, (), (), (), 0, 0, committed, (), (), "", 0.0, math.nan, seconds)
+    return Round(index=index, anchor=anchor, committed=committed, verify_seconds=math.nan, seconds=seconds)
 
 
 def summary(trial: Trial) -> dict[str, object]:
@@ -80,7 +87,7 @@ def summary(trial: Trial) -> dict[str, object]:
         "drafted": sum(len(r.draft_tokens) for r in rounds),
         "checked": sum(r.verify_length for r in rounds),
         "accepted": sum(accepted),
-        "copied_rounds": sum(r.source in COPIED for r in rounds),
+        "copied_rounds": sum(r.source == COPY for r in rounds),
         "reached_at": reached,
         "accepted_at": accepted,
         "acceptance_at": [_ratio(a, r) for a, r in zip(accepted, reached, strict=True)],
@@ -90,7 +97,7 @@ def summary(trial: Trial) -> dict[str, object]:
 def positions(rounds: Sequence[Round]) -> tuple[list[int], list[int]]:
     """For position k = 1, 2, …: rounds that reached it (everything before was accepted, k was checked), and that accepted it.
 
-    Their ratio is the conditional acceptance. Drafts behind an end-of-text token are not counted.
+    Their ratio is the conditional acceptance. Drafts after an end-of-text token are not counted.
     """
     reached = [min(r.verify_length, r.accepted + 1, len(r.committed)) for r in rounds]
     accepted = [min(r.accepted, n) for r, n in zip(rounds, reached, strict=True)]

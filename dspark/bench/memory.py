@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,38 +12,30 @@ import torch
 from tqdm.auto import tqdm
 
 from dspark.bench.plan import Plan, rotated
+from dspark.bench.process import in_new_process
 from dspark.bench.provenance import peak_rss_mib
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
 
 
 def measure_memory(plan: Plan, out: Path) -> pd.DataFrame:
-    """One row per arm and repeat. Resumable. The parent never loads a model: a child starts with its parent's peak on the books."""
+    """One row per arm and repeat. Resumes. The parent never loads a model, as a child's count starts at its parent's peak."""
     plan.check("memory")
     ledger = Ledger(out, plan.configuration("memory", "", None))
     names = [arm.name for arm in plan.parsed_arms]
     runs = [(repeat, name) for repeat in range(plan.repeats) for name in rotated(names, repeat)]
     todo = [] if ledger.complete else [run for run in runs if f"{run[0]}/{run[1]}" not in ledger.done]
     for repeat, name in tqdm(todo, desc="processes", unit="process", initial=len(ledger.done), total=len(runs)):
-        ledger.add(f"{repeat}/{name}", [{"repeat": repeat} | in_new_process(replace(plan, arms=name, repeats=1))])
+        ledger.add(f"{repeat}/{name}", [{"repeat": repeat} | in_new_process(peak_of, replace(plan, arms=name, repeats=1))])
     return ledger.finish()
 
 
-def in_new_process(plan: Plan) -> Row:
-    """Run :func:`peak_of` elsewhere."""
-    command = [sys.executable, "-m", "dspark.bench.memory"]
-    done = subprocess.run(command, input=json.dumps(asdict(plan)), capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"arm {plan.arms!r} failed in its process: {reason}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def peak_of(plan: Plan) -> Row:
-    """Load what the plan's one arm needs, decode all prompts, and say how much memory that took.
+    """Load the plan's one arm, decode all prompts, and return how much memory that took.
 
-    peak_rss_mib: the whole life of the process, loading included · decode_peak_mib: while decoding only (weights included),
-    NaN where the system cannot restart its count · device_peak_mib: the same on a GPU.
+    peak_rss_mib: of the whole process, loading included.
+    decode_peak_mib: while decoding, weights included; NaN where the system cannot restart its count.
+    device_peak_mib: the same on a GPU; NaN without one.
     """
     (arm,) = plan.parsed_arms
     torch.set_num_threads(plan.threads)
@@ -70,7 +59,7 @@ def _restart_peak(device: torch.device) -> bool:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from what is held now
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM restarts at the current size
     except OSError:
         return False
     return True
@@ -79,10 +68,3 @@ def _restart_peak(device: torch.device) -> bool:
 def _high_water_mib() -> float:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-if __name__ == "__main__":
-    try:
-        print(json.dumps(peak_of(Plan(**json.load(sys.stdin)))))
-    except ValueError as error:
-        sys.exit(str(error))

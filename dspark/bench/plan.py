@@ -1,8 +1,9 @@
-"""What is to be measured: one configuration, checked before anything is loaded, and its prompts in order."""
+"""A configuration to measure: checked before anything is loaded, with its prompts in order."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -10,14 +11,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
-from dspark.bench.arms import Arm, Models, parse_arms
+from dspark.bench.arms import HEADLINE, Arm, Models, parse_arms
 from dspark.bench.measure import Settings
 from dspark.bench.prompts import DOMAINS, PromptItem, load_prompts
 from dspark.bench.provenance import cores, drafter_columns
 from dspark.bench.results import SCHEMA_VERSION
+from dspark.cpu import is_packed
 from dspark.draft.drafter import Drafter
 from dspark.load import DTYPES, load_drafter, load_target
-from dspark.tune.profile import cpu_name, is_packed
+from dspark.tune.profile import cpu_name
 from dspark.verify.sampling import Sampling
 
 T = TypeVar("T")
@@ -31,7 +33,7 @@ def _option(default: T, text: str) -> T:
 class Plan:
     """Every field is an option of ``python -m dspark.bench``. Raises ValueError for a value that cannot be measured."""
 
-    arms: str = _option("plain,generate,fixed:5", "ways to decode, separated by commas")
+    arms: str = _option(HEADLINE, "ways to decode, separated by commas")
     baseline: str = _option("plain", "the arm that speed and memory are compared with")
     target: str = _option("default", "default, a folder, a .gguf file or a hub id")
     drafter: str = _option("default", "default, a folder or a hub id")
@@ -45,7 +47,7 @@ class Plan:
     dtype: str = _option("bfloat16", ", ".join(DTYPES))
     device: str = _option("cpu", "cpu, cuda, cuda:1")
     threads: int = _option(2, "CPU threads of the models")
-    seed: int = _option(0, "of the sampled tokens; each prompt and repeat draws its own from it")
+    seed: int = _option(0, "of the sampled tokens; each prompt and repeat derives its own from it")
     repeats: int = _option(1, "times everything is measured; medians are taken over them")
 
     def __post_init__(self) -> None:
@@ -55,7 +57,7 @@ class Plan:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-        _ = self.parsed_arms, self.units  # read now: a misspelt arm or domain must not wait for the models
+        _ = self.parsed_arms, self.units  # read now: a misspelled arm or domain is found before any model is loaded
 
     @cached_property
     def parsed_arms(self) -> tuple[Arm, ...]:
@@ -89,7 +91,7 @@ class Plan:
             raise ValueError(f"the baseline {self.baseline!r} is not among the arms {self.arms}: add it, or choose --baseline from them")
 
     def load(self, stock: bool = False) -> Models:
-        """What the arms need. stock: the target as transformers loads it, too, although no arm asks for it."""
+        """The models that the arms need. stock: load the stock target as well, even if no arm needs it."""
         load = partial(load_target, self.target, dtype=self.dtype, device=self.device)
         peers = [arm.peer is not None for arm in self.parsed_arms]
         if all(peers):
@@ -99,7 +101,12 @@ class Plan:
         drafter = load_drafter(self.drafter, target) if any(arm.trained for arm in self.parsed_arms) else None
         if not (stock or any(peers)):
             return Models(target, drafter)
-        return Models(target, drafter, stock=load(pack=False) if is_packed(target) else target)
+        return Models(target, drafter, stock=load(pack=False) if is_packed(target.model) else target)
+
+    def default_out(self, name: str) -> Path:
+        """A file in runs/bench of the working directory; other options give another file, so no run ends at an earlier one's rows."""
+        options = hashlib.sha256(repr(self).encode()).hexdigest()[:6]
+        return Path("runs") / "bench" / f"{name}-{options}.parquet"
 
     @property
     def drafter_name(self) -> str:
@@ -107,18 +114,14 @@ class Plan:
 
     def configuration(self, mode: str, target_digest: str, drafter: Drafter | None) -> dict[str, object]:
         """All that must be equal for two runs to share a file. Folders by name and digest: paths mean nothing elsewhere."""
-        models = {
-            "target": _without_path(self.target),
-            "target_digest": target_digest,
-            "drafter": self.drafter_name,
-            "drafter_digest": drafter_columns(drafter)["drafter_digest"],
-        }
-        place = {"machine": cpu_name(), "cores": cores()}
-        return {"mode": mode, "schema_version": SCHEMA_VERSION} | asdict(self) | models | place
+        names = {"target": _without_path(self.target), "drafter": self.drafter_name}
+        digests = {"target_digest": target_digest, "drafter_digest": drafter_columns(drafter)["drafter_digest"]}
+        machine = {"machine": cpu_name(), "cores": cores()}
+        return {"mode": mode, "schema_version": SCHEMA_VERSION} | asdict(self) | names | digests | machine
 
 
 def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = (), **defaults: object) -> None:
-    """Every field of :class:`Plan` as an option of a command. defaults: where the command's differ from the plan's."""
+    """Every field of :class:`Plan` but ``without`` as an option, and ``--out``. defaults: where the command's differ from the plan's."""
     for option in fields(Plan):
         if option.name in without:
             continue
@@ -130,10 +133,11 @@ def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = (), **
             metavar=kind.__name__.upper(),
             help=f"{option.metadata['help']}; default {default}",
         )
+    parser.add_argument("--out", type=Path, help="Parquet file; default one in runs/bench that is named after the options")
 
 
 def plan_of(options: argparse.Namespace, **fixed: object) -> Plan:
-    """The plan that a command line asks for. fixed: fields that the command sets itself."""
+    """The plan of a command line. fixed: fields that the command sets itself."""
     given = {option.name: getattr(options, option.name) for option in fields(Plan) if hasattr(options, option.name)}
     return Plan(**given | fixed)
 
@@ -152,13 +156,8 @@ class Unit:
         return f"{self.repeat}/{self.item.id}"
 
     def columns(self) -> dict[str, object]:
-        return {
-            "domain": self.item.domain,
-            "prompt_id": self.item.id,
-            "theme": self.item.theme,
-            "repeat": self.repeat,
-            "prompt_seed": self.seed,
-        }
+        item = self.item
+        return {"domain": item.domain, "prompt_id": item.id, "theme": item.theme, "repeat": self.repeat, "prompt_seed": self.seed}
 
 
 def _without_path(name: str) -> str:

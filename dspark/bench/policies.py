@@ -4,84 +4,82 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 
-from dspark.bench.arms import parse_arm
 from dspark.bench.replay import Oracle, replay
+from dspark.bench.results import Row
 from dspark.bench.rollouts import rollouts_of
-from dspark.bench.stats import RESAMPLES, interval, summarise
+from dspark.bench.stats import ALL, RESAMPLES, interval, summarise
 from dspark.bench.trace import StepTimes, Trace
-from dspark.schedule import Autoregressive, ConfidenceThreshold, Policy, PrefixScheduler
+from dspark.schedule import POLICIES, Policy, PrefixScheduler, parse_policy
 from dspark.tune.calibrate import AS_TRAINED, Calibration
 
-Row = dict[str, object]
-Traces = Sequence[tuple[Row, Trace]]  # as dspark.bench.trace_file.load_traces gives them
+Traces = Sequence[tuple[Row, Trace]]  # as dspark.bench.trace_file.load_traces returns them
 ORACLE, PREFIX, PRICED = "oracle", "prefix", "prefix, draft priced"
-ALL = "all"
 WINDOW = r"fixed:\d+"
-CHOICES = (
-    "plain, fixed[:N], mtp1, adaptive[:WIDEN,NARROW,FALLBACK], confidence:T (survival), conditional:T, "
-    f"{PREFIX}[:N], {PRICED!r} and {ORACLE}"
-)
+COUNTS = ("tokens", "rounds", "seconds", "draft_seconds", "drafts", "drafted", "checked", "accepted")
 
 
 def policy_of(name: str) -> Callable[[StepTimes, int], Policy]:
-    """An arm's name → its policy, given the step times and the block size of a trace.
+    """A policy's name → the policy, given the step times and the block size of a trace.
 
-    "plain", "oracle", "prefix, draft priced" (Algorithm 1 that counts the draft's time, too) and "prefix:N" (it drafts N tokens) are
-    names as well. Raises ValueError for a misspelled name, and for a suffix: whether blocks were copied is decided when the trace is
-    recorded.
+    name: a spec for :func:`dspark.schedule.parse_policy`, "oracle", or "prefix, draft priced" (Algorithm 1 with the draft's time in Θ).
+    Raises ValueError for a misspelled name, and for +copy: copying is decided when the trace is recorded.
     """
     if name == ORACLE:
         return lambda times, block_size: Oracle()
-    if name == "plain":
-        return lambda times, block_size: Autoregressive()
     if name == PRICED:
         return lambda times, block_size: PrefixScheduler(times.sps, times.draft_seconds(min(block_size, max(times.draft))))
-    kind, _, n = name.partition(":")
-    if kind == PREFIX and n.isdecimal():
-        return lambda times, block_size: PrefixScheduler(times.sps, max_window=int(n))
-    if name == PREFIX:
-        return lambda times, block_size: PrefixScheduler(times.sps)
     try:
-        arm = parse_arm(name)
+        parse_policy(name, lambda: lambda tokens: 1.0)
     except ValueError as error:
-        raise ValueError(f"policy {name!r} cannot be read: choose from {CHOICES}") from error
-    if not arm.drafts or arm.wrap:
-        raise ValueError(f"{name!r} cannot be replayed: name a policy alone, and choose traces that were recorded with or without --copy")
-    return lambda times, block_size: arm.policy(None)
+        choices = ", ".join([*POLICIES, repr(PRICED), ORACLE])
+        raise ValueError(f"policy {name!r} cannot be replayed ({error}): choose from {choices}, without +copy") from error
+    return lambda times, block_size: parse_policy(name, lambda: times.sps)
 
 
 def replayed(traces: Traces, names: Iterable[str]) -> pd.DataFrame:
-    """Every policy on every trace: domain, prompt_id, policy, tokens (behind the first), rounds, seconds, draft_seconds (of them),
-    drafted, checked, accepted."""
+    """Every policy on every trace: domain, prompt_id, policy and the numbers of :func:`_counts`."""
     policies = {name: policy_of(name) for name in names}
-    rows = []
-    for about, trace in traces:
-        for name, made in policies.items():
-            rounds = replay(trace, made(trace.times, int(trace.about["block_size"])))[1:]
-            counts = {
-                "tokens": sum(len(r.committed) for r in rounds),
-                "rounds": len(rounds),
-                "seconds": math.fsum(r.seconds for r in rounds),
-                "draft_seconds": math.fsum(r.draft_seconds for r in rounds),
-                "drafted": sum(len(r.draft_tokens) for r in rounds),
-                "checked": sum(r.verify_length for r in rounds),
-                "accepted": sum(r.accepted for r in rounds),
-            }
-            rows.append({"domain": about["domain"], "prompt_id": about["prompt_id"], "policy": name} | counts)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        [
+            {"domain": about["domain"], "prompt_id": about["prompt_id"], "policy": name}
+            | _counts(trace, made(trace.times, int(trace.about["block_size"])))
+            for about, trace in traces
+            for name, made in policies.items()
+        ]
+    )
+
+
+def _counts(trace: Trace, policy: Policy) -> Row:
+    """Without the prefill: tokens, rounds, seconds, draft_seconds (of them), drafts (rounds that drafted), and drafted, checked and
+    accepted tokens."""
+    rounds = replay(trace, policy)[1:]
+    return {
+        "tokens": sum(len(r.committed) for r in rounds),
+        "rounds": len(rounds),
+        "seconds": math.fsum(r.seconds for r in rounds),
+        "draft_seconds": math.fsum(r.draft_seconds for r in rounds),
+        "drafts": sum(bool(r.source) for r in rounds),
+        "drafted": sum(len(r.draft_tokens) for r in rounds),
+        "checked": sum(r.verify_length for r in rounds),
+        "accepted": sum(r.accepted for r in rounds),
+    }
 
 
 def pooled(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per policy and domain, and one with domain "all" per policy, from a frame of :func:`replayed`.
 
-    n: prompts · tokens_per_round: τ · tokens_per_second: in a domain all tokens over all seconds; for "all" the geometric mean of the
-    domains · speedup: over "plain", NaN where that was not replayed · acceptance: accepted over checked drafts · checked, accepted: a
-    round · draft_share: of the seconds.
+    n: prompts.
+    tokens_per_round: τ.
+    tokens_per_second: in a domain all tokens over all seconds; for "all" the geometric mean of the domains.
+    speedup: over "plain"; NaN where that was not replayed.
+    acceptance: accepted over checked drafts.
+    checked, accepted: per round.
+    draft_share: of the seconds.
     """
     rows = []
     for policy, part in frame.groupby("policy", sort=False):
@@ -95,19 +93,17 @@ def pooled(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _line(policy: str, domain: str, part: pd.DataFrame) -> Row:
-    total = part[["tokens", "rounds", "seconds", "draft_seconds", "drafted", "checked", "accepted"]].sum()
-    return {
-        "policy": policy,
-        "domain": domain,
-        "n": part["prompt_id"].nunique(),
-        "rounds": int(total["rounds"]),
-        "tokens_per_round": total["tokens"] / total["rounds"] if total["rounds"] else math.nan,
-        "tokens_per_second": total["tokens"] / total["seconds"] if total["seconds"] else math.nan,
-        "acceptance": total["accepted"] / total["checked"] if total["checked"] else math.nan,
-        "checked": total["checked"] / total["rounds"] if total["rounds"] else math.nan,
-        "accepted": total["accepted"] / total["rounds"] if total["rounds"] else math.nan,
-        "draft_share": total["draft_seconds"] / total["seconds"] if total["seconds"] else math.nan,
+    total = part[list(COUNTS)].sum()
+    ratios = {
+        "tokens_per_round": ("tokens", "rounds"),
+        "tokens_per_second": ("tokens", "seconds"),
+        "acceptance": ("accepted", "checked"),
+        "checked": ("checked", "rounds"),
+        "accepted": ("accepted", "rounds"),
+        "draft_share": ("draft_seconds", "seconds"),
     }
+    about = {"policy": policy, "domain": domain, "n": part["prompt_id"].nunique(), "rounds": int(total["rounds"])}
+    return about | {name: total[a] / total[b] if total[b] else math.nan for name, (a, b) in ratios.items()}
 
 
 def windows(block_size: int) -> list[str]:
@@ -116,17 +112,18 @@ def windows(block_size: int) -> list[str]:
 
 
 def against_windows(lines: pd.DataFrame, policy: str) -> dict[str, float | str]:
-    """How a policy does against fixed windows, from a frame of :func:`pooled`.
+    """A policy against fixed windows, from a frame of :func:`pooled`.
 
-    hindsight: its tokens/s over those of the window that is the best IN EACH DOMAIN once all is known (geometric mean of the domains) ·
-    worst: the smallest of the domains' ratios, worst_domain: where · single: its tokens/s over those of the best single window over all
-    domains together, best_single: that window. Raises ValueError if no fixed window or not this policy was replayed.
+    hindsight: its tokens/s over those of the window that is the best IN EACH DOMAIN in hindsight (geometric mean of the domains).
+    worst, worst_domain: the smallest of the domains' ratios, and its domain.
+    single, best_single: its tokens/s over those of the best single window over all domains, and that window.
+    Raises ValueError if no fixed window or not this policy was replayed.
     """
     fixed = lines[lines["policy"].str.startswith("fixed:")]
     mine = lines[lines["policy"] == policy].set_index("domain")["tokens_per_second"]
     if fixed.empty or mine.empty:
         have = ", ".join(dict.fromkeys(lines["policy"]))
-        raise ValueError(f"{policy!r} is to be compared with fixed windows, but replayed were {have}: replay both")
+        raise ValueError(f"{policy!r} is compared with fixed windows, but replayed were {have}: replay both")
     best = fixed.groupby("domain")["tokens_per_second"].max()
     ratios = (mine / best).drop(ALL)
     single = fixed[fixed["domain"] == ALL].set_index("policy")["tokens_per_second"]
@@ -139,34 +136,12 @@ def against_windows(lines: pd.DataFrame, policy: str) -> dict[str, float | str]:
     }
 
 
-def has_windows(run: pd.DataFrame, policy: str = PREFIX) -> bool:
-    """Whether a policy and fixed windows were timed side by side."""
-    return policy in set(run["arm"]) and run["arm"].str.fullmatch(WINDOW).any()
-
-
-def timed_against_windows(run: pd.DataFrame, policy: str = PREFIX) -> dict[str, float | str | int]:
-    """What the clock said: a policy's speed-up over the fixed window that was the fastest over all domains, in a frame of
-    :func:`dspark.bench.speed.read_speed`.
-
-    best_single: that window · single, low, high: with the 95 % bootstrap interval over prompts · speedup: over plain · n: prompts a
-    domain. Raises ValueError if this policy or no fixed window was timed.
-    """
-    if not has_windows(run, policy):
-        timed = ", ".join(dict.fromkeys(run["arm"]))
-        raise ValueError(f"{policy!r} is to be compared with fixed windows, but timed were {timed}: measure both")
-    lines = summarise(run, "plain").query("domain == @ALL").set_index("arm")["speedup"]
-    fixed = lines[lines.index.str.fullmatch(WINDOW)]
-    against = summarise(run, fixed.idxmax()).set_index(["arm", "domain"]).loc[(policy, ALL)]
-    told = {"best_single": fixed.idxmax(), "single": against["speedup"], "low": against["low"], "high": against["high"]}
-    return told | {"speedup": lines[policy], "n": int(run.iloc[0]["n"])}
-
-
 def against_windows_interval(
     frame: pd.DataFrame, policy: str, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals over prompts of ``hindsight`` and ``single`` (:func:`against_windows`), from a frame of :func:`replayed`.
 
-    Prompts are drawn anew in each domain, the same ones for every policy, and the best windows are found anew each time.
+    Prompts are resampled in each domain, the same ones for every policy, and the best windows are found again in each resample.
     """
     names = [name for name in dict.fromkeys(frame["policy"]) if name.startswith("fixed:")]
     known = frame[frame["policy"].isin([*names, policy])]
@@ -183,46 +158,57 @@ def against_windows_interval(
     return {"hindsight": interval(np.exp(hindsight)), "single": interval(np.exp(single))}
 
 
+def has_windows(run: pd.DataFrame, policy: str = PREFIX) -> bool:
+    """Whether a policy and fixed windows were timed side by side."""
+    return policy in set(run["arm"]) and run["arm"].str.fullmatch(WINDOW).any()
+
+
+def timed_against_windows(run: pd.DataFrame, policy: str = PREFIX) -> dict[str, float | str | int]:
+    """A policy against fixed windows by the clock, from a frame of :func:`dspark.bench.speed.read_speed`.
+
+    best_single: the window that was the fastest over all domains.
+    single, low, high: the speed-up over it, with the 95 % bootstrap interval over prompts.
+    speedup: over plain decoding.
+    n: prompts a domain.
+    Raises ValueError if this policy or no fixed window was timed.
+    """
+    if not has_windows(run, policy):
+        timed = ", ".join(dict.fromkeys(run["arm"]))
+        raise ValueError(f"{policy!r} is compared with fixed windows, but timed were {timed}: measure both")
+    lines = summarise(run, "plain").query("domain == @ALL").set_index("arm")["speedup"]
+    fixed = lines[lines.index.str.fullmatch(WINDOW)]
+    against = summarise(run, fixed.idxmax()).set_index(["arm", "domain"]).loc[(policy, ALL)]
+    single = {"best_single": fixed.idxmax(), "single": against["speedup"], "low": against["low"], "high": against["high"]}
+    return single | {"speedup": lines[policy], "n": int(run.iloc[0]["n"])}
+
+
 def threshold_sweep(traces: Traces, thresholds: Iterable[float], on: str = "survival") -> pd.DataFrame:
-    """Static thresholds over complete traces, exactly: the columns of :func:`pooled` and threshold. 0 checks every draft."""
-    rows = []
-    for threshold in thresholds:
-        policy = ConfidenceThreshold(threshold, on)
-        for about, trace in traces:
-            rounds = [r for r in replay(trace, policy)[1:] if r.source]
-            rows.append(_counted(about, threshold, [(r.verify_length, r.accepted) for r in rounds]))
-    return _swept(rows)
+    """Static thresholds over complete traces, exactly: the columns of :func:`_rates`. 0 checks every draft."""
+    kind = "confidence" if on == "survival" else "conditional"
+    frame = replayed(traces, {f"{kind}:{threshold}": threshold for threshold in thresholds})
+    return _rates(frame.assign(threshold=frame["policy"].str.partition(":")[2].astype(float), rounds=frame["drafts"]))
 
 
-def _counted(about: Mapping[str, object], threshold: float, checked_accepted: Sequence[tuple[int, int]]) -> Row:
-    checked, accepted = (sum(pair[i] for pair in checked_accepted) for i in (0, 1))
-    counts = {"rounds": len(checked_accepted), "checked": checked, "accepted": accepted}
-    return {"threshold": threshold, "domain": about["domain"], "prompt_id": about["prompt_id"]} | counts
+def threshold_estimate(frame: pd.DataFrame, thresholds: Iterable[float], calibration: Calibration = AS_TRAINED) -> pd.DataFrame:
+    """The same from rollouts of whole blocks (:func:`dspark.bench.rollouts.read_rollouts`, one sampling temperature).
+
+    An estimate when text is sampled: each recorded block is cut where the threshold would have cut it, but later blocks are not moved
+    to where they would have started after the cut, and nothing is reweighted.
+    """
+    rows, thresholds = [], list(thresholds)
+    for (domain, prompt), part in frame[frame["blocks"] > 0].groupby(["domain", "prompt_id"], sort=False):
+        data = rollouts_of(part)
+        survival, survived = data.survival(calibration), (data.survived & data.checked).sum(-1)
+        for threshold in thresholds:
+            lengths = ((survival >= threshold) & data.checked).int().cumprod(-1).sum(-1)
+            counts = {"rounds": len(lengths), "checked": int(lengths.sum()), "accepted": int(survived.minimum(lengths).sum())}
+            rows.append({"domain": domain, "threshold": threshold, "prompt_id": prompt} | counts)
+    return _rates(pd.DataFrame(rows))
 
 
-def _swept(rows: Sequence[Row]) -> pd.DataFrame:
-    """Pooled over prompts: accepted and rejected drafts a round, and the acceptance rate."""
-    frame = pd.DataFrame(rows)
+def _rates(frame: pd.DataFrame) -> pd.DataFrame:
+    """Per domain and threshold: drafting rounds, checked and accepted drafts per round, n (prompts) and the acceptance rate."""
     by = frame.groupby(["domain", "threshold"], sort=False)
     total = by[["rounds", "checked", "accepted"]].sum()
     total = total.assign(n=by["prompt_id"].nunique(), acceptance=total["accepted"] / total["checked"].where(total["checked"] > 0))
     return total.assign(accepted=total["accepted"] / total["rounds"], checked=total["checked"] / total["rounds"]).reset_index()
-
-
-def threshold_estimate(frame: pd.DataFrame, thresholds: Iterable[float], calibration: Calibration = AS_TRAINED) -> pd.DataFrame:
-    """The same from rollouts of whole blocks (a frame of :func:`dspark.bench.rollouts.read_rollouts`, one sampling temperature).
-
-    An estimate when text is sampled: how far a recorded block survived is cut where the threshold would have cut it, but where later
-    blocks would have started after such a cut is not known, and nothing is reweighted for it.
-    """
-    rows = []
-    for domain in dict.fromkeys(frame["domain"]):
-        data = rollouts_of(frame, domain=domain)
-        survival, survived = data.survival(calibration), (data.survived & data.checked).sum(-1)
-        n = frame.loc[(frame["domain"] == domain) & (frame["blocks"] > 0), "prompt_id"].nunique()
-        for threshold in thresholds:
-            lengths = ((survival >= threshold) & data.checked).int().cumprod(-1).sum(-1)
-            accepted, checked, rounds = int(survived.minimum(lengths).sum()), int(lengths.sum()), len(lengths)
-            counts = {"rounds": rounds, "checked": checked / rounds, "accepted": accepted / rounds, "n": n}
-            rows.append({"domain": domain, "threshold": threshold} | counts | {"acceptance": accepted / checked if checked else math.nan})
-    return pd.DataFrame(rows)

@@ -13,7 +13,7 @@ SPLITS = ("dev", "test")
 
 @dataclass(frozen=True)
 class PromptItem:
-    """One prompt. ``messages`` is what ``Target.encode`` takes: [{"role": "user", "content": …}]."""
+    """One prompt. messages: what ``Target.encode`` takes, [{"role": "user", "content": …}]."""
 
     id: str
     domain: str
@@ -25,8 +25,8 @@ class PromptItem:
 def load_prompts(domain: str, split: str = "test", n: int | None = None) -> list[PromptItem]:
     """The first ``n`` prompts (None: all) of one split of a domain.
 
-    The files keep a fixed random order that visits every theme before it returns to one (data/prompts/build.py), so any n
-    covers as many themes as it can, and a smaller n is a prefix of a larger one.
+    The files keep a fixed random order that visits every theme before it repeats one (data/prompts/build.py). So any n covers as many
+    themes as it can, and a smaller n is a prefix of a larger one.
 
     Raises ValueError for an unknown domain or split, n < 1, n above what the split holds, or a missing file.
     """

@@ -1,8 +1,7 @@
-"""Where a row comes from: machine, versions, git revision, models. Enough to repeat the measurement or to distrust it."""
+"""Where a row comes from: machine, versions, git revision, models."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import resource
@@ -16,18 +15,20 @@ import transformers
 
 import dspark
 from dspark.bench.results import SCHEMA_VERSION
+from dspark.cpu import is_packed
 from dspark.draft.drafter import Drafter
+from dspark.files import digest
 from dspark.target.target import Target
-from dspark.tune.profile import cpu_name, device_name, is_packed
+from dspark.tune.profile import cpu_name, device_name
 
 
 def environment(target: Target) -> dict[str, object]:
-    """What every row of a process has in common."""
+    """Columns that all rows of a process share."""
     return {
         "target": target.name,
         "target_digest": target.digest,
         "dtype": str(target.dtype).removeprefix("torch."),
-        "packed": is_packed(target),
+        "packed": is_packed(target.model),
         "device": device_name(target.device),
         "machine": cpu_name(),
         "cores": cores(),
@@ -42,7 +43,7 @@ def environment(target: Target) -> dict[str, object]:
 
 
 def drafter_columns(drafter: Drafter | None) -> dict[str, object]:
-    """What the drafter is; empty for arms that do without."""
+    """Columns that describe the drafter; empty ones for arms without it."""
     config = drafter.config if drafter else None
     return {
         "drafter_digest": drafter_digest(drafter) if drafter else "",
@@ -55,12 +56,12 @@ def drafter_columns(drafter: Drafter | None) -> dict[str, object]:
 
 def drafter_digest(drafter: Drafter) -> str:
     """16 hex digits that change with training or calibration: SHA-256 over strided samples of every weight, in bfloat16."""
-    sha = hashlib.sha256(repr(drafter.sts_temperatures).encode())
+    parts: list[str | bytes] = [repr(drafter.sts_temperatures)]
     for name, weight in sorted(drafter.named_parameters()):
         flat = weight.detach().reshape(-1)
         part = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).contiguous()
-        sha.update(name.encode() + part.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]
+        parts += [name, part.view(torch.uint8).numpy().tobytes()]
+    return digest(*parts)
 
 
 def cores() -> int:
@@ -70,7 +71,7 @@ def cores() -> int:
 
 @cache
 def revision() -> str:
-    """Short git hash of the code that runs, "-dirty" behind it if tracked files were changed; "unknown" outside git."""
+    """Short git hash of the running code, with "-dirty" if tracked files were changed; "unknown" outside git."""
     folder = Path(dspark.__file__).parent
     # An installed copy may lie inside somebody else's repository: only a tracked file has a revision.
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
@@ -87,6 +88,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def peak_rss_mib() -> float:
-    """Most memory this process ever held, MiB."""
+    """Peak memory of this process, MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)

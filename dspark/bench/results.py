@@ -1,10 +1,9 @@
-"""Result files: whole or not at all, and a killed run goes on where it stopped."""
+"""Result files: written whole or not at all, resumed where a killed run stopped, checked when they are read."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,16 +11,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dspark.files import one_line, write_atomically
+
 Row = dict[str, object]
+COMMAND = "python -m dspark.bench"
 SCHEMA_VERSION = 1  # of rows of results (traces have their own); readers refuse another
+GONE = r"\+(?:phrases|siblings)"  # arms with features that no longer exist: their rows are dropped when a file is read
 
 
 class Ledger:
-    """Rows of one run. Each finished unit is one line of ``<out>.partial.jsonl`` beside the output, so it is there or it is not;
-    :meth:`finish` turns the lines into the Parquet file.
+    """Rows of one run. Each finished unit is one line of ``<out>.partial.jsonl``; :meth:`finish` turns the lines into a Parquet file.
 
-    ``done``: key of a unit → its rows, those of earlier processes included. Raises ValueError if the output or the partial file
-    holds another configuration.
+    done: key of a unit → its rows, those of earlier processes included.
+    complete: whether the output is there already.
+    Raises ValueError if the output or the partial file holds another configuration.
     """
 
     def __init__(self, out: Path, configuration: Row) -> None:
@@ -42,7 +45,7 @@ class Ledger:
         self.done[key] = list(rows)
 
     def finish(self, shaped: Callable[[list[Row]], pd.DataFrame] = pd.DataFrame) -> pd.DataFrame:
-        """All rows, in the file and returned. shaped: makes the frame, where columns need narrower types than JSON has."""
+        """All rows, in the file and returned. shaped: rows → frame, where columns need narrower types than JSON has."""
         if not self.complete:
             frame = shaped([row for rows in self.done.values() for row in rows])
             frame.attrs["configuration"] = self.configuration
@@ -58,7 +61,7 @@ class Ledger:
             self._append({"configuration": self.configuration})
             return
         _check_same(self.partial, lines[0]["configuration"], self.configuration)
-        os.truncate(self.partial, whole)  # a line that a kill cut in two
+        os.truncate(self.partial, whole)  # a kill may have cut the last line
         self.done = {line["unit"]: line["rows"] for line in lines[1:]}
 
     def _append(self, entry: Row) -> None:
@@ -68,27 +71,13 @@ class Ledger:
             os.fsync(file.fileno())
 
 
-def configuration_of(out: Path) -> Row:
-    """The configuration of the run that ``out``, or what a killed run left beside it, holds; empty if there is none."""
-    if out.exists():
-        return read_results(out).attrs.get("configuration", {})
-    lines, _ = _whole_lines(partial_of(out))
-    return lines[0]["configuration"] if lines else {}
-
-
-def discard(out: Path) -> None:
-    """Remove the output and what a killed run left beside it."""
-    for path in (out, partial_of(out)):
-        path.unlink(missing_ok=True)
-
-
 def partial_of(out: Path) -> Path:
     """Where the rows of a run are kept until it ends."""
     return out.with_name(out.name + ".partial.jsonl")
 
 
 def _whole_lines(path: Path) -> tuple[list[Row], int]:
-    """The entries but for a last line that was cut, and how many bytes they take."""
+    """All complete lines, and how many bytes they take."""
     entries, whole = [], 0
     if path.exists():
         with path.open("rb") as file:
@@ -112,24 +101,16 @@ def _check_same(path: Path, theirs: Row, ours: Row) -> None:
 
 
 def write_results(frame: pd.DataFrame, path: Path) -> None:
-    """Parquet by way of a temporary file in the same folder: a reader sees the old file or the new one. Keeps ``frame.attrs``."""
+    """Parquet, whole or not at all. Keeps ``frame.attrs``. Raises ValueError if the file cannot be written; the old one stays then."""
     table = pa.Table.from_pandas(frame, preserve_index=False)
     for i, column in enumerate(table.schema):  # lists that are empty in every row have no type of their own
         if pa.types.is_list(column.type) and pa.types.is_null(column.type.value_type):
             table = table.set_column(i, column.name, table[column.name].cast(pa.list_(pa.float64())))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-        scratch = Path(file.name)
-    try:
-        pq.write_table(table, scratch, **_closely(table.schema))
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_atomically(path, lambda part: pq.write_table(table, part, **_compression(table.schema)))
 
 
-def _closely(schema: pa.Schema) -> dict[str, object]:
-    """Options that make a file small: measured numbers hardly repeat, so their bytes are packed side by side instead of looked up."""
+def _compression(schema: pa.Schema) -> dict[str, object]:
+    """Options that make a file small: measured numbers hardly repeat, so a dictionary of them would only add to their size."""
     numbers, others = [], []
     for column in schema:
         is_list = pa.types.is_list(column.type)
@@ -138,21 +119,26 @@ def _closely(schema: pa.Schema) -> dict[str, object]:
     return {"compression": "zstd", "compression_level": 19, "use_byte_stream_split": numbers, "use_dictionary": others}
 
 
-def read_results(path: Path, remedy: str = "python -m dspark.bench") -> pd.DataFrame:
-    """Raises ValueError if there is no such file or it is not Parquet. remedy: the command that makes it."""
+def read_results(path: Path, remedy: str = COMMAND) -> pd.DataFrame:
+    """The rows of a file, without those of arms that no longer exist. remedy: the command that makes it.
+
+    Raises ValueError if there is no such file or it is not Parquet.
+    """
     try:
-        return pd.read_parquet(path)
+        frame = pd.read_parquet(path)
     except FileNotFoundError:
         raise ValueError(f"no results at {path}: make them with {remedy}") from None
     except pa.ArrowInvalid as error:
-        told = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a Parquet file ({told}): delete it, and make it again with {remedy}") from error
+        raise ValueError(f"{path} is not a Parquet file ({one_line(error)}): delete it, and make it again with {remedy}") from error
+    if "arm" in frame and (gone := frame["arm"].str.contains(GONE, na=False)).any():
+        frame = frame[~gone].reset_index(drop=True)
+    return frame
 
 
-def read_rows(path: Path, remedy: str, schema_version: int = SCHEMA_VERSION) -> pd.DataFrame:
-    """A results file that is about to be drawn. remedy: the command that makes it.
+def read_rows(path: Path, remedy: str = COMMAND, schema_version: int = SCHEMA_VERSION) -> pd.DataFrame:
+    """A results file for a table or figure. remedy: the command that makes it.
 
-    Raises ValueError for a missing or foreign file, one without rows, and one that another schema version wrote.
+    Raises ValueError for a missing or foreign file, one without rows, and one of another schema version.
     """
     frame = read_results(path, remedy)
     if frame.empty:

@@ -1,8 +1,7 @@
-"""What forgetting costs: the time of one ``cache.rewind`` at several context lengths. It should not depend on them."""
+"""The time of one ``cache.rewind`` at several context lengths. It should not depend on them."""
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -14,6 +13,7 @@ from torch import Tensor
 from dspark.bench.plan import Plan
 from dspark.bench.provenance import environment
 from dspark.bench.results import write_results
+from dspark.clock import now
 from dspark.load import load_target
 from dspark.rewind import RewindCache
 from dspark.target.target import Target
@@ -42,9 +42,9 @@ def rewind_microseconds(target: Target, context: int) -> dict[str, float]:
         _extend(cache, token, context - 1)
         for _ in range(REPEATS):
             _extend(cache, token, BLOCK)
-            start = time.perf_counter()
+            start = now(target.device)
             cache.rewind(context)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now(target.device) - start)
     return {"rewind_us": 1e6 * median(seconds), "rewind_p95_us": 1e6 * sorted(seconds)[int(0.95 * REPEATS)], "repeats": REPEATS}
 
 

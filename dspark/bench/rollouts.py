@@ -1,6 +1,6 @@
-"""``python -m dspark.bench.rollouts``: let the drafter draft whole blocks on the dev prompts, see what survives, and calibrate it.
+"""``python -m dspark.bench.rollouts``: draft whole blocks on the dev prompts, see what survives, and calibrate the confidence.
 
-One half of the dev prompts is fitted, the other half judges; the test prompts are never touched.
+One half of the dev prompts is fitted, the other half judges; the test prompts are never used.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,16 +16,17 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from dspark.bench.arms import Models
-from dspark.bench.overheard import Overheard
-from dspark.bench.place import place
 from dspark.bench.plan import Plan, Unit, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, drafter_digest, environment
 from dspark.bench.results import Ledger, Row, read_rows
+from dspark.cli import run_main
 from dspark.decode import generate
 from dspark.draft.drafter import Drafter
+from dspark.draft.source import NOTHING, Draft, DraftSource
 from dspark.files import data_dir
 from dspark.formats.checkpoint import CONFIG, save_drafter
 from dspark.load import load_drafter
@@ -42,11 +43,13 @@ FIT, JUDGE = "fit", "judge"
 def measure_rollouts(
     plan: Plan, models: Models, out: Path, temperatures: Sequence[float] = TEMPERATURES, fit_repeats: int | None = None
 ) -> pd.DataFrame:
-    """One row per run of a prompt: logits of c_k as the head gives them, laid end to end, γ a block, how far each block survived, and
-    with what probability each of its drafts did (NaN where none was checked).
+    """One row per run of a prompt. Resumes.
 
-    Resumes. Repeats are new draws, so greedy runs are made once. fit_repeats: of the half that is fitted, if the judging half should
-    have more: the more blocks judge, the less is luck. Raises ValueError for a drafter without a confidence head.
+    logits, acceptance: γ numbers a block, laid end to end: the logit of c_k as the head gives it, and the probability with which x_k
+        survives given x_<k (NaN where it was not checked).
+    checked, survived: one number a block, how many drafts were checked and how many survived.
+    Repeats are new draws, so greedy runs are made once. fit_repeats: fewer repeats for the half that is fitted; the more blocks judge,
+    the less depends on luck. Raises ValueError for a drafter without a confidence head.
     """
     drafter, target = models.drafter, models.target
     if not drafter.has_confidence:
@@ -70,7 +73,7 @@ def measure_rollouts(
 
 
 def _narrow(rows: list[Row]) -> pd.DataFrame:
-    """Numbers keep three digits, which take half the room of seven; more than three no number of blocks here could tell apart."""
+    """Three digits take half the space of seven, and no number of blocks here could distinguish more."""
     frame = pd.DataFrame(rows)
     for name in ("logits", "acceptance"):
         frame[name] = [np.array(values, dtype="float16").astype("float32") for values in frame[name]]
@@ -81,15 +84,51 @@ def _narrow(rows: list[Row]) -> pd.DataFrame:
 
 def _run(target: Target, drafter: Drafter, unit: Unit, temperature: float, tokens: int) -> Row:
     options = {"max_new_tokens": tokens, "temperature": temperature, "seed": unit.seed}
-    heard = Overheard(target, drafter, Sampling(temperature))
-    stream = generate(heard.target, heard.drafter, unit.item.messages, policy=FixedWindow(), **options).rounds
+    observed = Observed(target, drafter, Sampling(temperature))
+    stream = generate(observed.target, observed.drafter, unit.item.messages, policy=FixedWindow(), **options).rounds
     try:
-        data = rollouts(stream[1:], drafter.block_size, acceptances=heard.acceptances)
+        data = rollouts(stream[1:], drafter.block_size, acceptances=observed.acceptances)
     except ValueError:  # the text ended before a block could be checked
         return {"blocks": 0, "logits": [], "acceptance": [], "checked": [], "survived": []}
     counts = {"checked": data.checked.sum(-1).tolist(), "survived": data.survived.sum(-1).tolist()}
-    told = {"logits": data.logits.flatten().tolist(), "acceptance": data.acceptance.flatten().tolist()}
-    return {"blocks": len(data.logits), **told, **counts}
+    return {"blocks": len(data.logits), "logits": data.logits.flatten().tolist(), "acceptance": data.acceptance.flatten().tolist()} | counts
+
+
+class Observed:
+    """A target and a drafter that decode as the originals do, and record with what probability each checked draft is accepted.
+
+    acceptances: per target pass after the prefill, Σ min(p_d, p_t) of each checked draft: the probability that x_k survives given
+    x_<k, which c_k estimates and a head that knew both distributions would state.
+    """
+
+    def __init__(self, target: Target, drafter: DraftSource, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.acceptances: list[list[float]] = []
+        self.last = NOTHING
+        self.target, self.drafter = _Proxy(target), _Proxy(drafter)
+        self.target.forward, self.drafter.draft = self._forward, self._draft
+
+    def _draft(self, *arguments: object) -> Draft:
+        self.last = self.drafter.original.draft(*arguments)
+        return self.last
+
+    def _forward(self, token_ids: Tensor, *arguments: object, logits_to_keep: int = 0) -> tuple[Tensor, Tensor | None]:
+        logits, taps = self.target.original.forward(token_ids, *arguments, logits_to_keep=logits_to_keep)
+        if not logits_to_keep:  # the prefill asks for its last row alone
+            checked = token_ids.shape[1] - 1
+            pairs = zip(self.last.probs, self.sampling.probs(logits[0, :checked]), strict=False) if checked else ()
+            self.acceptances.append([float(torch.minimum(p_draft, p_target).sum()) for p_draft, p_target in pairs])
+        return logits, taps
+
+
+class _Proxy:
+    """Another object, some of whose methods are replaced."""
+
+    def __init__(self, original: object) -> None:
+        self.original = original
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.original, name)
 
 
 def _halves(units: Iterable[Unit]) -> dict[str, str]:
@@ -103,12 +142,12 @@ def _halves(units: Iterable[Unit]) -> dict[str, str]:
 
 
 def read_rollouts(path: Path) -> pd.DataFrame:
-    """The rows of a rollouts file. Raises ValueError for one that is missing, foreign, empty, or of another schema version."""
+    """The rows of a rollouts file; see :func:`dspark.bench.results.read_rows`."""
     return read_rows(path, COMMAND)
 
 
 def kept_rollouts(path: Path, drafter: Drafter) -> pd.DataFrame:
-    """Rollouts of this very drafter, on whatever machine; no other fits may be added to a head. Raises ValueError for another's."""
+    """Rollouts of this very drafter, on whatever machine. Raises ValueError for another's: its fit would not suit this head."""
     frame, carried = read_rollouts(path), drafter.sts_temperatures
     drafter.sts_temperatures = ()  # as it was rolled out
     digest, found = drafter_digest(drafter), sorted(set(frame["drafter_digest"]))
@@ -119,7 +158,7 @@ def kept_rollouts(path: Path, drafter: Drafter) -> pd.DataFrame:
 
 
 def roll_out_here(prompts: int, tokens: int) -> pd.DataFrame:
-    """Rollouts of a few dev prompts of each domain on the default models, in memory: for a notebook that wants its own.
+    """Rollouts of a few dev prompts of each domain on the default models, in memory: for a notebook.
 
     Raises ValueError for fewer than two, as half of them judge what the others fit.
     """
@@ -131,10 +170,7 @@ def roll_out_here(prompts: int, tokens: int) -> pd.DataFrame:
 
 
 def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
-    """The blocks of the rows whose columns hold the chosen values (half, temperature, domain, …).
-
-    Raises ValueError if there are none.
-    """
+    """The blocks of the rows whose columns hold the chosen values (half, temperature, domain, …). Raises ValueError if there are none."""
     for name, value in chosen.items():
         frame = frame[frame[name] == value]
     frame = frame[frame["blocks"] > 0]
@@ -143,32 +179,34 @@ def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
     if frame.empty:
         raise ValueError(f"no blocks with {chosen}: roll out more prompts with {COMMAND}")
     block_size = int(frame["drafter_block_size"].iloc[0])
-    numbers = ([x for row in frame[name] for x in row] for name in ("logits", "acceptance"))
-    logits, acceptance = (torch.tensor(each, dtype=torch.float32).reshape(-1, block_size) for each in numbers)
-    checked, survived = (torch.tensor([n for row in frame[name] for n in row])[:, None] for name in ("checked", "survived"))
+    logits, acceptance, checked, survived = (
+        torch.from_numpy(np.concatenate(frame[name].to_list())) for name in ("logits", "acceptance", "checked", "survived")
+    )
     position = torch.arange(block_size)
-    return Rollouts(logits, position < survived, position < checked, acceptance)
+    blocks = (values.float().reshape(-1, block_size) for values in (logits, acceptance))
+    logits, acceptance = blocks
+    return Rollouts(logits, position < survived[:, None], position < checked[:, None], acceptance)
 
 
 def judged(frame: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
     """Confidence before and after calibration, on the half that was not fitted: one row per sampling temperature and position."""
-    kinds = sorted(set(frame["temperature"]))
-    return pd.DataFrame(
-        [{"temperature": t} | row for t in kinds for row in calibration_report(rollouts_of(frame, half=JUDGE, temperature=t), calibration)]
-    )
+    return _on_judging_half(frame, lambda data: calibration_report(data, calibration))
 
 
 def ranked(frame: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
-    """How the confidence ranks the drafts of all positions together, on the half that was not fitted: one row per sampling temperature."""
-    kinds = sorted(set(frame["temperature"]))
-    return pd.DataFrame([{"temperature": t} | ranking_together(rollouts_of(frame, half=JUDGE, temperature=t), calibration) for t in kinds])
+    """How the confidence ranks the drafts of all positions together, on the half that was not fitted: one row per temperature."""
+    return _on_judging_half(frame, lambda data: [ranking_together(data, calibration)])
+
+
+def _on_judging_half(frame: pd.DataFrame, report: Callable[[Rollouts], list[Row]]) -> pd.DataFrame:
+    temperatures = sorted(set(frame["temperature"]))
+    return pd.DataFrame([{"temperature": t} | row for t in temperatures for row in report(rollouts_of(frame, half=JUDGE, temperature=t))])
 
 
 def store(calibration: Calibration, name: str, target: Target) -> Path:
-    """Add the offset to the bias of the drafter's confidence head, and write the temperatures into its config. Returns the folder.
+    """Add the offset to the bias of the drafter's confidence head and write the temperatures into its config. Returns the folder.
 
-    All other weights and the training summary stay. The bias is no longer the one that was rolled out: measured anew, there is next
-    to nothing left to add.
+    All other weights and the training summary stay. Rollouts of the new bias ask for next to no offset.
     """
     folder = data_dir() / "drafters" / "smollm2-135m-instruct" if name == "default" else Path(name).expanduser()
     if not folder.is_dir():
@@ -182,41 +220,34 @@ def store(calibration: Calibration, name: str, target: Target) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """The command; see :func:`dspark.cli.run_main`."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, ("arms", "baseline", "split", "temperature", "top_p", "top_k"), prompts=16, repeats=3)
     parser.add_argument("--fit", type=float, default=1.0, help="sampling temperature whose rollouts are fitted; default 1")
     parser.add_argument("--fit-repeats", type=int, help="repeats of the half that is fitted; default as many as of the one that judges")
-    parser.add_argument("--refit", action="store_true", help="measure nothing: fit what the file holds")
+    parser.add_argument("--refit", action="store_true", help="measure nothing: fit the rollouts in the file")
     parser.add_argument("--store", action="store_true", help="write the calibration into the drafter's folder")
-    parser.add_argument("--out", type=Path, help="Parquet file; default one in runs/bench that is named after the options")
-    options = parser.parse_args(arguments)
-    try:
-        plan = plan_of(options, arms="fixed", baseline="fixed", split="dev")
-        if options.fit not in TEMPERATURES:
-            raise ValueError(f"fit must be one of {', '.join(f'{t:g}' for t in TEMPERATURES)}, got {options.fit:g}")
-        if options.fit_repeats is not None and not 1 <= options.fit_repeats <= plan.repeats:
-            raise ValueError(f"fit-repeats must be 1 to {plan.repeats}, as many as repeats, got {options.fit_repeats}")
-        torch.set_num_threads(plan.threads)
-        models = plan.load()
-        out = options.out or place("rollouts-dev", plan)
-        if options.refit:
-            frame = kept_rollouts(out, models.drafter)
-        else:
-            frame = measure_rollouts(plan, models, out, fit_repeats=options.fit_repeats)
-        calibration = calibrate(rollouts_of(frame, half=FIT, temperature=options.fit))
-        for table in (judged(frame, calibration), ranked(frame, calibration)):
-            print(table.round(4).to_string(index=False))
-        print(f"{calibration} · {len(frame)} runs in {out}")
-        if options.store:
-            print(f"stored in {store(calibration, plan.drafter, models.target)}")
-    except (ValueError, OSError) as error:
-        print(f"dspark.bench.rollouts: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dspark.bench.rollouts: interrupted; finished runs are kept, and the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return run_main(parser, _fit, arguments, kept="finished runs")
+
+
+def _fit(options: argparse.Namespace) -> None:
+    plan = plan_of(options, arms="fixed", baseline="fixed", split="dev")
+    if options.fit not in TEMPERATURES:
+        raise ValueError(f"fit must be one of {', '.join(f'{t:g}' for t in TEMPERATURES)}, got {options.fit:g}")
+    if options.fit_repeats is not None and not 1 <= options.fit_repeats <= plan.repeats:
+        raise ValueError(f"fit-repeats must be 1 to {plan.repeats}, as many as repeats, got {options.fit_repeats}")
+    torch.set_num_threads(plan.threads)
+    models, out = plan.load(), options.out or plan.default_out("rollouts-dev")
+    if options.refit:
+        frame = kept_rollouts(out, models.drafter)
+    else:
+        frame = measure_rollouts(plan, models, out, fit_repeats=options.fit_repeats)
+    calibration = calibrate(rollouts_of(frame, half=FIT, temperature=options.fit))
+    for table in (judged(frame, calibration), ranked(frame, calibration)):
+        print(table.round(4).to_string(index=False))
+    print(f"{calibration} · {len(frame)} runs in {out}")
+    if options.store:
+        print(f"stored in {store(calibration, plan.drafter, models.target)}")
 
 
 if __name__ == "__main__":

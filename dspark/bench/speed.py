@@ -1,4 +1,4 @@
-"""The paired measurement: on every prompt all arms run one after the other, and a different one goes first each time."""
+"""The paired measurement: all arms run on every prompt, one after the other, and a different one starts each time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dspark.bench.arms import Models
 from dspark.bench.measure import Decoder, Trial, first_divergence, summary
 from dspark.bench.plan import Plan, Unit, rotated
 from dspark.bench.provenance import drafter_columns, environment, peak_rss_mib
-from dspark.bench.results import Ledger, Row, read_rows
+from dspark.bench.results import COMMAND, Ledger, Row, read_rows
 from dspark.target.target import Target
 
 
 def measure_speed(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
-    """One row per prompt, arm and repeat, in ``out`` and returned. Goes on where a killed run of the same plan stopped."""
+    """One row per prompt, arm and repeat, in ``out`` and returned. Resumes a killed run of the same plan."""
     plan.check("speed")
     ledger = Ledger(out, plan.configuration("speed", models.target.digest, models.drafter))
     todo = [] if ledger.complete else [unit for unit in plan.units if unit.key not in ledger.done]
@@ -31,7 +31,7 @@ def measure_speed(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
 
 
 def measured_units(plan: Plan, models: Models, todo: Sequence[Unit]) -> Iterator[tuple[Unit, list[Row]]]:
-    """Each unit as it is finished, with a row per arm. The first pass of every arm is not among them."""
+    """Each unit as it is finished, with a row per arm. The first pass of every arm is a warm-up."""
     decoders = {arm.name: models.decoder(arm, plan.settings) for arm in plan.parsed_arms}
     constant = constant_columns(plan, models)
     warm_up(plan, models.target, decoders)
@@ -42,7 +42,7 @@ def measured_units(plan: Plan, models: Models, todo: Sequence[Unit]) -> Iterator
 
 
 def speed_frame(plan: Plan, models: Models) -> pd.DataFrame:
-    """The same measurement kept in memory: for a notebook, where it is small."""
+    """The same measurement in memory: for a notebook, where it is small."""
     plan.check("speed")
     return pd.DataFrame([row for _, measured in measured_units(plan, models, plan.units) for row in measured])
 
@@ -55,7 +55,7 @@ def warm_up(plan: Plan, target: Target, decoders: dict[str, Decoder]) -> None:
 
 
 def rows(about: Row, trials: dict[str, Trial], baseline: str, target: Target, constant: dict[str, Row]) -> list[Row]:
-    """One row per arm, in the order in which they ran. about: columns of the prompt."""
+    """One row per arm, in running order. about: columns of the prompt."""
     reference = trials[baseline].token_ids
     result = []
     for place, (name, trial) in enumerate(trials.items()):
@@ -78,7 +78,7 @@ def rows(about: Row, trials: dict[str, Trial], baseline: str, target: Target, co
 
 
 def constant_columns(plan: Plan, models: Models) -> dict[str, Row]:
-    """Name of an arm → what all its rows say alike."""
+    """Name of an arm → columns that all its rows share."""
     chosen = {
         "baseline": plan.baseline,
         "prompt_set": plan.domains,
@@ -92,15 +92,12 @@ def constant_columns(plan: Plan, models: Models) -> dict[str, Row]:
         "repeats": plan.repeats,
     }
     ours = environment(models.target)
-    stock = {"packed": False}  # what transformers' own loops run on, whatever ours does
+    stock = {"packed": False}  # transformers' own loops run on the stock target
     without = {"drafter": ""} | drafter_columns(None)
     with_drafter = {"drafter": plan.drafter_name} | drafter_columns(models.drafter)
     return {arm.name: (with_drafter if arm.trained else without) | chosen | ours | (stock if arm.peer else {}) for arm in plan.parsed_arms}
 
 
-def read_speed(path: Path, remedy: str = "python -m dspark.bench") -> pd.DataFrame:
-    """Rows of a speed or memory run. remedy: the command that makes it.
-
-    Raises ValueError for a file that is missing, foreign, empty, or of another schema version.
-    """
+def read_speed(path: Path, remedy: str = COMMAND) -> pd.DataFrame:
+    """Rows of a speed or memory run; see :func:`dspark.bench.results.read_rows`."""
     return read_rows(path, remedy)

@@ -1,7 +1,7 @@
-"""From rows to statements: paired speed-ups with their intervals, τ, acceptance by position. Pure functions of a frame.
+"""Statistics of a speed run: paired speed-ups with their intervals, τ, acceptance by position. Pure functions of a frame.
 
 The speed-up of an arm on a prompt is latency per token of the baseline over that of the arm (medians over the repeats); in a
-domain the median over its prompts; overall the geometric mean over the domains.
+domain the median over its prompts; overall the geometric mean of the domains.
 """
 
 from __future__ import annotations
@@ -45,10 +45,13 @@ def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
 def summarise(frame: pd.DataFrame, baseline: str, *, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """One row per arm and domain, and one with domain "all" per arm.
 
-    n: prompts · speedup, low, high: with the 95 % bootstrap interval over prompts · tokens_per_round: τ, all tokens behind the
-    first over all rounds · tokens_per_second · draft_ms, verify_ms, round_ms: medians over prompts · plain_ms: T_plain, the plain
-    arm's verify_ms (NaN if it was not measured) · other_share: time outside the models · equal: share of texts equal to the
-    baseline's in the run.
+    n: prompts.
+    speedup, low, high: with the 95 % bootstrap interval over prompts.
+    tokens_per_round: τ, all tokens after the first over all rounds.
+    draft_ms, verify_ms, round_ms: medians over prompts.
+    plain_ms: T_plain, the plain arm's verify_ms; NaN if it was not measured.
+    other_share: share of the time outside the models.
+    equal: share of texts that equal the baseline's.
     """
     paired = speedups(frame, baseline)
     domains = list(dict.fromkeys(frame["domain"]))
@@ -66,7 +69,7 @@ def summarise(frame: pd.DataFrame, baseline: str, *, resamples: int = RESAMPLES,
             speed = (len(values), points[-1] if len(values) else math.nan, *low_high)
             result.append(_line(arm, domain, speed, part, plain[plain["domain"] == domain]))
         whole = (0, math.nan, math.nan, math.nan)
-        if len(points) == len(domains):  # a mean over some of the domains would be another quantity
+        if len(points) == len(domains):  # a mean over only some domains would be another quantity
             overall = np.exp(np.log(np.stack(draws)).mean(axis=0))
             whole = (int((paired["arm"] == arm).sum()), math.exp(np.log(points).mean()), *interval(overall))
         result.append(_line(arm, ALL, whole, frame[frame["arm"] == arm], plain))

@@ -1,4 +1,4 @@
-"""What a user of transformers has without us: ``model.generate``, alone and with its two ways to draft without a second model."""
+"""``model.generate`` of transformers, alone and with its two ways to draft without a second model."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import torch
 from torch import Tensor
 
 from dspark.bench.measure import Decoder, Settings, Trial, opaque_round
+from dspark.cpu import is_packed
 from dspark.target.target import Target
-from dspark.tune.profile import is_packed
 
 LOOKUP_TOKENS = 10  # what transformers' own documentation uses
 
 
 def by_transformers(target: Target, settings: Settings, **options: object) -> Decoder:
-    """``model.generate`` as a user has it today: its own cache and loop, the same law, length and end-of-text tokens.
+    """``model.generate`` as a user has it: its own cache and loop, the same distribution, length and end-of-text tokens.
 
-    options: of ``generate``. Only whole steps can be seen from outside: how many tokens came when, but neither the drafts nor
-    the time of the model, so times inside a step are NaN and nothing counts as checked. The prefill's step may yield several
-    tokens where it drafts; all of them are left out of the rounds. Raises ValueError for a target whose weights were rearranged
-    for speed, which is nothing that a user has.
+    options: of ``generate``. Only whole steps can be seen from outside, so times inside a step are NaN and nothing counts as checked.
+    The prefill's step may yield several tokens where it drafts; the rounds leave out all of them.
+    Raises ValueError for a target whose weights were rearranged for speed.
     """
-    if is_packed(target):
-        raise ValueError(f"{target.name} is packed, and generate is to measure transformers alone: load_target(…, pack=False)")
+    if is_packed(target.model):
+        raise ValueError(f"{target.name} is packed, but generate measures transformers alone: use load_target(…, pack=False)")
     eos = sorted(target.eos_token_ids)
     greedy = settings.temperature == 0
-    law = {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    sampling = {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
 
     def decoder(prompt_ids: list[int], seed: int) -> Trial:
         ids = torch.tensor([prompt_ids], device=target.device)
@@ -45,7 +44,7 @@ def by_transformers(target: Target, settings: Settings, **options: object) -> De
                 pad_token_id=eos[0] if eos else 0,
                 use_cache=True,
                 streamer=steps,
-                **law,
+                **sampling,
                 **options,
             )
             end = time.perf_counter()
@@ -59,27 +58,22 @@ def by_transformers(target: Target, settings: Settings, **options: object) -> De
     return decoder
 
 
-def by_prompt_lookup(target: Target, settings: Settings, tokens: int = LOOKUP_TOKENS) -> Decoder:
-    """Transformers' prompt lookup: copies up to ``tokens`` tokens from behind an earlier occurrence of the last two (Saxena, 2023)."""
-    return by_transformers(target, settings, prompt_lookup_num_tokens=tokens)
+def by_prompt_lookup(target: Target, settings: Settings) -> Decoder:
+    """Transformers' prompt lookup: copies what followed an earlier occurrence of the last two tokens (Saxena, 2023)."""
+    return by_transformers(target, settings, prompt_lookup_num_tokens=LOOKUP_TOKENS)
 
 
-def by_early_exit(target: Target, settings: Settings, layers: int | None = None) -> Decoder:
-    """Transformers' assisted generation; the assistant is the target itself, left behind its first ``layers`` layers.
+def by_early_exit(target: Target, settings: Settings) -> Decoder:
+    """Transformers' assisted generation; the assistant is the first third of the target's own layers.
 
-    layers: default a third of them. No smaller model shares the default target's vocabulary, so this is the smallest assistant
-    there is; it costs no memory, but a model that was not trained to be left early foretells little. How many tokens it drafts
-    is transformers' own choice: until its confidence falls under 0.4, 20 at most.
-    Raises ValueError unless 1 ≤ layers < the target's.
+    No smaller model shares the default target's vocabulary, so this is the smallest assistant there is. It costs no memory, but the
+    layers were not trained to be read early. Transformers chooses the draft length: until confidence falls below 0.4, 20 at most.
     """
-    layers = max(1, target.num_layers // 3) if layers is None else layers
-    if not 1 <= layers < target.num_layers:
-        raise ValueError(f"an early exit behind {layers} layers: {target.name} has {target.num_layers}, choose 1..{target.num_layers - 1}")
-    return by_transformers(target, settings, assistant_early_exit=layers)
+    return by_transformers(target, settings, assistant_early_exit=max(1, target.num_layers // 3))
 
 
 class _Steps:
-    """A streamer that notes which tokens came when; ``generate`` shows it the prompt first."""
+    """A streamer that records which tokens came when; ``generate`` passes it the prompt first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

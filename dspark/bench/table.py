@@ -1,4 +1,4 @@
-"""Results as text for a terminal."""
+"""Results as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -13,25 +13,17 @@ from dspark.bench.stats import summarise
 def speed_table(frame: pd.DataFrame, baseline: str) -> str:
     """Arm × domain: speed-up over the baseline with its interval, τ, and where the time goes."""
     lines = summarise(frame, baseline)
-    shown = pd.DataFrame(
-        {
-            "arm": lines["arm"],
-            "domain": lines["domain"],
-            "n": lines["n"],
-            "speed-up": [f"{s:.2f} [{lo:.2f}, {hi:.2f}]" for s, lo, hi in lines[["speedup", "low", "high"]].to_numpy()],
-            "τ": _column(lines["tokens_per_round"], "{:.2f}"),
-            "tok/s": _column(lines["tokens_per_second"], "{:.1f}"),
-            "T_draft": _column(lines["draft_ms"], "{:.1f}"),
-            "T_verify": _column(lines["verify_ms"], "{:.1f}"),
-            "T_round": _column(lines["round_ms"], "{:.1f}"),
-            "T_plain": _column(lines["plain_ms"], "{:.1f}"),
-            "other": _column(100 * lines["other_share"], "{:.1f} %"),
-            "same text": _column(100 * lines["equal"], "{:.0f} %"),
-        }
-    )
-    if frame["temperature"].iloc[0] > 0:  # sampled texts differ by right
+    shown = lines[["arm", "domain", "n"]].copy()
+    shown["speed-up"] = [f"{s:.2f} [{lo:.2f}, {hi:.2f}]" for s, lo, hi in lines[["speedup", "low", "high"]].to_numpy()]
+    shown["τ"] = _column(lines["tokens_per_round"], "{:.2f}")
+    shown["tok/s"] = _column(lines["tokens_per_second"], "{:.1f}")
+    for name in ("draft", "verify", "round", "plain"):
+        shown[f"T_{name}"] = _column(lines[f"{name}_ms"], "{:.1f}")
+    shown["other"] = _column(100 * lines["other_share"], "{:.1f} %")
+    shown["same text"] = _column(100 * lines["equal"], "{:.0f} %")
+    if frame["temperature"].iloc[0] > 0:  # sampled texts may differ
         del shown["same text"]
-    note = "T in ms, medians. speed-up: median over prompts of the paired ratio [95 % bootstrap]; all: geometric mean of the domains."
+    note = "T in ms, medians. Speed-up: median over prompts of the paired ratio [95 % bootstrap]; all: geometric mean of the domains."
     return f"{_heading(frame)} · speed-up over {baseline}\n{shown.to_string(index=False)}\n{note}"
 
 

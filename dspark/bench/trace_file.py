@@ -1,27 +1,28 @@
-"""Traces in a results file: one row a trace, whole or not at all."""
+"""Traces in a results file: one row per trace."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from dspark.bench.results import Row, read_results, write_results
 from dspark.bench.trace import Trace
-from dspark.decode import Round
+from dspark.round import Round
 
 SCHEMA_VERSION = 1
 COMMAND = "python -m dspark.bench.traces"
 
-# Round's fields by how a column holds them: one number a round, or a list a round (laid end to end, with the lengths beside it).
-NUMBERS = ("anchor", "window", "verify_length", "accepted", "source", "draft_seconds", "verify_seconds", "seconds")
-LISTS = ("draft_tokens", "confidence", "committed", "target_probs_of_drafts", "draft_probs_of_drafts")
+# Fields of a Round: one number a round, or a list a round (laid end to end). The value is the column's type.
+NUMBERS = dict.fromkeys(("anchor", "window", "verify_length", "accepted"), "int32") | {"source": "str"}
+NUMBERS |= dict.fromkeys(("draft_seconds", "verify_seconds", "seconds"), "float32")
+LISTS = dict.fromkeys(("draft_tokens", "committed"), "int32")
+LISTS |= dict.fromkeys(("confidence", "target_probs_of_drafts", "draft_probs_of_drafts"), "float32")
+LENGTHS = {"draft_tokens_lengths": "int32", "committed_lengths": "int32"}
 
 
 def trace_row(trace: Trace) -> Row:
@@ -32,8 +33,8 @@ def trace_row(trace: Trace) -> Row:
         row[name] = [-1 if value is None else value for value in values]  # the prefill has no anchor
     for name in LISTS:
         row[name] = [value for r in trace.rounds for value in getattr(r, name)]
-    for name in ("draft_tokens", "confidence", "committed"):
-        row[f"{name}_lengths"] = [len(getattr(r, name)) for r in trace.rounds]
+    for name in LENGTHS:
+        row[name] = [len(getattr(r, name.removesuffix("_lengths"))) for r in trace.rounds]
     return row
 
 
@@ -41,29 +42,27 @@ def row_trace(row: Row) -> Trace:
     """The trace in a row. Raises ValueError for a row of another schema version or one that is no trace."""
     version = row.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise ValueError(f"the trace has schema version {version}, but this code reads {SCHEMA_VERSION}: record it again")
+        raise ValueError(f"the trace has schema version {version}, but this code reads {SCHEMA_VERSION}: record it again with {COMMAND}")
     try:
-        lengths = {"draft_tokens": row["draft_tokens_lengths"], "committed": row["committed_lengths"]}
-        lengths["draft_probs_of_drafts"] = lengths["draft_tokens"]
-        lengths["confidence"] = row.get("confidence_lengths", lengths["draft_tokens"])  # older files have one per draft
-        lengths |= {"target_probs_of_drafts": row["verify_length"]}
-        columns = {name: _cut(row[name], lengths[name]) for name in LISTS} | {name: list(row[name]) for name in NUMBERS}
+        drafted = row["draft_tokens_lengths"]
+        # Files of versions that could stop within a block hold the confidence at which they stopped as well.
+        lengths = dict.fromkeys(LISTS, drafted) | {"confidence": row.get("confidence_lengths", drafted)}
+        lengths |= {"committed": row["committed_lengths"], "target_probs_of_drafts": row["verify_length"]}
+        columns = {name: _cut(row[name], lengths[name]) for name in LISTS} | {name: map(_plain, row[name]) for name in NUMBERS}
         about = json.loads(row["about"])
     except KeyError as error:
-        raise ValueError(f"the row is no trace, it lacks {error}: pass a file written by dspark.bench.trace_file") from None
-    columns["anchor"] = [None if anchor < 0 else int(anchor) for anchor in columns["anchor"]]
-    columns["survival"] = [tuple(torch.tensor(c).cumprod(-1).tolist()) for c in columns["confidence"]]
-    columns["index"] = range(len(columns["anchor"]))
-    names = [field.name for field in fields(Round) if field.name in columns]  # without siblings, which no trace has
-    stream = tuple(Round(*(_plain(value) for value in values)) for values in zip(*(columns[name] for name in names), strict=True))
+        raise ValueError(f"the row is no trace, it lacks {error}: pass a file of {COMMAND}") from None
+    columns["anchor"] = (None if anchor < 0 else anchor for anchor in columns["anchor"])
+    columns["confidence"] = [c[:n] for c, n in zip(columns["confidence"], drafted, strict=True)]
+    stream = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     for name in ("draft_seconds", "verify_seconds", "pieces"):  # JSON has only string keys
         about[name] = {int(key): value for key, value in about[name].items()}
-    return Trace(stream, about)
+    return Trace(tuple(Round(index=i, **values) for i, values in enumerate(stream)), about)
 
 
 def _cut(values: Sequence[float], lengths: Sequence[int]) -> list[tuple[float, ...]]:
     ends = [0, *accumulate(int(n) for n in lengths)]
-    return [tuple(_plain(value) for value in values[a:b]) for a, b in pairwise(ends)]
+    return [tuple(map(_plain, values[a:b])) for a, b in pairwise(ends)]
 
 
 def _plain(value: object) -> object:
@@ -73,11 +72,9 @@ def _plain(value: object) -> object:
 
 def traces_frame(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows of traces with the narrow column types of the file."""
-    frame = pd.DataFrame([{"confidence_lengths": row["draft_tokens_lengths"]} | row for row in rows])  # rows of an older run have none
-    kinds = {"source": "str", **dict.fromkeys(("confidence", "draft_probs_of_drafts", "target_probs_of_drafts"), "float32")}
-    kinds |= dict.fromkeys(("draft_seconds", "verify_seconds", "seconds"), "float32")
-    for name in (*NUMBERS, *LISTS, "draft_tokens_lengths", "confidence_lengths", "committed_lengths"):
-        if (kind := kinds.get(name, "int32")) != "str":
+    frame = pd.DataFrame(rows)
+    for name, kind in (NUMBERS | LISTS | LENGTHS).items():
+        if kind != "str":
             frame[name] = [np.array(values, dtype=kind) for values in frame[name]]
     return frame
 
@@ -88,9 +85,8 @@ def save_trace(trace: Trace, path: str | Path) -> None:
 
 
 def load_traces(path: str | Path) -> list[tuple[Row, Trace]]:
-    """Every trace of a file with the other columns of its row (domain, prompt_id, …). Raises ValueError for a file that holds none."""
-    path = Path(path)
-    frame = read_results(path)
+    """Every trace of a file with the other columns of its row (domain, prompt_id, …). Raises ValueError for a file without any."""
+    frame = read_results(Path(path), COMMAND)
     if frame.empty:
         raise ValueError(f"{path} has no rows: record traces again with {COMMAND}")
     try:

@@ -14,21 +14,21 @@ import torch
 from tqdm.auto import tqdm
 
 from dspark.bench.arms import Models
-from dspark.bench.place import place
 from dspark.bench.plan import Plan, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import Ledger, Row, read_rows
 from dspark.bench.trace import StepTimes, Trace, measured_times, record
-from dspark.bench.trace_file import COMMAND, SCHEMA_VERSION, load_traces, row_trace, trace_row, traces_frame
-from dspark.decode import DraftSource
+from dspark.bench.trace_file import COMMAND, SCHEMA_VERSION, row_trace, trace_row, traces_frame, traces_of
+from dspark.cli import run_main
+from dspark.draft.source import DraftSource
 
 Traces = list[tuple[Row, Trace]]
 
 
 def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
-    """One row per prompt, with the trace's columns and where it comes from; ``out`` also holds it. Resumes.
+    """One row per prompt, with the trace's columns and its provenance, in ``out`` and returned. Resumes.
 
-    The step times are measured once, on the first prompt, and are the same for all traces: policies are compared without noise.
+    The step times are measured once, on the first prompt, and shared by all traces: policies are compared without noise.
     """
     target, (arm,) = models.target, plan.parsed_arms
     source = arm.source(models.drafter)
@@ -38,60 +38,51 @@ def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(models.drafter) | {"arm": arm.name}
     constant |= {"schema_version": SCHEMA_VERSION}  # of the trace, which is what these rows are
     todo = [unit for unit in plan.units if unit.key not in ledger.done]
-    if todo:
-        times = _times(ledger, plan, models, source)
-        for unit in tqdm(todo, desc="traces", unit="prompt", initial=len(ledger.done), total=len(plan.units)):
-            trace = record(target, source, unit.item.messages, max_new_tokens=plan.tokens, times=times, pieces=False)
-            when = {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
-            ledger.add(unit.key, [unit.columns() | {"split": plan.split} | trace_row(trace) | when | constant])
+    times = _times(ledger, plan, models, source) if todo else None
+    for unit in tqdm(todo, desc="traces", unit="prompt", initial=len(ledger.done), total=len(plan.units)):
+        trace = record(target, source, unit.item.messages, max_new_tokens=plan.tokens, times=times, pieces=False)
+        when = {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
+        ledger.add(unit.key, [unit.columns() | {"split": plan.split} | trace_row(trace) | when | constant])
     return ledger.finish(traces_frame)
 
 
 def read_traces(path: Path) -> Traces:
     """Every trace of a file with the columns of its prompt. Raises ValueError for a file that is missing, foreign, empty or too old."""
-    read_rows(path, COMMAND, SCHEMA_VERSION)
-    return load_traces(path)
+    return traces_of(read_rows(path, COMMAND, SCHEMA_VERSION))
 
 
 def record_here(prompts: int, tokens: int) -> Traces:
-    """Traces of a few dev prompts of each domain on the default models, in memory: for a notebook that wants its own."""
+    """Traces of a few dev prompts of each domain on the default models, in memory: for a notebook."""
     plan = Plan(arms="fixed", baseline="fixed", split="dev", prompts=prompts, tokens=tokens)
     with TemporaryDirectory() as folder:
-        record_traces(plan, plan.load(), Path(folder) / "traces.parquet")
-        return read_traces(Path(folder) / "traces.parquet")
+        return traces_of(record_traces(plan, plan.load(), Path(folder) / "traces.parquet"))
 
 
 def _times(ledger: Ledger, plan: Plan, models: Models, source: DraftSource) -> StepTimes:
-    """Those of the rows that are there, else measured behind the warm-up prompt."""
+    """Those of the finished rows, else measured on the warm-up prompt."""
     for (row,) in ledger.done.values():
         return row_trace(row).times
     prompt = models.target.encode(plan.warm_up_prompt().messages)
-    free = StepTimes({1: 1.0}, {1: 1.0})  # what the warm-up's rounds are recorded with does not matter
-    kept = record(models.target, source, prompt, max_new_tokens=min(plan.tokens, 32), times=free, pieces=False).rounds[1:]
-    return measured_times(models.target, source, prompt, kept, repeats=9)
+    placeholder = StepTimes({1: 1.0}, {1: 1.0})
+    warm_up = record(models.target, source, prompt, max_new_tokens=min(plan.tokens, 32), times=placeholder, pieces=False)
+    return measured_times(models.target, source, prompt, warm_up.rounds[1:], repeats=9)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """The command; see :func:`dspark.cli.run_main`."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     add_options(parser, ("arms", "baseline", "temperature", "top_p", "top_k", "repeats", "seed"), prompts=10, tokens=96)
     parser.add_argument("--copy", action="store_true", help="also draft by copying where the text repeats itself")
-    parser.add_argument("--out", type=Path, help="Parquet file; default one in runs/bench that is named after the options")
-    options = parser.parse_args(arguments)
-    try:
-        arm = "fixed" + "+copy" * options.copy
-        plan = plan_of(options, arms=arm, baseline=arm)
-        torch.set_num_threads(plan.threads)
-        out = options.out or place(f"traces-{plan.split}{'-copy' * options.copy}", plan)
-        frame = record_traces(plan, plan.load(), out)
-        print(f"{len(frame)} traces, {sum(map(len, frame['accepted'])) - len(frame)} rounds in {out}, {out.stat().st_size / 1e3:.0f} kB")
-    except (ValueError, OSError) as error:
-        print(f"dspark.bench.traces: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dspark.bench.traces: interrupted; finished prompts are kept, and the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return run_main(parser, _record, arguments, kept="finished prompts")
+
+
+def _record(options: argparse.Namespace) -> None:
+    arm = "fixed" + "+copy" * options.copy
+    plan = plan_of(options, arms=arm, baseline=arm)
+    torch.set_num_threads(plan.threads)
+    out = options.out or plan.default_out(f"traces-{plan.split}{'-copy' * options.copy}")
+    frame = record_traces(plan, plan.load(), out)
+    print(f"{len(frame)} traces, {sum(map(len, frame['accepted'])) - len(frame)} rounds in {out}, {out.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":

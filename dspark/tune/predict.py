@@ -1,12 +1,12 @@
-"""Before anything is trained: what could a drafter gain on this model and this machine? It follows from L = (T_draft + T_verify) / τ."""
+"""What could a drafter gain on this model and this machine, before anything is trained? L = (T_draft + T_verify) / τ."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-SPS = Callable[[int], float]  # target steps per second when one step checks B tokens, e.g. a dspark.tune.profile.SPSCurve
+from dspark.schedule import SPS
 
 
 def expected_tokens_per_round(acceptance: Sequence[float]) -> float:
@@ -23,14 +23,14 @@ def expected_tokens_per_round(acceptance: Sequence[float]) -> float:
 def predict_speedup(sps: SPS, acceptance: Sequence[float], draft_seconds: float) -> float:
     """Speed-up over plain decoding of a fixed window with these acceptances: τ · T_plain / (T_draft + T_verify).
 
-    sps: measured on this machine (:func:`dspark.tune.profile.profile_sps`) · draft_seconds: T_draft, one block; 0 for the limit that
-    free drafting would reach.
+    sps: measured on this machine (:func:`dspark.tune.profile.profile_sps`).
+    draft_seconds: T_draft, one block; 0 for the limit of free drafting.
     """
     return expected_tokens_per_round(acceptance) / required_tokens_per_round(sps, len(acceptance), draft_seconds)
 
 
 def required_tokens_per_round(sps: SPS, window: int, draft_seconds: float, speedup: float = 1.0) -> float:
-    """The τ that a window needs for this speed-up: speedup · (T_draft + T_verify) / T_plain. More than window + 1 is out of reach.
+    """The τ that a window needs for this speed-up: speedup · (T_draft + T_verify) / T_plain. More than window + 1 is unreachable.
 
     Raises ValueError for a negative draft time, a window under 1 or a speed-up that is not positive.
     """
@@ -44,8 +44,12 @@ def required_tokens_per_round(sps: SPS, window: int, draft_seconds: float, speed
 
 @dataclass(frozen=True)
 class BreakEven:
-    """What one window needs for one speed-up. required: τ with the drafter's time, free: τ if drafting cost nothing ·
-    ceiling: window + 1, the τ of a drafter that is always right · reachable: required ≤ ceiling."""
+    """What one window needs for one speed-up.
+
+    required: τ with the drafter's time.
+    free: τ if drafting cost nothing.
+    ceiling: window + 1, the τ of a drafter that is always right.
+    """
 
     window: int
     speedup: float
@@ -62,9 +66,9 @@ class BreakEven:
 
 
 def break_even(sps: SPS, windows: Sequence[int], draft_seconds: float, speedups: Sequence[float]) -> Iterator[BreakEven]:
-    """Every window with every speed-up, before anything is trained: what τ does it take on this model and this machine?
+    """The τ that every window needs for every speed-up.
 
-    draft_seconds: T_draft, taken to be the same for every window, as the backbone runs once for the whole block.
+    draft_seconds: T_draft, assumed equal for every window, as the backbone runs once for the whole block.
     """
     for speedup in speedups:
         for window in windows:

@@ -1,14 +1,11 @@
-"""How long one target step takes when it checks B tokens: measured once per machine, kept in the cache, read by the scheduler."""
+"""Seconds of one target step over B tokens: measured once per machine, cached, read by the scheduler."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import platform
-import tempfile
-import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +15,10 @@ from statistics import median
 
 import torch
 
-from dspark.cpu.packed import PackedLinear
+from dspark.clock import now
+from dspark.cpu import is_packed
 from dspark.draft.drafter import Drafter
-from dspark.files import cache_dir
+from dspark.files import cache_dir, digest, write_atomically
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
 
@@ -34,10 +32,10 @@ FORMAT = 2  # of the cached files; a new number makes old ones be measured again
 class SPSCurve:
     """SPS(B): target steps per second when one step checks B tokens. Called with B, it never rises in B.
 
-    widths: measured B, ascending · seconds: median step time at each; a wider step that was measured faster, by rng or because
-    a token alone attends slowly (:mod:`dspark.cpu.attention`), is given the time of the narrower one (running maximum). Between widths
-    the step TIME is linear. Below the first it is constant; behind the last it grows with the last slope or the mean one, whichever
-    is steeper: noise must not make tokens look free.
+    widths: measured B, ascending.
+    seconds: median step time at each; the running maximum is kept, so a wider step that was measured faster takes as long.
+    Between widths the step TIME is linear. Below the first it is constant; beyond the last it grows with the last slope or the mean one,
+    whichever is steeper: noise must not make tokens look free.
     """
 
     widths: tuple[int, ...]
@@ -78,9 +76,9 @@ def profile_sps(target: Target, *, context: int = 256, widths: Sequence[int] = W
 
 
 def median_steps(target: Target, *, context: int = 256, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> dict[int, float]:
-    """Width, ascending → median seconds of a step over so many tokens behind ``context`` tokens of cache, as measured.
+    """Width, ascending → median seconds of a step over so many tokens after ``context`` cached ones, as measured.
 
-    The widths take turns, starting with another one each time, so that a slow spell of the machine falls on all of them.
+    The widths take turns, starting with another one each time, so a slow period of the machine affects all of them.
     Raises ValueError for a context that is empty or does not fit the target, or fewer than one repeat.
     """
     widths = tuple(sorted(set(widths)))
@@ -99,13 +97,13 @@ def median_steps(target: Target, *, context: int = 256, widths: Sequence[int] = 
     target.forward(tokens[:, :context], cache, logits_to_keep=1)
 
     def step(width: int) -> float:
-        start = _now(target.device)
+        start = now(target.device)
         target.forward(tokens[:, context : context + width], cache)
-        took = _now(target.device) - start
+        taken = now(target.device) - start
         cache.rewind(context)
-        return took
+        return taken
 
-    for width in widths:  # the first step of a width pays for buffers that later ones reuse
+    for width in widths:  # the first step of a width allocates buffers that later ones reuse
         step(width)
     times: dict[int, list[float]] = {width: [] for width in widths}
     for turn in range(repeats):
@@ -116,21 +114,21 @@ def median_steps(target: Target, *, context: int = 256, widths: Sequence[int] = 
 
 
 def profile_draft(target: Target, drafter: Drafter, *, context: int = 256, repeats: int = 9) -> float:
-    """T_draft on this machine: median seconds of one greedy block behind ``context`` tokens, of which two are new to the drafter.
+    """T_draft on this machine: median seconds of one greedy block after ``context`` tokens, of which two are new to the drafter.
 
-    The time does not depend on what the weights have learnt, so a drafter that nobody has trained yet will do.
+    The time depends on shapes alone, so an untrained drafter will do.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     width = len(drafter.target_layer_ids) * target.hidden_size
     taps = torch.randn(1, context + 2 * repeats + 2, width, generator=torch.Generator().manual_seed(0)).to(target.device, target.dtype)
     state, times, rng, at = drafter.new_state(), [], Rng(torch.Generator(target.device).manual_seed(0)), 0
-    for new in [context, *[2] * repeats]:  # the first one takes in the prompt and is not counted
+    for new in [context, *[2] * repeats]:  # the first one absorbs the prompt and is not counted
         drafter.extend(state, [], taps[:, at : at + new])
         at += new
-        start = _now(target.device)
+        start = now(target.device)
         drafter.draft(state, 0, drafter.block_size, Sampling(), rng)
-        times.append(_now(target.device) - start)
+        times.append(now(target.device) - start)
     return median(times[1:])
 
 
@@ -147,17 +145,18 @@ def sps_curve(target: Target, *, context: int = 256) -> SPSCurve:
         "device": device_name(target.device),
         "target": target.digest,
         "dtype": str(target.dtype),
-        "packed": is_packed(target),
+        "packed": is_packed(target.model),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "context": context,
     }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_dir() / "profiles" / f"{name}.json"
-    curve = _read(path, key)
-    if curve is None:
+    path = cache_dir() / "profiles" / f"{digest(json.dumps(key, sort_keys=True))}.json"
+    if (curve := _read(path, key)) is None:
         curve = profile_sps(target, context=context)
-        _write(path, {"key": key, "curve": asdict(curve)})
+        try:
+            write_atomically(path, json.dumps({"key": key, "curve": asdict(curve)}, indent=1).encode())
+        except ValueError as error:
+            log.warning("the profile could not be kept and will be measured again: %s", error)
     return curve
 
 
@@ -172,24 +171,8 @@ def _read(path: Path, key: dict[str, object]) -> SPSCurve | None:
         return None
 
 
-def _write(path: Path, content: dict[str, object]) -> None:
-    """Whole or not at all; a cache that cannot be written costs a measurement next time, nothing else."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        Path(file.name).replace(path)
-    except OSError as error:
-        log.warning("the profile could not be kept in %s (%s): it will be measured again", path.parent, error.strerror)
-
-
-def is_packed(target: Target) -> bool:
-    """Whether the target's weights were rearranged for speed (:mod:`dspark.cpu.packed`)."""
-    return any(isinstance(module, PackedLinear) for module in target.model.modules())
-
-
 def cpu_name() -> str:
-    """The processor's model name, and what PyTorch makes of it: clouds give several generations one name."""
+    """The processor's model name and PyTorch's instruction set: clouds give several generations one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -202,9 +185,3 @@ def cpu_name() -> str:
 def device_name(device: torch.device) -> str:
     """ "cpu", or the model name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
