@@ -11,7 +11,7 @@ One round, in the notation used everywhere:
 
 from dspark.decode import decode, generate
 from dspark.draft.lookup import ContextLookup
-from dspark.formats.checkpoint import save_drafter
+from dspark.formats.native import save_drafter
 from dspark.load import load_drafter, load_target
 from dspark.round import Output, Round
 from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, PrefixScheduler

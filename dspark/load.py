@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from dspark.cpu import is_packed, pack_drafter, pack_target
 from dspark.draft.drafter import Drafter
 from dspark.files import data_dir, is_hub_id, one_line
-from dspark.formats import checkpoint
+from dspark.formats import read
+from dspark.formats.build import build
+from dspark.formats.checkpoint import CONFIG, INDEX, read_folder
 from dspark.formats.fetch import converted_gguf, default_folder
 from dspark.target.target import Target
 
@@ -48,7 +50,14 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
     Raises ValueError, naming the value and the remedy, for anything missing, damaged, pickled, not finite, of the wrong shape,
     or made for another target.
     """
-    return ready(checkpoint.load_drafter(name, target), target)
+    folder = _find_drafter(name)
+    config, tensors = read_folder(folder)
+    try:
+        return ready(build(read(config, tensors), target), target)
+    except ValueError as error:
+        raise ValueError(f"cannot load the drafter in {folder}: {error}") from error
+    except (TypeError, AttributeError, LookupError, RuntimeError) as error:  # a number where a dict belongs, sizes beyond any memory, …
+        raise ValueError(f"{folder / CONFIG} is malformed: {one_line(error)}. Restore it from where the drafter came from") from error
 
 
 def ready(drafter: Drafter, target: Target) -> Drafter:
@@ -60,6 +69,20 @@ def ready(drafter: Drafter, target: Target) -> Drafter:
 def default_drafter() -> Path:
     """The folder of the drafter that is shipped for the default target."""
     return data_dir() / "drafters" / "smollm2-135m-instruct"
+
+
+def _find_drafter(name: str | Path) -> Path:
+    path = default_drafter() if str(name) == "default" else Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not is_hub_id(name):
+        raise ValueError(f"no drafter folder at {path}: pass 'default', a folder with {CONFIG}, a hub id, or make one with dspark.train")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[CONFIG, "*.safetensors", INDEX]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no folder {name}, and the hub does not give it ({one_line(error)}): connect, or pass a folder") from error
 
 
 def _find_target(name: str | Path) -> tuple[str | Path, str]:

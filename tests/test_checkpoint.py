@@ -20,7 +20,7 @@ import dspark
 from dspark.cpu import pack_target
 from dspark.draft.drafter import Draft, Drafter
 from dspark.files import data_dir
-from dspark.formats.checkpoint import export_reference
+from dspark.formats.deepspec import export_deepspec
 from dspark.target.target import Target
 from dspark.verify.sampling import Chance, Sampling
 
@@ -53,7 +53,7 @@ def folder(target: Target, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reference(target: Target, tmp_path: Path) -> Path:
-    export_reference(tiny_drafter(target), target, tmp_path / "reference")
+    export_deepspec(tiny_drafter(target), target, tmp_path / "reference")
     return tmp_path / "reference"
 
 
@@ -107,7 +107,7 @@ def test_a_native_round_trip_gives_bit_equal_drafts(drafter: Drafter, target: Ta
 
 
 def test_a_reference_round_trip_gives_bit_equal_drafts(drafter: Drafter, target: Target, tmp_path: Path) -> None:
-    export_reference(drafter, target, tmp_path)
+    export_deepspec(drafter, target, tmp_path)
     assert_same_drafts(dspark.load_drafter(tmp_path, target), drafter, target)
 
 
@@ -148,7 +148,7 @@ def test_a_loaded_drafter_is_frozen_and_in_the_targets_dtype(folder: Path) -> No
 def test_a_packed_target_gets_a_packed_drafter_that_can_be_saved_again(target: Target, tmp_path: Path) -> None:
     packed = pack_target(tiny_target(dtype=torch.bfloat16))
     drafter = tiny_drafter(target)
-    for write in (dspark.save_drafter, export_reference):
+    for write in (dspark.save_drafter, export_deepspec):
         write(drafter, packed, tmp_path)
         loaded = dspark.load_drafter(tmp_path, packed)
         assert type(loaded.fc) is type(packed.head)
@@ -210,7 +210,7 @@ def test_rope_theta_may_stand_flat(reference: Path, target: Target) -> None:
 
 def test_the_reference_may_leave_out_what_it_does_not_use(target: Target, tmp_path: Path) -> None:
     drafter = tiny_drafter(target, **HEADS["dflash"])
-    export_reference(drafter, target, tmp_path)
+    export_deepspec(drafter, target, tmp_path)
     edit(tmp_path, markov_head_type=None, confidence_head_with_markov=None, sts_temperatures=None, weights_digest=None)
     assert_same_drafts(dspark.load_drafter(tmp_path, target), drafter, target)
 
@@ -267,7 +267,7 @@ def test_speculators_without_sample_from_anchor_is_another_block_layout(target: 
 
 def test_a_reduced_vocabulary_has_no_reference_layout(target: Target, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"12 of 100.*save_drafter"):
-        export_reference(tiny_drafter(target, d2t=REDUCED), target, tmp_path / "out")
+        export_deepspec(tiny_drafter(target, d2t=REDUCED), target, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

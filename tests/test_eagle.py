@@ -15,7 +15,7 @@ import dspark
 from dspark.decode import rounds
 from dspark.draft.drafter import Draft, Drafter
 from dspark.draft.eagle import EagleDrafter
-from dspark.formats.checkpoint import export_reference
+from dspark.formats.deepspec import export_deepspec
 from dspark.proof.branches import ExactSampling, ExactSource, enumerate_law
 from dspark.proof.cases import PROMPT, SEED, small_target
 from dspark.proof.enumeration import target_law
@@ -240,7 +240,7 @@ def test_a_round_trip_gives_the_same_class_and_bit_equal_drafts(tmp_path: Path) 
 def test_what_the_reference_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
     target = tiny_target()
     with pytest.raises(ValueError, match="save_drafter"):
-        export_reference(eagle(target), target, tmp_path)
+        export_deepspec(eagle(target), target, tmp_path)
 
 
 @pytest.mark.parametrize(

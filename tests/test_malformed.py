@@ -29,7 +29,7 @@ from tiny import tiny_drafter, tiny_target
 import dspark
 from dspark.draft.backbone import DrafterConfig
 from dspark.draft.drafter import Drafter
-from dspark.formats.checkpoint import export_reference
+from dspark.formats.deepspec import export_deepspec
 from dspark.target.target import Target
 from dspark.train.corpus import Corpus, load_corpus, save_corpus
 from dspark.train.features import FeatureStore
@@ -53,7 +53,7 @@ def made(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole folder of each kind; tests copy them."""
     root = tmp_path_factory.mktemp("made")
     dspark.save_drafter(tiny_drafter(target, d2t=REDUCED), target, root / "native")
-    export_reference(tiny_drafter(target), target, root / "reference")
+    export_deepspec(tiny_drafter(target), target, root / "reference")
     edit(root / "reference", weights_digest=None)
     speculators(target, tiny_drafter(target, d2t=REDUCED), root / "speculators")
     shutil.copytree(root / "reference", root / "sharded")

@@ -28,7 +28,8 @@ from dspark.decode import generate
 from dspark.draft.drafter import Drafter
 from dspark.draft.source import NOTHING, Draft, DraftSource
 from dspark.files import data_dir
-from dspark.formats.checkpoint import CONFIG, save_drafter
+from dspark.formats.checkpoint import CONFIG
+from dspark.formats.native import save_drafter
 from dspark.load import load_drafter
 from dspark.schedule import FixedWindow
 from dspark.target.target import Target

@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dspark.bench.provenance import cores, environment
 from dspark.bench.results import Ledger, Row, read_results
-from dspark.formats.checkpoint import save_drafter
+from dspark.formats.native import save_drafter
 from dspark.load import load_target
 from dspark.proof.inputs import digest
 from dspark.proof.workers import side_by_side

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from dspark.bench.provenance import revision
 from dspark.draft.drafter import Drafter
-from dspark.formats.checkpoint import save_drafter
+from dspark.formats.native import save_drafter
 from dspark.target.target import Target
 from dspark.train.checkpoint import load_checkpoint, save_checkpoint
 from dspark.train.features import FeatureStore, Shard
