@@ -43,7 +43,7 @@ proof: $(stamp)  ## prove that the text keeps the model's law; ARGS="--help" lis
 	$(python) -m dspark.proof $(ARGS)
 
 paper: $(stamp)  ## regenerate the paper's numbers, tables and figures from data/results, and its PDF where LaTeX is installed
-	$(python) -m dspark.paper $(ARGS)
+	$(python) paper/build.py
 
 lint: $(stamp)  ## check style and formatting
 	$(python) -m ruff check $(linted)
