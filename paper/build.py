@@ -5,6 +5,7 @@ tex: how a value is written · figures: what is drawn. A result that is missing 
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -23,7 +24,10 @@ from dspark.bench.rollouts import FIT, JUDGE, judged, ranked, rollouts_of
 from dspark.bench.sps import curve_of
 from dspark.bench.stats import ALL, summarise
 from dspark.bench.trace_file import traces_of
+from dspark.cli import run_main
+from dspark.files import write_atomically
 from dspark.lab.drafters import head_shares, joined, pooled_positions, tau_gains
+from dspark.schedule import policy_label
 from dspark.tune.calibrate import Calibration, calibrate
 from dspark.tune.predict import required_tokens_per_round
 
@@ -135,7 +139,7 @@ def speed_table(frames: Frames) -> str:
             tau = number(whole["tokens_per_round"]) if whole["tokens_per_round"] > 1 else "--"
             total = f"{times(whole['speedup'])} [{number(whole['low'])}, {number(whole['high'])}]"
             cells = [tau, total, *(times(lines.loc[(arm, domain), "speedup"]) for domain in domains)]
-            rows.append([code(arm), *(styled("Measured", cell) for cell in cells)])
+            rows.append([escaped(policy_label(arm)), *(styled("Measured", cell) for cell in cells)])
     caption = r"Tokens per round, and speed-up over plain decoding: the geometric mean over the domains with its \SettingLevel interval."
     heads = ["", r"$\tau$", "speed-up", *map(escaped, domains)]
     return table("speed", caption, "lrr" + "r" * len(domains), heads, rows)
@@ -167,7 +171,7 @@ def policies(values: Values, traces: Traces, peers: pd.DataFrame) -> str:
     for policy, line in lines[lines["domain"] == ALL].set_index("policy").drop("plain").iterrows():
         cells = [number(line["tokens_per_round"]), number(line["checked"]), percent(line["acceptance"]), times(line["speedup"])]
         cells.append(percent(against_windows(lines, policy)["single"], 1))
-        rows.append([code(policy), *(styled("Simulated", cell) for cell in cells)])
+        rows.append([escaped(policy_label(policy)), *(styled("Simulated", cell) for cell in cells)])
     caption = (
         r"Policies replayed over the same \SettingPolicyTexts greedy texts with the same step times: tokens and checked drafts per round, "
         r"share of those accepted, speed-up over plain decoding, and tokens per second relative to the best single window. The oracle "
@@ -273,20 +277,13 @@ def typeset() -> Path | None:
     return PAPER / "build" / "main.pdf"
 
 
-def main() -> int:
-    """The command. Returns the exit status: 0, or 1 with one line that says what is missing or wrong."""
-    try:
-        files = generated()
-        check_complete((PAPER / "main.tex").read_text(encoding="utf-8"), files)
-        for name, content in files.items():
-            (PAPER / "generated" / name).write_bytes(content)
-        made = typeset()
-    except (ValueError, OSError) as error:
-        print(f"paper/build.py: {error}", file=sys.stderr)
-        return 1
-    print(f"{len(files)} files in {PAPER / 'generated'}; {made or 'no PDF, as LaTeX is not installed'}")
-    return 0
+def build(options: argparse.Namespace) -> None:
+    files = generated()
+    check_complete((PAPER / "main.tex").read_text(encoding="utf-8"), files)
+    for name, content in files.items():
+        write_atomically(PAPER / "generated" / name, content)
+    print(f"{len(files)} files in {PAPER / 'generated'}; {typeset() or 'no PDF, as LaTeX is not installed'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(argparse.ArgumentParser(prog="paper/build.py", description=__doc__), build))
