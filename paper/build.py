@@ -33,7 +33,6 @@ from dspark.tune.predict import required_tokens_per_round
 
 PAPER = Path(__file__).resolve().parent
 DATA = PAPER.parent / "data"
-GONE = "phrases|siblings"  # arms in older results that no longer exist
 DRAFTERS = {"dspark": "DSpark", "dflash": "DFlash", "eagle": "autoregressive"}
 
 BENCH, COMPARE = "python -m dspark.bench --arms", "python -m dspark.train compare --results data/results --only"
@@ -61,8 +60,7 @@ Frames = dict[str, pd.DataFrame]
 
 def read(results: Path) -> Frames:
     """All results that the paper is made of, by file name. Raises ValueError, with the command, for one that is missing or unusable."""
-    frames = {name: read_rows(results / f"{name}.parquet", command) for name, command in COMMANDS.items()}
-    return {name: frame[~frame["arm"].str.contains(GONE)] if "arm" in frame else frame for name, frame in frames.items()}
+    return {name: read_rows(results / f"{name}.parquet", command) for name, command in COMMANDS.items()}
 
 
 def totals(frames: Frames, name: str, baseline: str = "plain") -> pd.DataFrame:
