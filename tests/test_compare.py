@@ -18,10 +18,10 @@ from dspark.bench.provenance import drafter_digest
 from dspark.bench.results import read_results, write_results
 from dspark.train import __main__ as command
 from dspark.train import compare
+from dspark.train.compare import GROUPS, VARIANTS, Recipe, chosen
 from dspark.train.corpus import Corpus, save_corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer, train_to
-from dspark.train.variants import GROUPS, VARIANTS, Recipe, chosen
 
 MAIN = [variant.name for variant in GROUPS["main"]]
 
@@ -113,7 +113,7 @@ def test_a_record_outlives_its_weights_among_drafters_that_were_trained_alike(
     assert f"{other} holds drafters of another schema_version" in message
     write_results(of_other_code.drop(columns="schema_version"), other)
     message = refused(capsys, *arguments, "--only", "dflash", "--stages", "train", "--results", str(other.parent))
-    assert f"{other} was written before rows had a schema version" in message
+    assert f"{other} is older" in message and "'schema_version'" in message
     before, another = records.read_bytes(), ["--only", "eagle", "--stages", "train", "--steps", "2", "--out", str(tmp_path / "other")]
     assert f"{records} holds drafters of another recipe: choose another --results" in refused(capsys, *arguments, *another)
     assert records.read_bytes() == before and not (tmp_path / "other").exists(), "before anything is trained"

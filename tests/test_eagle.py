@@ -69,7 +69,7 @@ def test_training_and_drafting_see_the_same_distributions(row: int) -> None:
     blocks = choose_blocks(shard, 5, 4, 3, torch.Generator().manual_seed(row))
     ids = shard.token_ids[row]
     for which in range(5):
-        anchor = int(blocks.anchors[row, which])
+        anchor = int(blocks.positions[row, which, 0])
         text = ids.tolist()
         draft = draft_behind(drafter, target, text[:anchor], text[anchor])
         blocks.previous[row, which] = torch.tensor([text[anchor], *draft.tokens[:-1]])  # as if the text were what was drafted

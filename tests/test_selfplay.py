@@ -16,9 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dspark.target.target import Target
 from dspark.train import selfplay
-from dspark.train.conversation import Subject, load_subjects, pieces, turns_of
 from dspark.train.corpus import Corpus, concatenate, load_corpus, save_corpus
-from dspark.train.selfplay import converse, sample, self_play
+from dspark.train.selfplay import Subject, converse, load_subjects, pieces, sample, self_play, turns_of
 
 torch.set_num_threads(1)
 

@@ -106,7 +106,7 @@ def test_training_and_drafting_see_the_same_distributions() -> None:
     shard = FeatureStore(target, corpus(), (0, 2)).shard(0)
     blocks = choose_blocks(shard, 1, 4, 3, torch.Generator().manual_seed(3))
     result = block_loss(drafter, torch.arange(100), shard, blocks, LossWeights())
-    anchor = int(blocks.anchors[0, 0])
+    anchor = int(blocks.positions[0, 0, 0])
     ids = shard.token_ids[0]
     contexts = [Context(*kv) for kv in drafter.context(shard.taps[:1, :anchor])]
     hidden = drafter.backbone(blocks.tokens[:1, 0], blocks.positions[:1, 0], contexts)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dspark.bench.plan import Plan
+from dspark.bench.plan import Plan, plan_of
 from dspark.bench.provenance import drafter_digest
 from dspark.cli import run_main
 from dspark.cpu.packed import has_bfloat16_kernels
@@ -20,13 +20,12 @@ from dspark.draft.drafter import Drafter
 from dspark.files import cache_dir
 from dspark.load import load_drafter, load_target
 from dspark.target.target import Target
-from dspark.train.compare import Comparison
+from dspark.train.compare import Comparison, Recipe, chosen
 from dspark.train.corpus import Corpus, concatenate, load_corpus
 from dspark.train.features import SHARD_ROWS, FeatureStore, all_text
 from dspark.train.loop import LEARN_FROM, TrainConfig, Trainer, train_to
 from dspark.train.selfplay import self_play
 from dspark.train.start import BLOCK_SIZE, DRAFT_VOCAB, LAYERS, MARKOV_RANK, drafter_for, frequent_tokens, spread, spread_taps, unused_token
-from dspark.train.variants import Recipe, chosen
 
 STAGES = ("train", "decode", "time")
 DECODING = ("domains", "split", "prompts", "tokens", "temperature", "threads")  # options of dspark.bench that compare shares
@@ -147,8 +146,7 @@ def compare_drafters(args: argparse.Namespace) -> None:
     if wrong := [stage for stage in stages if stage not in STAGES]:
         raise ValueError(f"stage {wrong[0]!r} is unknown: choose from {', '.join(STAGES)}")
     recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
-    decoding = {name: getattr(args, name) for name in ("target", "dtype", "device", "seed", *DECODING)}
-    plan = Plan(arms="fixed", baseline="fixed", **decoding)  # a wrong option is refused before anything is loaded or trained
+    plan = plan_of(args, arms="fixed", baseline="fixed")  # a wrong option is refused before anything is loaded or trained
     bare = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
     comparison = Comparison(bare, recipe, args.corpus, args.out, args.results or args.out / "results", args.features)
     if stages != ["time"]:

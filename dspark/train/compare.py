@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
@@ -26,19 +26,106 @@ from dspark.bench.results import SCHEMA_VERSION, Ledger, read_results, write_res
 from dspark.bench.speed import measure_speed
 from dspark.clock import now
 from dspark.draft.drafter import Drafter
+from dspark.draft.eagle import EagleDrafter
 from dspark.files import file_sha256
 from dspark.formats.checkpoint import CONFIG
 from dspark.load import load_drafter, ready
 from dspark.target.target import Target
 from dspark.train.corpus import Corpus, load_corpus
 from dspark.train.features import FeatureStore
-from dspark.train.loop import Trainer, train_to
-from dspark.train.variants import VARIANTS, Recipe, Variant
+from dspark.train.loop import TrainConfig, Trainer, train_to
+from dspark.train.start import drafter_for, frequent_tokens, spread
 from dspark.verify.sampling import Rng, Sampling
 
 log = logging.getLogger(__name__)
 
 FROM_TRAINING = ("steps", "seconds", "corpus_rows", "response_tokens", "revision", "machine", "threads")  # columns of a record
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What sets one drafter apart."""
+
+    name: str
+    layers: int = 2
+    block_size: int = 5
+    rank: int = -1  # of the Markov head; −1: the recipe's, 0: none (DFlash)
+    head: str = "vanilla"  # kind of Markov head: vanilla, gated, rnn
+    kind: type[Drafter] = Drafter
+
+
+def _pairs(label: str, name: str, values: Sequence[int]) -> tuple[Variant, ...]:
+    """DSpark and DFlash at each value of the field ``name``, called dspark-LABEL8, dflash-LABEL8, …"""
+    sides = (("dspark", -1), ("dflash", 0))
+    return tuple(Variant(f"{side}-{label}{value}", rank=rank, **{name: value}) for value in values for side, rank in sides)
+
+
+GROUPS: dict[str, tuple[Variant, ...]] = {  # in order of importance
+    "main": (Variant("dspark"), Variant("dflash", rank=0), Variant("eagle", layers=1, rank=0, kind=EagleDrafter)),
+    "heads": (Variant("gated", head="gated"), Variant("rnn", head="rnn")),
+    "block": _pairs("block", "block_size", (8, 3, 12, 2, 16)),
+    "layers": _pairs("layers", "layers", (1, 4, 3)),
+}
+VARIANTS = {variant.name: variant for group in GROUPS.values() for variant in group}
+
+
+def chosen(names: str) -> list[Variant]:
+    """names: variants, groups or "all", separated by commas. Returns each variant once. Raises ValueError for an unknown name."""
+    result: dict[str, Variant] = {}
+    for name in (part.strip() for part in names.split(",")):
+        if name != "all" and name not in GROUPS and name not in VARIANTS:
+            raise ValueError(f"drafter {name!r} is unknown: choose from all, {', '.join(GROUPS)}, {', '.join(VARIANTS)}")
+        group = VARIANTS.values() if name == "all" else GROUPS.get(name) or (VARIANTS[name],)
+        result |= {variant.name: variant for variant in group}
+    return list(result.values())
+
+
+def _option(default: object, text: str) -> object:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all variants share. Every field is an option of ``python -m dspark.train compare``."""
+
+    steps: int = _option(500, "training steps of each drafter")
+    sequences: int = _option(4, "corpus rows per step")
+    anchors: int = _option(64, "blocks per row and step")
+    lr: float = _option(2e-3, "learning rate at the end of the warm-up")
+    skip_rows: int = _option(0, "leave out the first rows of the shuffled corpus")
+    rows: int = _option(0, "use only so many rows of it; 0 for all")
+    taps: str = _option("1,8,15,22,28", "target layers the drafters read")
+    markov_rank: int = _option(48, "rank of every Markov head")
+    draft_vocab: int = _option(8192, "most frequent response tokens that can be drafted")
+    mask_token: int = _option(3, "an unused special token of the target")
+    seed: int = 0  # of the rows, the batches and the first weights
+
+    def config(self) -> TrainConfig:
+        return TrainConfig(self.steps, self.sequences, self.anchors, self.lr, seed=self.seed, checkpoint_every=100)
+
+    def text(self, corpus: Corpus) -> Corpus:
+        """The rows to train on, the last shard of them held out."""
+        order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(self.seed))
+        return corpus.rows(order[self.skip_rows :][: self.rows or None])
+
+    def vocabulary(self, corpus: Corpus, target: Target) -> Tensor:
+        """d2t of all drafters, [draft_vocab] int64: the most frequent response tokens of the whole corpus."""
+        return frequent_tokens(corpus.token_ids, corpus.assistant, self.draft_vocab, target.vocab_size, target.eos_token_ids)
+
+    def start(self, variant: Variant, target: Target, d2t: Tensor) -> Drafter:
+        """A fresh drafter; its layers start as copies of the target's, from the first to the last."""
+        return drafter_for(
+            target,
+            kind=variant.kind,
+            d2t=d2t,
+            init_layers=spread(variant.layers, target.num_layers - 1),
+            seed=self.seed,
+            block_size=variant.block_size,
+            target_layer_ids=tuple(map(int, self.taps.split(","))),
+            markov_rank=self.markov_rank if variant.rank < 0 else variant.rank,
+            markov_head_type=variant.head,
+            mask_token_id=self.mask_token,
+        )
 
 
 @dataclass(frozen=True)
@@ -62,17 +149,13 @@ class Comparison:
         return load_corpus(self.corpus_path)
 
     @cached_property
-    def corpus_digest(self) -> str:
-        return file_sha256(self.corpus_path)[:16]
-
-    @cached_property
     def d2t(self) -> Tensor:
         return self.recipe.vocabulary(self.corpus, self.target)
 
     def train(self, variants: Sequence[Variant]) -> None:
         """Train the drafters that are not finished, in this order. Raises ValueError for a folder with a drafter trained otherwise."""
         text = self.recipe.text(self.corpus)
-        about = {"recipe": asdict(self.recipe), "corpus": {"rows": len(self.corpus), "sha256": self.corpus_digest}}
+        about = {"recipe": asdict(self.recipe), "corpus": {"rows": len(self.corpus), "sha256": self._origin["corpus_sha256"]}}
         for variant in variants:
             if self._config(variant.name) is None:
                 folder, drafter = self.out / variant.name, self.recipe.start(variant, self.target, self.d2t)
@@ -88,7 +171,7 @@ class Comparison:
         config = json.loads(path.read_text(encoding="utf-8"))
         training = config.get("training", {})
         found = (config.get("target_digest"), training.get("recipe"), training.get("corpus", {}).get("sha256"))
-        if found != (self.target.digest, asdict(self.recipe), self.corpus_digest):
+        if found != (self.target.digest, asdict(self.recipe), self._origin["corpus_sha256"]):
             raise ValueError(f"{path.parent} holds a drafter of another target, recipe or corpus: choose another --out, or delete it")
         return config
 
@@ -97,7 +180,7 @@ class Comparison:
     @cached_property
     def _origin(self) -> dict[str, object]:
         """The columns that must be equal in all rows of the records."""
-        digests = {"target_digest": self.target.digest, "corpus_sha256": self.corpus_digest}
+        digests = {"target_digest": self.target.digest, "corpus_sha256": file_sha256(self.corpus_path)[:16]}
         return digests | {"recipe": json.dumps(asdict(self.recipe)), "schema_version": SCHEMA_VERSION}
 
     def earlier_records(self) -> pd.DataFrame | None:
@@ -105,11 +188,9 @@ class Comparison:
         if not self.records.is_file():
             return None
         earlier = read_results(self.records)
-        if missing := {"drafter", *self._origin} - {"schema_version"} - set(earlier):
-            found = f"{self.records} holds no training records (no column {min(missing)!r})"
-            raise ValueError(f"{found}: delete it, or choose another --results")
-        if "schema_version" not in earlier:
-            raise ValueError(f"{self.records} was written before rows had a schema version: choose another --results, or delete it")
+        if missing := {"drafter", *self._origin} - set(earlier):
+            found = f"{self.records} is older, or holds no training records (no column {min(missing)!r})"
+            raise ValueError(f"{found}: choose another --results, or delete it")
         if other := next((name for name, value in self._origin.items() if (earlier[name] != value).any()), None):
             raise ValueError(f"{self.records} holds drafters of another {other}: choose another --results, or delete it")
         return earlier
@@ -157,7 +238,11 @@ class Comparison:
         place = environment(target) | {"context": context}
         for name, variant in ((variant.name, variant) for variant in variants):
             trained = (self.out / name / CONFIG).is_file()
-            drafters[name] = load_drafter(self.out / name, target) if trained else self._untrained(variant, target)
+            if trained:
+                drafters[name] = load_drafter(self.out / name, target)
+            else:
+                fresh = self.recipe.start(variant, self.target, self.d2t)
+                drafters[name] = ready(fresh.to(target.dtype).attach(target), target)
             columns[name] = {"drafter": name, "trained": trained} | drafter_columns(drafters[name]) | place
         digests = {name: column["drafter_digest"] for name, column in columns.items()}
         configuration = {"mode": "drafters-time", "drafters": digests, "repeats": repeats} | place
@@ -168,9 +253,6 @@ class Comparison:
                 times = {name: _times(target, drafters[name], text) for name in rotated(list(drafters), repeat)}
                 ledger.add(str(repeat), [columns[name] | {"repeat": repeat} | row for name, row in times.items()])
         return ledger.finish()
-
-    def _untrained(self, variant: Variant, target: Target) -> Drafter:
-        return ready(self.recipe.start(variant, self.target, self.d2t).to(target.dtype).attach(target), target)
 
 
 def _times(target: Target, drafter: Drafter, text: list[int]) -> dict[str, float]:

@@ -80,18 +80,16 @@ class Trainer:
             raise ValueError(f"{found}, so nothing is left to train on: make more than {held} rows")
         self.target, self.store, self.config, self.folder = target, store, config, folder
         self.drafter = drafter.float().attach(target)
-        self.optimizer = torch.optim.AdamW(_groups(self.drafter, config.weight_decay), lr=config.learning_rate, fused=True)
+        decays = [(weight, config.weight_decay if weight.dim() > 1 else 0.0) for weight in self.drafter.parameters()]
+        groups = [{"params": [weight], "weight_decay": decay} for weight, decay in decays]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         self.t2d = torch.full((drafter.config.vocab_size,), -1, device=target.device)
         self.t2d[drafter.d2t] = torch.arange(len(drafter.d2t), device=target.device)
-        self.step = 0
+        self.step, self.checkpoint = 0, folder / "checkpoint.safetensors"
         self._loaded: tuple[int, Shard] | None = None  # the shard of the last batch, and its index
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self.step = load_checkpoint(self.checkpoint, self.drafter, self.optimizer, self._about)
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.safetensors"
 
     @property
     def _about(self) -> dict[str, object]:
@@ -168,11 +166,6 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint. Raises ValueError as :func:`dspark.train.checkpoint.save_checkpoint` does."""
         save_checkpoint(self.checkpoint, self.drafter, self.optimizer, {"step": self.step} | self._about)
-
-
-def _groups(drafter: Drafter, weight_decay: float) -> list[dict[str, object]]:
-    """One group per parameter, in order; norms and biases do not decay."""
-    return [{"params": [weight], "weight_decay": weight_decay if weight.dim() > 1 else 0.0} for weight in drafter.parameters()]
 
 
 def _each(record: T, change: Callable[[Tensor], Tensor]) -> T:

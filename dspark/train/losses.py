@@ -32,15 +32,11 @@ class LossWeights:
 class Blocks:
     """Random blocks of known text, all fields [rows, anchors, γ]. Slot k (0-based) predicts the token at anchor + k + 1."""
 
-    positions: Tensor  # int64, anchor + k
+    positions: Tensor  # int64, anchor + k; slot 0 is at the anchor
     tokens: Tensor  # int64, what the backbone reads: anchor, mask, mask, …
     previous: Tensor  # int64, the text's token before the label
     labels: Tensor  # int64, the text's token that slot k predicts
     valid: Tensor  # bool, this label and all before it are tokens to learn from
-
-    @property
-    def anchors(self) -> Tensor:
-        return self.positions[..., 0]
 
 
 def choose_blocks(shard: Shard, count: int, block_size: int, mask_token_id: int, generator: torch.Generator) -> Blocks:
@@ -189,9 +185,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_inputs, *rest = ctx.saved_tensors
-        grad_hidden = grad_inputs[:, : ctx.width] * grad_total.to(grad_inputs.dtype)
-        if not rest:
-            return grad_hidden, None, None, None, None, None, None, None, None
-        grad_latent = grad_inputs[:, ctx.width :] * grad_total.to(grad_inputs.dtype)
-        return grad_hidden, grad_latent, rest[0] * grad_total, None, None, None, None, None, None
+        grad_inputs, *grad_w2 = ctx.saved_tensors
+        grad_inputs = grad_inputs * grad_total.to(grad_inputs.dtype)
+        grad_hidden, grad_latent = grad_inputs[:, : ctx.width], grad_inputs[:, ctx.width :]
+        of_head = (grad_latent, grad_w2[0] * grad_total) if grad_w2 else (None, None)
+        return grad_hidden, *of_head, None, None, None, None, None, None
