@@ -10,9 +10,6 @@ import pandas as pd
 import pytest
 from tiny import WINDOW, interrupted
 
-from dspark.bench.results import write_results
-from dspark.lab import readme
-from dspark.paper import numbers
 from dspark.proof import __main__ as command
 from dspark.proof import crossed
 from dspark.proof.crossed import BLOCK_SIZES, PROMPTS, SITUATIONS, WAYS, Asked, Total, asked, every_piece, few_pieces
@@ -74,17 +71,3 @@ def test_every_way_meets_every_source_of_drafts() -> None:
             kinds = [prompt.source(way, 3, turn) for turn in range(3)]
             inner = [getattr(source, "drafter", source) for source in kinds]
             assert [type(source).__name__ for source in inner] == ["Wavering", "Wavering", "Drafter"], name
-
-
-def test_the_readme_and_the_paper_say_what_was_crossed(tmp_path: Path) -> None:
-    names = {"policy": ["fixed", "mtp1"] * 2, "block_size": 3, "situation": ["plain", "plain", "turns", "turns"]}
-    counts = {"prompts": 600, "equal": [600, 600, 599, 600], "tokens": 9, "accepted": 5, "rejected": 4}
-    frame = pd.DataFrame(names | counts)
-    write_results(frame.assign(schema_version=1), tmp_path / "proof-crossed.parquet")
-    line = readme.proof_lines(tmp_path).splitlines()[-1]
-    assert "2,399 of 2,400" in line and "1200 prompts in 2 situations, each with 2 policies at block sizes 3 to 3" in line
-    assert "20 drafts kept, 16 refused" in line
-    training = {"steps": 1, "corpus_rows": 1, "response_tokens": 1, "held_out": {"tau": 1.0}}
-    said = {macro.command: macro.text for macro in numbers.macros({"proof-crossed": frame}, training)}
-    assert said["MeasuredCrossedEqual"] == "2{,}399" and said["MeasuredCrossedTexts"] == "2{,}400"
-    assert said["SettingCrossedPrompts"] == "1{,}200" and said["MeasuredCrossedRefused"] == "16"

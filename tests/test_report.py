@@ -60,12 +60,6 @@ def test_remarks_hold_the_ratio_to_mtp1_and_the_number_of_equal_texts():
     assert over_mtp1(frame) in speed_table(frame) and over_mtp1(frame) not in speed_table(frame, remarks=False)
 
 
-def test_arms_that_no_longer_exist_are_left_out(tmp_path):
-    write_results(speed_rows({"fixed:5": 1.7, "fixed+gone": 1.9}), tmp_path / "results" / "speed-x.parquet")
-    page = report.results_page(tmp_path)
-    assert "`fixed:5`" in page and "gone" not in page
-
-
 def test_sections_without_a_file_are_left_out(tmp_path):
     assert report.results_page(tmp_path) == report.INTRODUCTION + "\n"
 

@@ -7,9 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pandas as pd
-
-from dspark.bench.arms import parse_arm
 from dspark.bench.markdown import caption, paragraphs, place, speed_table, table
 from dspark.bench.policies import ORACLE, pooled, replayed, windows
 from dspark.bench.prompts import data_dir
@@ -88,22 +85,7 @@ def filled(readme: str, table: str) -> str:
 def _tables(folder: Path, pattern: str) -> str:
     """The tables of all speed files whose name matches."""
     paths = sorted(folder.glob(pattern), key=lambda path: (path.stem.count("-avx2"), path.stem))
-    return paragraphs(speed_table(_known_arms(read_speed(path))) for path in paths)
-
-
-def _known_arms(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the arms that this version can decode with; older files hold others."""
-    frame = frame[frame["arm"].map(_is_known)].drop(columns=["reached_at", "accepted_at", "acceptance_at"], errors="ignore")
-    frame.attrs.clear()  # pandas copies them with every selection
-    return frame
-
-
-def _is_known(arm: str) -> bool:
-    try:
-        parse_arm(arm)
-    except ValueError:
-        return False
-    return True
+    return paragraphs(speed_table(read_speed(path)) for path in paths)
 
 
 def _steps(folder: Path) -> str:
@@ -138,7 +120,7 @@ def _memory(folder: Path) -> str:
     """Peak memory of every arm while decoding (of the whole process where that is not known), over the baseline's."""
     parts = []
     for path in sorted(folder.glob("memory-*.parquet")):
-        frame = _known_arms(read_speed(path))
+        frame = read_speed(path)
         baseline, n = frame.iloc[0]["baseline"], frame.iloc[0]["n"]
         column = "peak_rss_mib" if frame["decode_peak_mib"].isna().any() else "decode_peak_mib"
         peaks = frame.groupby("arm", sort=False)[column].median()
