@@ -1,4 +1,4 @@
-"""Pictures of the confidence head: what a threshold keeps, and whether a stated probability comes true. Pure functions of frames."""
+"""Figures of the confidence head: what a threshold keeps, and how well it is calibrated. Pure functions of frames."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dspark.bench import published
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, dressed
 from dspark.tune.calibrate import AS_TRAINED, Calibration, Rollouts, calibration_error, ranking_quality, reliability
 
-LEAST = 0.05  # checked drafts a round below which an acceptance rate is one of a handful of drafts
+LEAST = 0.05  # verified drafts a round; below it, an acceptance rate counts only a few drafts
 
 
 def threshold_bars(sweep: pd.DataFrame, about: str) -> go.Figure:
-    """One panel per domain: accepted and rejected drafts a round as stacked bars over the threshold, the acceptance rate as a line.
+    """One panel per domain: accepted and rejected drafts a round over the threshold, and the acceptance rate as a line.
 
-    sweep: a frame of :func:`dspark.bench.policies.threshold_sweep` or ``threshold_estimate`` · about: what was replayed, for the title.
+    sweep: from :func:`dspark.bench.policies.threshold_sweep` or ``threshold_estimate``. about: what was replayed, for the title.
     """
     domains = list(dict.fromkeys(sweep["domain"]))
     names = [f"{domain} (n = {sweep.loc[sweep['domain'] == domain, 'n'].max()})" for domain in domains]
@@ -27,29 +27,28 @@ def threshold_bars(sweep: pd.DataFrame, about: str) -> go.Figure:
         x, first = [f"{t:g}" for t in rows["threshold"]], column == 1
         for state, heights in (("accepted", rows["accepted"]), ("rejected", rows["checked"] - rows["accepted"])):
             look = DRAFT_STATES[state]
-            bar = go.Bar(x=x, y=heights, name=look.label, marker_color=look.colour(0.75), legendgroup=state, showlegend=first)
-            figure.add_trace(bar, row=1, col=column, secondary_y=False)
+            named = {"name": look.label, "legendgroup": state, "showlegend": first}
+            figure.add_bar(x=x, y=heights, marker_color=look.colour(0.75), row=1, col=column, secondary_y=False, **named)
         rate = 100 * rows["acceptance"].where(rows["checked"] >= LEAST)
-        line = {"color": FATES["bonus"].colour(), "width": 2.5}
-        shown = go.Scatter(x=x, y=rate, name="acceptance rate", mode="lines+markers", line=line, legendgroup="rate", showlegend=first)
-        figure.add_trace(shown, row=1, col=column, secondary_y=True)
+        line, named = {"color": GREY, "width": 2.5}, {"name": "acceptance rate", "legendgroup": "rate", "showlegend": first}
+        figure.add_scatter(x=x, y=rate, mode="lines+markers", line=line, row=1, col=column, secondary_y=True, **named)
     figure.update_layout(barmode="stack")
     figure.update_xaxes(title="threshold on a<sub>k</sub>", type="category")
     figure.update_yaxes(range=[0, 1.05 * sweep["checked"].max()], secondary_y=False)
     figure.update_yaxes(title="drafts a round (number)", secondary_y=False, col=1)
     figure.update_yaxes(range=[0, 105], tickvals=[0, 25, 50, 75, 100], showgrid=False, showticklabels=False, secondary_y=True)
     figure.update_yaxes(title="acceptance rate (%)", showticklabels=True, secondary_y=True, col=len(domains))
-    return _spaced(dressed(figure, f"A higher threshold checks less and accepts more of it<br><sup>{about}</sup>", 480))
+    return _spaced(dressed(figure, f"A higher threshold verifies fewer drafts and accepts more of them<br><sup>{about}</sup>", 480))
 
 
 def _spaced(figure: go.Figure) -> go.Figure:
-    """Room for the title, its second line, the legend and the panels' own titles, one above the other."""
+    """Make room for the title, the legend and the panels' titles."""
     title = {"y": 0.97, "yanchor": "top"}
     return figure.update_layout(title=title, margin={"t": 165, "r": 60}, legend={"y": 1.2})
 
 
 def published_table(sweep: pd.DataFrame) -> pd.DataFrame:
-    """Acceptance rate without a threshold and at the highest threshold that still checks something, beside the paper's."""
+    """Acceptance rate without a threshold and at the highest threshold that still verifies something, beside the paper's."""
     rows = []
     for domain, part in sweep[sweep["checked"] >= LEAST].groupby("domain", sort=False):
         part = part.sort_values("threshold")
@@ -68,9 +67,9 @@ def published_table(sweep: pd.DataFrame) -> pd.DataFrame:
 
 
 def reliability_diagrams(data: Rollouts, calibration: Calibration, about: str) -> go.Figure:
-    """One panel per position: how often blocks survived to it against the stated a_k, as trained and calibrated.
+    """One panel per position: predicted survival a_k against the share that survived, as trained and calibrated.
 
-    data: rollouts that were not fitted. Marks are bins, their size grows with the cases in them; on the diagonal a head is honest.
+    data: rollouts that were not used for the fit. Marks are bins, larger with more cases; on the diagonal the head is calibrated.
     """
     width = data.block_size
     reached = [k for k in range(width) if data.checked[:, k].any()]
@@ -78,47 +77,22 @@ def reliability_diagrams(data: Rollouts, calibration: Calibration, about: str) -
     figure = make_subplots(1, len(reached), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.03)
     looks = {"as trained": (AS_TRAINED, "correction", "circle-open"), "calibrated": (calibration, "draft", "circle")}
     for column, k in enumerate(reached, 1):
-        diagonal = go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dash"}, hoverinfo="skip", showlegend=False)
-        figure.add_trace(diagonal, row=1, col=column)
-        for name, (put_right, fate, symbol) in looks.items():
-            bins = pd.DataFrame(reliability(*data.at(k, put_right)))
-            size = 5 + 13 * (bins["n"] / bins["n"].max()) ** 0.5
-            shown = go.Scatter(
-                x=bins["confidence"],
-                y=bins["frequency"],
-                mode="lines+markers",
-                name=name,
-                legendgroup=name,
-                showlegend=column == 1,
-                line={"color": FATES[fate].colour(0.6)},
-                marker={"color": FATES[fate].colour(0.85), "symbol": symbol, "size": size},
-                customdata=bins[["n"]],
-                hovertemplate="stated %{x:.2f}, came true %{y:.2f}, n = %{customdata[0]}",
-            )
-            figure.add_trace(shown, row=1, col=column)
-    figure.update_xaxes(range=[-0.03, 1.03], title="stated a<sub>k</sub>", tickvals=[0, 0.5, 1])
+        diagonal, named = {"color": GREY, "dash": "dash"}, {"hoverinfo": "skip", "showlegend": False}
+        figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=diagonal, row=1, col=column, **named)
+        for name, (fit, fate, symbol) in looks.items():
+            bins = pd.DataFrame(reliability(*data.at(k, fit)))
+            marker = {"symbol": symbol, "size": 5 + 13 * (bins["n"] / bins["n"].max()) ** 0.5}
+            look = {"mode": "lines+markers", "line": {"color": FATES[fate].colour(0.85)}, "marker": marker}
+            hover = {"customdata": bins["n"], "hovertemplate": "predicted %{x:.2f}, observed %{y:.2f}, n = %{customdata}"}
+            named = {"name": name, "legendgroup": name, "showlegend": column == 1}
+            figure.add_scatter(x=bins["confidence"], y=bins["frequency"], row=1, col=column, **named, **look, **hover)
+    figure.update_xaxes(range=[-0.03, 1.03], title="predicted a<sub>k</sub>", tickvals=[0, 0.5, 1])
     figure.update_yaxes(range=[-0.03, 1.03])
     figure.update_yaxes(title="share that survived", col=1)
-    return _spaced(dressed(figure, f"Stated survival against what came (n = {len(data.logits)} blocks)<br><sup>{about}</sup>", 480))
+    return _spaced(dressed(figure, f"Predicted and observed survival (n = {len(data.logits)} blocks)<br><sup>{about}</sup>", 480))
 
 
 def _errors(data: Rollouts, k: int, calibration: Calibration) -> str:
     before, after = data.at(k), data.at(k, calibration)
     errors = f"ECE {calibration_error(*before):.1%} → {calibration_error(*after):.1%}"
     return f"position {k + 1}<br><sup>{errors}, AUC {ranking_quality(*after):.2f}</sup>"
-
-
-def calibration_table(judged: pd.DataFrame) -> pd.DataFrame:
-    """A frame of :func:`dspark.bench.rollouts.judged` for the eye."""
-    percent = {name: judged[name].map("{:.1%}".format) for name in ("survival", "ece_before", "ece_after", "noise", "ece_known")}
-    auc = {name: judged[name].round(3) for name in ("auc_before", "auc_after", "auc_best")}
-    names = {"ece_before": "ECE before", "ece_after": "ECE after", "noise": "ECE of a perfect head"}
-    names |= {"ece_known": "ECE after, of probabilities", "auc_before": "AUC before", "auc_after": "AUC after"}
-    names |= {"auc_best": "AUC of a perfect head", "survival": "survived", "n": "blocks"}
-    return judged.assign(**percent, **auc).rename(columns=names).set_index(["temperature", "position"])
-
-
-def ranking_table(ranked: pd.DataFrame) -> pd.DataFrame:
-    """A frame of :func:`dspark.bench.rollouts.ranked` for the eye."""
-    names = {"n": "drafts", "auc": "AUC of a_k", "auc_position": "AUC of the position alone", "auc_best": "AUC of a perfect head"}
-    return ranked.round(3).rename(columns=names).set_index("temperature")

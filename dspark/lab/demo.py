@@ -1,4 +1,4 @@
-"""``python -m dspark.lab.demo``: run the first notebook in batch on this machine and print what came out of it."""
+"""``python -m dspark.lab.demo``: run the first notebook in batch on this machine and print its result."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import papermill
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from dspark.cli import run_main
 from dspark.formats.fetch import default_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,11 +46,9 @@ def checked_parameters(pairs: Sequence[tuple[str, str]], notebook: Path) -> dict
 
 
 def _converted(text: str, kind: str) -> object:
-    if kind == "str":
-        return text
-    if kind in ("int", "float"):
-        return {"int": int, "float": float}[kind](text)
-    value = json.loads(text.lower() if kind == "bool" else text)  # True is how Python writes it
+    if kind in ("str", "int", "float"):
+        return {"str": str, "int": int, "float": float}[kind](text)
+    value = json.loads(text.lower() if kind == "bool" else text)  # Python writes True, JSON true
     if kind == "list[str]" and not (isinstance(value, list) and value and all(isinstance(part, str) for part in value)):
         raise ValueError(kind)
     return value
@@ -63,6 +62,7 @@ def run(notebook: Path, executed: Path, parameters: Mapping[str, object], *, pro
     executed.parent.mkdir(parents=True, exist_ok=True)
     saved = executed.with_suffix(".json")
     saved.unlink(missing_ok=True)
+    kept = f"(the notebook up to there: {shown(executed)})"
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -71,40 +71,31 @@ def run(notebook: Path, executed: Path, parameters: Mapping[str, object], *, pro
             kernel_name="python3",
             progress_bar=progress,
             cwd=str(notebook.parent),
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # its remarks would break into the progress bar
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # its messages would break the progress bar
         )
     except (PapermillExecutionError, CellExecutionError) as error:
-        what = f"{error.ename}: {error.evalue}".splitlines()[0]
-        raise ValueError(f"{what} (the notebook up to there: {shown(executed)})") from None
+        raise ValueError(f"{f'{error.ename}: {error.evalue}'.splitlines()[0]} {kept}") from None
     except DeadKernelError:
-        raise ValueError(f"the notebook's kernel died, perhaps for want of memory (the notebook up to there: {shown(executed)})") from None
+        raise ValueError(f"the notebook's kernel died, perhaps because memory ran out {kept}") from None
     return json.loads(saved.read_text(encoding="utf-8"))
 
 
 def report(summary: Mapping[str, object], executed: Path) -> str:
     """What the demo prints."""
-    s = summary
-    with_drafts = f"DSpark, {s['policy']}"
-    width = max(len(with_drafts), len("plain decoding"))
-    threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''}"
+    s, with_drafts = summary, f"DSpark, {summary['policy']}"
     decoding = "greedy" if s["temperature"] == 0 else f"temperature {s['temperature']:g}"
-    lines = [
-        f"{'prompt':{width}}  {s['prompt']}",
-        "",
-        f"--- the text, {with_drafts}",
-        str(s["text"]),
-        "",
-        f"--- plain decoding ({s['comparison']})",
-        str(s["plain_text"]),
-        "",
-        f"{'plain decoding':{width}}  {s['plain_tokens_per_second']:.1f} tokens/s",
-        f"{with_drafts:{width}}  {s['tokens_per_second']:.1f} tokens/s",
-        f"{'speedup':{width}}  {s['speedup']:.2f}× (95 % interval over {s['n']} prompts: {s['low']:.2f} to {s['high']:.2f})",
-        f"{'τ':{width}}  {s['tokens_per_round']:.2f} tokens per round",
-        f"{'measured with':{width}}  {s['target']}, {decoding}, {s['max_new_tokens']} new tokens, {s['dtype']}, {threads}",
-        f"{'notebook':{width}}  {shown(executed)}",
-    ]
-    return "\n".join(lines)
+    threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''}"
+    texts = f"--- the text, {with_drafts}\n{s['text']}\n\n--- plain decoding ({s['comparison']})\n{s['plain_text']}\n"
+    numbers = {
+        "plain decoding": f"{s['plain_tokens_per_second']:.1f} tokens/s",
+        with_drafts: f"{s['tokens_per_second']:.1f} tokens/s",
+        "speedup": f"{s['speedup']:.2f}× (95 % interval over {s['n']} prompts: {s['low']:.2f} to {s['high']:.2f})",
+        "τ": f"{s['tokens_per_round']:.2f} tokens per round",
+        "measured with": f"{s['target']}, {decoding}, {s['max_new_tokens']} new tokens, {s['dtype']}, {threads}",
+        "notebook": shown(executed),
+    }
+    width = max(map(len, numbers))
+    return "\n".join([f"{'prompt':{width}}  {s['prompt']}\n", texts, *(f"{name:{width}}  {text}" for name, text in numbers.items())])
 
 
 def shown(path: Path) -> str:
@@ -112,39 +103,30 @@ def shown(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dspark.lab.demo", description=__doc__)
-    parser.add_argument(
-        "-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a notebook parameter"
-    )
-    parser.add_argument("--list", action="store_true", help="show the notebook's parameters and stop")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "runs" / NOTEBOOK.name, help=f"the executed notebook; default runs/{NOTEBOOK.name}"
-    )
-    return parser
+def demo(options: argparse.Namespace) -> None:
+    """Run the notebook and print its report, or only list its parameters."""
+    for noisy in ("papermill", "traitlets", "asyncio"):  # after Ctrl-C they would log the kernel's end at length
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    if options.list:
+        for name, about in notebook_parameters(NOTEBOOK).items():
+            print(f"{name}: {about['inferred_type_name']} = {about['default']}  # {about['help']}")
+        return
+    parameters = checked_parameters(options.pairs, NOTEBOOK)
+    if parameters.get("target", "default") == "default":
+        default_folder()  # the first download shows its progress here, not inside the notebook
+    executed = options.out.resolve()
+    print(report(run(NOTEBOOK, executed, parameters), executed))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 for anything that went wrong, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
-    for noisy in ("papermill", "traitlets", "asyncio"):  # on Ctrl-C each tells at length that the kernel is gone
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    try:
-        if options.list:
-            for name, about in notebook_parameters(NOTEBOOK).items():
-                print(f"{name}: {about['inferred_type_name']} = {about['default']}  # {about['help']}")
-            return 0
-        parameters = checked_parameters(options.pairs, NOTEBOOK)
-        if parameters.get("target", "default") == "default":
-            default_folder()  # the first fetch shows its progress here; inside the notebook nobody would see it
-        print(report(run(NOTEBOOK, options.out.resolve(), parameters), options.out.resolve()))
-    except (ValueError, OSError) as error:
-        print(f"dspark.lab.demo: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("dspark.lab.demo: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    """The command. Returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m dspark.lab.demo", description=__doc__)
+    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    parser.add_argument("-p", dest="pairs", help="set a notebook parameter", **pair)
+    parser.add_argument("--list", action="store_true", help="show the notebook's parameters and stop")
+    out = ROOT / "runs" / NOTEBOOK.name
+    parser.add_argument("--out", type=Path, default=out, help=f"the executed notebook; default runs/{NOTEBOOK.name}")
+    return run_main(parser, demo, arguments)
 
 
 if __name__ == "__main__":

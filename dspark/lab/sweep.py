@@ -1,8 +1,8 @@
-"""``python -m dspark.lab.sweep NOTEBOOK -p NAME VALUE,VALUE``: one notebook over a grid of parameters, by papermill, in processes.
+"""``python -m dspark.lab.sweep NOTEBOOK -p NAME VALUE,VALUE``: one notebook over a grid of parameters, with papermill, in processes.
 
-Every cell of the grid is named by the hash of the notebook's code and its parameters: one that is finished is not run again, so a
-killed sweep goes on where it stopped, and a wider grid runs only what is new. A notebook takes part if it has a parameter ``out``
-and saves a flat JSON object there: that object is the cell's row in the combined table.
+Every cell of the grid is named by the hash of the notebook's code and its parameters. Finished cells are not run again, so a killed
+sweep resumes, and a wider grid runs only its new cells. The notebook needs a parameter ``out`` and must save a flat JSON object there:
+the cell's row in the combined table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice, product
@@ -24,6 +24,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from dspark.bench.results import write_results
+from dspark.cli import run_main
+from dspark.files import write_atomically
 from dspark.lab.demo import ROOT, checked_parameters, notebook_parameters, run, shown
 
 Row = dict[str, object]
@@ -31,7 +33,7 @@ Row = dict[str, object]
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid. parameters: checked and typed · folder: where the executed notebook and its row go."""
+    """One point of the grid. parameters: checked and typed. folder: of the executed notebook and its row."""
 
     notebook: Path
     parameters: tuple[tuple[str, object], ...]
@@ -53,18 +55,17 @@ class Cell:
 
 
 def grid(notebook: Path, pairs: Sequence[tuple[str, str]], folder: Path) -> list[Cell]:
-    """Every combination of the values once, the last name turning fastest.
+    """Every combination of the values once; the last name changes fastest.
 
-    pairs: (name, values), values separated by commas or one JSON list of values (for values that hold commas or are lists
-    themselves). Raises ValueError for a notebook without ``out``, a name that it lacks or that is given twice, and a value of
-    another type.
+    pairs: (name, values), with values separated by commas, or as a JSON list if they hold commas or are lists. Raises ValueError for a
+    notebook without ``out``, an unknown or repeated name, and a value of another type.
     """
     if "out" not in notebook_parameters(notebook):
         raise ValueError(f"{notebook.name} has no parameter 'out' to save its summary to, so it cannot be swept")
     names = [name for name, _ in pairs]
     for name in names:
         if name == "out" or names.count(name) > 1:
-            raise ValueError(f"parameter {name!r} " + ("belongs to the sweep" if name == "out" else "is given twice") + ": leave it out")
+            raise ValueError(f"parameter {name!r} " + ("is set by the sweep" if name == "out" else "is given twice") + ": leave it out")
     axes = [[(name, value) for value in _values(name, text)] for name, text in pairs]
     cells = (Cell(notebook, tuple(checked_parameters(point, notebook).items()), folder) for point in product(*axes))
     return list(dict.fromkeys(cells))  # 0.4 and 0.40 are one value
@@ -76,30 +77,26 @@ def _values(name: str, text: str) -> list[str]:
     try:
         values = json.loads(text)
     except ValueError:
-        raise ValueError(f"the values of {name} start with '[' but are no JSON list: {text!r}") from None
+        raise ValueError(f"the values of {name} start with '[' but are not a JSON list: {text!r}") from None
     if not values:
         raise ValueError(f"parameter {name} has no values: {text!r}")
     return [value if isinstance(value, str) else json.dumps(value) for value in values]
 
 
 def run_cell(cell: Cell) -> str:
-    """Execute the notebook at one point and keep its row; returns "" or, for a cell that failed, what went wrong in one line."""
-    start = time.perf_counter()
+    """Execute the notebook at one point and keep its row. Returns "" or, if it failed, the reason in one line."""
+    start, executed = time.perf_counter(), cell.folder / f"{cell.key}.ipynb"
     try:
-        summary = run(
-            cell.notebook, cell.folder / f"{cell.key}.ipynb", dict(cell.parameters), progress=False
-        )  # the grid has a bar of its own
+        summary = run(cell.notebook, executed, dict(cell.parameters), progress=False)
     except (ValueError, OSError, RuntimeError) as error:  # a kernel that does not start is a RuntimeError
         return str(error)
     row = dict(cell.parameters) | {"cell": cell.key, "cell_seconds": time.perf_counter() - start} | summary
-    scratch = cell.row_path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(row), encoding="utf-8")
-    scratch.replace(cell.row_path)  # whole or not at all: this file is what makes the cell finished
+    write_atomically(cell.row_path, json.dumps(row).encode())
     return ""
 
 
 def run_locally(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
-    """Each cell in a process of its own pool, ``jobs`` at a time, as they finish. No cell waits in the pool: Ctrl-C would not reach it."""
+    """Each cell in a process, ``jobs`` at a time, as they finish. No cell waits inside the pool, where Ctrl-C would not reach it."""
     todo = iter(cells)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(run_cell, cell): cell for cell in islice(todo, jobs)}
@@ -110,7 +107,7 @@ def run_locally(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
 
 
 def run_on_ray(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
-    """The same on a Ray cluster: the one that is running, else a local one of ``jobs`` workers. The folder must be shared."""
+    """The same on a Ray cluster: a running one, else a local one with ``jobs`` workers. All workers need the same folder."""
     try:
         import ray
     except ImportError:
@@ -128,7 +125,7 @@ ENGINES = {"local": run_locally, "ray": run_on_ray}
 
 
 def sweep(cells: Sequence[Cell], *, jobs: int = 1, engine: str = "local") -> dict[Cell, str]:
-    """Run what is not finished; returns the cells that failed with their one-line reasons. A failed cell stops no other."""
+    """Run the cells that are not finished. Returns the failed ones with their reasons; they do not stop the others."""
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r} is unknown: choose one of {', '.join(ENGINES)}")
     if jobs < 1:
@@ -144,41 +141,35 @@ def sweep(cells: Sequence[Cell], *, jobs: int = 1, engine: str = "local") -> dic
 
 
 def combined(cells: Sequence[Cell]) -> pd.DataFrame:
-    """One row per finished cell, in the grid's order: its parameters, what the notebook saved, and the seconds it took."""
+    """One row per finished cell, in the grid's order: its parameters, the notebook's summary, and the seconds it took."""
     return pd.DataFrame([row for cell in cells if (row := cell.row()) is not None])
 
 
-def _described(parameters: Mapping[str, object]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in parameters.items()) or "defaults"
+def run_grid(options: argparse.Namespace) -> int:
+    """Run the grid, write and print its table. Returns 1 if a cell failed, else 0."""
+    folder = options.out.resolve() / options.notebook.stem
+    cells = grid(options.notebook.resolve(), options.pairs, folder)
+    failed = sweep(cells, jobs=options.jobs, engine=options.engine)
+    table = combined(cells)
+    if len(table):
+        write_results(table, folder / "table.parquet")
+        print(table.to_string(index=False, max_colwidth=40))
+        print(f"{len(table)} of {len(cells)} cells in {shown(folder / 'table.parquet')}")
+    for cell, problem in failed.items():
+        parameters = ", ".join(f"{name}={value}" for name, value in cell.parameters) or "defaults"
+        print(f"dspark.lab.sweep: {parameters}: {problem}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 if a cell failed, 2 for bad input, 130 after Ctrl-C."""
+    """The command. Returns its exit status: 1 if a cell failed."""
     parser = argparse.ArgumentParser(prog="python -m dspark.lab.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUES"), help="an axis of the grid")
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="folder; the results go to a folder in it named after the notebook")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time; 1 where speed is measured, as cells share the cores")
     parser.add_argument("--engine", default="local", help=", ".join(ENGINES))
-    options = parser.parse_args(arguments)
-    folder = options.out.resolve() / options.notebook.stem
-    try:
-        cells = grid(options.notebook.resolve(), options.pairs, folder)
-        failed = sweep(cells, jobs=options.jobs, engine=options.engine)
-        table = combined(cells)
-        if len(table):
-            write_results(table, folder / "table.parquet")
-            print(table.to_string(index=False, max_colwidth=40))
-            print(f"{len(table)} of {len(cells)} cells in {shown(folder / 'table.parquet')}")
-    except (ValueError, OSError) as error:
-        print(f"dspark.lab.sweep: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dspark.lab.sweep: interrupted; finished cells are kept, and the same command goes on from there", file=sys.stderr)
-        return 130
-    for cell, problem in failed.items():
-        print(f"dspark.lab.sweep: {_described(dict(cell.parameters))}: {problem}", file=sys.stderr)
-    return int(bool(failed))
+    return run_main(parser, run_grid, arguments, kept="finished cells")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Races → frames and the few numbers that sum them up."""
+"""Races → frames and their few summary numbers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PLAIN = "plain"
 
 
 def race_frame(heats: Sequence[Mapping[str, Trial]], prompts: Sequence[str]) -> pd.DataFrame:
-    """One row per heat and way to decode, with the columns that :func:`dspark.bench.stats.summarise` reads.
+    """One row per heat and arm, with the columns that :func:`dspark.bench.stats.summarise` reads.
 
-    heats: what each way to decode, :data:`PLAIN` among them, made of one prompt · prompts: the prompt of each heat; one that
-    comes again is another repeat.
+    heats: arm → its trial on one prompt; :data:`PLAIN` is one of the arms. prompts: the prompt of each heat; the same prompt twice is
+    another repeat.
     """
     rows = []
     for heat, (trials, prompt) in enumerate(zip(heats, prompts, strict=True)):
@@ -29,11 +29,12 @@ def race_frame(heats: Sequence[Mapping[str, Trial]], prompts: Sequence[str]) -> 
 
 
 def race_numbers(frame: pd.DataFrame, arm: str) -> dict[str, float]:
-    """The race in numbers.
+    """The race in numbers; NaN if every text ended with its first token.
 
-    n: prompts · speedup: median over the prompts of latency per token, plain over ``arm``, with its 95 % bootstrap interval
-    [low, high] · tokens_per_round: τ of ``arm`` · tokens_per_second, plain_tokens_per_second: prefill left out. NaN if every
-    text ended with its first token.
+    n: prompts.
+    speedup, low, high: latency per token, plain over ``arm``, the median over the prompts with its 95 % bootstrap interval.
+    tokens_per_round: τ of ``arm``.
+    tokens_per_second, plain_tokens_per_second: without the prefill.
     """
     lines = summarise(frame, PLAIN).set_index(["arm", "domain"])
     mine, plain = lines.loc[(arm, ALL)], lines.loc[(PLAIN, ALL)]
@@ -42,7 +43,7 @@ def race_numbers(frame: pd.DataFrame, arm: str) -> dict[str, float]:
 
 
 def race_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """For the eye: one line per prompt, tokens/s (median over its heats) of every way to decode side by side, and τ of each."""
+    """For the reader: a row per prompt; tokens/s (median over its heats) and τ of every arm."""
     shown = frame.assign(tokens_per_second=1e3 / frame["latency_ms"])
     columns = {"tokens_per_second": "tokens/s", "tokens_per_round": "τ"}
     wide = shown.pivot_table(index="prompt_id", columns="arm", values=list(columns), aggfunc="median", sort=False)
