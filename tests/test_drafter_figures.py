@@ -1,28 +1,28 @@
-"""Pictures of drafters side by side: pure functions of rows, and of known text."""
+"""Figures of drafters: pure functions of rows, and of known text."""
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_eagle import eagle
 from tiny import tiny_drafter, tiny_target
 
 from dspark.bench.results import write_results
 from dspark.cpu.packed import QuantizedLinear, can_quantize
-from dspark.lab import collision, drafters, published
+from dspark.draft.eagle import EagleDrafter
+from dspark.lab import bias, collision, drafters
 from dspark.lab.training import training_curves
-from dspark.verify.sampling import Chance, Sampling
+from dspark.verify.sampling import Rng, Sampling
 
+EAGLE = {"kind": EagleDrafter, "num_hidden_layers": 1, "markov_rank": 0}
 ARMS = {"dspark": (2.0, 2, 5), "dflash": (1.6, 2, 5), "eagle": (1.5, 1, 5), "dspark-block8": (2.2, 2, 8), "dflash-layers4": (1.7, 4, 5)}
 
 
 def rows(split: str = "test") -> pd.DataFrame:
-    """Four domains of three prompts for each drafter, every round the same."""
+    """Two domains of three prompts for each drafter; all rounds are alike."""
     return pd.DataFrame(
         {
             **{"arm": arm, "drafter": arm, "domain": domain, "prompt_id": f"{domain}/{i}", "rounds": 10, "decoded_tokens": 10 * tau + i},
@@ -47,46 +47,43 @@ def rows(split: str = "test") -> pd.DataFrame:
 # ---- the two phrases
 
 
-@pytest.mark.parametrize("fit", [Fraction(1, 2), Fraction(3, 4), Fraction(1)], ids=str)
-def test_what_comes_out_is_the_targets_law_and_only_the_waste_depends_on_the_drafter(fit: Fraction) -> None:
-    kept, text = collision.accepted_words(fit)
-    assert (
-        text
-        == collision.pair_law(Fraction(1))
-        == {"of course": Fraction(1, 2), "of problem": 0, "no course": 0, "no problem": Fraction(1, 2)}
-    )
-    assert kept == 1 + fit
+@pytest.mark.parametrize("fit", [0.5, 0.75, 1.0])
+def test_accepted_drafts_of_the_two_phrases_follow_from_the_overlap_of_the_distributions(fit: float) -> None:
+    pairs, target = collision.pair_probs(fit), collision.pair_probs(1.0)
+    assert target == {"of course": 0.5, "of problem": 0, "no course": 0, "no problem": 0.5} and sum(pairs.values()) == 1
+    overlap = sum(min(pairs[pair], target[pair]) for pair in target)
+    assert collision.accepted_drafts(fit) == 1 + overlap
 
 
 def test_a_bias_of_zero_is_the_parallel_drafter() -> None:
-    assert collision.fit_of(0.0) == Fraction(1, 2)
-    assert float(collision.fit_of(1.0)) == pytest.approx(torch.tensor([1.0, -1.0]).softmax(0)[0].item())
-    shown = collision.collisions({"parallel": Fraction(1, 2)})
+    assert collision.fit_of(0.0) == 0.5
+    assert collision.fit_of(1.0) == pytest.approx(torch.tensor([1.0, -1.0]).softmax(0)[0].item())
+    shown = collision.collisions({"parallel": 0.5})
     assert [list(bar.y) for bar in shown.data] == [[0.5, 0, 0, 0.5], [0.25] * 4]
     with pytest.raises(ValueError, match="2"):
-        collision.pair_law(Fraction(2))
+        collision.pair_probs(2)
 
 
 # ---- the bias on real tokens
 
 
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-def test_a_known_block_is_the_block_that_drafting_would_make(head: str) -> None:
+def test_a_known_block_is_the_block_that_drafting_makes(head: str) -> None:
     target = tiny_target()
     drafter = tiny_drafter(target, markov_head_type=head, d2t=torch.arange(2, 90))
     text = torch.randint(4, 90, (12,), generator=torch.Generator().manual_seed(0)).tolist()
     state = drafter.new_state(text[:5])
     drafter.extend(state, text[:5], target.forward(torch.tensor([text[:5]]), None, drafter.target_layer_ids)[1])
-    draft = drafter.draft(state, text[5], 4, Sampling(1.0), Chance(torch.Generator().manual_seed(0)))
-    biased, base, _ = drafters.known_blocks(target, drafter, [*text[:6], *draft.tokens], torch.tensor([5]))
+    draft = drafter.draft(state, text[5], 4, Sampling(1.0), Rng(torch.Generator().manual_seed(0)))
+    biased, base, _ = bias.known_blocks(target, drafter, [*text[:6], *draft.tokens], torch.tensor([5]))
     assert torch.allclose(draft.probs[:, drafter.d2t], biased[0], atol=1e-5)
     assert not torch.allclose(base, biased, atol=1e-2)
-    other = drafters.known_blocks(target, drafter, [*text[:6], 50, 51, 52, 53], torch.tensor([5]))
+    other = bias.known_blocks(target, drafter, [*text[:6], 50, 51, 52, 53], torch.tensor([5]))
     assert torch.allclose(base, other[1], atol=1e-6) and not torch.allclose(biased, other[0], atol=1e-2)
 
 
 def test_a_known_block_is_the_same_alone_and_among_others() -> None:
-    """Also with layers of 8 bits, which round all rows of an input by one scale."""
+    """Also with 8-bit layers, which round all rows of an input by one scale."""
     if not can_quantize(torch.zeros(8, 8, dtype=torch.bfloat16)):
         pytest.skip("this CPU or this build of PyTorch has no 8-bit kernels")
     target = tiny_target()
@@ -94,36 +91,33 @@ def test_a_known_block_is_the_same_alone_and_among_others() -> None:
     object.__setattr__(drafter, "head", QuantizedLinear(drafter.head_weight))
     drafter.markov_head.markov_w2 = QuantizedLinear(drafter.markov_head.markov_w2.weight)
     text = torch.randint(4, 90, (24,), generator=torch.Generator().manual_seed(0)).tolist()
-    together = drafters.known_blocks(target, drafter, text, torch.arange(3, 20))
+    together = bias.known_blocks(target, drafter, text, torch.arange(3, 20))
     for i in (0, 9, 16):
-        alone = drafters.known_blocks(target, drafter, text, torch.tensor([3 + i]))
+        alone = bias.known_blocks(target, drafter, text, torch.tensor([3 + i]))
         assert all(torch.allclose(one[0], all_of_them[i], atol=1e-4) for one, all_of_them in zip(alone, together, strict=True))
 
 
-def test_the_view_of_a_block_names_its_slots_and_what_is_kept() -> None:
+def test_the_figure_of_a_slot_shows_the_block_of_its_anchor() -> None:
     target = tiny_target()
     drafter = tiny_drafter(target)
     text = list(range(10, 24))
-    biased, base = drafters.known_text_acceptance(target, drafter, text, first=4)
+    biased, base = bias.known_text_acceptance(target, drafter, text, first=4)
     assert biased.shape == base.shape == (7, 4)
-    view = drafters.bias_view(target, drafter, text, at=6, top=3)
-    kept = view.groupby("slot")[["kept_biased", "kept_parallel"]].first().to_numpy()
-    assert np.allclose(kept, np.stack([biased[2], base[2]], -1), atol=1e-5)
-    assert view.groupby("slot")["token"].nunique().between(3, 9).all() and view["behind"].unique().tolist() == ["16", "17", "18", "19"]
-    figure = drafters.bias_figure(view, slot=2, top=4)
-    assert "behind “17”" in figure.layout.title.text and f"{kept[1, 0]:.0%} with it" in figure.layout.title.text
+    figure = bias.bias_figure(target, drafter, text, at=6, slot=2, top=4)
+    assert "after “17”" in figure.layout.title.text
+    assert f"{base[2, 1]:.0%} accepted without the bias, {biased[2, 1]:.0%} with it" in figure.layout.title.text
     assert len(figure.data) == 3 and all(len(bar.x) == 4 for bar in figure.data)
     with pytest.raises(ValueError, match="slot 9"):
-        drafters.bias_figure(view, slot=9)
+        bias.bias_figure(target, drafter, text, at=6, slot=9)
     for at in (0, 11):
         with pytest.raises(ValueError, match=str(at)):
-            drafters.bias_view(target, drafter, text, at=at)
+            bias.bias_figure(target, drafter, text, at=at, slot=1)
 
 
 def test_a_drafter_without_a_markov_head_is_the_same_with_and_without_its_bias() -> None:
     target = tiny_target()
-    for drafter in (tiny_drafter(target, markov_rank=0), eagle(target)):
-        biased, base = drafters.known_text_acceptance(target, drafter, list(range(10, 24)), first=4)
+    for drafter in (tiny_drafter(target, markov_rank=0), tiny_drafter(target, **EAGLE)):
+        biased, base = bias.known_text_acceptance(target, drafter, list(range(10, 24)), first=4)
         assert np.array_equal(biased, base) and ((0 < biased) & (biased <= 1)).all()
 
 
@@ -141,7 +135,7 @@ def test_files_are_read_together_only_if_measured_alike(tmp_path: Path) -> None:
         drafters.read_drafters(tmp_path, 1.0)
 
 
-def test_a_results_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_results_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no folder .*elsewhere: leave results empty"):
         drafters.read_drafters(tmp_path / "elsewhere", 1.0)
 
@@ -164,22 +158,19 @@ def test_positions_are_pooled_by_their_counts_and_drawn_per_drafter() -> None:
     assert (bars.y - bars.error_y.arrayminus == pytest.approx([0, 0.5])) and (bars.y + bars.error_y.array == pytest.approx([0.5, 1]))
     assert first["error"].iloc[1] == pytest.approx(1.959964 * (0.25 / 48) ** 0.5)
     figure = drafters.acceptance_figure(positions, "n = 6 prompts")
-    assert [line.name for line in figure.data] == [
-        look[0] for look in drafters.LOOKS.values()
-    ] and "n = 6 prompts" in figure.layout.title.text
-    computed = drafters.computed_positions({"dspark": [np.array([[0.5, 0.2]]), np.array([[0.7, 0.4]])]})
-    assert computed["n"].tolist() == [2, 2] and computed["acceptance"].tolist() == pytest.approx([0.6, 0.3])
+    assert [line.name for line in figure.data] == [look[0] for look in drafters.LOOKS.values()]
+    assert "n = 6 prompts" in figure.layout.title.text
 
 
-def test_the_heads_share_is_of_a_whole_round_and_of_the_median_repeat() -> None:
+def test_the_heads_share_is_the_median_repeats_part_of_a_whole_round() -> None:
     draft, head, verify = [6.0, 5.0, 90.0], [0.5, 0.7, 0.6], [24.0, 30.0, 23.0]
     times = pd.DataFrame({"drafter": "dspark", "draft_ms": draft, "head_ms": head, "verify_ms": verify})
-    told = drafters.cost_table(pd.concat([times, times.assign(drafter="dflash", head_ms=0.0)]))
-    assert told.loc["dspark"].tolist() == [6.0, 0.6, 24.0, "2.0%"]
-    assert told.loc["dflash", "head's share of a round"] == "0.0%"
+    table = drafters.cost_table(pd.concat([times, times.assign(drafter="dflash", head_ms=0.0)]))
+    assert table.loc["dspark"].tolist() == [6.0, 0.6, 24.0, "2.0%"]
+    assert table.loc["dflash", "head's share of a round"] == "0.0%"
 
 
-def test_the_heads_share_is_that_of_drafters_which_differ_in_block_size_alone() -> None:
+def test_the_heads_share_compares_drafters_that_differ_in_block_size_alone() -> None:
     rows = [
         ("dspark", 5, 6.0, 0.6, 24.0),
         ("dspark-block8", 8, 8.0, 1.6, 24.0),
@@ -189,18 +180,12 @@ def test_the_heads_share_is_that_of_drafters_which_differ_in_block_size_alone() 
     frame = pd.DataFrame(rows, columns=["drafter", "drafter_block_size", "draft_ms", "head_ms", "verify_ms"])
     times = pd.concat([frame.assign(head_ms=frame["head_ms"] * factor) for factor in (1, 1, 9)])
     assert drafters.head_shares(times).to_dict() == pytest.approx({5: 0.02, 8: 0.05})
-    figure = drafters.head_share_figure(times)
-    assert list(figure.data[0].x) == [5, 8] and list(figure.data[0].y) == pytest.approx([2, 5]) and "n = 3" in figure.layout.title.text
-    with pytest.raises(ValueError, match="--stages time"):
-        drafters.head_share_figure(times[times["drafter"] == "dflash"])
 
 
 def trained() -> pd.DataFrame:
-    """Training records of five drafters and of two more heads."""
-    shapes = [(name, layers, block, 0 if name.startswith("dflash") else 8, "vanilla", tau) for name, (tau, layers, block) in ARMS.items()]
-    shapes += [("gated", 2, 5, 8, "gated", 2.05), ("rnn", 2, 5, 8, "rnn", 1.9)]
-    frame = pd.DataFrame(shapes, columns=["drafter", "layers", "block_size", "rank", "head", "held_out_tau"])
-    return frame.assign(steps=9, held_out_acceptance=[[0.3, 0.2]] * len(frame))
+    """Training records of five drafters and of another head."""
+    shapes = [(name, layers, block, tau) for name, (tau, layers, block) in ARMS.items()] + [("gated", 2, 5, 2.05)]
+    return pd.DataFrame(shapes, columns=["drafter", "layers", "block_size", "held_out_tau"]).assign(steps=9)
 
 
 def test_depth_and_block_size_are_compared_at_the_base_of_the_other() -> None:
@@ -212,18 +197,13 @@ def test_depth_and_block_size_are_compared_at_the_base_of_the_other() -> None:
         drafters.size_figure(trained().query("drafter != 'dspark'"), "layers")
 
 
-def test_heads_are_compared_at_the_base_alone() -> None:
-    table = drafters.head_table(trained())
-    assert table["τ, held out"].to_dict() == {"gated": 2.05, "vanilla": 2.0, "rnn": 1.9, "none": 1.6}
-
-
 def test_the_published_gain_is_that_of_the_published_numbers() -> None:
-    table = published.published_tau()
+    table = drafters.published_tau()
     assert list(table.index) == ["eagle", "dflash", "dspark"] and table.loc["dspark", "MT-Bench"] == 3.64
     assert table.loc["dflash", "DSpark's gain"] == "+16%"
 
 
-def test_the_curves_of_a_training_grow_with_its_records() -> None:
+def test_training_curves_grow_with_the_records() -> None:
     held = {"loss": 2.0, "tau": 1.2, "acceptance": [0.3, 0.2]}
     records = [{"step": 1, "loss": 3.0, "tau": 1.1}, {"step": 2, "loss": 2.5, "tau": 1.2, "held_out": held}]
     empty, begun, later = (training_curves(records[:n], steps=9) for n in range(3))

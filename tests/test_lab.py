@@ -1,4 +1,4 @@
-"""Figures are pure functions of records, readable by everyone, and say what the records say."""
+"""Figures are pure functions of records, can be read by everyone, and show what the records say."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from dspark.bench.measure import Trial
-from dspark.bench.prompts import data_dir
 from dspark.bench.results import SCHEMA_VERSION, read_rows, write_results
-from dspark.decode import Round
-from dspark.lab import drafters, figures, proof, scheduling, static, tables
-from dspark.schedule import PrefixScheduler
+from dspark.files import data_dir
+from dspark.lab import drafters, figures, scheduling, speed, static, tables
+from dspark.round import Round
+from dspark.schedule import PrefixScheduler, policy_colour, policy_label
 
 BYTES = {i: bytes([i]) for i in range(256)}
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,21 +35,18 @@ def ids(text: str) -> list[int]:
 def round_of(index: int, drafts: str, length: int, accepted: int, committed: str, source: str = "drafter", seconds: float = 0.1) -> Round:
     n = len(ids(drafts))
     return Round(
-        index,
-        None if index == 0 else 65,
-        n,
-        tuple(ids(drafts)),
-        tuple(0.9 - 0.1 * k for k in range(n)),
-        tuple(0.9**k for k in range(n)),
-        length,
-        accepted,
-        tuple(ids(committed)),
-        tuple(0.8 for _ in range(length)),
-        tuple(0.7 for _ in range(n)),
-        source,
-        0.01,
-        0.08,
-        seconds,
+        index=index,
+        anchor=None if index == 0 else 65,
+        window=n,
+        draft_tokens=tuple(ids(drafts)),
+        confidence=tuple(0.9 - 0.1 * k for k in range(n)),
+        verify_length=length,
+        accepted=accepted,
+        committed=tuple(ids(committed)),
+        target_probs_of_drafts=(0.8,) * length,
+        draft_probs_of_drafts=(0.7,) * n,
+        source=source,
+        seconds=seconds,
     )
 
 
@@ -64,11 +61,6 @@ ROUNDS = [
 TEXT = 'Hello <c\nax&"'
 
 
-def visible(html: str) -> str:
-    body = html.split("pre-wrap")[1].split(">", 1)[1]
-    return unescape(re.sub(r"<[^>]*>", "", body.replace("↵", "")))
-
-
 def test_every_committed_token_has_the_fate_that_its_round_gave_it():
     found = figures.fates(ROUNDS)
     assert decode([t.token_id for t in found]) == TEXT
@@ -77,25 +69,36 @@ def test_every_committed_token_has_the_fate_that_its_round_gave_it():
     assert [decode([t.replaced]) for t in found if t.replaced is not None] == [">", "b", "y"]
 
 
-def test_accepted_drafts_behind_the_end_of_the_text_have_no_fate():
+def test_accepted_drafts_after_the_end_of_the_text_have_no_fate():
     ended = round_of(1, "abcd", 4, 3, "ab")
     assert [t.fate for t in figures.fates([ended])] == ["draft", "draft"]
-    assert figures.draft_states([ended]) == [["accepted", "accepted", "in vain", "in vain"]]
+    assert figures.draft_states([ended]) == [["accepted", "accepted", "discarded", "discarded"]]
+
+
+def html(rounds: list[Round], decode=decode) -> str:
+    """The tokens as a notebook shows them, each with its tooltip."""
+    tokens, start, spans = figures.fates(rounds), 0, []
+    for count, text in figures.whole_pieces([t.token_id for t in tokens], decode):
+        spans.append(figures.span(tokens[start : start + count], text, decode))
+        start += count
+    return "".join(spans)
+
+
+def visible(html: str) -> str:
+    return unescape(re.sub(r"<[^>]*>", "", html.replace("↵", "")))
 
 
 def test_html_shows_the_text_and_escapes_all_of_it():
-    html = figures.token_fates(ROUNDS, decode)
-    assert visible(html) == TEXT
-    assert "<c" not in html and 'title="correction · round 2, position 3 · instead of the draft “&gt;”' in html
-    assert set(re.findall(r"</?(\w+)", html)) == {"div", "span"}
+    shown = html(ROUNDS)
+    assert visible(shown) == TEXT
+    assert "<c" not in shown and 'title="correction · round 2, position 3 · instead of the draft “&gt;”' in shown
+    assert set(re.findall(r"</?(\w+)", shown)) == {"span"}
 
 
 def test_a_hostile_token_cannot_break_out_of_text_or_tooltip():
     hostile = '"><script>alert(1)</script>'
-    html = figures.token_fates([round_of(1, "abc", 3, 1, "ax")], lambda tokens: hostile if len(tokens) == 1 else "ab" + hostile)
-    assert "<script" not in html and '""' not in html
-    heat = figures.acceptance_heatmap(ROUNDS, None, lambda _tokens: hostile)
-    assert "<script" not in heat.to_json().replace("\\u003c", "<")
+    shown = html([round_of(1, "abc", 3, 1, "ax")], lambda tokens: hostile if len(tokens) == 1 else "ab" + hostile)
+    assert "<script" not in shown and '""' not in shown
 
 
 @pytest.mark.parametrize("text", ["plain", "你好, 世界", "a🙂b", "👩‍🚀!", "é e\u0301", "👍🏽 ok", "🇫🇷"])
@@ -116,8 +119,8 @@ def test_bytes_that_never_become_a_character_are_shown_as_a_box_and_lose_no_toke
     wild = [0x80, *ids("ok"), 0xFF, 0xFE, 300, *ids("!")]
     pieces = figures.whole_pieces(wild, decode)
     assert sum(count for count, _ in pieces) == len(wild)
-    html = figures.token_fates([round_of(0, "", 0, 0, "a"), Round(1, 1, 0, (), (), (), 0, 0, tuple(wild), (), (), "", 0, 0, 0)], decode)
-    assert figures.NO_CHARACTER not in html and "ok" in visible(html)
+    shown = html([round_of(0, "", 0, 0, "a"), Round(index=1, anchor=1, committed=tuple(wild))])
+    assert figures.NO_CHARACTER not in shown and "ok" in visible(shown)
 
 
 def test_a_tokenizer_that_drops_the_first_space_loses_none_inside():
@@ -130,64 +133,47 @@ def test_a_tokenizer_that_drops_the_first_space_loses_none_inside():
     ]
 
 
-def test_a_character_of_tokens_with_different_fates_carries_all_their_colours():
-    smile = ids("🙂")
-    two = [
-        Round(1, 1, 2, tuple(smile[:2]), (), (), 2, 2, tuple(smile[:3]), (0.5, 0.5), (0.5, 0.5), "drafter", 0, 0, 0),
-        Round(2, 1, 0, (), (), (), 0, 0, (smile[3],), (), (), "", 0, 0, 0),
-    ]
-    span = re.search(r'<span title="accepted draft · round 1[^>]*>', figures.token_fates(two, decode))[0]
+def test_a_character_of_tokens_with_different_fates_has_all_their_colours():
+    smile = tuple(ids("🙂"))
+    drafts = {
+        "draft_tokens": smile[:2],
+        "confidence": (0.5, 0.5),
+        "target_probs_of_drafts": (0.5, 0.5),
+        "draft_probs_of_drafts": (0.5, 0.5),
+    }
+    first = Round(index=1, anchor=1, window=2, verify_length=2, accepted=2, committed=smile[:3], source="drafter", **drafts)
+    shown = html([first, Round(index=2, anchor=1, committed=smile[3:])])
     for fate in ("draft", "bonus", "plain"):
-        assert figures.FATES[fate].colour(0.33) in span
+        assert figures.FATES[fate].colour(0.33) in shown
 
 
-def test_heatmap_is_block_size_by_rounds_and_holds_every_state():
-    figure = figures.acceptance_heatmap(ROUNDS, 7, decode)
-    z = figure.data[0].z
-    assert (len(z), {len(row) for row in z}) == (7, {len(ROUNDS) - 1})
-    names = list(figures.DRAFT_STATES)
-    first, third = ([None if row[i] is None else names[row[i]] for row in z] for i in (0, 2))
-    assert first == ["accepted"] * 4 + [None] * 3
-    assert third == ["accepted", "rejected", "in vain", "unchecked", None, None, None]
-    assert "14 drafted tokens: 7 accepted (n = 5 rounds)" in figure.layout.title.text
-    assert figure.layout.xaxis.title.text and figure.layout.yaxis.title.text
-    assert len(figures.acceptance_heatmap(ROUNDS).data[0].z) == 4
+def test_every_drafted_token_has_a_state():
+    states = figures.draft_states(ROUNDS, 7)
+    assert (len(states), {len(row) for row in states}) == (len(ROUNDS) - 1, {7}), "the prefill drafts nothing"
+    assert states[0] == ["accepted"] * 4 + [None] * 3
+    assert states[2] == ["accepted", "rejected", "discarded", "unchecked", None, None, None]
+    assert figures.draft_states(ROUNDS[:1], 3) == [] and len(figures.draft_states(ROUNDS)[0]) == 4
 
 
-@pytest.mark.parametrize("rounds", [[], ROUNDS[:1], [ROUNDS[0], ROUNDS[4]]], ids=["none", "prefill", "plain"])
-def test_figures_bear_rounds_without_drafts(rounds):
-    assert figures.acceptance_heatmap(rounds, 3).data[0].z is not None
-    figures.token_fates(rounds, decode)
-
-
-def test_same_records_give_the_same_figures_and_stay_as_they_were():
+def test_the_same_records_give_the_same_figures_and_are_not_changed():
     before = repr(ROUNDS)
-    for draw in (
-        lambda: figures.token_fates(ROUNDS, decode),
-        lambda: figures.acceptance_heatmap(ROUNDS, 5, decode).to_json(),
-        lambda: figures.race({"one": ROUNDS, "two": ROUNDS[:3]}).to_json(),
-    ):
+    for draw in (lambda: html(ROUNDS), lambda: figures.race({"plain": ROUNDS, "fixed:5": ROUNDS[:3]}).to_json()):
         assert draw() == draw()
     assert repr(ROUNDS) == before
 
 
-@pytest.mark.parametrize(
-    ("tokens", "names"),
-    [(["a"], ["1: “a”", "2: not drawn"]), ([], ["1: not drawn", "2: not drawn"]), (None, ["draft 1", "draft 2"])],
-    ids=["named", "nothing drawn", "nameless"],
-)
-def test_the_schedulers_path_names_what_was_drawn_and_what_was_not(tokens, names):
-    path = list(PrefixScheduler({1: 1.0, 2: 0.9, 3: 0.5}.__getitem__).admissions([torch.tensor([0.9, 0.2])]))
-    bars = scheduling.admission_path(path, tokens).data[0]
-    assert list(bars.x) == ["anchor alone", *names]
+def test_the_schedulers_path_names_the_drafts_up_to_the_first_fall():
+    path = list(PrefixScheduler({1: 1.0, 2: 0.9, 3: 0.5, 4: 0.4}.__getitem__).admissions([torch.tensor([0.9, 0.2, 0.9])]))
+    bars = scheduling.admission_path(path, ["a", "b", "c"]).data[0]
+    assert list(bars.x) == ["anchor alone", "1: “a”", "2: “b”"]
     assert [round(y, 3) for y in bars.y] == [1.0, 1.71, 1.04]
 
 
-def test_race_counts_tokens_over_seconds_behind_the_prefill():
-    line = figures.race({"drafts": ROUNDS}).data[0]
+def test_race_counts_tokens_over_seconds_after_the_prefill():
+    line = figures.race({"fixed:5": ROUNDS}).data[0]
     assert list(line.y) == [1, 6, 9, 11, 12, 13]
     assert line.x[0] == 0 and line.x[-1] == pytest.approx(0.5)
-    assert line.name == "drafts: 13 tokens in 0.50 s"
+    assert line.name == f"{policy_label('fixed:5')}: 13 tokens in 0.50 s" and line.line.color == policy_colour("fixed:5")
 
 
 # What red-green blindness leaves of a colour (Machado, Oliveira and Fernandes, 2009, severity 1), on linear RGB.
@@ -230,10 +216,8 @@ def test_grey_text_can_be_read_on_light_and_dark_pages(ground):
 
 
 def trial(tokens: list[int], per_round: int, seconds: float) -> Trial:
-    rounds = [
-        Round(i, 1, 0, (), (), (), 0, 0, tuple(tokens[1:][at : at + per_round]), (), (), "", 0.0, 0.01, 0.01)
-        for i, at in enumerate(range(0, len(tokens) - 1, per_round), 1)
-    ]
+    starts = range(1, len(tokens), per_round)
+    rounds = [Round(index=i, anchor=1, committed=tuple(tokens[at : at + per_round]), seconds=0.01) for i, at in enumerate(starts, 1)]
     return Trial(tokens, rounds, 0.1, seconds)
 
 
@@ -253,7 +237,7 @@ def test_race_numbers_are_the_benchs_paired_medians():
     assert list(table["tokens/s", "fixed"]) == pytest.approx([15, 20, 40])
 
 
-def test_a_prompt_that_comes_again_is_a_repeat_and_counts_once():
+def test_a_repeated_prompt_counts_once():
     text = list(range(9))
     heats = [{"plain": trial(text, 1, 0.8), "fixed": trial(text, 2, seconds)} for seconds in (0.4, 0.5, 0.1)]
     numbers = tables.race_numbers(tables.race_frame(heats, ["a", "a", "a"]), "fixed")
@@ -261,7 +245,7 @@ def test_a_prompt_that_comes_again_is_a_repeat_and_counts_once():
     assert numbers["speedup"] == pytest.approx(2.0), "the median of the repeats"
 
 
-# ---- the picture of RESULTS.md
+# ---- figures of results files
 
 
 def results(baseline: str = "plain") -> pd.DataFrame:
@@ -276,7 +260,7 @@ def results(baseline: str = "plain") -> pd.DataFrame:
     return pd.DataFrame(rows).assign(**shared, split="test", threads=2, machine="a machine", device="cpu")
 
 
-def test_picture_shows_every_arm_with_units_and_n_and_is_the_same_each_time(tmp_path):
+def test_the_headline_shows_every_arm_with_units_and_n_and_is_the_same_each_time(tmp_path):
     write_results(results(), tmp_path / "speed.parquet")
     for name in ("a.svg", "b.svg"):
         assert static.main(["--results", str(tmp_path / "speed.parquet"), "--out", str(tmp_path / name)]) == 0
@@ -284,32 +268,41 @@ def test_picture_shows_every_arm_with_units_and_n_and_is_the_same_each_time(tmp_
     figure = static.headline(results())
     speed, tau = figure.axes
     assert "(×)" in speed.get_ylabel() and "tokens per round" in tau.get_ylabel()
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["transformers generate", "fixed:5"]
-    assert "n = 8 test prompts a domain" in figure.get_supxlabel()
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [policy_label("generate"), policy_label("fixed:5")]
+    assert "n = 8 test prompts per domain" in figure.get_supxlabel()
 
 
-def test_picture_of_missing_results_is_one_line(tmp_path, capsys):
-    assert static.main(["--results", str(tmp_path / "none.parquet"), "--out", str(tmp_path / "a.svg")]) == 1
+def test_a_file_that_is_missing_or_of_another_version_or_empty_is_refused_in_one_line(tmp_path, capsys):
+    folder, frame = tmp_path, results()
+    unnamed = frame.drop(columns="schema_version")
+    for wrong, said in ((frame.assign(schema_version=99), "schema version 99"), (frame[:0], "no rows"), (unnamed, "schema version none")):
+        write_results(wrong, folder / "drafters-t0-dspark.parquet")
+        with pytest.raises(ValueError, match=rf"drafters-t0-dspark\.parquet has {said}.*dspark\.train compare"):
+            drafters.read_drafters(folder, 0.0)
+        assert static.main(["--results", str(folder / "drafters-t0-dspark.parquet"), "--out", str(tmp_path / "a.svg")]) == 2
+        assert said in capsys.readouterr().err
+    assert static.main(["--results", str(tmp_path / "none.parquet"), "--out", str(tmp_path / "a.svg")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_file_of_another_version_or_without_rows_is_refused_wherever_it_is_drawn(tmp_path, capsys):
-    folder, frame = tmp_path / "results", results()
-    unnamed = frame.drop(columns="schema_version")
-    drawn = {"drafters-t0-dspark": lambda data: drafters.read_drafters(data / "results", 0.0)}
-    for wrong, told in ((frame.assign(schema_version=99), "schema version 99"), (frame[:0], "no rows"), (unnamed, "schema version none")):
-        for name, draw in drawn.items():
-            path = folder / f"{name}.parquet"
-            write_results(wrong, path)
-            command = "train compare" if name.startswith("drafters") else "bench"
-            with pytest.raises(ValueError, match=rf"{name}\.parquet has {told}.*dspark\.{command}"):
-                draw(tmp_path)
-            assert static.main(["--results", str(path), "--out", str(tmp_path / "a.svg")]) == 1
-            assert told in capsys.readouterr().err
-            path.unlink()
-    write_results(pd.DataFrame({"bug": []}), folder / "proof-planted.parquet")
-    with pytest.raises(ValueError, match=r"planted\.parquet has no rows.*make proof ARGS=planted"):
-        proof.read_parts(folder)
+def test_an_arm_has_one_colour_and_one_label_in_every_figure():
+    frame, arm = results(), "fixed:5"
+    columns = {"reached_at": [[]] * len(frame), "theme": "x", "model_seconds": frame["seconds"], "checked": 5, "accepted": 1}
+    lines = pd.DataFrame({"policy": ["plain", arm], "domain": "all", "n": 8, "speedup": [1.0, 1.7]})
+    drawn = [*speed.over(frame, "plain").data, *speed.predicted(frame.assign(**columns)).data, *figures.race({arm: ROUNDS}).data]
+    mine = [trace for trace in drawn if trace.name.startswith(policy_label(arm))]
+    assert {trace.marker.color or trace.line.color for trace in mine} == {policy_colour(arm)} and len(mine) == 3
+    dots = scheduling.policy_chart(lines, "a test").data[-1]
+    assert (list(dots.y), list(dots.marker.color)) == ([policy_label(arm)], [policy_colour(arm)])
+    assert static.headline(frame).legends[0].get_texts()[-1].get_text() == policy_label(arm)
+
+
+def test_the_published_range_is_drawn_over_mtp1_alone():
+    frame = results().replace({"arm": {"generate": "mtp1"}})
+    note = speed.over(frame, "mtp1", quoted=True).layout.annotations[0].text
+    assert note.startswith("quoted:") and "1.57–1.85×" in note
+    with pytest.raises(ValueError, match="not over 'plain'"):
+        speed.over(frame, "plain", quoted=True)
 
 
 @pytest.mark.parametrize("path", sorted((data_dir() / "results").glob("*.parquet")), ids=lambda path: path.stem)
@@ -318,5 +311,5 @@ def test_every_committed_results_file_says_its_schema_version(path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_no_notebook_draws_results_that_were_not_looked_at(path):
+def test_no_notebook_reads_results_without_checking_their_version(path):
     assert "read_results" not in path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A sweep runs every cell of its grid once, whatever happens in between."""
+"""A sweep runs every cell of its grid once, whatever interrupts it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def log(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def notebook(tmp_path: Path, log: Path) -> Path:
-    """Squares x, and notes in a log that it ran."""
+    """Squares x, and writes into a log that it ran."""
     parameters = f'x: int = 1  # squared\nword: str = "a"  # noted\nout: str = ""  # file for the result\nlog: str = "{log}"  # of runs'
     cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(CODE)]
     path = tmp_path / "squares.ipynb"
@@ -53,12 +53,12 @@ def test_the_grid_is_the_product_of_its_axes(notebook, tmp_path):
     assert len({cell.key for cell in cells}) == 4
 
 
-def test_a_value_that_is_named_twice_is_one_cell(notebook, log):
+def test_a_repeated_value_is_one_cell(notebook, log):
     assert swept(notebook, "-p", "x", "3,03,3") == 0
     assert log.read_text() == "3 a " and table(notebook)["square"].tolist() == [9]
 
 
-def test_an_interrupted_sweep_goes_on_and_holds_no_row_twice(notebook, log, monkeypatch, capsys):
+def test_an_interrupted_sweep_resumes_and_has_no_row_twice(notebook, log, monkeypatch, capsys):
     def interrupted(cells, jobs):
         for i, cell in enumerate(cells):
             if i == 2:
@@ -67,20 +67,20 @@ def test_an_interrupted_sweep_goes_on_and_holds_no_row_twice(notebook, log, monk
 
     monkeypatch.setitem(sweep.ENGINES, "local", interrupted)
     assert swept(notebook, "-p", "x", "2,3,4,5") == 130
-    assert "goes on from there" in capsys.readouterr().err
-    assert swept(notebook, "-p", "x", "2,3,4,5") == 0  # what is left is two cells: it gets through
+    assert "finished cells are kept" in capsys.readouterr().err
+    assert swept(notebook, "-p", "x", "2,3,4,5") == 0  # two cells are left
     assert log.read_text() == "2 a 3 a 4 a 5 a "
     assert table(notebook)["square"].tolist() == [4, 9, 16, 25]
 
 
-def test_no_cell_waits_where_ctrl_c_would_not_reach_it(monkeypatch):
+def test_no_cell_waits_inside_the_pool_where_ctrl_c_cannot_stop_it(monkeypatch):
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(sweep, "run_cell", lambda cell: "")
     taken = []
     stream = sweep.run_locally((taken.append(i) or i for i in range(9)), jobs=2)
-    for told in range(1, 10):
+    for finished in range(1, 10):
         next(stream)
-        assert len(taken) <= told + 1  # what was told of, and what runs or is about to be told
+        assert len(taken) <= finished + 1  # the finished cells and those that run
     assert list(stream) == [] and taken == list(range(9))
 
 
@@ -108,7 +108,7 @@ def test_a_changed_notebook_is_run_again(notebook, log, tmp_path):
     assert sweep.grid(notebook, [("x", "2")], tmp_path)[0].key != before
 
 
-def test_a_failing_cell_is_named_and_stops_no_other(notebook, capsys):
+def test_a_failing_cell_is_named_and_does_not_stop_the_others(notebook, capsys):
     assert swept(notebook, "-p", "x", "13,4") == 1
     assert table(notebook)["square"].tolist() == [16]
     error = capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_a_failing_cell_is_named_and_stops_no_other(notebook, capsys):
         (["-p", "y", "1"], "'y'"),
         (["-p", "x", "1,two"], "'two'"),
         (["-p", "x", "1", "-p", "x", "2"], "'x' is given twice"),
-        (["-p", "out", "here"], "'out' belongs"),
+        (["-p", "out", "here"], "'out' is set"),
         (["-p", "word", "[1"], "'[1'"),
         (["-p", "word", "[]"], "no values"),
         (["--jobs", "0"], "0"),

@@ -149,16 +149,6 @@ def size_figure(trained: pd.DataFrame, field: str) -> go.Figure:
     return dressed(figure, f"Tokens per round after {steps} steps of training (n = {len(points)} drafters)", 400)
 
 
-def head_table(trained: pd.DataFrame) -> pd.DataFrame:
-    """Held-out τ and acceptance by position for each kind of sequential head, all else as in the base "dspark"."""
-    base = trained[trained["drafter"] == "dspark"]
-    alike = trained[trained["layers"].isin(base["layers"]) & trained["block_size"].isin(base["block_size"])]
-    kinds = alike["head"].where(alike["rank"] > 0, "none")
-    shares = [" ".join(f"{a:.3f}" for a in row) for row in alike["held_out_acceptance"]]
-    table = pd.DataFrame({"sequential head": kinds, "τ, held out": alike["held_out_tau"].round(3), "acceptance by position": shares})
-    return table.set_index("sequential head").sort_values("τ, held out", ascending=False)
-
-
 def cost_table(times: pd.DataFrame) -> pd.DataFrame:
     """The cost of one block, medians over the repeats, and the sequential head's share of a round (Fig. 4).
 

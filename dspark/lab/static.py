@@ -12,10 +12,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dspark.bench.prompts import data_dir
+from dspark.bench.markdown import caption
 from dspark.bench.speed import read_speed
 from dspark.bench.stats import ALL, summarise
 from dspark.cli import run_main
+from dspark.files import data_dir
 from dspark.lab.figures import GREY
 from dspark.schedule import policy_colour, policy_label
 
@@ -52,17 +53,6 @@ def _dress(axes: Axes, domains: Sequence[str], label: str) -> None:
     axes.set(ylabel=label, ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=GREY, alpha=0.25)
-
-
-def caption(frame: pd.DataFrame) -> str:
-    """What was measured, in one line."""
-    first = frame.iloc[0]
-    decoding = "greedy" if first["temperature"] == 0 else f"temperature {first['temperature']:g}"
-    place = f"{first['threads']} threads of {first['machine']}" if first["device"] == "cpu" else str(first["device"])
-    return (
-        f"{first['target']}, {decoding}, {first['dtype']}, {first['max_new_tokens']} new tokens, "
-        f"n = {first['n']} {first['split']} prompts a domain, {place}"
-    )
 
 
 def draw(options: argparse.Namespace) -> None:
