@@ -18,6 +18,8 @@ from dspark.files import data_dir
 from dspark.lab import drafters, figures, scheduling, speed, static, tables
 from dspark.round import Round
 from dspark.schedule import PrefixScheduler, policy_colour, policy_label
+from dspark.tune.predict import break_even
+from dspark.tune.profile import SPSCurve
 
 BYTES = {i: bytes([i]) for i in range(256)}
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,6 +297,29 @@ def test_an_arm_has_one_colour_and_one_label_in_every_figure():
     dots = scheduling.policy_chart(lines, "a test").data[-1]
     assert (list(dots.y), list(dots.marker.color)) == ([policy_label(arm)], [policy_colour(arm)])
     assert static.headline(frame).legends[0].get_texts()[-1].get_text() == policy_label(arm)
+
+
+def test_figures_of_speed_have_units_and_say_how_many():
+    frame = results().assign(theme="x", model_seconds=1.0, checked=5, accepted=1)
+    for figure in (speed.over(frame, "plain"), speed.predicted(frame), figures.race({"plain": ROUNDS})):
+        assert "n = " in figure.layout.title.text
+        assert figure.layout.yaxis.title.text and figure.layout.xaxis.title.text
+
+
+def test_the_needed_tau_rises_with_the_window_and_the_speed_up():
+    points = list(break_even(SPSCurve((1, 8), (0.030, 0.044)), range(1, 6), 0.006, [1.0, 1.5]))
+    ceiling, *lines = speed.needed(points, "tiny").data
+    assert list(ceiling.y) == [2, 3, 4, 5, 6] and [line.name for line in lines[::2]] == ["1×", "1.5×"]
+    assert list(lines[2].y) == sorted(lines[2].y) and all(a < b for a, b in zip(lines[0].y, lines[2].y, strict=True))
+
+
+def test_policies_without_numbers_take_those_of_the_notebooks_parameters():
+    names = speed.arms_of("fixed:3,confidence,adaptive+copy,adaptive:0.5,0.2,0.1,lookup,copy", 3, 0.4, (0.6, 0.3, 0.05))
+    assert names[:3] == ["fixed:3+block:3", "confidence:0.4+block:3", "adaptive:0.6,0.3,0.05+copy+block:3"]
+    assert names[3:] == ["adaptive:0.5,0.2,0.1+block:3", "lookup", "copy+block:3"]
+    assert speed.arms_of("fixed", 0, 0.4, (0.6, 0.3, 0.05)) == ["fixed"]
+    with pytest.raises(ValueError, match="'confidnce'"):
+        speed.arms_of("confidnce", 0, 0.4, (0.6, 0.3, 0.05))
 
 
 def test_the_published_range_is_drawn_over_mtp1_alone():
