@@ -49,7 +49,8 @@ def steps(frame: pd.DataFrame) -> Figure:
             label = f"context of {context:,}" if kind == "verify" else None
             axes.plot(line["tokens"], 1e3 * line["seconds"], style, marker=MARKS[i], color=f"C{i}", linewidth=1.2, label=label)
     axes.plot([], [], ":", color="black", label="drafting a block")
-    axes.set(xlabel="tokens in the pass or in the drafted block", ylabel="ms", ylim=(0, None))
+    ticks = range(0, int(frame["tokens"].max()) + 1, 2)
+    axes.set(xlabel="tokens in the pass or in the drafted block", ylabel="ms", ylim=(0, None), xticks=ticks)
     figure.legend(loc="outside right center")
     return figure
 
