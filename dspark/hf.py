@@ -1,8 +1,8 @@
 """``model.generate(**inputs, custom_generate=dspark_generate, drafter=…, policy=…)``: our loop inside transformers' own call.
 
 Everything that the call asks for is kept exactly (length, end-of-text tokens, stopping criteria, temperature, top-k, top-p, PyTorch's
-global generator) or refused in one sentence. Two things do not get here, as transformers keeps them to itself: ``streamer`` (pass
-``token_streamer``) and ``stop_strings`` (pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``).
+global generator) or refused in one sentence. Two arguments never reach a custom loop: instead of ``streamer`` pass ``token_streamer``,
+and instead of ``stop_strings`` pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from dspark.decode import DraftSource, Round, checked_policy, rounds
+from dspark.decode import checked_policy, rounds
 from dspark.draft.lookup import ContextLookup
+from dspark.draft.source import DraftSource
+from dspark.round import Round
 from dspark.schedule import Policy
 from dspark.target.families import attention_layers
 from dspark.target.target import Target
@@ -48,12 +50,15 @@ def dspark_generate(
     """Pass it as ``custom_generate``. Returns what ``generate`` returns: prompt and new tokens [1, length].
 
     drafter: attached to this very model (``load_drafter(…, Target(model, tokenizer, name))``); None copies from the context, which
-    needs nothing trained · policy: default the whole block · token_streamer: like ``streamer``, which transformers does not hand on
-    and of which it writes the prompt alone, so that who reads it waits for ever ·
-    on_round: called with every :class:`~dspark.decode.Round` as it is finished. A bfloat16 model on a CPU verifies blocks slowly
-    unless it is packed first, in place: ``pack_target(Target(model, tokenizer, name))``.
+        needs no training.
+    policy: None for the whole block.
+    token_streamer: used as ``streamer`` would be. (transformers puts the prompt into a ``streamer`` and then never ends it.)
+    on_round: called with every :class:`~dspark.round.Round` when it is finished.
     Raises ValueError for what cannot be kept exactly: more than one sequence, padding, beams, other logits processors, scores, a
-    filled cache, inputs that are no token ids, models that keep more than keys and values, texts beyond a switch of LongRoPE.
+    filled cache, inputs other than token ids, models that keep more than keys and values, texts too long for LongRoPE's short factors.
+
+    A bfloat16 model on a CPU verifies blocks slowly unless its weights are laid out first, in place:
+    ``pack_target(Target(model, tokenizer, name))`` of :mod:`dspark.cpu`.
     """
     _check(model, input_ids, generation_config, model_kwargs)
     ends = [c for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
@@ -66,22 +71,23 @@ def dspark_generate(
     lengths = [c for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
     limit = min([generation_config.max_length, *(c.max_length for c in lengths)]) - len(prompt)
     if len(prompt) + limit > target.steady_context:
+        room = max(0, target.steady_context - len(prompt))
         reach = f"up to {target.steady_context} tokens, where its positions change"
-        raise ValueError(f"{target.name} can be decoded {reach}: ask for {max(0, target.steady_context - len(prompt))} new tokens at most")
+        raise ValueError(f"{target.name} can be decoded {reach}: ask for {room} new tokens at most")
     criteria = StoppingCriteriaList(c for c in stopping_criteria if c not in ends and c not in lengths)
 
     text = input_ids
     if token_streamer:
         token_streamer.put(input_ids[0].cpu())
     for r in rounds(target, source, prompt, limit, policy, sampling, Rng()):
-        longer = torch.cat([text, torch.tensor([r.committed], device=text.device)], 1)
-        end = _end(criteria, longer, text.shape[1])
-        stopped, before, text = end is not None, text.shape[1], longer[:, :end]
+        before, longer = text.shape[1], torch.cat([text, torch.tensor([r.committed], device=text.device)], 1)
+        end = _end(criteria, longer, before)
+        text = longer[:, :end]
         if token_streamer:
             token_streamer.put(text[0, before:].cpu())
         if on_round:
             on_round(r)
-        if stopped:
+        if end is not None:
             break
     if token_streamer:
         token_streamer.end()
@@ -89,7 +95,7 @@ def dspark_generate(
 
 
 class _Borrowed(Target):
-    """Somebody else's model as a target: nothing about it is changed, and the call says which tokens end the text."""
+    """The caller's model as a target. Which weights are trainable stays as it was; the call says which tokens end the text."""
 
     def __init__(self, model: nn.Module, eos_token_ids: Iterable[int]) -> None:
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
@@ -100,17 +106,17 @@ class _Borrowed(Target):
 
 
 def _end(criteria: StoppingCriteriaList, text: Tensor, before: int) -> int | None:
-    """Where the criteria end a text [1, n] whose tokens from ``before`` on are new; None: they do not. Asked after each token, as
-    ``generate`` does; the two that the loop itself obeys are not among them."""
-    return next((n for n in range(before + 1, text.shape[1] + 1) if bool(criteria(text[:, :n], None).all())), None) if criteria else None
+    """Length at which the criteria end the text [1, n], asked after each token from ``before`` on, as ``generate`` does. None: nowhere."""
+    lengths = range(before + 1, text.shape[1] + 1) if criteria else ()
+    return next((n for n in lengths if bool(criteria(text[:, :n], None).all())), None)
 
 
 def _sampling(processors: LogitsProcessorList, do_sample: bool) -> Sampling:
-    """What the list of transformers' warpers does to the logits. Raises ValueError for any other list."""
+    """Sampling that does what transformers' warpers do to the logits. Raises ValueError for any other list of processors."""
     kinds = [type(p) for p in processors]
     wrong = [kind for kind in kinds if kind not in WARPERS or not do_sample]
     if wrong:
-        raise ValueError(f"{wrong[0].__name__} reads or bends what dspark keeps exact: only temperature, top_k and top_p are supported")
+        raise ValueError(f"{wrong[0].__name__} changes the distribution: only temperature, top_k and top_p are supported")
     if kinds != [kind for kind in WARPERS if kind in kinds]:
         raise ValueError(f"{[k.__name__ for k in kinds]} are not in the order temperature, top_k, top_p: pass the numbers to generate")
     if any(getattr(p, "filter_value", -torch.inf) != -torch.inf or getattr(p, "min_tokens_to_keep", 1) != 1 for p in processors):
@@ -126,9 +132,10 @@ def _sampling(processors: LogitsProcessorList, do_sample: bool) -> Sampling:
 
 
 def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, object]) -> None:
-    """Raises ValueError for the first thing that the loop would not keep."""
+    """Raises ValueError for the first thing in the call that our loop does not support."""
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    others = sorted(name for name, value in kwargs.items() if value is not None and not _is_empty(value) and name not in PREPARED)
+    given = {name for name, value in kwargs.items() if not (value is None or (isinstance(value, dict) and not value))}
+    others = sorted(given - PREPARED)  # a multimodal model without images is given empty dicts
     kept = [name for name in ("scores", "logits", "attentions", "hidden_states") if getattr(config, f"output_{name}", None)]
     mode = config.get_generation_mode().value
     refused = {
@@ -141,7 +148,7 @@ def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs
         f"logits_to_keep is {kwargs.get('logits_to_keep')}: dspark chooses itself": kwargs.get("logits_to_keep") not in (None, 0, 1),
         f"{', '.join(others)} cannot be passed on: dspark decodes text from token ids alone": bool(others),
         f"{', '.join(kept)} cannot be returned: dspark returns the tokens alone": bool(kept and config.return_dict_in_generate),
-        "the model is in training mode, where dropout would bend its law: call model.eval() first": model.training,
+        "the model is in training mode, where dropout changes the distribution: call model.eval() first": model.training,
     }
     attention_layers(model)
     for reason, applies in refused.items():
@@ -149,13 +156,8 @@ def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs
             raise ValueError(reason)
 
 
-def _is_empty(value: object) -> bool:
-    """What transformers hands to models that also see, when they are shown nothing."""
-    return isinstance(value, dict) and not value
-
-
 def _moved(position_ids: object, length: int) -> bool:
-    """Whether they are other positions than 0 … length − 1, of which generate itself passes one row or several."""
+    """Whether the positions are others than 0 … length − 1; generate itself passes one row of them or several."""
     if position_ids is None:
         return False
     given = torch.as_tensor(position_ids)

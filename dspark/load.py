@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from dspark.draft.drafter import Drafter
 from dspark.files import data_dir, is_hub_id, one_line
 from dspark.formats import read
 from dspark.formats.build import build
-from dspark.formats.checkpoint import CONFIG, INDEX, read_folder
+from dspark.formats.checkpoint import CONFIG, INDEX, WEIGHTS, placed_weights, read_folder
 from dspark.formats.fetch import converted_gguf, default_folder
 from dspark.target.target import Target
 
@@ -137,13 +136,7 @@ def _read_target(source: str | Path, name: str, dtype: torch.dtype, device: torc
 
 def _check_target_folder(folder: Path) -> None:
     """Raises ValueError for a folder without a model, or one whose index names weights outside it."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is not a model folder")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except UNREADABLE as error:
-            raise ValueError(f"{index} is damaged ({type(error).__name__}): fetch the model again") from None
-        if wrong := [shard for shard in shards if Path(str(shard)).name != shard]:
-            raise ValueError(f"{index} names {wrong[0]!r}: a shard must be a file of that folder")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no {CONFIG}: it is not a model folder")
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        placed_weights(folder)

@@ -1,9 +1,9 @@
-"""The drafter's backbone as one request runs it on a CPU: the sums of :mod:`dspark.draft.backbone` in fewer and cheaper steps.
+"""The drafter's backbone as one request runs it on a CPU: :mod:`dspark.draft.backbone` in fewer and cheaper steps.
 
-A block has a handful of rows, so its pass costs what its calls and its weights' bytes cost, not its arithmetic. Here layers that
-read the same input are one product, queries and keys are normed and turned together, and the block's weights may have 8 bits: the
-law that drafts are drawn from need not be the trained one to the last digit, as they are judged by the law they were drawn from.
-The context, which stays, is computed from the weights as they are.
+A block has a handful of rows, so its pass costs what its calls and its weights' bytes cost, not its arithmetic. Here layers that read
+the same input are one product, and queries and keys are normed and rotated together. The block's weights may have 8 bits: drafts are
+accepted against the distribution they were drawn from, whichever that is. The context, which stays, is computed from the weights as
+they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ FIRST_TABLE = 1024  # positions with known cosines and sines; grows by doubling
 
 
 class FusedLayer:
-    """One layer, without a mask: every query sees all of the context and of the block. Computes in float32."""
+    """One layer without a mask: every query sees the whole context and the whole block. Computes in float32.
+
+    make: turns a weight [out, in] into the module that multiplies by it.
+    """
 
     def __init__(self, layer: Layer, make: Callable[[Tensor], nn.Module]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -39,19 +42,22 @@ class FusedLayer:
         self.head_norms, self.eps = torch.stack(norms).float()[:, None], attention.q_norm.eps
 
     def __call__(self, x: Tensor, rope: Rope, context: GrowingKV) -> Tensor:
-        """x: [1, n, hidden] → [1, n, hidden]; the block's keys and values join the context."""
+        """x: [1, n, hidden] → [1, n, hidden]. Appends the block's keys and values to the context."""
         heads = self.project(self.before_attention(x)).float().unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         turned = rope.rotate(F.rms_norm(heads[:, : -self.keys], (self.head_dim,), eps=self.eps) * self.head_norms)
         keys, values = context.append(turned[:, self.queries :], heads[:, -self.keys :])
-        in_line = turned[:, : self.queries].reshape(1, self.keys, -1, self.head_dim)  # a group's heads, as more queries
-        mixed = F.scaled_dot_product_attention(in_line.to(keys.dtype), keys, values).view(1, self.queries, -1, self.head_dim)
+        folded = turned[:, : self.queries].reshape(1, self.keys, -1, self.head_dim)  # the heads of a group as more queries
+        mixed = F.scaled_dot_product_attention(folded.to(keys.dtype), keys, values).view(1, self.queries, -1, self.head_dim)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         gate, up = self.gate_and_up(self.before_mlp(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 
 class FusedBackbone:
-    """``context`` and ``backbone`` of a drafter, for one request. of_context, of_block: what a weight [out, in] becomes there."""
+    """``context`` and ``backbone`` of a drafter, for one request.
+
+    of_context, of_block: turn a weight [out, in] into the module that multiplies by it, for the context and for a block.
+    """
 
     def __init__(self, drafter: Drafter, of_context: Callable[[Tensor], nn.Module], of_block: Callable[[Tensor], nn.Module]) -> None:
         self.drafter, attentions = drafter, [layer.self_attn for layer in drafter.layers]
@@ -69,7 +75,7 @@ class FusedBackbone:
         return [(k[None], v[None]) for k, v in zip(keys, values, strict=True)]
 
     def backbone(self, tokens: Tensor, positions: Tensor, contexts: Sequence[GrowingKV]) -> Tensor:
-        """See :meth:`dspark.draft.drafter.Drafter.backbone`. tokens, positions: [1, n], the latter in a row; returns float32."""
+        """See :meth:`dspark.draft.drafter.Drafter.backbone`. tokens, positions: [1, n], consecutive; returns float32."""
         x = self.drafter.embed(tokens).float()
         rope = self.rope(int(positions[0, 0]), tokens.shape[1])
         for layer, context in zip(self.layers, contexts, strict=True):
@@ -77,7 +83,7 @@ class FusedBackbone:
         return self.drafter.norm(x)
 
     def rope(self, first: int, count: int) -> Rope:
-        """Of positions first … first + count − 1, out of a table."""
+        """The rotation of positions first … first + count − 1, from a table."""
         if (known := self.table.cos.shape[2]) < first + count:
             config = self.drafter.config
             known = max(known, FIRST_TABLE)
@@ -88,5 +94,5 @@ class FusedBackbone:
 
 
 def _joined(*linears: nn.Linear) -> Tensor:
-    """The weight of one layer that gives the outputs of all of them."""
+    """One weight [sum of out, in] that gives the outputs of all of them."""
     return torch.cat([linear.weight.detach() for linear in linears])

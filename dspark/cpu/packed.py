@@ -1,15 +1,15 @@
 """Linear layers whose weights are laid out once for the CPU's matrix kernels instead of at every call.
 
-For bfloat16 on a CPU, PyTorch hands each weight to oneDNN in its plain layout and oneDNN rearranges it at every call. With a
-few rows of input that costs more than the product itself. Rearranged once, a pass takes about half the time, and a block of
-eight tokens about as long as one: it is what makes verification nearly free here.
+For bfloat16 on a CPU, PyTorch hands each weight to oneDNN in its plain layout and oneDNN rearranges it at every call. With a few rows
+of input that costs more than the product. Rearranged once, a pass takes about half the time, and a block of eight tokens about as
+long as one token: this is what makes verification nearly free here.
 
-A CPU without bfloat16 kernels (AVX2 at best) multiplies row after row instead, and verifying a block costs as much as writing it.
-There the weights are laid out in float16 for FBGEMM, which reads them once for six rows and computes in float32: of a bfloat16
-number float16 keeps every digit, unless it is below 2⁻¹⁷. Other devices and dtypes are left alone.
+A CPU without bfloat16 kernels (AVX2 at best) multiplies row by row instead, so verifying a block costs as much as writing it. There
+the weights are laid out in float16 for FBGEMM, which reads them once for six rows and computes in float32; float16 keeps every digit
+of a bfloat16 number of at least 2⁻¹⁷. Other devices and dtypes are left alone.
 
-A drafter's weights can have 8 bits. The target's never: its law is the text's law, while any law will do to draft from, as long as
-the drafts are judged by that very law.
+Only a drafter's weights may have 8 bits. The target's distribution is the text's; drafts may come from any distribution, as long as
+they are accepted against that one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ TYPICAL_ROWS = 8  # the layout is chosen for this many rows and works for any
 
 
 class PackedLinear(nn.Module):
-    """The same product as ``F.linear(x, weight, bias)``. ``keep_weight``: also hold the plain weight, for saving it later.
+    """The same product as ``F.linear(x, weight, bias)``, summed in float32.
 
-    x: [..., in], any float dtype → [..., out] bfloat16, the sum taken in float32.
+    weight: [out, in] bfloat16. keep_weight: also hold the plain weight, so that it can be saved.
+    Called with x [..., in] of any float dtype; returns [..., out] bfloat16.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, keep_weight: bool = False) -> None:
@@ -49,11 +50,10 @@ class PackedLinear(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """Nearly that product, in half the time: int8 weights with one scale per output, the input rounded to 8 bits as it comes (to 7
-    where the processor adds pairs of products in 16 bits, which more would overflow).
+    """Nearly that product, in half the time: int8 weights with one scale per output, the input rounded to 8 bits at each call.
 
-    One scale serves all rows of the input, so it should be a normed one. x: [..., in], any float dtype → [..., out] float32.
-    ``keep_weight``: also hold the plain weight, for saving it later.
+    The input gets 7 bits where the processor adds pairs of products in 16 bits, which 8 would overflow. One scale serves all rows of
+    the input, so the input should be normed. weight, keep_weight: as above. Called with x [..., in]; returns [..., out] float32.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, keep_weight: bool = False) -> None:
@@ -62,7 +62,7 @@ class QuantizedLinear(nn.Module):
         self.bias, self.seven_bits = bias, not has_vnni()
         wide = weight.detach().float()
         scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny).double() / 127
-        with warnings.catch_warnings():  # this way to make int8 tensors will go; can_quantize tells when it has gone
+        with warnings.catch_warnings():  # PyTorch will remove this call; can_quantize notices
             warnings.simplefilter("ignore", UserWarning)
             rounded = torch.quantize_per_channel(wide, scale, torch.zeros(len(wide), dtype=torch.long), 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.detach().float())
@@ -84,7 +84,7 @@ def has_bfloat16_kernels() -> bool:
 
 @cache
 def has_float16_kernels() -> bool:
-    """Whether FBGEMM multiplies by float16 weights on this CPU. Asked by doing it: builds and processors differ."""
+    """Whether FBGEMM multiplies by float16 weights on this CPU, found by trying: builds and processors differ."""
     try:
         packed = torch.ops.quantized.linear_prepack_fp16(torch.eye(8), None)
         return torch.equal(torch.ops.quantized.linear_dynamic_fp16(torch.ones(1, 8), packed), torch.ones(1, 8))
@@ -94,12 +94,12 @@ def has_float16_kernels() -> bool:
 
 @cache
 def has_vnni() -> bool:
-    """Whether the processor adds 8-bit products in 32 bits. A PyTorch that cannot tell counts as no."""
+    """Whether the processor adds 8-bit products in 32 bits; False if PyTorch cannot tell."""
     return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether the weight is a bfloat16 matrix on a CPU, and kernels for it exist: bfloat16 ones, or float16 ones that hold it."""
+    """Whether the weight is a bfloat16 matrix on a CPU with kernels for it: bfloat16 ones, or float16 ones if its values fit."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return False
     largest = torch.finfo(torch.float16).max
@@ -107,13 +107,13 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def can_quantize(weight: Tensor) -> bool:
-    """Whether :func:`can_pack`, and this build has the 8-bit kernels for this processor."""
+    """Whether :func:`can_pack`, and this build of PyTorch has 8-bit kernels for this processor."""
     has = hasattr(torch.ops.quantized, "linear_dynamic") and hasattr(torch, "quantize_per_channel")
     return can_pack(weight) and has and torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
 def pack_linears(module: nn.Module, make: Callable[[Tensor, Tensor | None], nn.Module] = PackedLinear) -> None:
-    """Replace every ``nn.Linear`` below ``module`` that :func:`can_pack` by ``make(weight, bias)``, in place."""
+    """Replace each ``nn.Linear`` inside ``module`` whose weight :func:`can_pack` by ``make(weight, bias)``, in place."""
     for name, child in list(module.named_children()):
         if type(child) is nn.Linear and can_pack(child.weight):
             setattr(module, name, make(child.weight, child.bias))

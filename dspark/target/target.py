@@ -1,4 +1,4 @@
-"""Any causal LM as a target: load it, encode prompts for it, run it with a rewindable cache and read its hidden taps."""
+"""Any causal LM as a target: encode prompts for it, run it with a rewindable cache, read its hidden states (taps)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.files import digest
 from dspark.rewind import RewindCache
-from dspark.target.families import attention_layers, can_branch, decoder_of, num_shared_layers, steady_context
+from dspark.target.families import FAR, attention_layers, decoder_of, num_shared_layers, steady_context
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
 class Target:
-    """The full model M_t: frozen, never changed, run only through :meth:`forward`.
+    """The full model M_t: frozen, never changed, run through :meth:`forward`.
 
-    Raises ValueError, before anything is frozen, for a model that writes no text left to right or whose memory cannot be rewound.
+    model: a causal LM of transformers. tokenizer: None if prompts are token ids. name: used in messages and files.
+    Raises ValueError, before anything is frozen, for a model that cannot be a target (:func:`dspark.target.families.attention_layers`).
     """
 
     def __init__(self, model: nn.Module, tokenizer: object | None, name: str) -> None:
@@ -29,6 +29,13 @@ class Target:
         self.name = name
         self.config = model.config.get_text_config()
         self.head_weight: Tensor = model.get_output_embeddings().weight  # [vocab, hidden]
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = self.head_weight.shape[0]
+        self.num_layers: int = len(self.layers)
+        self.num_shared_layers: int = num_shared_layers(self.config)
+        self.steady_context: int = steady_context(self.config)  # tokens
+        # Tokens that the model was made for, as far as its positions are steady.
+        self.max_context: int = min(int(getattr(self.config, "max_position_embeddings", None) or FAR), self.steady_context)
 
     @property
     def device(self) -> torch.device:
@@ -40,6 +47,7 @@ class Target:
 
     @property
     def embedding(self) -> nn.Module:
+        """token ids [...] → [..., hidden]."""
         return self.model.get_input_embeddings()
 
     @property
@@ -51,28 +59,6 @@ class Target:
     def head(self) -> nn.Module:
         """hidden [..., hidden] → logits [..., vocab]."""
         return self.model.get_output_embeddings()
-
-    @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.head_weight.shape[0]
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
-
-    @property
-    def max_context(self) -> int:
-        """Longest context in tokens that the model was made for, as far as its positions mean the same in every pass."""
-        return min(int(getattr(self.config, "max_position_embeddings", None) or 1 << 30), self.steady_context)
-
-    @property
-    def steady_context(self) -> int:
-        """Tokens up to which a position means the same in every pass (:func:`dspark.target.families.steady_context`)."""
-        return steady_context(self.config)
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
@@ -96,38 +82,27 @@ class Target:
             parts += [name, sample.contiguous().view(torch.uint8).numpy().tobytes()]
         return digest(*parts)
 
-    @property
-    def can_branch(self) -> bool:
-        """Whether tokens can stand beside each other in one pass (:func:`dspark.target.families.can_branch`)."""
-        return can_branch(self.model)
-
-    @property
-    def num_shared_layers(self) -> int:
-        """Last layers that keep nothing, as they read the keys and values of earlier ones."""
-        return num_shared_layers(self.config)
-
     def new_cache(self) -> RewindCache:
         return RewindCache(self.num_layers - self.num_shared_layers)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """A string (as one user turn), chat messages, or token ids → token ids. Raises ValueError if there is nothing in it."""
+        """A string (as one user turn), chat messages, or token ids → token ids.
+
+        Raises ValueError for an empty prompt, ids outside the vocabulary, and prompts longer than :attr:`max_context`.
+        """
         if isinstance(prompt, Tensor):
             prompt = prompt.flatten().tolist()
         if isinstance(prompt, str):
-            if not prompt.strip():
-                raise ValueError("the prompt is empty: pass some text, a list of chat messages, or token ids")
-            prompt = [{"role": "user", "content": prompt}]
+            prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
         if len(prompt) == 0:
             raise ValueError("the prompt is empty: pass some text, a list of chat messages, or token ids")
         if isinstance(prompt[0], dict):
             ids = self._apply_template(prompt)
         else:
             ids = [int(token) for token in prompt]
-        if not all(0 <= token < self.vocab_size for token in ids):
-            wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
-            raise ValueError(
-                f"token id {wrong} is outside the target's vocabulary of {self.vocab_size}: encode the text with its own tokenizer"
-            )
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}: encode the text with its tokenizer")
         if len(ids) >= self.max_context:
             raise ValueError(f"the prompt has {len(ids)} tokens but {self.name} takes at most {self.max_context}: shorten it")
         return ids
@@ -147,7 +122,7 @@ class Target:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def check_taps(self, target_layer_ids: Sequence[int]) -> None:
-        """Raises ValueError unless each id i in −1 … layers−2 (the last layer's output is returned after the final norm)."""
+        """Raises ValueError unless each id lies in −1 … layers − 2. The last layer is no tap: it is returned after the final norm."""
         wrong = [i for i in target_layer_ids if not -1 <= i < self.num_layers - 1]
         if wrong or not target_layer_ids:
             raise ValueError(
@@ -157,42 +132,24 @@ class Target:
 
     @torch.inference_mode()
     def forward(
-        self,
-        token_ids: Tensor,
-        cache: RewindCache | None,
-        taps: Sequence[int] = (),
-        *,
-        logits_to_keep: int = 0,
-        siblings: Sequence[int] = (),
+        self, token_ids: Tensor, cache: RewindCache | None, taps: Sequence[int] = (), *, logits_to_keep: int = 0
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the model over new tokens behind the cache.
+        """Run the model over new tokens, which follow those in the cache.
 
-        token_ids: [batch, tokens] int64. ``taps``: layer ids whose output (the residual stream AFTER that layer) is wanted.
-        ``logits_to_keep``: logits of the last n positions only, 0 for all. ``siblings``: places k of the last tokens, which stand
-        beside the others: each in the place of new token k, seen by itself alone (:attr:`can_branch`).
+        token_ids: [batch, tokens] int64. taps: ids of the layers whose output is wanted, the residual stream AFTER that layer.
+        logits_to_keep: logits of the last n positions only, 0 for all.
         Returns logits [batch, n, vocab] in the model's dtype and taps [batch, tokens, m·hidden] (None if none are asked for).
         """
         keep: int | Tensor = logits_to_keep
         if self.num_shared_layers and taps and keep:  # a number would also cut the tokens that those layers see
             keep = torch.arange(-keep, 0, device=token_ids.device)
-        if siblings and not self.can_branch:
-            raise ValueError(f"{self.name} cannot see tokens beside each other: check none beside the block")
-        places = self._places(token_ids.shape[1] - len(siblings), siblings, cache.length) if siblings else {}
         with Taps(self, taps) as tapped:
-            out = self.model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep, **places)
-        return out.logits[:, -logits_to_keep:], tapped.joined()  # a few models give all whatever is asked for
-
-    def _places(self, chain: int, siblings: Sequence[int], past: int) -> dict[str, Tensor]:
-        """What a pass over a chain of tokens and siblings beside it needs: where they stand, and which keys each of them sees."""
-        places = torch.tensor([*range(chain), *siblings], device=self.device)
-        new = torch.arange(len(places), device=self.device)
-        seen = (new < places[:, None]) & (new < chain) | (new == new[:, None])  # the chain before it, and itself
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill(~seen, torch.finfo(self.dtype).min)
-        return {"position_ids": past + places[None], "attention_mask": F.pad(mask, (past, 0))[None, None]}
+            out = self.model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
+        return out.logits[:, -logits_to_keep:], tapped.joined()  # a few models ignore logits_to_keep and return all
 
 
 class Taps:
-    """While entered, catches the output of the chosen layers; :meth:`joined` concatenates them in the order asked for."""
+    """A context in which the outputs of the chosen layers are kept. :meth:`joined` concatenates them in the order asked for."""
 
     def __init__(self, target: Target, layer_ids: Sequence[int]) -> None:
         self.target, self.layer_ids = target, tuple(layer_ids)
@@ -207,7 +164,7 @@ class Taps:
 
     def _keep(self, layer_id: int, out: Tensor | tuple[Tensor, ...]) -> None:
         hidden = out if isinstance(out, Tensor) else out[0]
-        if hidden.dim() == 4:  # Gemma 3n carries several streams, of which one is the model's own
+        if hidden.dim() == 4:  # Gemma 3n carries several streams, one of which is the residual stream
             hidden = hidden[self.target.config.altup_active_idx]
         self.outputs[layer_id] = hidden
 
