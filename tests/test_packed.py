@@ -10,6 +10,7 @@ from torch import nn
 import dspark.cpu.packed
 from dspark.cpu import pack_drafter, pack_target
 from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, has_bfloat16_kernels, has_float16_kernels
+from dspark.target.target import Target
 
 MATRIX = torch.zeros(8, 8, dtype=torch.bfloat16)
 needs_8_bits = pytest.mark.skipif(not can_quantize(MATRIX), reason="this CPU or this build of PyTorch has no 8-bit kernels")
@@ -36,7 +37,7 @@ def test_a_packed_layer_gives_the_product_of_the_plain_one(kernels: str, shape: 
 
 @pytest.mark.parametrize("make", [PackedLinear, pytest.param(QuantizedLinear, marks=needs_8_bits)])
 def test_a_packed_layer_takes_a_single_row(kernels: str, make: type[nn.Module]) -> None:
-    """The sequential head reads one vector at a time."""
+    """The Markov head reads one vector at a time."""
     layer, x = make(torch.eye(8, dtype=torch.bfloat16)), torch.arange(8.0)
     assert torch.allclose(layer(x).float(), x, atol=0.1)
 
@@ -56,11 +57,11 @@ def test_the_float16_layout_holds_bfloat16_weights_to_the_last_digit(monkeypatch
     assert can_pack(held) and not can_pack(too_large)
 
 
-def test_packing_changes_neither_text_nor_digest(kernels: str) -> None:
+def test_packing_changes_neither_logits_nor_the_digest_of_any_target_of_that_model(kernels: str) -> None:
     plain, packed = (tiny_target(dtype=torch.bfloat16) for _ in range(2))
-    digest = plain.digest
     pack_target(packed)
-    assert isinstance(packed.head, PackedLinear) and packed.digest == digest
+    again = pack_target(Target(packed.model, None, "the same model once more"))
+    assert isinstance(packed.head, PackedLinear) and packed.digest == again.digest == plain.digest
     ids = torch.randint(4, 100, (1, 20), generator=torch.Generator().manual_seed(0))
     a, b = plain.forward(ids, None)[0], packed.forward(ids, None)[0]
     assert (a - b).abs().max() <= a.abs().max() * 2**-5
@@ -86,7 +87,7 @@ def test_8_bit_products_do_not_overflow() -> None:
 
 
 def test_a_packed_drafter_holds_no_weight_twice(kernels: str) -> None:
-    """But those of its own layers, which are saved: what the shortcuts join is kept in its packed form only."""
+    """Except in its own layers, which are saved: joined weights are kept in their packed form only."""
     drafter = pack_drafter(tiny_drafter(tiny_target(dtype=torch.bfloat16)))
     shortcuts = [drafter.head, drafter.fused.keys_values]
     shortcuts += [part for layer in drafter.fused.layers for part in (layer.project, layer.out, layer.gate_and_up, layer.down)]
