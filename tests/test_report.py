@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -93,6 +94,18 @@ def test_step_times_are_a_table_in_milliseconds(tmp_path):
     page = report.results_page(tmp_path)
     assert "| tokens of context | 1 token | 2 tokens | 6 tokens | a drafted block |" in page
     assert "| 100 | 11.0 | 12.0 | 16.0 | 5.0 |" in page and "| 2,000 | 201.0 | 202.0 | 206.0 | 5.0 |" in page
+
+
+def test_parts_of_the_proof_that_were_run_are_one_line_each(tmp_path):
+    greedy, planted = {"equal": 12_480, "texts": 12_481, "ways": {}}, {"caught": 58, "of": 59, "bugs": []}
+    parts = {name: part | {"commit": "abc1234"} for name, part in {"greedy": greedy, "planted": planted}.items()}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "proof.json").write_text(json.dumps(parts), encoding="utf-8")
+    lines = [line for line in report.results_page(tmp_path).split("## Exactness")[1].splitlines() if line.startswith("- ")]
+    assert lines == [
+        "- Greedy float32 texts of tiny random models: 12,480 of 12,481 equal those of `model.generate`. (Commit abc1234.)",
+        "- Planted bugs: 58 of 59 caught by the test that each names. (Commit abc1234.)",
+    ]
 
 
 @pytest.mark.parametrize(("change", "words"), [({"schema_version": 99}, "schema version 99"), (None, "no rows")])

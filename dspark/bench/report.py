@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ def results_page(data: Path) -> str:
         "Time and memory": lambda folder: paragraphs((_steps(folder), _rewind(folder), _memory(folder))),
         "Schedules on the same texts": _schedules,
         "Calibration of the confidence": _calibration,
+        "Exactness": _exactness,
         "Drafters trained alike": lambda folder: paragraphs((_decoded(folder), _sizes(folder))),
     }
     made = {title: make(data / "results") for title, make in sections.items()}
@@ -175,6 +177,23 @@ def _calibration(folder: Path) -> str:
         "parentheses that of a head which knows both distributions."
     )
     return f"{words}\n\n{table(['position', *heads], rows)}"
+
+
+def _exactness(folder: Path) -> str:
+    """What ``make proof`` found, one line per part that was run."""
+    path = folder / "proof.json"
+    if not path.is_file():
+        return ""
+    sentences = {
+        "enumeration": "Small models, all branches of a round, in fractions: {cases:,} cases, {branches:,} branches, largest difference "
+        "from the target's distribution {largest_difference:g}.",
+        "greedy": "Greedy float32 texts of tiny random models: {equal:,} of {texts:,} equal those of `model.generate`.",
+        "draws": "{target} in float32: {draws:,} draws, smallest p of the χ² tests after Holm's correction {smallest_p_adjusted:.2g}.",
+        "planted": "Planted bugs: {caught} of {of} caught by the test that each names.",
+    }
+    parts = json.loads(path.read_text(encoding="utf-8"))
+    lines = [f"- {words.format(**parts[name])} (Commit {parts[name]['commit']}.)" for name, words in sentences.items() if name in parts]
+    return "\n".join(["The text keeps the target's distribution (`make proof`, [notebook](notebooks/07_losslessness.ipynb)):", "", *lines])
 
 
 def _decoded(folder: Path) -> str:
