@@ -203,7 +203,7 @@ def test_shards_are_one_drafter(reference: Path, target: Target) -> None:
     assert_same_drafts(dspark.load_drafter(reference, target), tiny_drafter(target), target)
 
 
-def test_rope_theta_may_stand_flat(reference: Path, target: Target) -> None:
+def test_rope_theta_may_be_outside_rope_parameters(reference: Path, target: Target) -> None:
     edit(reference, rope_parameters=None, rope_theta=10000)
     assert_same_drafts(dspark.load_drafter(reference, target), tiny_drafter(target), target)
 
@@ -335,12 +335,6 @@ def test_an_unreachable_hub_is_one_line(target: Target, monkeypatch: pytest.Monk
     refused("someone/drafter", target, "someone/drafter", "no route")
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
-def test_pickled_weights_are_never_loaded(folder: Path, target: Target, suffix: str) -> None:
-    (folder / "model.safetensors").rename(folder / f"pytorch_model{suffix}")
-    refused(folder, target, f"pytorch_model{suffix}", "safetensors")
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_named_safetensors_is_recognised(folder: Path, target: Target, zipped: bool) -> None:
     if zipped:
@@ -348,21 +342,6 @@ def test_a_pickle_named_safetensors_is_recognised(folder: Path, target: Target, 
     else:
         (folder / "model.safetensors").write_bytes(pickle.dumps({"fc.weight": [0.0] * 10}))
     refused(folder, target, "pickled", folder / "model.safetensors")
-
-
-@pytest.mark.parametrize("keep", [0, 5, 300, -1])
-def test_truncated_weights_are_damaged(folder: Path, target: Target, keep: int) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    refused(folder, target, "damaged", path)
-
-
-def test_a_flipped_bit_is_damage(folder: Path, target: Target) -> None:
-    path = folder / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1000] ^= 1
-    path.write_bytes(content)
-    refused(folder, target, "damaged", path)
 
 
 @pytest.mark.parametrize(
@@ -426,33 +405,41 @@ def test_wrong_config_values_are_refused(folder: Path, target: Target, field: st
     refused(folder, target, field if value is None else value if field != "markov_head_type" else "magic")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff"])
-def test_a_damaged_config_is_refused(folder: Path, target: Target, content: str) -> None:
-    (folder / "config.json").write_bytes(content.encode("latin-1"))
-    refused(folder, target, folder / "config.json")
-
-
 @pytest.mark.parametrize(
-    ("field", "value"),
+    "changes",
     [
-        ("hidden_act", "gelu_pytorch_tanh"),
-        ("attention_bias", True),
-        ("layer_types", ["full_attention", "sliding_attention"]),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
-        ("rope_parameters", 7),
+        {"hidden_act": "gelu_pytorch_tanh"},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"use_sliding_window": True, "layer_types": None},
+        {"is_causal": True},
+        {"dflash_query_causal": True},
+        {"sample_from_anchor": False},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_parameters": 7},
+        {"rope_is_neox_style": False},
+        {"partial_rotary_factor": 0.25},
+        {"final_logit_softcapping": 30.0},
+        {"quantization_config": {"quant_method": "fp8"}},
     ],
+    ids=lambda changes: next(iter(changes)),
 )
-def test_layers_of_another_kind_are_refused(reference: Path, target: Target, field: str, value: object) -> None:
-    edit(reference, **{field: value})
-    refused(reference, target, reference)
+def test_a_field_that_changes_the_computation_is_refused_by_name(reference: Path, target: Target, changes: dict[str, object]) -> None:
+    edit(reference, **changes)
+    field, value = next(iter(changes.items()))
+    refused(reference, target, "rope_type" if isinstance(value, dict) and field.startswith("rope") else "" if value == 7 else field)
 
 
-@pytest.mark.parametrize("name", ["../model-0.safetensors", "/elsewhere/x.safetensors", "model-0.bin", "absent.safetensors"])
-def test_shards_stay_inside_the_folder(reference: Path, target: Target, name: str) -> None:
-    shard(reference)
-    (reference.parent / "model-0.safetensors").write_bytes((reference / "model-0.safetensors").read_bytes())
-    edit(reference, "model.safetensors.index.json", weight_map={"fc.weight": name})
-    refused(reference, target, name)
+def test_an_export_does_not_take_over_what_only_the_target_computes(target: Target, tmp_path: Path) -> None:
+    """A target may have a bias or a soft cap that our layers do not have."""
+    target.config.mlp_bias = True
+    try:
+        export_deepspec(tiny_drafter(target), target, tmp_path)
+    finally:
+        target.config.mlp_bias = False
+    assert_same_drafts(dspark.load_drafter(tmp_path, target), tiny_drafter(target), target)
 
 
 def test_an_index_that_disagrees_with_its_shards_is_refused(reference: Path, target: Target) -> None:
@@ -460,8 +447,6 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(reference: Path, tar
     placed = json.loads((reference / "model.safetensors.index.json").read_text())["weight_map"]
     edit(reference, "model.safetensors.index.json", weight_map=placed | {"a.weight": "model-0.safetensors"})
     refused(reference, target, "a.weight")
-    edit(reference, "model.safetensors.index.json", weight_map=None)
-    refused(reference, target, "None")
 
 
 @pytest.mark.parametrize(

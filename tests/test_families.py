@@ -70,7 +70,7 @@ def test_greedy_text_is_what_generate_writes_with_copies_and_with_a_drafter(fami
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_target_sees_the_same_behind_a_rewound_cache_and_has_the_same_taps(family: str) -> None:
+def test_a_target_sees_the_same_after_a_rewind_and_has_the_same_taps(family: str) -> None:
     target = Target(model_of(family), None, family)
     text, cache = torch.randint(4, 60, (1, 30), generator=torch.Generator().manual_seed(0)), target.new_cache()
     whole, taps = target.forward(text, None, (-1, 0, 2))
@@ -96,7 +96,7 @@ def longrope() -> nn.Module:
         return transformers.Phi3ForCausalLM(config).eval()
 
 
-def test_a_text_ends_where_longrope_would_move_the_positions_behind_it() -> None:
+def test_a_text_ends_where_longrope_would_move_the_positions() -> None:
     model = longrope()
     target = Target(model, None, "phi3")
     assert target.max_context == 24

@@ -97,7 +97,7 @@ def test_a_policy_and_a_wrapped_drafter_are_used(llama):
 
 
 class OneOf(StoppingCriteria):
-    """Ends behind any of these tokens."""
+    """Ends after any of these tokens."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
@@ -135,7 +135,7 @@ def test_ends_of_text_and_stopping_criteria_end_it_at_the_same_token(llama, at):
             assert ours == stock and len(ours) <= PROMPT.shape[1] + at + 1
 
 
-LAWS = [
+SAMPLED = [
     {"temperature": 0.7, "top_k": 0, "top_p": 1.0},
     {"temperature": 1.3, "top_k": 5, "top_p": 1.0},
     {"temperature": 1.0, "top_k": 0, "top_p": 0.7},
@@ -143,29 +143,29 @@ LAWS = [
 ]
 
 
-@pytest.mark.parametrize("law", LAWS, ids=str)
-def test_every_sampled_token_is_one_that_transformers_warpers_allow(llama, law):
+@pytest.mark.parametrize("options", SAMPLED, ids=str)
+def test_every_sampled_token_is_one_that_transformers_warpers_allow(llama, options):
     """The warpers run on the logits of the finished text, which went through drafts and rejections."""
     torch.manual_seed(0)
-    options = {"do_sample": True, "eos_token_id": None, "max_new_tokens": 60, **law}
+    options = {"do_sample": True, "eos_token_id": None, "max_new_tokens": 60, **options}
     text = llama.generate(PROMPT, custom_generate=dspark_generate, drafter=drafter_of(llama), **options)
     warpers = llama._get_logits_processor(GenerationConfig(**options))
     n = PROMPT.shape[1]
     rows = warpers(text, llama(text).logits[0, n - 1 : -1])
     assert rows[range(60), text[0, n:]].isfinite().all()
-    assert law["temperature"] == 0.7 or not rows.isfinite().all()
+    assert options["temperature"] == 0.7 or not rows.isfinite().all()
 
 
-@pytest.mark.parametrize("law", LAWS, ids=str)
-def test_the_distribution_is_that_of_transformers_warpers(llama, law):
-    warpers = llama._get_logits_processor(GenerationConfig(do_sample=True, **law))
+@pytest.mark.parametrize("options", SAMPLED, ids=str)
+def test_the_distribution_is_that_of_transformers_warpers(llama, options):
+    warpers = llama._get_logits_processor(GenerationConfig(do_sample=True, **options))
     logits = 3 * torch.randn(200, 100, generator=torch.Generator().manual_seed(1))
     expected = warpers(PROMPT, logits).softmax(-1)
     assert torch.allclose(sampling_of(warpers, True).probs(logits), expected, atol=1e-6)
 
 
 def test_a_drafted_token_follows_that_distribution(llama):
-    """The second new token is drafted, accepted or corrected; its law is known by enumerating the first. 80 draws."""
+    """The second new token is drafted, accepted or corrected; its distribution is known by enumerating the first. 80 draws."""
     options = {"do_sample": True, "eos_token_id": None, "temperature": 0.9, "top_k": 3, "top_p": 1.0}
     warpers = llama._get_logits_processor(GenerationConfig(**options))
     first = warpers(PROMPT, llama(PROMPT).logits[:, -1]).softmax(-1)[0]
@@ -220,7 +220,7 @@ def test_a_dictionary_is_returned_where_one_is_asked_for(llama):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"inputs": PROMPT.repeat(2, 1)}, "got 2 sequences"),
         ({"num_beams": 2}, "beam_search"),
@@ -238,8 +238,8 @@ def test_a_dictionary_is_returned_where_one_is_asked_for(llama):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_kept_is_refused_in_one_sentence(llama, options, told):
-    with pytest.raises(ValueError, match=told) as error:
+def test_what_cannot_be_kept_is_refused_in_one_sentence(llama, options, message):
+    with pytest.raises(ValueError, match=message) as error:
         llama.generate(**({"inputs": PROMPT, "custom_generate": dspark_generate, "max_new_tokens": 4, "top_k": 0} | options))
     assert "\n" not in str(error.value)
 

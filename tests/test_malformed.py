@@ -1,7 +1,7 @@
 """Damaged and hostile files: each ends in one line that names it, or loads whole; none hangs, none executes, none is believed on size.
 
 Every case is generated from its number. The contract, by what a file says of itself:
-native drafters name the digest of their weights, so a flipped bit is refused or lies where nothing reads it (the weights are the
+native drafters name the digest of their weights, so a flipped bit is refused or in a place that nothing reads (the weights are the
 very ones that were saved); where no digest is known, what loads is finite; a config that loads drafts distributions.
 """
 
@@ -195,7 +195,7 @@ def the_same_weights(one: Drafter, folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_bit_flipped_in_a_native_header_is_refused_or_read_by_nobody(made: Path, target: Target, tmp_path: Path, seed: int) -> None:
+def test_a_bit_flipped_in_a_native_header_is_refused_or_makes_no_difference(made: Path, target: Target, tmp_path: Path, seed: int) -> None:
     folder = damaged_weights(made, "native", tmp_path, lambda c: flipped(c, seed, 0, header_length(c)))
     drafter = outcome(lambda: dspark.load_drafter(folder, target), folder)
     assert drafter is None or the_same_weights(drafter, made / "native")
@@ -228,20 +228,20 @@ def test_truncated_weights_are_refused(made: Path, target: Target, tmp_path: Pat
 
 
 @pytest.mark.parametrize("more", [b"\0", b"\0" * 4096, b"PK\x03\x04" * 9], ids=["a byte", "a page", "an archive"])
-def test_weights_with_something_behind_them_are_refused(made: Path, target: Target, tmp_path: Path, more: bytes) -> None:
+def test_weights_followed_by_other_bytes_are_refused(made: Path, target: Target, tmp_path: Path, more: bytes) -> None:
     folder = damaged_weights(made, "native", tmp_path, lambda c: c + more)
     refused(lambda: dspark.load_drafter(folder, target), folder)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_header_that_lies_about_its_length_is_refused(made: Path, target: Target, tmp_path: Path, length: int) -> None:
+def test_a_header_with_a_false_length_is_refused(made: Path, target: Target, tmp_path: Path, length: int) -> None:
     folder = damaged_weights(made, "reference", tmp_path, lambda c: struct.pack("<Q", length) + c[8:])
     refused(lambda: dspark.load_drafter(folder, target), folder)
 
 
 @pytest.mark.parametrize("kind", ["native", "speculators"])
 @pytest.mark.parametrize("change", HEADERS.values(), ids=HEADERS)
-def test_a_header_that_lies_about_its_tensors_is_refused(
+def test_a_header_with_false_tensors_is_refused(
     made: Path, target: Target, tmp_path: Path, kind: str, change: Callable[[dict], object]
 ) -> None:
     folder = damaged_weights(made, kind, tmp_path, lambda c: relabelled(c, change))
@@ -403,7 +403,7 @@ def endless(path: Path) -> None:
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, INDEX, "model-0.safetensors"])
 @pytest.mark.parametrize("make", [a_folder, os.mkfifo, itself, nothing, endless])
-def test_what_stands_where_a_file_should_be_is_refused(
+def test_anything_but_a_file_in_the_place_of_one_is_refused(
     made: Path, target: Target, tmp_path: Path, name: str, make: Callable[[Path], None]
 ) -> None:
     folder = copied(made, "native" if name in (CONFIG, WEIGHTS) else "sharded", tmp_path)
@@ -466,7 +466,10 @@ def test_pickled_weights_are_refused_and_never_opened(
     folder = copied(made, kind, tmp_path)
     (folder / WEIGHTS).unlink()
     PICKLES["torch archive"](Bomb(marker), folder / name)
-    refused(lambda: dspark.load_target(folder) if kind == "target" else dspark.load_drafter(folder, target), folder)
+    if kind == "target":
+        refused(lambda: dspark.load_target(folder), folder)
+    else:
+        refused(lambda: dspark.load_drafter(folder, target), f"{folder} has only pickled weights ({name})")
     assert not marker.exists()
 
 
@@ -488,7 +491,7 @@ def with_code(folder: Path, marker: Path, **config: object) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_code_beside_a_drafter_is_not_run(made: Path, target: Target, tmp_path: Path, marker: Path, kind: str) -> None:
+def test_code_in_the_folder_of_a_drafter_is_not_run(made: Path, target: Target, tmp_path: Path, marker: Path, kind: str) -> None:
     folder = copied(made, kind, tmp_path)
     with_code(folder, marker, model_type="evil")
     drafter = outcome(lambda: dspark.load_drafter(folder, target), folder)
@@ -497,7 +500,7 @@ def test_code_beside_a_drafter_is_not_run(made: Path, target: Target, tmp_path: 
 
 
 @pytest.mark.parametrize("model_type", ["evil", "llama"])
-def test_code_beside_a_target_is_not_run(made: Path, tmp_path: Path, marker: Path, model_type: str) -> None:
+def test_code_in_the_folder_of_a_target_is_not_run(made: Path, tmp_path: Path, marker: Path, model_type: str) -> None:
     folder = copied(made, "target", tmp_path)
     with_code(folder, marker, model_type=model_type)
     loaded = outcome(lambda: dspark.load_target(folder), folder)
@@ -574,9 +577,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def replaced(content: bytes, mark: bytes, behind: int, number: int) -> bytes:
-    """``number`` as 8 bytes, written ``behind`` bytes after ``mark``."""
-    at = content.index(mark) + len(mark) + behind
+def replaced(content: bytes, mark: bytes, after: int, number: int) -> bytes:
+    """``number`` as 8 bytes, written ``after`` bytes after ``mark``."""
+    at = content.index(mark) + len(mark) + after
     return content[:at] + struct.pack("<Q", number) + content[at + 8 :]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import tiny_drafter, tiny_target
@@ -65,6 +67,12 @@ def test_packing_changes_neither_logits_nor_the_digest_of_any_target_of_that_mod
     ids = torch.randint(4, 100, (1, 20), generator=torch.Generator().manual_seed(0))
     a, b = plain.forward(ids, None)[0], packed.forward(ids, None)[0]
     assert (a - b).abs().max() <= a.abs().max() * 2**-5
+
+
+def test_a_packed_model_refuses_to_be_saved_instead_of_losing_weights(kernels: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pack=False"):
+        pack_target(tiny_target(dtype=torch.bfloat16)).model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_8_bits

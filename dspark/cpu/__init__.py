@@ -29,8 +29,13 @@ def pack_target(target: Target) -> Target:
     target.model.weight_digest = target.digest
     share_keys(target.decoder)
     pack_linears(target.model)
+    target.model.save_pretrained = _refuse_to_save
     target.head.weight = target.head_weight  # a Target reads it, so the packed model can be made a target again
     return target
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    raise ValueError("the weights of this model are laid out for the CPU and cannot be saved: load it with pack=False")
 
 
 def pack_drafter(drafter: Drafter) -> Drafter:

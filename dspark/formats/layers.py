@@ -11,6 +11,7 @@ PLAIN = {
     "use_sliding_window": False,
     "is_causal": False,
     "dflash_query_causal": False,
+    "sample_from_anchor": True,
     "rope_is_neox_style": True,
     "partial_rotary_factor": 1.0,
     "final_logit_softcapping": None,
