@@ -63,7 +63,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def test_one_command_trains_decodes_times_and_tells_where_every_row_comes_from(arguments: list[str], tmp_path: Path) -> None:
+def test_one_command_trains_decodes_and_times_and_every_row_names_its_origin(arguments: list[str], tmp_path: Path) -> None:
     call(*arguments, "--stages", "train,decode,time")
     results = tmp_path / "results"
     trained = read_results(results / "drafters-trained.parquet").set_index("drafter")
@@ -84,9 +84,7 @@ def test_one_command_trains_decodes_times_and_tells_where_every_row_comes_from(a
     assert len({rows["drafter_digest"].iloc[0] for rows in map(read_results, results.glob("drafters-t1-*"))}) == 3
 
 
-def test_what_is_finished_is_not_done_again_and_a_longer_list_keeps_it(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_work_is_kept_when_more_drafters_are_added(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call(*arguments, "--only", "dflash")
     kept = [*tmp_path.glob("results/drafters-t1-*"), *tmp_path.glob("out/dflash/*")]
     before = {path: path.read_bytes() for path in kept}
@@ -98,7 +96,7 @@ def test_what_is_finished_is_not_done_again_and_a_longer_list_keeps_it(
     assert all(path.read_bytes() == content for path, content in before.items()) and len(before) == 3
 
 
-def test_a_record_outlives_its_weights_among_drafters_that_were_trained_alike(
+def test_records_of_deleted_weights_stay_if_the_training_was_alike(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = tmp_path / "results" / "drafters-trained.parquet"
@@ -134,7 +132,7 @@ def test_records_never_replace_a_file_that_holds_something_else(
     assert records.read_bytes() == before and not (tmp_path / "out").exists(), "before anything is trained"
 
 
-def test_a_training_stopped_in_the_middle_ends_as_if_it_had_not_been(
+def test_an_interrupted_training_ends_like_an_uninterrupted_one(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only = ("--only", "eagle", "--stages", "train")
@@ -163,7 +161,7 @@ def test_a_training_stopped_in_the_middle_ends_as_if_it_had_not_been(
     assert found["weights_digest"] == expected["weights_digest"] and found["training"]["held_out"] == expected["training"]["held_out"]
 
 
-def test_all_see_the_same_batches_and_differ_in_what_they_name(tiny_folders: dict[str, str]) -> None:  # noqa: F811
+def test_variants_differ_only_in_the_fields_they_name(tiny_folders: dict[str, str]) -> None:  # noqa: F811
     target = dspark.load_target(tiny_folders["target"], dtype="float32")
     recipe = Recipe(taps="0,2", markov_rank=4)
     drafters = {name: recipe.start(variant, target, torch.arange(200)) for name, variant in VARIANTS.items()}
@@ -192,7 +190,7 @@ def test_all_see_the_same_batches_and_differ_in_what_they_name(tiny_folders: dic
         (("--temperature", "-1"), "-1"),
     ],
 )
-def test_a_misspelt_option_is_refused_before_anything_loads(
+def test_a_misspelled_option_is_refused_before_anything_is_loaded(
     arguments: list[str], words: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "load_target", lambda *_, **__: pytest.fail("it loaded"))
@@ -200,9 +198,7 @@ def test_a_misspelt_option_is_refused_before_anything_loads(
     assert named in message and "\n" not in message
 
 
-def test_a_drafter_of_another_recipe_is_not_taken_for_a_finished_one(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_drafter_of_another_recipe_is_refused(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call(*arguments, "--only", "dflash", "--stages", "train")
     shutil.rmtree(tmp_path / "results")
     assert "another --out" in refused(capsys, *arguments, "--only", "dflash", "--steps", "4")
@@ -213,7 +209,7 @@ def test_decoding_before_training_is_one_line(arguments: list[str], capsys: pyte
     assert "train them first" in refused(capsys, *arguments, "--stages", "decode")
 
 
-def test_what_a_block_costs_is_timed_without_training(arguments: list[str], tmp_path: Path) -> None:
+def test_a_block_is_timed_without_training(arguments: list[str], tmp_path: Path) -> None:
     call(*arguments, "--only", "dflash", "--stages", "train")
     call(*arguments, "--only", "dflash,dspark-block3", "--stages", "time")
     timed = read_results(tmp_path / "results" / "drafters-time.parquet").groupby("drafter").first()
@@ -224,6 +220,6 @@ def test_what_a_block_costs_is_timed_without_training(arguments: list[str], tmp_
     assert not (tmp_path / "out" / "dspark-block3").exists()
 
 
-def test_groups_and_names_are_chosen_once_each_and_in_order() -> None:
+def test_each_chosen_variant_appears_once_and_in_order() -> None:
     assert [v.name for v in chosen("eagle,main,eagle")] == ["eagle", "dspark", "dflash"]
     assert [v.name for v in chosen("all")] == list(VARIANTS) and list(VARIANTS)[:3] == MAIN

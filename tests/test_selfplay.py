@@ -1,4 +1,4 @@
-"""Self-play on tiny random models: the invariants of the corpus, and that a stopped run loses nothing."""
+"""Self-play on tiny random models: the invariants of the corpus, and an interrupted run loses nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHATML = (
     "{% for m in messages %}{{ '<start> ' + m['role'] + ' ' + m['content'] + ' <end> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start> assistant ' }}{% endif %}"
 )
-NO_SYSTEM = (  # refuses a system message; a user turn ends with an ordinary word, an answer with <stop> behind a space
+NO_SYSTEM = (  # refuses a system message; a user turn ends with an ordinary word, an answer with <stop> after a space
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
     "{% elif m['role'] == 'user' %}{{ '<start> ' + m['content'] + ' assistant ' }}"
     "{% else %}{{ m['content'] + ' <stop>' }}{% endif %}{% endfor %}"
@@ -98,7 +98,7 @@ def same(one: Corpus, other: Corpus) -> bool:
 
 
 def turns_in(row: list[int]) -> list[tuple[str, int, int]]:
-    """Read a CHATML row by its grammar alone: (speaker, first, behind the last) of each user text and each answer with its end."""
+    """Read a CHATML row by its grammar alone: (speaker, first, stop) of each user text and of each answer, its end included."""
     at = row.index(VOCAB["user"]) + 1
     speaker, found = "user", []
     while at < len(row):
@@ -116,15 +116,15 @@ def test_assistant_tokens_are_exactly_those_between_the_assistant_header_and_end
     answers = 0
     for ids, mask in zip(corpus.token_ids.tolist(), corpus.assistant, strict=True):
         expected = torch.zeros(len(ids), dtype=torch.bool)
-        for speaker, first, behind in turns_in(ids):
+        for speaker, first, stop in turns_in(ids):
             if speaker == "assistant":
-                expected[first:behind] = True
+                expected[first:stop] = True
                 answers += 1
         assert torch.equal(mask, expected)
     assert answers > 24, "rows must hold several turns for this test to mean something"
 
 
-def test_every_row_starts_with_a_subject_and_the_subjects_share_the_rows(target: Target, tmp_path: Path) -> None:
+def test_every_row_starts_with_a_subject_in_proportion_to_the_shares(target: Target, tmp_path: Path) -> None:
     corpus = play(
         target,
         tmp_path / "c",
@@ -153,28 +153,28 @@ def test_temperatures_take_turns_over_all_parts(whole: Corpus) -> None:
     assert torch.equal(whole.temperature, torch.tensor([0.0, 0.6, 1.0] * 3 + [0.0]))
 
 
-def test_a_user_turn_without_end_is_ended_by_force(target: Target, tmp_path: Path) -> None:
+def test_a_user_turn_that_is_too_long_is_cut_off(target: Target, tmp_path: Path) -> None:
     never = torch.tensor(ids_of("<end> <stop>"))
     target.head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, never, -torch.inf))
     corpus = play(target, tmp_path / "c", rows=4, tokens=60)
     for ids, mask in zip(corpus.token_ids.tolist(), corpus.assistant, strict=True):
-        (_, first, behind), (_, answer, last) = turns_in(ids)
-        assert behind - first <= 60 // 3 + 1 + 3, "a third of the row, the end, the opening"
+        (_, first, stop), (_, answer, last) = turns_in(ids)
+        assert stop - first <= 60 // 3 + 1 + 3, "a third of the row, the end, the opening"
         assert mask.nonzero()[:, 0].tolist() == list(range(answer, last))
 
 
 def test_greedy_rows_equal_model_generate(target: Target, whole: Corpus) -> None:
     greedy = whole.rows(whole.temperature == 0)
     for ids in greedy.token_ids:
-        _, first, behind = next(turn for turn in turns_in(ids.tolist()) if turn[0] == "assistant")
+        _, first, stop = next(turn for turn in turns_in(ids.tolist()) if turn[0] == "assistant")
         written = ids[:first]
-        while len(written) < behind:
+        while len(written) < stop:
             written = torch.cat([written, target.model(written[None], use_cache=False).logits[0, -1].argmax()[None]])
-        assert written.tolist() == ids[:behind].tolist()
+        assert written.tolist() == ids[:stop].tolist()
 
 
 def test_each_row_depends_on_its_own_history_only(target: Target) -> None:
-    """Greedy on both sides, the same start gives the same row, whatever stands beside it in the batch."""
+    """Greedy on both sides, the same start gives the same row, whatever else is in the batch."""
     start, long = ids_of("<start> system default <end> <start> user w0"), ids_of("<start> system w3 w4 w5 <end> <start> user w6 w7 w8")
     cold, generator = torch.zeros(2), torch.Generator().manual_seed(0)
     alone = converse(target, turns_of(target), [start], cold[:1], 60, 0.0, generator)
@@ -200,7 +200,7 @@ def test_no_token_of_probability_0_is_drawn_at_either_end(monkeypatch: pytest.Mo
     assert sample(logits, torch.ones(2), torch.Generator()).tolist() == drawn
 
 
-def test_the_temperature_is_the_assistants_in_its_turn_and_the_users_in_its_own(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_speakers_turns_are_sampled_at_its_own_temperature(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     monkeypatch.setattr(selfplay, "sample", lambda logits, heat, generator: used.append(heat.clone()) or sample(logits, heat, generator))
     start = ids_of("<start> system default <end> <start> user w0")
@@ -209,12 +209,12 @@ def test_the_temperature_is_the_assistants_in_its_turn_and_the_users_in_its_own(
         answering = made.assistant[:, place]
         assert torch.equal(heat[answering], made.temperature[answering])
     for row, ids in enumerate(made.token_ids.tolist()):
-        for speaker, first, behind in turns_in(ids):
-            places = [p for p in range(max(first, len(start)), behind) if speaker == "user"]
+        for speaker, first, stop in turns_in(ids):
+            places = [p for p in range(max(first, len(start)), stop) if speaker == "user"]
             assert all(used[p - len(start)][row] == torch.tensor(0.9) for p in places)
 
 
-def test_a_killed_run_resumes_to_the_same_corpus(target: Target, whole: Corpus, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_corpus(target: Target, whole: Corpus, tmp_path: Path) -> None:
     stopped, calls = tmp_path / "stopped", iter(range(10**6))
 
     def stop(*_: object) -> None:
@@ -241,13 +241,13 @@ def test_a_lost_part_is_made_again_and_gives_the_same_corpus(target: Target, tmp
     assert path.read_bytes() == content
 
 
-def test_chunks_and_seeds_give_different_rows(target: Target, tmp_path: Path) -> None:
+def test_parts_and_seeds_give_different_rows(target: Target, tmp_path: Path) -> None:
     warm = {"rows": 4, "batch": 2, "temperatures": (1.0,)}  # greedy answers to one start may coincide
     both = concatenate([play(target, tmp_path / "one", **warm), play(target, tmp_path / "other", **warm, seed=4)])
     assert len(set(map(tuple, both.token_ids.tolist()))) == 8
 
 
-def test_more_rows_grow_the_corpus_behind_the_full_parts(target: Target, whole: Corpus, tmp_path: Path) -> None:
+def test_more_rows_are_appended_after_the_full_parts(target: Target, whole: Corpus, tmp_path: Path) -> None:
     small = play(target, tmp_path / "c", rows=6)
     assert same(small.rows(slice(4)), whole.rows(slice(4)))
     assert same(play(target, tmp_path / "c"), whole)
@@ -321,7 +321,7 @@ def test_joined_corpora_keep_their_order_and_unequal_lengths_are_refused() -> No
         concatenate([one, Corpus(one.token_ids[:, :2], one.assistant[:, :2], one.temperature)])
 
 
-def test_forced_pieces_come_from_the_template(target: Target) -> None:
+def test_the_tokens_between_turns_come_from_the_template(target: Target) -> None:
     turns = turns_of(target)
     assert list(turns.to_assistant) == ids_of("<end> <start> assistant")
     assert list(turns.to_user) == ids_of("<start> user")
@@ -330,7 +330,7 @@ def test_forced_pieces_come_from_the_template(target: Target) -> None:
     assert pieces(target.tokenizer, None)[0].split() == "<start> system default <end> <start> user".split()
 
 
-def test_the_templates_own_end_of_turn_stops_even_where_it_is_no_eos(target: Target) -> None:
+def test_the_templates_end_of_turn_stops_a_turn_even_if_it_is_no_eos(target: Target) -> None:
     target.model.generation_config.eos_token_id = VOCAB["<stop>"]
     assert set(turns_of(target).stops) == set(ids_of("<end> <stop>"))
 

@@ -1,4 +1,4 @@
-"""Training: the gradient is the loss's own, blocks see only what drafting sees, a resume equals never having stopped."""
+"""Training: the gradient is the loss's own, blocks see only what drafting sees, a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trainer(folder: Path, steps: int = 6, **options: object) -> Trainer:
 
 
 @pytest.mark.parametrize("rank", [0, 8])
-def test_the_written_out_gradient_is_the_gradient(rank: int) -> None:
+def test_the_written_out_gradient_equals_autograds(rank: int) -> None:
     generator = torch.Generator().manual_seed(0)
     n, h, vocab, draft_vocab = 400, 16, 60, 40  # more rows than one chunk
     hidden = torch.randn(n, h, generator=generator, requires_grad=True)
@@ -125,7 +125,7 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     assert last < first
 
 
-def test_weight_decay_shrinks_matrices_that_learn_nothing_and_no_norms(tmp_path: Path) -> None:
+def test_weight_decay_shrinks_matrices_but_not_norms(tmp_path: Path) -> None:
     free, decayed = (trainer(tmp_path / name, steps=4, weight_decay=decay) for name, decay in (("free", 0.0), ("decayed", 0.5)))
     unread = 1  # a token that no text holds, so that only decay moves its row
     before = decayed.drafter.markov_head.markov_w1.weight[unread].clone()
@@ -138,7 +138,7 @@ def test_weight_decay_shrinks_matrices_that_learn_nothing_and_no_norms(tmp_path:
     assert torch.equal(decayed.drafter.norm.weight, torch.ones_like(decayed.drafter.norm.weight))
 
 
-def test_all_text_teaches_but_what_judges_stays_the_assistants() -> None:
+def test_all_text_is_learnt_from_but_validation_stays_on_the_assistants_tokens() -> None:
     text = corpus()
     for shard_rows, held_out in ((9, 3), (4, 4), (12, 12)):
         taught = all_text(text, shard_rows)
@@ -147,7 +147,7 @@ def test_all_text_teaches_but_what_judges_stays_the_assistants() -> None:
     assert not text.assistant.all()
 
 
-def test_features_kept_for_less_of_the_text_are_refused_by_name(tmp_path: Path) -> None:
+def test_features_kept_for_fewer_of_the_tokens_are_refused(tmp_path: Path) -> None:
     target, text = tiny_target(), corpus()
     FeatureStore(target, text, (0, 2), tmp_path, shard_rows=4).shard(0)
     with pytest.raises(ValueError, match="learns from less of this text: choose another folder"):
@@ -177,8 +177,8 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("method", "kept"), [("_loss", 3), ("optimizer", 4)])
-def test_ctrl_c_in_the_middle_of_a_step_keeps_every_finished_one(tmp_path: Path, interruptible: None, method: str, kept: int) -> None:
-    """An update that has begun is finished; before it nothing of the step is lost but the time."""
+def test_ctrl_c_during_a_step_keeps_every_finished_one(tmp_path: Path, interruptible: None, method: str, kept: int) -> None:
+    """Before the update the step is lost, an update that has begun is finished."""
     run, whole = trainer(tmp_path / "a", steps=9), trainer(tmp_path / "b", steps=9)
     inside = run.optimizer.step if method == "optimizer" else run._loss
 
@@ -198,8 +198,8 @@ def test_ctrl_c_in_the_middle_of_a_step_keeps_every_finished_one(tmp_path: Path,
         assert torch.equal(a, b)
 
 
-def test_a_target_whose_law_is_not_its_heads_is_refused() -> None:
-    """Soft caps, scales and shifts stand between the head and the law; the loss reads the head."""
+def test_a_target_that_changes_its_logits_after_the_head_is_refused() -> None:
+    """Soft caps, scales and shifts are such changes; the loss computes the target's distribution from the head alone."""
     shape = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = Gemma2Config(**shape, num_key_value_heads=2, head_dim=8, initializer_range=0.6, final_logit_softcapping=5.0)
     torch.manual_seed(0)
@@ -272,13 +272,13 @@ def test_the_draft_vocabulary_holds_the_frequent_tokens_and_the_end_of_text() ->
 
 
 @pytest.mark.parametrize("layers", range(1, 40))
-def test_taps_that_nobody_chose_are_different_layers_of_the_target(layers: int) -> None:
+def test_default_taps_are_different_layers_of_the_target(layers: int) -> None:
     taps = spread_taps(layers)
     assert list(taps) == sorted(set(taps)) and taps[-1] < layers - 1 and (0 <= taps[0] or (taps == (-1,) and layers == 1))
     assert len(taps) == min(5, max(layers - 2, 1))
 
 
-def test_the_mask_is_a_token_that_no_text_holds_and_a_special_one_if_there_is() -> None:
+def test_the_mask_token_is_not_in_the_corpus_and_special_if_possible() -> None:
     added = {token: SimpleNamespace(special=token != 4) for token in range(8)}
     tokenizer = SimpleNamespace(added_tokens_decoder=added, bos_token_id=5)
     target = SimpleNamespace(name="t", vocab_size=12, eos_token_ids=frozenset([2, 11]), tokenizer=tokenizer)
@@ -301,14 +301,14 @@ def test_the_mask_is_a_token_that_no_text_holds_and_a_special_one_if_there_is() 
         ("drafter", "cuda", False, "bfloat16"),
     ],
 )
-def test_training_does_not_compute_in_what_the_cpu_has_no_kernels_for(
+def test_training_avoids_bfloat16_on_a_cpu_without_kernels_for_it(
     command: str, device: str, kernels: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dspark.train.__main__, "has_bfloat16_kernels", lambda: kernels)
     assert dspark.train.__main__.usual_dtype(command, device) == dtype
 
 
-def test_a_corpus_that_is_held_out_entirely_is_refused_with_its_size(tmp_path: Path) -> None:
+def test_a_corpus_that_is_all_held_out_is_refused_with_its_size(tmp_path: Path) -> None:
     target = tiny_target()
     store = FeatureStore(target, corpus(rows=3), (0, 2), shard_rows=4)
     with pytest.raises(ValueError, match=r"3 rows, of which the last 3 are held out.*make more than 4 rows"):

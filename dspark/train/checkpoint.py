@@ -48,13 +48,18 @@ def load_checkpoint(path: Path, drafter: Drafter, optimizer: torch.optim.Optimiz
             raise ValueError(f"{path} was made with {key} = {about.get(key)!r}, not {value}: choose another folder")
     _check(path, tensors, drafter)
     drafter.load_state_dict({n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")})
+    optimizer.load_state_dict({"state": moments_of(tensors), "param_groups": optimizer.state_dict()["param_groups"]})
+    return about["step"]
+
+
+def moments_of(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The optimiser's state in a checkpoint, by the index of the parameter it belongs to."""
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, i, part = name.split(".")
             moments.setdefault(int(i), {})[part] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return about["step"]
+    return moments
 
 
 def _read(path: Path, device: torch.device) -> tuple[dict, dict[str, Tensor]]:

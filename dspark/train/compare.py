@@ -175,7 +175,7 @@ class Comparison:
             raise ValueError(f"{path.parent} holds a drafter of another target, recipe or corpus: choose another --out, or delete it")
         return config
 
-    # ---- what is known of the trained drafters
+    # ---- records of the trained drafters
 
     @cached_property
     def _origin(self) -> dict[str, object]:

@@ -125,14 +125,12 @@ class FeatureStore:
 
     @torch.inference_mode()
     def _compute(self, corpus: Corpus) -> dict[str, Tensor]:
-        batches = zip(corpus.token_ids.split(BATCH_ROWS), corpus.assistant.split(BATCH_ROWS), strict=True)
-        parts = [self._run(*batch) for batch in batches]
+        parts = []
+        for token_ids, assistant in zip(corpus.token_ids.split(BATCH_ROWS), corpus.assistant.split(BATCH_ROWS), strict=True):
+            with Taps(self.target, self.taps) as tapped:
+                final = self.target.decoder(input_ids=token_ids.to(self.target.device), use_cache=False).last_hidden_state
+            logsumexp = torch.full(token_ids.shape, torch.inf, device=final.device)
+            chunks = final[assistant].split(64)  # the float32 logits of all rows at once would not fit in memory
+            logsumexp[assistant] = torch.cat([self.target.head(chunk).float().logsumexp(-1) for chunk in chunks])
+            parts.append({"taps": tapped.joined().cpu(), "final": final.cpu(), "logsumexp": logsumexp.cpu()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def _run(self, token_ids: Tensor, assistant: Tensor) -> dict[str, Tensor]:
-        with Taps(self.target, self.taps) as tapped:
-            final = self.target.decoder(input_ids=token_ids.to(self.target.device), use_cache=False).last_hidden_state
-        logsumexp = torch.full(token_ids.shape, torch.inf, device=final.device)
-        chunks = final[assistant].split(64)  # 64 rows: the float32 logits of all of them would not fit in memory
-        logsumexp[assistant] = torch.cat([self.target.head(chunk).float().logsumexp(-1) for chunk in chunks])
-        return {"taps": tapped.joined().cpu(), "final": final.cpu(), "logsumexp": logsumexp.cpu()}
