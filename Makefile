@@ -39,8 +39,8 @@ train: $(stamp)  ## train a drafter; ARGS="--help" lists the options
 bench: $(stamp)  ## measure policies against each other; ARGS="--help" lists the options
 	$(python) -m dspark.bench $(ARGS)
 
-proof: $(stamp)  ## prove that the text keeps the model's law; ARGS="--help" lists the parts
-	$(python) -m dspark.proof $(ARGS)
+proof: $(stamp)  ## run the long exactness checks and write data/results/proof.json; ARGS="--help" lists the parts
+	$(python) -m tests.exact $(ARGS)
 
 paper: $(stamp)  ## regenerate the paper's numbers, tables and figures from data/results, and its PDF where LaTeX is installed
 	$(python) paper/build.py

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact.enumeration import PROMPT, SEED, ExactSampling, ExactSource, small_target, target_distribution
 from test_train import corpus
 from tiny import tiny_drafter, tiny_target
 
@@ -16,9 +17,7 @@ from dspark.decode import rounds
 from dspark.draft.drafter import Draft, Drafter
 from dspark.draft.eagle import EagleDrafter
 from dspark.formats.deepspec import export_deepspec
-from dspark.proof.branches import ExactSampling, ExactSource, enumerate_law
-from dspark.proof.cases import PROMPT, SEED, small_target
-from dspark.proof.enumeration import target_law
+from dspark.lab.branches import every_branch
 from dspark.target.target import Target
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
@@ -200,7 +199,7 @@ def test_greedy_text_in_float32_is_plain_decodings(block_size: int) -> None:
 
 @pytest.mark.parametrize("policy", [dspark.FixedWindow(), dspark.ConfidenceThreshold(0.3), dspark.AdaptiveWindow(0.6, 0.5, 0.3)], ids=str)
 def test_the_joint_law_of_sampled_text_is_the_targets_own(policy: dspark.FixedWindow) -> None:
-    """By enumeration of every branch in fractions, as :mod:`dspark.proof.enumeration` does for our own drafters."""
+    """By enumeration of every branch in fractions, as :mod:`exact.enumeration` does for our own drafters."""
     target = small_target(2, eos=False)
     drafter = drafter_for(target, **SHAPE, block_size=3, target_layer_ids=(0,), mask_token_id=1)
     with torch.random.fork_rng(devices=[]):
@@ -216,9 +215,9 @@ def test_the_joint_law_of_sampled_text_is_the_targets_own(policy: dspark.FixedWi
         accepted.update((r.accepted, r.verify_length) for r in stream[1:])
         return [token for r in stream for token in r.committed]
 
-    law, _ = enumerate_law(run)
-    assert law == target_law(target, 4, sampling)
-    assert sum(law.values()) == Fraction(1)
+    distribution, _ = every_branch(run)
+    assert distribution == target_distribution(target, 4, sampling)
+    assert sum(distribution.values()) == Fraction(1)
     assert any(a == n > 0 for a, n in accepted) and any(a < n for a, n in accepted)
 
 

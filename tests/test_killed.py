@@ -1,33 +1,161 @@
-"""Ended by SIGKILL, a job loses nothing that was finished, and its end is that of a run that nobody killed."""
+"""Ended by SIGKILL, a training or a benchmark loses nothing that was finished, and ends as if nobody had killed it.
+
+Both commands run on tiny random models. They are killed at random moments and, since such a moment seldom falls into a write, also in
+the middle of one: by a limit on the size of files, whose signal ends a process as abruptly.
+"""
 
 from __future__ import annotations
 
-import pandas as pd
-import pytest
+import json
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-from dspark.proof import killed
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import letter_tokenizer, tiny_drafter, tiny_target
+from tqdm import tqdm
+
+from dspark.bench.results import read_results
+from dspark.formats.checkpoint import save_drafter
+from dspark.train.corpus import Corpus, save_corpus
+
+PRELOADED = ["test_killed", "dspark.bench.speed", "dspark.train.loop", "transformers.models.llama.modeling_llama"]
+TIMED = ["prefill_seconds", "seconds", "latency_ms", "draft_ms", "verify_ms", "round_ms", "model_seconds", "other_share"]
+TIMED += ["peak_rss_mib", "load_average", "utc"]  # the columns of a benchmark that no two runs share
+TRAINING = "--corpus corpus.safetensors --steps 40 --sequences 2 --anchors 4 --checkpoint-every 3 --taps 0,1 --init-layers 0"
+TRAINING += " --mask-token 3 --block-size 3 --markov-rank 4 --draft-vocab 60 --validate-every 1000"
+BENCH = "--drafter drafter --arms plain,fixed:3,adaptive+copy --domains chat --threads 1 --prompts 4 --tokens 8 --temperature 1.0"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that resumes. command: run in the models' folder, {out} stands for its results. written: its largest file.
+    finished: in the results' folder, what must never be lost, in order. result: what must not depend on kills."""
+
+    command: str
+    written: str
+    finished: Callable[[Path], list[object]]
+    result: Callable[[Path], object]
+
+    def run(self, out: Path, seconds: float = 200.0, file_limit: int | None = None) -> int:
+        """Start in ``out``'s parent, kill after so many seconds; the exit code, negative if it was killed."""
+        out.mkdir(exist_ok=True)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)  # the heavy imports once, then a fork per start
+        process = context.Process(target=command, args=(self.command.format(out=out.name).split(), out, file_limit), daemon=True)
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode
+
+
+def command(arguments: list[str], out: Path, file_limit: int | None) -> None:
+    """What ``python -m`` does, its output in a file."""
+    os.chdir(out.parent)
+    with open(out.with_suffix(".txt"), "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared between processes and would outlive this one
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would make an error of it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+def checkpoint(out: Path) -> Path:
+    return out / "drafter.training" / "checkpoint.safetensors"
+
+
+def steps_kept(out: Path) -> list[object]:
+    if not checkpoint(out).exists():
+        return []
+    with safe_open(checkpoint(out), "pt") as file:
+        return list(range(json.loads(file.metadata()["about"])["step"]))
+
+
+def weights(out: Path) -> dict[str, list[float]]:
+    files = (load_file(file) for file in (out / "drafter" / "model.safetensors", checkpoint(out)))
+    return {f"{i} {name}": tensor.tolist() for i, file in enumerate(files) for name, tensor in file.items()}
+
+
+def rows_kept(out: Path) -> list[object]:
+    """(prompt, repeat, arm, its time) of every measured row: a row that was measured again has another time."""
+    partial = out / "speed.parquet.partial.jsonl"
+    if (out / "speed.parquet").exists():
+        rows = read_results(out / "speed.parquet").to_dict("records")
+    else:
+        content = partial.read_bytes() if partial.exists() else b""
+        rows = [row for line in content[: content.rfind(b"\n") + 1].splitlines()[1:] for row in json.loads(line)["rows"]]
+    return [(row["prompt_id"], row["repeat"], row["arm"], row["seconds"]) for row in rows]
+
+
+def untimed_rows(out: Path) -> str:
+    frame = read_results(out / "speed.parquet").drop(columns=TIMED, errors="ignore")
+    frame = frame.sort_values(["prompt_id", "repeat", "arm"], ignore_index=True)
+    assert not frame.duplicated(["prompt_id", "repeat", "arm"]).any()
+    return frame.map(lambda value: value.tolist() if isinstance(value, np.ndarray) else value).to_json()
+
+
+ON_TINY_MODELS = "--target target --dtype float32"
+TRAIN = f"dspark.train drafter {ON_TINY_MODELS} {TRAINING} --out {{out}}/drafter --features {{out}}/features"
+JOBS = {
+    "training": Job(TRAIN, "drafter.training/checkpoint.safetensors", steps_kept, weights),
+    "benchmark": Job(f"dspark.bench speed {ON_TINY_MODELS} {BENCH} --out {{out}}/speed.parquet", "speed.parquet", rows_kept, untimed_rows),
+}
 
 
 @pytest.fixture(scope="module")
-def frame(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    return killed.run(tmp_path_factory.mktemp("proof") / "proof-killed.parquet", smoke=True)
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    target = tiny_target(num_hidden_layers=3)
+    target.model.save_pretrained(folder / "target")
+    letter_tokenizer().save_pretrained(folder / "target")
+    save_drafter(tiny_drafter(target, block_size=3, target_layer_ids=(0, 1), markov_rank=4), target, folder / "drafter")
+    assistant = torch.zeros(130, 24, dtype=torch.bool)
+    assistant[:, 4:] = True
+    ids = torch.randint(4, 100, assistant.shape, generator=torch.Generator().manual_seed(0))
+    save_corpus(Corpus(ids, assistant, torch.ones(len(ids))), folder / "corpus.safetensors")
+    return folder
 
 
-@pytest.mark.parametrize("job", ["training", "benchmark"])
-def test_whatever_kills_it_a_job_ends_as_if_nobody_had(frame: pd.DataFrame, job: str) -> None:
-    rows = frame[frame["job"] == job]
-    assert sorted(rows["cause"]) == ["moment"] * 3 + ["write"]
-    assert rows["equal"].all()
-    assert (rows["finished_after"] >= rows["finished_before"]).all()
-    assert (rows["finished_after"] <= rows["killed_at_step"]).all() or job == "training"
+@pytest.mark.parametrize("name", JOBS)
+def test_a_killed_job_loses_nothing_finished_and_ends_as_if_undisturbed(name: str, models: Path) -> None:
+    job, dice = JOBS[name], random.Random(name)
+    whole, start = models / f"{name}-whole", time.monotonic()
+    assert job.run(models / f"{name}-first") == 0, (models / f"{name}-first.txt").read_text()  # this start pays for the imports
+    start = time.monotonic()
+    assert job.run(whole) == 0
+    seconds, largest = time.monotonic() - start, (whole / job.written).stat().st_size
+    assert job.result(whole) == job.result(models / f"{name}-first")  # deterministic, so there is something to compare with
 
-
-def test_some_kills_found_something_finished_and_something_not(frame: pd.DataFrame) -> None:
-    assert (frame["finished_after"] > 0).any()
-    assert (frame["moment"] > 0).all()
-
-
-def test_the_table_names_both_jobs_and_every_row_its_origin(frame: pd.DataFrame) -> None:
-    shown = killed.table(frame)
-    assert "4 of 4" in shown.splitlines()[1] and shown.splitlines()[1].startswith("training") and "benchmark" in shown
-    assert {"machine", "torch", "revision", "target_digest", "threads"} <= set(frame.columns)
+    out, kept, kills = models / f"{name}-killed", [], 0
+    for cause in ("write", "moment", "moment", "write", "moment"):
+        limit = dice.randrange(largest // 8, largest) if cause == "write" else None
+        code = job.run(out, 200.0 if limit else (0.3 + 0.5 * dice.random()) * seconds, limit)
+        kills += code < 0
+        finished = job.finished(out)
+        assert finished[: len(kept)] == kept
+        kept = finished
+        if code >= 0:
+            break
+    assert kills > 1
+    assert job.run(out) == 0, out.with_suffix(".txt").read_text()
+    assert job.finished(out)[: len(kept)] == kept
+    assert job.result(out) == job.result(whole)

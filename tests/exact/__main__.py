@@ -1,0 +1,139 @@
+"""``python -m tests.exact [PART ...]``: the long exactness checks. Writes data/results/proof.json; the short ones run in ``make test``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from dspark import load_drafter, load_target
+from dspark.bench.prompts import data_dir, load_prompts
+from dspark.bench.provenance import cores, revision
+from dspark.cli import run_main
+from dspark.files import write_atomically
+from dspark.schedule import PrefixScheduler
+from dspark.tune.profile import cpu_name
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where pytest finds these modules
+from exact import draws, enumeration, greedy, planted, requests
+
+SIGNIFICANCE = 0.01  # of all tests together
+PROMPTS = ("math", "chat", "code")  # domains; the first dev prompt of each
+Result = dict[str, object]
+
+
+def enumerate_everything(options: argparse.Namespace) -> Result:
+    """Every branch of small models and of requests that are scheduled together."""
+    by_policy: dict[str, Counter[str]] = {}
+    largest = 0.0
+    for case in tqdm(enumeration.every_case() if not options.short else enumeration.few_cases(), desc="enumeration", unit="case"):
+        proof = enumeration.prove(case)
+        largest = max(largest, proof.difference)
+        by_policy.setdefault(case.policy, Counter()).update(cases=1, branches=proof.branches)
+    for name, policy in requests.PAIR_POLICIES.items():
+        distribution, branches = requests.joint_distribution(requests.PAIR, policy)
+        largest = max(largest, enumeration.Proof(distribution, requests.independent_distribution(requests.PAIR), branches).difference)
+        by_policy[f"{name}, two requests"] = Counter(cases=1, branches=branches)
+    total = sum(by_policy.values(), Counter())
+    return {"holds": largest == 0, **total, "largest_difference": largest, "by_policy": {k: dict(v) for k, v in by_policy.items()}}
+
+
+def appendix_a(options: argparse.Namespace) -> Result:
+    """The counterexample: the first token's distribution under two schedules."""
+    first = {"target": requests.independent_distribution([requests.APPENDIX_A], 1)}
+    for name, policy in (("prefix scheduler", PrefixScheduler), ("global argmax", requests.GlobalArgmax)):
+        first[name] = requests.joint_distribution([requests.APPENDIX_A], policy(requests.APPENDIX_A_STEPS), 1)[0]
+    holds = first["target"] == first["prefix scheduler"] != first["global argmax"]
+    return {"holds": holds, "first_token": {name: [str(found[token,]) for token in (0, 1)] for name, found in first.items()}}
+
+
+def greedy_texts(options: argparse.Namespace) -> Result:
+    """Greedy float32 texts of tiny models against model.generate."""
+    prompts, sizes = (1, [2, 5]) if options.short else (3, list(greedy.BLOCK_SIZES))
+    ways: dict[str, Counter[str]] = {}
+    total = prompts * len(greedy.SITUATIONS) * len(sizes) * len(greedy.WAYS)
+    for name, counts in tqdm(greedy.compared(prompts, lambda i: sizes), desc="greedy", unit="text", total=total):
+        ways.setdefault(name, Counter()).update(counts)
+    found = sum(ways.values(), Counter())
+    about = {"prompts": prompts * len(greedy.SITUATIONS), "block_sizes": sizes, "ways": {name: dict(c) for name, c in ways.items()}}
+    return {"holds": found["equal"] == found["texts"], **found, **about}
+
+
+def sampled(options: argparse.Namespace) -> Result:
+    """Draws on the shipped model in float32, under every policy, against the target's distribution."""
+    target = load_target("default", dtype="float32")
+    drafter = load_drafter("default", target)
+    tests = []
+    for seed, (domain, sampling) in enumerate(tqdm([(d, s) for d in PROMPTS for s in draws.SAMPLINGS], desc="draws", unit="distribution")):
+        item = load_prompts(domain, "dev", 1)[0]
+        found = draws.every_policy(target, drafter, target.encode(item.messages), sampling, options.draws, seed)
+        about = {"prompt": item.id, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        tests += [about | {"policy": name} | asdict(comparison) for name, comparison in found.items()]
+    for test, adjusted in zip(tests, draws.holm([test["p_value"] for test in tests]), strict=True):
+        cells = test["cells"] - 1
+        test |= {"p_adjusted": adjusted, "detectable_tv": draws.detectable_tv(options.draws, cells, SIGNIFICANCE / len(tests))}
+    smallest = min(test["p_adjusted"] for test in tests)
+    about = {"tokens": draws.TOKENS, "draws": options.draws * len(tests), "smallest_p_adjusted": smallest}
+    return {"holds": smallest > SIGNIFICANCE, **about, "significance": SIGNIFICANCE, "target": target.name, "tests": tests}
+
+
+def planted_bugs(options: argparse.Namespace) -> Result:
+    """Every planted bug against the test that it names."""
+    codes = planted.exit_codes(["clean", *planted.BUGS])
+    bugs = [
+        {"bug": name, "breaks": bug.planted.__doc__, "place": bug.place, "caught_by": bug.caught_by * (codes[name] == 1)}
+        for name, bug in planted.BUGS.items()
+    ]
+    caught = sum(bool(bug["caught_by"]) for bug in bugs)
+    return {"holds": codes["clean"] == 0 and caught == len(bugs), "caught": caught, "of": len(bugs), "bugs": bugs}
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Result]] = {
+    "enumeration": enumerate_everything,
+    "appendix_a": appendix_a,
+    "greedy": greedy_texts,
+    "draws": sampled,
+    "planted": planted_bugs,
+}
+
+
+def prove(options: argparse.Namespace) -> int:
+    """Run the parts, one after another; each joins the file as it ends. Returns 1 if one of them does not hold."""
+    held = []
+    for name in options.parts or PARTS:
+        start = time.monotonic()
+        result = PARTS[name](options)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+        stamp = {"commit": revision(), "machine": cpu_name(), "cores": cores(), **versions, "seconds": round(time.monotonic() - start)}
+        kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+        write_atomically(options.out, json.dumps(kept | {name: result | stamp}, indent=1, ensure_ascii=False).encode() + b"\n")
+        shown = {key: value for key, value in result.items() if not isinstance(value, list | dict)}
+        print(f"{name}: {shown}, {stamp['seconds']} s", flush=True)
+        held.append(result["holds"])
+    return 0 if all(held) else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    parts = "\n".join(f"  {name:12} {part.__doc__}" for name, part in PARTS.items())
+    made = argparse.ArgumentParser(
+        "python -m tests.exact", description=f"{__doc__}\n\n{parts}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help="default all of them")
+    made.add_argument("--out", type=Path, default=data_dir() / "results" / "proof.json", help="default %(default)s")
+    made.add_argument("--draws", type=int, default=2000, help="per prompt, sampling and policy; default %(default)s")
+    made.add_argument("--short", action="store_true", help="fewer cases and texts")
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(parser(), prove, kept="finished parts"))

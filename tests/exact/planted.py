@@ -1,0 +1,425 @@
+"""Would the tests notice? Each bug replaces one function or method of the product, and the test that it names must fail then.
+
+A planted function gets the real one as its first argument; its docstring says what goes wrong. ``python -m exact.planted`` plants each
+bug in a process of its own, which has run no test before: one that had might remember results.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dspark.verify.sampling import Sampling
+
+TESTS = Path(__file__).resolve().parents[1]
+SAMPLED = "test_exact.py::test_sampled_text_has_the_targets_distribution[{}]"
+PLAIN, REDUCED = SAMPLED.format("fixed:3 vanilla T1 vocab2 block3 tokens5"), SAMPLED.format("fixed:2 reduced T1 k2 vocab5 block2 tokens3")
+TOP_P = SAMPLED.format("adaptive:0.6 gated T1 p0.8 vocab3 block2 tokens4 eos")
+CONDITIONAL = SAMPLED.format("conditional:0.5 vanilla T1 vocab2 block3 tokens4")
+PREFIX, COPYING = SAMPLED.format("prefix gated T1 vocab2 block3 tokens4"), SAMPLED.format("fixed:4 copying T1 vocab2 block4 tokens6 eos")
+GREEDY = "test_exact.py::test_every_policy_gives_the_greedy_text_of_model_generate"
+SCHEDULE = "test_exact.py::test_a_schedule_cuts_blocks_of_the_same_length_at_different_places[{}]"
+UNIFORM = "test_exact.py::test_every_draft_has_a_uniform_number_of_its_own"
+STATE = "test_properties.py::test_a_draft_leaves_nothing_behind_in_the_drafters_state"
+CACHE, NAIVE_COPY = "test_properties.py::TestTheCacheIsAList", "test_properties.py::test_copying_equals_a_naive_search_in_two_requests"
+PARALLEL = "test_draft.py::test_step_by_step_drafting_equals_the_training_forward_pass"
+TAPS = "test_rewind.py::test_taps_are_the_residual_stream_after_the_named_layers"
+EAGLE = "test_eagle.py::test_training_and_drafting_see_the_same_distributions"
+FUSED = "test_fused.py::test_the_fused_backbone_drafts_as_the_plain_one"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """place: dotted, inside ``dspark``. caught_by: pytest's id of the test. planted: what replaces the place."""
+
+    place: str
+    caught_by: str
+    planted: Callable[..., object]
+
+    def owner(self) -> object:
+        """The module or class that holds the function, imported."""
+        return pkgutil.resolve_name(f"dspark.{self.place.rpartition('.')[0]}")
+
+    def plant(self) -> None:
+        """Replace the function where it is defined, and in every loaded module that imported it."""
+        owner, name = self.owner(), self.place.rpartition(".")[2]
+        real = vars(owner)[name]
+        function = real.fget if isinstance(real, property) else real
+
+        def bug(*arguments: object, **options: object) -> object:
+            return self.planted(function, *arguments, **options)
+
+        setattr(owner, name, property(bug) if isinstance(real, property) else bug)
+        for module in [module for key, module in sys.modules.items() if key.startswith(("dspark", "exact"))]:
+            for key, value in list(vars(module).items()):
+                if value is real:
+                    setattr(module, key, bug)
+
+
+BUGS: dict[str, Bug] = {}
+
+
+def at(place: str, caught_by: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    def keep(planted: Callable[..., object]) -> Callable[..., object]:
+        BUGS[planted.__name__.replace("_", "-")] = Bug(place, caught_by, planted)
+        return planted
+
+    return keep
+
+
+class Recording:
+    """A sampling whose rows are kept as ``reported`` makes them, while tokens are drawn from the real ones."""
+
+    def __init__(self, sampling: Sampling, reported: Sampling) -> None:
+        self.sampling, self.reported, self.rows = sampling, reported, []
+
+    def probs(self, logits: torch.Tensor) -> torch.Tensor:
+        self.rows.append(self.reported.probs(logits))
+        return self.sampling.probs(logits)
+
+
+class Planted:
+    """Only a place for the functions: none is called as a method."""
+
+    @at("verify.accept.residual", TOP_P)
+    def correction_from_target(real, p_target, p_draft):
+        """The correction comes from the target's whole row: a rejected draft gets a second chance."""
+        return p_target
+
+    @at("verify.accept.residual", TOP_P)
+    def residual_epsilon(real, p_target, p_draft):
+        """Every entry of the residual is at least 1e-8: tokens come up that the target forbids."""
+        difference = (p_target - p_draft).clip(1e-8)
+        return difference / difference.sum()
+
+    @at("verify.accept.residual", TOP_P)
+    def residual_not_renormalised(real, p_target, p_draft):
+        """The residual is not divided by its sum, so it is no distribution."""
+        return (p_target - p_draft).clip(0)
+
+    @at("verify.accept.residual", "test_exact.py::test_no_residual_is_too_small_to_count")
+    def residual_small_mass(real, p_target, p_draft):
+        """A residual with a sum of 1e-8 or less is replaced by the target's row."""
+        return real(p_target, p_draft) if (p_target - p_draft).clip(0).sum() > 1e-8 else p_target
+
+    @at("verify.accept.accept", PLAIN)
+    def bonus_from_the_wrong_row(real, draft_tokens, p_draft, p_target, rng):
+        """After a fully accepted block the bonus is drawn from the last draft's own row."""
+        if draft_tokens and all(rng.accepts(p_target[k, token], p_draft[k, token]) for k, token in enumerate(draft_tokens)):
+            return len(draft_tokens), rng.choose(p_target[len(draft_tokens) - 1])
+        return real(draft_tokens, p_draft, p_target, rng)
+
+    @at("verify.accept.accept", UNIFORM)
+    def one_coin_per_block(real, draft_tokens, p_draft, p_target, rng):
+        """One uniform number decides on every draft of a block."""
+        uniform = torch.rand((), generator=rng.generator)
+        kept = [bool(uniform * p_draft[k, token] < p_target[k, token]) for k, token in enumerate(draft_tokens)]
+        return ([*kept, False].index(False), 0)
+
+    @at("verify.sampling.Rng.accepts", UNIFORM)
+    def acceptance_without_coin(real, self, p_target, p_draft):
+        """A draft is accepted if the target gives it at least the drafter's probability, and never otherwise."""
+        return bool(p_draft <= p_target)
+
+    @at("verify.accept.accept", TOP_P)
+    def window_reads_this_round(real, draft_tokens, p_draft, p_target, rng):
+        """Drafts that the target finds unlikely are cut away by the very verification that decides on them."""
+        likely = [bool(p_target[k, token] > 0.3) for k, token in enumerate(draft_tokens)]
+        return real(draft_tokens[: [*likely, False].index(False)], p_draft, p_target, rng)
+
+    @at("verify.sampling.Rows.__init__", TOP_P)
+    def target_without_top_p(real, self, sampling, logits):
+        """Only the drafter's side applies top-p: tokens come up outside the nucleus."""
+        real(self, replace(sampling, top_p=1.0), logits)
+
+    @at("verify.sampling.Sampling.probs", "test_properties.py::test_processed_logits_are_distributions_that_keep_the_order")
+    def greedy_after_rounding(real, self, logits):
+        """Greedy decoding compares logits rounded to bfloat16: at near ties the text is another."""
+        return real(self, logits.bfloat16() if self.temperature == 0 else logits)
+
+    @at("draft.drafter.Drafter._sample", TOP_P)
+    def drafter_reports_without_top_p(real, self, hidden, anchor, sampling, rng):
+        """Drafts are drawn from the nucleus but reported with their probabilities before top-p."""
+        recording = Recording(sampling, replace(sampling, top_p=1.0))
+        return real(self, hidden, anchor, recording, rng)[0], recording.rows
+
+    @at("draft.drafter.Drafter._sample", REDUCED)
+    def reported_at_another_temperature(real, self, hidden, anchor, sampling, rng):
+        """Drafts are reported with their probabilities at temperature 1, without top-k."""
+        recording = Recording(sampling, Sampling(1.0))
+        return real(self, hidden, anchor, recording, rng)[0], recording.rows
+
+    @at("draft.drafter.Drafter._sample", TOP_P)
+    def drawn_in_low_precision(real, self, hidden, anchor, sampling, rng):
+        """Drafts are drawn from bfloat16 probabilities and accepted with float32 ones."""
+
+        class Rounding:
+            def choose(self, probs):
+                return rng.choose(probs.bfloat16().float())
+
+        return real(self, hidden, anchor, sampling, Rounding())
+
+    @at("rewind.RewindCache.rewind", PLAIN)
+    def cache_short_after_full_acceptance(real, self, length):
+        """After a fully accepted block the last draft is missing from the target's cache."""
+        real(self, length - (length == self.length))
+
+    @at("rewind.RewindCache.rewind", PLAIN)
+    def rejected_drafts_stay_in_the_cache(real, self, length):
+        """The target's cache is not rewound: later tokens attend to rejected drafts."""
+        pass
+
+    @at("rewind.GrowingKV.rewind", GREEDY)
+    def sliding_window_forgets(real, self, length):
+        """The cache keeps a sliding window only, so a rewind uncovers positions whose keys are gone."""
+        self.keys = self.keys.clone()
+        self.keys[:, :, : max(0, self.length - 8)] = 0
+        real(self, length)
+
+    @at("rewind.GrowingKV._grow", CACHE)
+    def growing_loses_a_row(real, self, keys, values, valid):
+        """When the cache outgrows its buffer, the last token's keys and values are not carried over."""
+        real(self, keys, values, valid)
+        self.keys[:, :, max(0, valid - 1) : valid] = 0
+
+    @at("rewind._RewindLayer.get_seq_length", PLAIN)
+    def target_position_off_by_one(real, self, *arguments):
+        """Every pass but the first gives the target positions that are one too low."""
+        return max(0, real(self, *arguments) - 1)
+
+    @at("decode._until_end", TOP_P)
+    def end_of_text_inside_a_block(real, tokens, eos_token_ids):
+        """An end-of-text token among the accepted drafts is overlooked, and the text goes on after it."""
+        return tuple(tokens)
+
+    @at("decode.rounds", PLAIN)
+    def length_limit_off_by_one(real, target, drafter, prompt, limit, policy, sampling, rng):
+        """A fully accepted block that reaches the length limit goes one token beyond it."""
+        return real(target, drafter, prompt, limit + 1, policy, sampling, rng)
+
+    @at("round.Output.tokens_per_round", "test_rounds.py::test_tokens_after_the_end_of_the_text_count_towards_nothing")
+    def tau_counts_after_the_end(real, self):
+        """τ counts accepted drafts after an end-of-text token, which nobody gets to read."""
+        return sum(r.accepted + 1 for r in self.rounds[1:]) / len(self.rounds[1:])
+
+    @at("target.target.Taps._keep", TAPS)
+    def tap_after_the_final_norm(real, self, layer_id, out):
+        """Taps are taken through the target's final norm, whose output the drafter never saw in training."""
+        real(self, layer_id, self.target.decoder.norm(out if isinstance(out, torch.Tensor) else out[0]))
+
+    @at("target.target.Target.forward", TAPS)
+    def tap_one_layer_off(real, self, token_ids, cache, taps=(), **options):
+        """The drafter reads the layer after the one it was trained on (τ fell from 3.03 to 2.45)."""
+        return real(self, token_ids, cache, [i + 1 for i in taps], **options)
+
+    @at("target.target.Target.max_context", "test_families.py::test_a_text_ends_where_longrope_would_move_the_positions_behind_it")
+    def positions_that_move_with_the_length(real, self):
+        """A text runs on beyond the length at which LongRoPE changes all positions."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+
+    @at("schedule.prefix.PrefixScheduler.lengths", PREFIX)
+    def global_argmax(real, self, confidence):
+        """The best budget over all candidates reads later confidences (Appendix A)."""
+        from exact.requests import GlobalArgmax
+
+        return GlobalArgmax(self.sps).lengths(confidence)
+
+    @at("schedule.prefix.PrefixScheduler._throughput", SCHEDULE.format("prefix"))
+    def scheduler_without_step_times(real, self, expected, budget):
+        """The scheduler weighs no step times, so every further draft looks like a gain and all are verified."""
+        return expected
+
+    @at("schedule.policies.ConfidenceThreshold.lengths", SCHEDULE.format("confidence:0.3"))
+    def whole_block_is_verified(real, self, confidence):
+        """The target runs over the whole block whatever the schedule says: every pass is paid in full."""
+        return [len(c) for c in confidence]
+
+    @at("schedule.policies.ConfidenceThreshold.lengths", CONDITIONAL)
+    def threshold_counts_all(real, self, confidence):
+        """All confidences above the threshold count, so later ones decide."""
+        return [int((c >= self.threshold).sum()) for c in confidence]
+
+    @at("draft.drafter.Drafter._spread", REDUCED)
+    def draft_vocabulary_not_mapped(real, self, rows):
+        """Probabilities over the reduced vocabulary are read as if its ids were the target's."""
+        return F.pad(torch.stack(rows), (0, self.config.vocab_size - len(rows[0])))
+
+    @at("draft.drafter.Drafter._confidence", CONDITIONAL)
+    def confidence_sees_the_token(real, self, hidden, previous):
+        """c_k is computed from the drawn x_k instead of x_{k−1}: whether x_k is checked depends on it."""
+        return real(self, hidden, [*previous[1:], previous[-1]])
+
+    @at(
+        "draft.drafter.Drafter._confidence",
+        "test_calibrate.py::test_rollouts_give_back_the_logits_whatever_temperatures_the_drafter_carried",
+    )
+    def calibration_upside_down(real, self, hidden, previous):
+        """The confidence's logit is multiplied by its calibration temperature instead of divided."""
+        kept = self.sts_temperatures
+        self.sts_temperatures = tuple(1 / t for t in kept)
+        try:
+            return real(self, hidden, previous)
+        finally:
+            self.sts_temperatures = kept
+
+    @at("draft.drafter.Drafter._run_backbone", STATE)
+    def block_stays_in_the_drafters_cache(real, self, state, anchor):
+        """The block's own keys and values stay in the drafter's cache, as if drafts and masks were context."""
+        hidden = real(self, state, anchor)
+        for kv in state.layers:
+            kv.length += 1
+        return hidden
+
+    @at("draft.drafter.Drafter.backbone", PARALLEL)
+    def drafter_position_off_by_one(real, self, tokens, positions, contexts, mask=None):
+        """The drafter's block starts one position too late: acceptance fell from 0.8 to 0.22 at 12k tokens."""
+        return real(self, tokens, positions + (mask is None), contexts, mask)
+
+    @at("draft.drafter.Drafter.extend", PARALLEL)
+    def rejected_drafts_stay_in_the_drafters_context(real, self, state, token_ids, taps):
+        """The drafter's context takes in the taps of a rejected draft: acceptance decays with the length of the text."""
+        real(self, state, token_ids, torch.cat([taps, taps[:, -1:]], 1))
+
+    @at("draft.drafter.Drafter.new_state", PLAIN)
+    def reused_drafter_cache(real, self, prompt=()):
+        """A request starts with the drafter's cache of the one before."""
+        self.__dict__.setdefault("slot", real(self, prompt))
+        return self.__dict__["slot"]
+
+    @at("draft.lookup.ContextLookup.new_state", COPYING)
+    def reused_context(real, self, prompt=()):
+        """A request copies from what the one before it said."""
+        old = self.__dict__.get("old")
+        self.old = real(self, prompt)
+        if old is not None:
+            self.old.follows = old.follows
+        return self.old
+
+    @at("draft.lookup.ContextLookup.extend", NAIVE_COPY)
+    def copy_starts_one_early(real, self, state, token_ids, taps):
+        """Copies begin with a token that is already there."""
+        real(self, state, token_ids, taps)
+        state.follows = {gram: gram[-1] for gram in state.follows}
+
+    @at("draft.lookup.ContextLookup._one_hot", NAIVE_COPY)
+    def copies_reported_as_likely_as_they_proved(real, self, tokens, rates):
+        """A copied token is reported with the rate at which copies came true: too many are kept."""
+        draft = real(self, tokens, rates)
+        return replace(draft, probs=draft.probs * torch.tensor(rates)[:, None])
+
+    @at("draft.backbone.block_mask", "test_train.py::test_a_block_sees_context_before_its_anchor_and_itself_and_nothing_else")
+    def context_holds_the_anchor(real, anchors, block_size, length):
+        """In training a block sees the target's hidden state at its anchor, which drafting does not have."""
+        return real(anchors + 1, block_size, length)
+
+    @at("draft.eagle.EagleDrafter.block_hidden", EAGLE)
+    def eagle_feature_of_the_anchor_itself(real, self, token_ids, taps, tokens, previous, positions):
+        """The autoregressive baseline is trained with the target's view of the anchor."""
+        return real(self, token_ids, taps, tokens, previous, positions + 1)
+
+    @at("draft.eagle.EagleDrafter._step", EAGLE)
+    def eagle_position_off_by_one(real, self, x, position, entries):
+        """The baseline drafts one position too early, unlike in training."""
+        return real(self, x, position - 1, entries)
+
+    @at("draft.eagle.EagleDrafter.draft", "test_eagle.py::test_context_in_pieces_with_drafts_between_equals_context_at_once")
+    def eagle_own_features_stay(real, self, state, anchor, window, sampling, rng):
+        """An entry made from the baseline's own feature stays in its cache."""
+        draft = real(self, state, anchor, window, sampling, rng)
+        state.layers[0].length += 1
+        return draft
+
+    @at("draft.eagle.EagleDrafter._inputs", "test_eagle.py::test_later_steps_teach_through_the_features_of_earlier_ones")
+    def eagle_steps_detached(real, self, tokens, features):
+        """Training cuts the steps of a block apart, so nothing teaches the features to be read again."""
+        return real(self, tokens, features.detach())
+
+    @at("cpu.fused.FusedBackbone.context", FUSED)
+    def fused_context_starts_anew(real, self, taps, first=0):
+        """The fast path rotates the keys of every new piece of context as if the text began there."""
+        return real(self, taps, 0)
+
+    @at("cpu.fused.FusedLayer.__init__", FUSED)
+    def fused_heads_share_one_norm(real, self, *arguments):
+        """The fast path norms the keys of a block with the weight of its queries."""
+        real(self, *arguments)
+        self.head_norms[self.queries :] = self.head_norms[0]
+
+    @at("bench.trace._judged", "test_trace.py::test_a_replay_ends_where_decoding_ends_with_the_end_of_text_anywhere_in_a_block")
+    def trace_stops_at_the_end_of_text(real, r, text, eos_token_ids):
+        """A trace judges no draft after the end of the text, so a block that crosses it counts too little."""
+        ends = [i for i, token in enumerate(text) if token in eos_token_ids]
+        return real(r, text[: ends[0] + 1] if ends else text, eos_token_ids)
+
+    @at("bench.replay._walk", "test_trace.py::test_a_replay_gives_the_rounds_of_decoding_whatever_the_policy")
+    def replay_counts_the_limit_wrong(real, trace, policy, limit):
+        """A replay drafts one token too many before the length limit, for which decoding has no room."""
+        return real(trace, policy, limit + 1)
+
+    @at("formats.checkpoint._digest", "test_checkpoint.py::test_a_flipped_bit_is_damage")
+    def damaged_weights_are_loaded(real, tensors):
+        """Weights are not compared with the digest they were written with."""
+        return "0" * 16
+
+    @at("formats.speculators.read", "test_checkpoint.py::test_speculators_layout_is_read")
+    def tap_numbers_of_another_format(real, config, tensors):
+        """Another format counts the embedding as layer 0; its tap numbers are taken as ours, which are one lower."""
+        stored = real(config, tensors)
+        return stored and replace(stored, values=stored.values | {"target_layer_ids": config["aux_hidden_state_layer_ids"]})
+
+    @at("train.checkpoint.load_checkpoint", "test_train.py::test_a_training_resumed_twice_equals_an_uninterrupted_one_bit_for_bit")
+    def moments_in_another_order(real, path, drafter, optimizer, wanted):
+        """A resumed training gives the optimizer's moments to other weights than they belong to."""
+        steps, last = real(path, drafter, optimizer, wanted), {}
+        for weight, state in optimizer.state.items():
+            other = last.setdefault(weight.shape, state)
+            state["exp_avg"], other["exp_avg"] = other["exp_avg"], state["exp_avg"]
+        return steps
+
+
+def in_a_fork(name: str) -> int:
+    """Plant one bug in a child process and run its test there; "clean" plants nothing and runs the tests of all bugs.
+
+    Returns pytest's exit code: 0 if every test passed, 1 if a test failed; anything else proves nothing.
+    """
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = 99
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        tests = {BUGS[name].caught_by} if name in BUGS else {bug.caught_by for bug in BUGS.values()}
+        if name in BUGS:
+            BUGS[name].plant()
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--timeout=120", f"--rootdir={TESTS.parent}"]
+        code = int(pytest.main([*options, *(str(TESTS / test) for test in sorted(tests))]))
+    finally:
+        os._exit(code)
+
+
+def exit_codes(names: Sequence[str]) -> dict[str, int]:
+    """:func:`in_a_fork` for each name, from a fresh process."""
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    fresh = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | fresh
+    found = subprocess.run([sys.executable, "-m", "exact.planted", *names], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return {name: int(code) for name, code in map(str.split, found.stdout.splitlines())}
+
+
+if __name__ == "__main__":
+    for heavy in ("hypothesis.stateful", "exact.draws", "exact.greedy", "exact.requests"):  # imported once for all forks
+        importlib.import_module(heavy)
+    planted = importlib.import_module("exact.planted")  # this very file, by the name under which tests know it
+    for each in planted.BUGS.values():
+        each.owner()
+    for chosen in sys.argv[1:]:
+        print(chosen, planted.in_a_fork(chosen), flush=True)

@@ -1,0 +1,243 @@
+"""Exactness: over every branch of draft, schedule, verify and rewind, in fractions, the output has the target's distribution; greedy texts
+are those of ``model.generate``; and a bug in any of it is noticed (``python -m tests.exact`` runs the long versions)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from exact import draws, enumeration, planted
+from exact.enumeration import HEADS, POLICIES, SAMPLINGS, SOURCES, Case, every_case, few_cases, served
+from exact.greedy import BLOCK_SIZES, WAYS, compared
+from exact.requests import (
+    APPENDIX_A,
+    APPENDIX_A_STEPS,
+    PAIR,
+    PAIR_POLICIES,
+    PAIR_STEPS,
+    TEXTS,
+    GlobalArgmax,
+    Request,
+    independent_distribution,
+    joint_distribution,
+    one_round,
+)
+from tiny import tiny_drafter, tiny_target
+
+from dspark.lab.branches import Branch, every_branch, exact
+from dspark.round import Round
+from dspark.schedule import POLICIES as REGISTRY
+from dspark.schedule import PrefixScheduler
+from dspark.verify.accept import accept, residual
+from dspark.verify.sampling import Rng, Sampling
+
+CASES = few_cases()
+SCHEDULED = [name for name in POLICIES if name.startswith(("confidence", "conditional", "prefix"))]
+prove = cache(enumeration.prove)
+
+
+def trips(policy: str = "") -> Counter[Round]:
+    """The rounds met in the cases of one policy, or of all."""
+    return sum((prove(case).trips for case in CASES if policy in ("", case.policy)), Counter())
+
+
+def rng(seed: int = 0) -> Rng:
+    return Rng(torch.Generator().manual_seed(seed))
+
+
+# ---- enumeration
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sampled_text_has_the_targets_distribution(case: Case) -> None:
+    proof = prove(case)
+    assert proof.distribution == proof.expected
+    assert sum(proof.distribution.values()) == 1
+    assert len(proof.expected) > 1 or case.sampling.temperature == 0
+
+
+@pytest.mark.parametrize("cases", [CASES, every_case()], ids=["few", "every"])
+def test_the_cases_cover_every_policy_source_sampling_vocabulary_and_block_size(cases: list[Case]) -> None:
+    assert {case.policy for case in cases} == set(POLICIES)
+    assert {name.split(":")[0] for name in POLICIES} >= set(REGISTRY)
+    assert {case.source for case in cases} == set(SOURCES) > set(HEADS)
+    assert {case.sampling for case in cases} >= set(SAMPLINGS)
+    assert {case.vocab for case in cases} == {2, 3, 4, 5}
+    assert {case.block_size for case in cases} == {1, 2, 3, 4}
+    assert len(set(map(str, cases))) == len(cases)
+
+
+def test_the_cases_rewind_accept_and_end_the_text_in_every_way() -> None:
+    met = trips()
+    assert {r.verify_length - r.accepted for r in met} >= {0, 1, 2, 3}
+    assert {r.accepted for r in met if r.accepted == r.verify_length} >= {0, 1, 2, 3, 4}
+    assert {r.accepted - len(r.committed) for r in met} >= {-1, 0, 1}  # from 0 on an accepted draft ended the text
+    assert {r.window - len(r.draft_tokens) for r in met} >= {0, 1, 2, 3}  # cut by the length limit
+    assert {r.window for r in trips("adaptive:0.6")} >= {0, 1, 2, 3}
+    assert {r.source for r in met} == {"", "copy", "drafter"}
+
+
+@pytest.mark.parametrize("policy", SCHEDULED)
+def test_a_schedule_cuts_blocks_of_the_same_length_at_different_places(policy: str) -> None:
+    longest = max(len(r.draft_tokens) for r in trips(policy))
+    assert len({r.verify_length for r in trips(policy) if len(r.draft_tokens) == longest}) > 1
+
+
+@pytest.mark.parametrize("source", ["gated", "rnn"])
+def test_a_schedule_that_reads_later_confidences_is_noticed(source: str) -> None:
+    proof = enumeration.prove(Case("prefix", source, tokens=4), GlobalArgmax(enumeration.JAGGED))
+    assert proof.difference > 1e-4
+    assert sum(proof.distribution.values()) == 1
+
+
+# ---- several requests
+
+
+def test_appendix_a_the_global_argmax_is_biased_and_the_prefix_scheduler_is_not() -> None:
+    argmax, prefix = GlobalArgmax(APPENDIX_A_STEPS), PrefixScheduler(APPENDIX_A_STEPS)
+    assert joint_distribution([APPENDIX_A], argmax, 1)[0] == {(0,): Fraction(17, 20), (1,): Fraction(3, 20)}
+    assert joint_distribution([APPENDIX_A], prefix, 1)[0] == {(0,): Fraction(7, 10), (1,): Fraction(3, 10)}
+    assert [argmax.lengths([torch.tensor([0.8, c])]) for c in (0.9, 0.0)] == [[2], [0]]
+
+
+@pytest.mark.parametrize("policy", PAIR_POLICIES)
+def test_requests_that_are_scheduled_together_stay_independent_and_exact(policy: str) -> None:
+    assert joint_distribution(PAIR, PAIR_POLICIES[policy])[0] == independent_distribution(PAIR)
+
+
+def test_one_requests_tokens_decide_the_others_length() -> None:
+    lengths, _ = every_branch(lambda branch: one_round(PAIR, PrefixScheduler(PAIR_STEPS), branch)[1])
+    assert set(lengths) >= {(2, 0), (1, 1)}
+    assert joint_distribution(PAIR, GlobalArgmax(PAIR_STEPS))[0] != independent_distribution(PAIR)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_prefix_scheduler_is_exact_on_any_step_times(seed: int) -> None:
+    dice = random.Random(seed)
+    tables = [{text: Fraction(dice.randint(1, 9), 10) for text in TEXTS} for _ in range(4)]
+    requests = [Request(*tables[i : i + 2], {text: dice.random() for text in TEXTS[:3]}) for i in (0, 2)]
+    curve = {tokens: dice.uniform(0.6, 1.0) for tokens in range(2, 7)}.__getitem__
+    assert joint_distribution(requests, PrefixScheduler(curve))[0] == independent_distribution(requests)
+
+
+# ---- the rule and its branches
+
+
+def test_fractions_follow_the_rule_that_floats_follow() -> None:
+    """Two drafts, their acceptance and the token after them: the same decisions for the same uniform numbers."""
+
+    class Floats(Rng):
+        def choose(self, probs: object) -> int:
+            return super().choose(torch.as_tensor(np.asarray(probs, dtype=np.float64)))
+
+        def accepts(self, p_target: object, p_draft: object) -> bool:
+            return super().accepts(torch.tensor(float(p_target)), torch.tensor(float(p_draft)))
+
+    p_draft, p_target = (torch.rand(3, 4, generator=torch.Generator().manual_seed(seed)).softmax(-1) for seed in (1, 2))
+    for seed in range(100):
+        floats, fractions = (Floats(torch.Generator().manual_seed(seed)) for _ in range(2))
+        assert accept([1, 3], p_draft, p_target, floats) == accept([1, 3], exact(p_draft), exact(p_target), fractions)
+
+
+def test_every_draft_has_a_uniform_number_of_its_own() -> None:
+    """Two drafts, each accepted with probability ½: one number for both would keep both or neither."""
+    p_draft, p_target, n, draw = torch.tensor([[1.0, 0.0]] * 2), torch.full((3, 2), 0.5), 2000, rng()
+    kept = Counter(accept([0, 0], p_draft, p_target, draw)[0] for _ in range(n))
+    for accepted, probability in enumerate((0.5, 0.25, 0.25)):
+        assert abs(kept[accepted] / n - probability) < 4 * (probability * (1 - probability) / n) ** 0.5  # four standard deviations
+
+
+def test_no_residual_is_too_small_to_count() -> None:
+    assert residual(torch.tensor([1.0, 1e-9, 3e-9]), torch.tensor([1.0, 3e-9, 1e-9])).tolist() == [0, 0, 1]
+
+
+def test_every_branch_is_visited_once_and_impossible_outcomes_never() -> None:
+    half, third, none = Fraction(1, 2), Fraction(1, 3), Fraction(0)
+    rows = [np.array([half, none, half]), np.array([third, third, third]), np.array([none, Fraction(1), none])]
+    distribution, branches = every_branch(lambda branch: [branch.choose(row) for row in rows])
+    assert (branches, distribution) == (6, {(first, second, 1): Fraction(1, 6) for first in (0, 2) for second in (0, 1, 2)})
+    assert every_branch(lambda branch: [branch.accepts(third, half)])[0] == {(True,): 2 * third, (False,): third}
+    assert every_branch(lambda branch: [branch.accepts(half, third)]) == ({(True,): Fraction(1)}, 1)
+    assert every_branch(lambda branch: [branch.choose(rows[0] / 2)])[0] == {(0,): half / 2, (2,): half / 2}  # rows are used as they are
+
+
+def test_a_run_that_remembers_the_one_before_is_refused() -> None:
+    kept = []
+
+    def run(branch: Branch) -> list[int]:
+        kept.append(branch.choose(exact(torch.full((2 + len(kept) % 2,), 0.5))))
+        return kept[-1:]
+
+    with pytest.raises(AssertionError, match="kept from one run to the next"):
+        every_branch(run)
+
+
+# ---- greedy texts
+
+
+def test_every_policy_gives_the_greedy_text_of_model_generate() -> None:
+    """One prompt of every situation, at one block size each."""
+    fared: dict[str, Counter[str]] = {name: Counter() for name in WAYS}
+    for name, counts in compared(1, lambda i: [BLOCK_SIZES[i % 8]]):
+        assert counts["equal"], name
+        fared[name] += counts
+    assert all(counts["accepted"] and counts["rejected"] for name, counts in fared.items() if name != "plain"), fared
+    assert sum(counts["inside"] for counts in fared.values())  # an accepted draft ended the text, with more of its block after it
+
+
+# ---- planted bugs
+
+
+@cache
+def exit_codes() -> dict[str, int]:
+    return planted.exit_codes(["clean", *planted.BUGS])
+
+
+def test_the_tests_that_bugs_name_pass_without_a_bug() -> None:
+    assert exit_codes()["clean"] == 0
+
+
+@pytest.mark.parametrize("bug", planted.BUGS)
+def test_a_planted_bug_makes_the_test_that_it_names_fail(bug: str) -> None:
+    assert exit_codes()[bug] == 1, planted.BUGS[bug]
+
+
+# ---- draws
+
+
+def drawn(names: list[str]) -> dict[str, float]:
+    """Adjusted p-values of draws from tiny models of eight tokens, of which one ends the text."""
+    target = tiny_target(vocab_size=8, num_hidden_layers=2, initializer_range=0.3)
+    drafter = tiny_drafter(target, block_size=5, target_layer_ids=(0,), num_hidden_layers=1)
+    tree = draws.Tree.grow(target, [4, 5, 6, 4, 5, 7, 4], (0,), Sampling(1.0), 0.0125)
+    policies = draws.policies()
+    found = [draws.compare(draws.sample(target, tree, drafter, policies[n], Sampling(1.0), 400, 7), tree.distribution) for n in names]
+    return dict(zip(names, draws.holm([each.p_value for each in found]), strict=True))
+
+
+def test_draws_under_every_policy_follow_the_target() -> None:
+    assert min(drawn(["fixed", "prefix"]).values()) > 1e-3
+
+
+def test_a_biased_rule_is_caught_by_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain sampling, which has no residual, still passes."""
+    monkeypatch.setattr("dspark.verify.accept.residual", lambda p_target, p_draft: p_target)
+    p_values = drawn(["plain", "fixed"])
+    assert p_values.pop("plain") > 1e-3 > max(p_values.values())
+
+
+def test_the_statistics_are_those_of_the_printed_tables() -> None:
+    for dof, critical, tail in ((1, 3.841, 0.05), (10, 18.307, 0.05), (30, 50.892, 0.01), (100, 149.449, 0.001)):
+        assert draws.chi2_tail(critical, dof) == pytest.approx(tail, rel=1e-3)
+    for dof, noncentrality in ((1, 10.507), (10, 20.532)):  # level 0.05, power 0.9 (Haynam, Govindarajulu and Leone, 1970)
+        assert 4 * draws.detectable_tv(1, dof, 0.05, 0.9) ** 2 == pytest.approx(noncentrality, rel=1e-3)
+    assert draws.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    distribution = {"a": 0.5, "b": 0.3, "c": 0.15, "d": 0.04, "e": 0.009}
+    assert draws.pooled(distribution, 100) == pytest.approx({"a": 0.5, "b": 0.3, "c": 0.15, draws.REST: 0.05})
+    assert draws.pooled(distribution, 50) == pytest.approx({"a": 0.5, "b": 0.3, draws.REST: 0.2})  # the rest expected 2.5: c joins it
+    assert served(1) == [name for name in POLICIES if name not in ("fixed:2", "fixed:3", "fixed:4")]
