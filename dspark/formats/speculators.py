@@ -7,19 +7,21 @@ from torch import Tensor
 
 from dspark.formats.build import Stored
 from dspark.formats.deepspec import COPIES
-from dspark.formats.layers import read_layers
+from dspark.formats.layers import read_layers, refuse_unlike
 
 KIND = "dspark"
-# Field → the one value that means what our drafter does.
-PLAIN = {"speculators_model_type": KIND, "sample_from_anchor": True, "topk_context": None}
 
 
 def read(config: dict, tensors: dict[str, Tensor]) -> Stored | None:
     if "speculators_model_type" not in config:
         return None
-    for name, plain in PLAIN.items():
-        if (config.get(name) or None) != plain:
-            raise ValueError(f"{name} is {config.get(name)!r}, and only {plain!r} is supported: pass another drafter or train one")
+    refuse_unlike(
+        [
+            ("speculators_model_type", str(config["speculators_model_type"]), KIND),
+            ("sample_from_anchor", config.get("sample_from_anchor") or False, True),  # here a missing flag means False
+            ("topk_context", config.get("topk_context") or None, None),
+        ]
+    )
     taps = [i - 1 for i in config["aux_hidden_state_layer_ids"]]  # here the embedding counts as 0
     values = config | read_layers(config["transformer_layer_config"]) | {"target_layer_ids": taps}
     copies = {name: tensors.pop(name) for name in COPIES if name in tensors}
