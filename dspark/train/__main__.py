@@ -57,9 +57,7 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--skip-rows", type=int, default=0, help="leave out the first rows of the shuffled corpus")
     drafter.add_argument("--rows", type=int, help="use only so many rows of the shuffled corpus")
     drafter.add_argument("--more", type=Path, help="learn from this corpus too, 64 rows at a time; the held-out rows are of --corpus")
-    drafter.add_argument(
-        "--start-from", help="start with the weights, shape and vocabulary of this trained drafter ('default', a folder, a hub id)"
-    )
+    drafter.add_argument("--start-from", help="the trained drafter (weights, shape, vocabulary) to start with: 'default', a folder, a hub id")
     drafter.add_argument("--steps", type=int, default=5000)
     drafter.add_argument("--sequences", type=int, default=4, help="corpus rows per step")
     drafter.add_argument("--anchors", type=int, default=64, help="blocks per row and step")
@@ -81,9 +79,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--results", type=Path, help="folder of the measurements; default a folder in --out")
     compare.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
     compare.add_argument("--only", default="main", help="drafters or groups of them: all, main, heads, block, layers, dspark-block8, …")
-    compare.add_argument(
-        "--stages", default="train,decode", help=f"of {', '.join(STAGES)}; time needs a quiet machine, not trained drafters"
-    )
+    compare.add_argument("--stages", default="train,decode", help=f"of {', '.join(STAGES)}; time needs a quiet machine")
     options = [option for option in fields(Recipe) if option.metadata] + [option for option in fields(Plan) if option.name in DECODING]
     for option in options:
         default = 1.0 if option.name == "temperature" else option.default  # as in the paper's table

@@ -236,10 +236,10 @@ class Comparison:
         """
         drafters, columns = {}, {}
         place = environment(target) | {"context": context}
-        for name, variant in ((variant.name, variant) for variant in variants):
-            trained = (self.out / name / CONFIG).is_file()
-            if trained:
-                drafters[name] = load_drafter(self.out / name, target)
+        for variant in variants:
+            name, folder = variant.name, self.out / variant.name
+            if trained := (folder / CONFIG).is_file():
+                drafters[name] = load_drafter(folder, target)
             else:
                 fresh = self.recipe.start(variant, self.target, self.d2t)
                 drafters[name] = ready(fresh.to(target.dtype).attach(target), target)

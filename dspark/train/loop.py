@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from dspark.train.features import FeatureStore, Shard
 from dspark.train.losses import BlockLoss, Blocks, LossWeights, block_loss, choose_blocks
 from dspark.tune.profile import cpu_name, device_name
 
-T = TypeVar("T", Shard, Blocks)
 LEARN_FROM = ("answers", "all")
 
 
@@ -168,7 +166,7 @@ class Trainer:
         save_checkpoint(self.checkpoint, self.drafter, self.optimizer, {"step": self.step} | self._about)
 
 
-def _each(record: T, change: Callable[[Tensor], Tensor]) -> T:
+def _each(record: Shard | Blocks, change: Callable[[Tensor], Tensor]) -> Shard | Blocks:
     """The same record with every tensor changed."""
     return type(record)(*(change(getattr(record, part.name)) for part in fields(record)))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,10 +60,8 @@ class Subject:
 def load_subjects() -> tuple[Subject, ...]:
     """The subjects of data/corpus/subjects.toml. Raises ValueError or OSError without the data folder."""
     tables = tomllib.loads((data_dir() / "corpus" / "subjects.toml").read_text(encoding="utf-8"))["subject"]
-    return tuple(
-        Subject(table["name"], table["share"], tuple(table["openings"]), tuple(system or None for system in table["systems"]))
-        for table in tables
-    )
+    systems = [tuple(system or None for system in table["systems"]) for table in tables]  # TOML has no None
+    return tuple(Subject(t["name"], t["share"], tuple(t["openings"]), own) for t, own in zip(tables, systems, strict=True))
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,7 @@ def pieces(tokenizer: object | None, system: str | None) -> tuple[str, str, str]
         return pieces(tokenizer, None)
     if [rendered.count(text) for text in PLACEHOLDERS] != [1, 1, 1]:
         raise ValueError(f"the chat template must print each message once, but gives {rendered!r}: set another tokenizer.chat_template")
-    head, rest = rendered.split(PLACEHOLDERS[0])
-    rest = rest.split(PLACEHOLDERS[1])[1]
-    after_answer, after_question = rest.split(PLACEHOLDERS[2])
+    head, _, after_answer, after_question = re.split("|".join(PLACEHOLDERS), rendered)
     return head, after_answer, after_question
 
 

@@ -56,8 +56,7 @@ def unused_token(target: Target, corpus: Corpus) -> int:
 def untrained_drafter(target: Target, layers: int = LAYERS, block_size: int = BLOCK_SIZE) -> Drafter:
     """A drafter of the default shape with random weights, ready to draft.
 
-    What a block costs depends on shapes alone, so it can be measured before anything is trained
-    (:func:`dspark.tune.profile.profile_draft`).
+    The cost of a block depends on shapes alone, so :func:`dspark.tune.profile.profile_draft` can measure it before any training.
     """
     shape = {"num_hidden_layers": layers, "block_size": block_size, "target_layer_ids": spread_taps(target.num_layers)}
     d2t = torch.arange(min(DRAFT_VOCAB, target.vocab_size))
@@ -97,7 +96,7 @@ def drafter_for(
             "vocab_size": target.vocab_size,
             "hidden_size": target.hidden_size,
             "intermediate_size": _number(text, "intermediate_size", 4 * target.hidden_size),
-            "num_hidden_layers": len(init_layers) or 2,
+            "num_hidden_layers": len(init_layers) or LAYERS,
             "num_attention_heads": heads,
             "num_key_value_heads": _number(text, "num_key_value_heads", heads),
             "head_dim": _number(text, "head_dim", target.hidden_size // heads),
