@@ -1,7 +1,7 @@
-"""The live panel: a prompt, a policy, Run, Step and Stop; the text, the heatmap, the window and the race while they happen.
+"""The live panel: decode a prompt under any policy and watch the text, the heatmap, the window and the race against plain decoding.
 
-It only wires: the widgets are :mod:`dspark.lab.live_widgets`, decoding is :mod:`dspark.lab.session`, text and pictures are the pure
-:mod:`dspark.lab.text` and :mod:`dspark.lab.strips`. Everything is drawn into HTML widgets, at most every ``INTERVAL`` seconds.
+This module connects the widgets (:mod:`dspark.lab.live_widgets`), the decoding thread (:mod:`dspark.lab.session`) and the pure
+drawing functions (:mod:`dspark.lab.text`, :mod:`dspark.lab.strips`).
 """
 
 from __future__ import annotations
@@ -9,40 +9,39 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
 from dspark.bench.trace import Trace, from_rounds
-from dspark.bench.trace_file import save_trace
-from dspark.decode import DraftSource, Output, Round
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
+from dspark.draft.source import DraftSource
+from dspark.files import one_line
 from dspark.lab import strips
-from dspark.lab.controls import PolicyControls, policy_of
+from dspark.lab.controls import PolicyControls
 from dspark.lab.live_widgets import EXAMPLES, LiveWidgets
-from dspark.lab.session import Request, Session, one_sentence
+from dspark.lab.session import Request, Session
 from dspark.lab.text import numbers, remembered, streaming_text, tally
-from dspark.schedule import FixedWindow
+from dspark.round import Output, Round
+from dspark.schedule import FixedWindow, make_policy
 from dspark.target.target import Target
 from dspark.tune.profile import sps_curve
 
-INTERVAL = 0.12  # seconds between two drawings: quicker than that nobody reads, and the decoder wants the processor
+INTERVAL = 0.12  # seconds between two drawings; drawing more often would only slow the decoder
 SLOW = 0.7  # seconds that slow motion shows each half of a round
 KEPT = 8  # recordings of plain decoding
+DEFAULT = Request(EXAMPLES[0])
 
 
 class LivePanel(LiveWidgets):
-    """Show it as the last value of a cell. Its settings are the attributes that hold widgets; setting their ``value`` is as good as
-    a hand on them.
+    """Show it as the last value of a cell. To change a setting from code, set the ``value`` of the widget of that name.
 
-    prompt: in place of the request's own (the first example, if neither is given) · policy: a name of
-    :data:`dspark.lab.controls.KINDS` · copy: also draft by copying from the context · siblings: under the prefix scheduler, check second
-    guesses as well · thresholds: starting values of the policy's sliders (window, threshold, widen, narrow, fallback). A new panel
-    closes the one before it, so a cell that is run again leaves no decoding and no widgets behind. A model serves one thread at a time:
-    :meth:`stop` before using it elsewhere.
-    Raises ValueError for an unknown policy.
+    policy: a name of :data:`dspark.schedule.POLICIES`, perhaps with numbers ("adaptive:0.6,0.3").
+    copy: also draft by copying from the context.
+    request: the prompt and the sampling to start with.
+
+    A new panel closes the one before it, so running a cell again leaves no thread and no widgets. A model serves one thread at a
+    time: call :meth:`stop` before using it elsewhere. Raises ValueError for an unknown policy.
     """
 
     _latest: ClassVar[weakref.ref[LivePanel] | None] = None
@@ -52,22 +51,16 @@ class LivePanel(LiveWidgets):
         target: Target,
         drafter: Drafter,
         *,
-        prompt: str | None = None,
-        examples: Sequence[str] = EXAMPLES,
-        policy: str = "fixed",
-        copy: bool = False,
-        siblings: bool = False,
-        request: Request | None = None,
-        **thresholds: float,
+        policy: str = "prefix",
+        copy: bool = True,
+        request: Request = DEFAULT,
     ) -> None:
         self.target, self.drafter = target, drafter
         self.session: Session | None = None
         self._decode, self._lock, self._drawn = remembered(target.decode), threading.Lock(), 0.0
         self._recorded: dict[Request, tuple[Round, ...]] = {}
-        controls = PolicyControls(policy, _source(drafter, copy).block_size, self._check, **thresholds)
-        request = request or Request(EXAMPLES[0])
-        super().__init__(controls, request if prompt is None else replace(request, prompt=prompt), examples, copy, siblings)
-        self._wire()
+        super().__init__(PolicyControls(policy, self._check), request, copy)
+        self._connect()
         before = LivePanel._latest and LivePanel._latest()
         if before is not None:
             before.close()
@@ -75,35 +68,37 @@ class LivePanel(LiveWidgets):
         self._check()
         self._draw()
 
-    # ---- what a hand does
+    # ---- the buttons
 
     def run(self) -> None:
-        """The Run button: start, or go on after steps."""
+        """Start, or go on after steps."""
         if self._busy and self.session.state == "waiting":
             self.session.go_on()
         elif not self._busy:
             self._start()
 
     def step(self) -> None:
-        """The Step button: one round, starting if nothing runs."""
+        """Decode one round; starts if nothing runs."""
         if self._busy:
             self.session.step()
         else:
             self._start(stepping=True)
 
     def stop(self) -> None:
-        """The Stop button: ends the decoding behind the current round; what is there stays."""
+        """End the decoding after the current round; the text so far stays."""
         if self.session is not None:
             self.session.stop()
 
+    # ---- for code
+
     def run_to_end(self) -> Output:
-        """Run without slow motion, wait for the end and return what was decoded. Raises ValueError with the sentence in the panel."""
+        """Run at full speed, wait for the end and return what was decoded. Raises ValueError with the error that the panel shows."""
         self.stop()
         self._start(animated=False)
         if self.session is not None:
             self.session.join()
-        if self.told:
-            raise ValueError(self.told)
+        if self.error:
+            raise ValueError(self.error)
         rounds = list(self.session.rounds)
         token_ids = [token for r in rounds for token in r.committed]
         return Output(self.target.decode(token_ids), token_ids, rounds, sum(r.seconds for r in rounds))
@@ -113,82 +108,62 @@ class LivePanel(LiveWidgets):
         self.stop()
         super().close()
 
-    # ---- what it stands on
-
     @property
     def source(self) -> DraftSource:
-        """Who drafts: the drafter, or the drafter and copying."""
-        return _source(self.drafter, self.copy.value)
+        """The drafter, with copying if its box is ticked."""
+        return ContextLookup(self.drafter) if self.copy.value else self.drafter
 
-    @property
-    def plain(self) -> tuple[Round, ...]:
-        """Plain decoding on the last prompt, as far as it was recorded."""
-        return tuple(self.session.plain) if self.session else ()
+    def trace(self) -> Trace:
+        """The last run as a trace. Raises ValueError if there is none."""
+        if self.session is None or not self.session.rounds:
+            raise ValueError("there is no run to save yet: press Run first")
+        s, r = self.session, self.session.request
+        return from_rounds(list(s.rounds), self.target, s.source, r.prompt, max_new_tokens=r.max_new_tokens, temperature=r.temperature)
+
+    # ---- inside
 
     @property
     def _busy(self) -> bool:
         return self.session is not None and self.session.running
 
-    def trace(self) -> Trace:
-        """The last run as a trace. ValueError if nothing was decoded yet."""
-        if self.session is None or not self.session.rounds:
-            raise ValueError("there is no run to keep yet: press Run first")
-        s, r = self.session, self.session.request
-        rounds = list(s.rounds)
-        return from_rounds(rounds, self.target, s.source, r.prompt, max_new_tokens=r.max_new_tokens, temperature=r.temperature)
-
-    def save(self) -> None:
-        """The Save button: the last run as a trace into the file whose path stands in the box."""
-        try:
-            save_trace(self.trace(), self.path.value)
-        except (ValueError, OSError) as error:
-            self.tell(one_sentence(error))
-        else:
-            self.tell("")
-            self.say(f"saved: {self.path.value}")
-
     def _start(self, *, stepping: bool = False, animated: bool = True) -> None:
         if self._check():
             return
         request, source = self.request, self.source
-        siblings = self.siblings.value and not self.siblings.disabled  # the tick stays while another policy is looked at
+        name, values = self.controls.chosen()
         self.session = Session(
             self.target,
             source,
             request,
-            partial(policy_of, *self.controls.chosen(), lambda: sps_curve(self.target), siblings=siblings),
+            partial(make_policy, name, values, lambda: sps_curve(self.target)),
             plain=self._recorded.get(request) if self.race.value else (),
             changed=self._changed,
             pause=lambda: SLOW if self.slow.value and animated else 0.0,
             stepping=stepping,
             animated=animated,
         )
-        self._block_size = source.block_size
+        self._arm, self._block_size = name + "+copy" * (source is not self.drafter), source.block_size
         self.session.start()
 
     def _check(self, _change: object = None) -> bool:
-        """Tell what stands in the way of these settings; True if something does."""
+        """Show why these settings cannot run; True if they cannot."""
         source = self.source
-        self.controls.widest(source.block_size)
-        self.siblings.disabled = self.controls.kind.value != "prefix" or not self.target.can_branch
+        self.controls.set_block_size(source.block_size)
         try:
-            policy_of(*self.controls.chosen(), lambda: float).check(source.block_size, source.has_confidence)
+            make_policy(*self.controls.chosen(), lambda: float).check(source.block_size, source.has_confidence)
         except ValueError as error:
-            self.tell(one_sentence(error))
+            self.show_error(one_line(error))
             return True
-        self.tell("")
+        self.show_error("")
         return False
-
-    # ---- drawing
 
     def _changed(self, session: Session) -> None:
         """Called by the session's thread."""
         if session is not self.session:
             return
         if session.state == "failed":
-            self.tell(session.error)
-        recorded = session.ended or session.rounds
-        if recorded and session.plain and _whole(session.plain, session.request, self.target):
+            self.show_error(session.error)
+        if session.rounds and session.plain:  # decoding starts only after a complete recording
             self._recorded[session.request] = tuple(session.plain)
             while len(self._recorded) > KEPT:
                 del self._recorded[next(iter(self._recorded))]
@@ -202,29 +177,20 @@ class LivePanel(LiveWidgets):
                 self.show_state("")
                 return
             rounds, state = list(session.rounds), session.state
+            recording = state == "recording"
             self.show_state(state)
-            if state == "recording":
-                self.text.value = streaming_text(session.plain, self._decode, ended=False)
-            else:
-                told = {"ended": session.ended, "judged": session.judged, "alternatives": dict(session.alternatives)}
-                self.text.value = streaming_text(rounds, self._decode, **told)
+            options = {"ended": session.ended, "judged": session.judged, "alternatives": dict(session.alternatives)}
+            self.text.value = streaming_text(session.plain if recording else rounds, self._decode, **options)
             seen = rounds if session.judged else rounds[:-1]
-            policy = session.policy or FixedWindow()
-            self.numbers.value = numbers(tally(seen, session.plain if state != "recording" else ()))
+            self.numbers.value = numbers(tally(seen, () if recording else session.plain))
             self.heat.value = strips.heat(seen, self._block_size, self.colour.value, self._decode).svg()
-            self.windows.value = strips.windows(seen, policy, self._block_size).svg()
-            self.lanes.value = self._race(session, seen).svg() if session.plain else ""
+            self.windows.value = strips.windows(seen, session.policy or FixedWindow(), self._block_size).svg()
+            lanes = [("plain", list(session.plain)), (self._arm, seen)][: 1 if recording else 2]
+            seconds, length = float("inf") if recording else session.seconds, session.request.max_new_tokens
+            self.lanes.value = strips.race(lanes, seconds, length, ended=session.ended).svg() if session.plain else ""
             self._drawn = time.monotonic()
 
-    def _race(self, session: Session, rounds: Sequence[Round]) -> strips.Strip:
-        if session.state == "recording":
-            seconds = sum(r.seconds for r in session.plain[1:])
-            return strips.race({"plain decoding (recording)": list(session.plain)}, seconds, session.request.max_new_tokens, ended=False)
-        longest = max(sum(len(r.committed) for r in lane) for lane in (session.plain, rounds))
-        lanes = {"plain decoding": list(session.plain), "DSpark": list(rounds)}
-        return strips.race(lanes, session.seconds, longest, ended=session.ended)
-
-    def _wire(self) -> None:
+    def _connect(self) -> None:
         self.run_button.on_click(lambda _button: self.run())
         self.step_button.on_click(lambda _button: self.step())
         self.stop_button.on_click(lambda _button: self.stop())
@@ -232,13 +198,3 @@ class LivePanel(LiveWidgets):
         self.copy.observe(self._check, names="value")
         self.colour.observe(self._draw, names="value")
         self.box.observe(lambda change: self.stop() if change["new"] is None else None, names="comm")  # the page closed it
-
-
-def _source(drafter: Drafter, copy: bool) -> DraftSource:
-    return ContextLookup(drafter, phrases=drafter.phrases) if copy else drafter
-
-
-def _whole(rounds: Sequence[Round], request: Request, target: Target) -> bool:
-    """Whether the text came to its end, so that it can stand for the next race."""
-    tokens = sum(len(r.committed) for r in rounds)
-    return tokens >= request.max_new_tokens or rounds[-1].committed[-1] in target.eos_token_ids

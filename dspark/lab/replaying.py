@@ -1,7 +1,4 @@
-"""The replay panel: a trace under sliders. Windows, checks in vain, τ and the predicted speed-up of any policy, without a model.
-
-Every move of a slider replays the whole text (:mod:`dspark.bench.replay`, milliseconds) and draws it anew.
-"""
+"""The replay panel: any policy over a recorded trace, without a model. Every move of a slider replays the whole text in milliseconds."""
 
 from __future__ import annotations
 
@@ -11,17 +8,17 @@ from pathlib import Path
 
 import ipywidgets as w
 
-from dspark.bench.prompts import data_dir
 from dspark.bench.replay import replay
 from dspark.bench.trace import LONGEST_CHARACTER, Trace
-from dspark.bench.trace_file import load_traces, save_trace
-from dspark.decode import Round
+from dspark.bench.trace_file import load_traces
+from dspark.draft.source import COPY
+from dspark.files import data_dir, one_line
 from dspark.lab import strips
-from dspark.lab.controls import STYLE, PolicyControls, alert, column, family, heat_colours, policy_of, row, short
+from dspark.lab.controls import STYLE, Panel, PolicyControls, column, heat_colours, row, short
 from dspark.lab.figures import Decode
-from dspark.lab.session import one_sentence
 from dspark.lab.text import Tally, numbers, remembered, streaming_text, tally
-from dspark.schedule import Autoregressive
+from dspark.round import Round
+from dspark.schedule import Autoregressive, make_policy
 
 
 def sample_traces() -> Path:
@@ -44,132 +41,102 @@ def trace_decode(trace: Trace) -> Decode:
     return decode
 
 
-class ReplayPanel:
-    """Show it as the last value of a cell. trace: what to replay, or a file of traces; default the sample that is shipped.
+def prompt_of(trace: Trace) -> str:
+    """The prompt that the trace holds (text, chat messages, or token ids) as text."""
+    prompt = trace.about["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    return " / ".join(part["content"] if isinstance(part, dict) else str(part) for part in prompt)
 
-    policy and thresholds: where the widgets start, as in :class:`dspark.lab.live.LivePanel`. decode: token ids → text, default the
-    trace's own pieces. Raises ValueError for an unknown policy; what is wrong with a file or a setting is told in the panel.
+
+def arm_of(policy: str, trace: Trace) -> str:
+    """The arm that a replay of this policy stands for: with copying if the trace has copied drafts."""
+    return policy + "+copy" * any(r.source == COPY for r in trace.rounds)
+
+
+class ReplayPanel(Panel):
+    """Show it as the last value of a cell.
+
+    trace: what to replay, or a file of traces; default the sample that comes with the package.
+    policy: a name of :data:`dspark.schedule.POLICIES`, perhaps with numbers ("confidence:0.3").
+    decode: token ids → text, default the trace's own pieces.
+
+    Raises ValueError for an unknown policy; other errors are shown in the panel.
     """
 
-    def __init__(
-        self, trace: Trace | str | Path | None = None, *, policy: str = "confidence", decode: Decode | None = None, **thresholds: float
-    ) -> None:
-        self.trace: Trace | None = None
+    def __init__(self, trace: Trace | str | Path | None = None, *, policy: str = "prefix", decode: Decode | None = None) -> None:
         self.rounds: list[Round] = []
         self.plain: list[Round] = []
-        self._decode, self._given_decode, self._loaded = None, decode, []
-        self._filling = False
-        self._make(policy, thresholds)
+        self._given_decode = decode
+        self.controls = PolicyControls(policy, self._replay, continuous=True)
+        self._make()
         if isinstance(trace, Trace):
             self.show(trace)
         else:
             self.path.value = str(trace or sample_traces() / "sample.parquet")
             self.load()
 
-    def show(self, trace: Trace) -> None:
-        """Replay this trace from now on."""
-        self._loaded = [trace]
-        self._offer()
+    def show(self, *traces: Trace) -> None:
+        """Offer these traces and replay the first."""
+        self.which.options = [(short(prompt_of(trace)), trace) for trace in traces]
+        self.which.index = 0
 
     def load(self) -> None:
-        """The Load button: every trace of the file whose path stands in the box."""
+        """The Load button: show every trace of the file in the box."""
         try:
-            self._loaded = [found for _, found in load_traces(self.path.value)]
+            self.show(*(trace for _, trace in load_traces(self.path.value)))
         except (ValueError, OSError) as error:
-            self.message.value = alert(one_sentence(error))
-            return
-        self._offer()
+            self.show_error(one_line(error))
 
-    def save(self) -> None:
-        """The Save button: this trace into the file whose path stands in the box."""
-        try:
-            save_trace(self.trace, self.path.value)
-            self.message.value = f'<span role="status">saved: {escape(self.path.value)}</span>'
-        except (ValueError, OSError) as error:
-            self.message.value = alert(one_sentence(error))
+    def trace(self) -> Trace:
+        """The trace that is shown."""
+        return self.which.value
 
     def tally(self) -> Tally:
-        """What the policy would have come to; seconds follow from the trace's measured step times."""
+        """Counts of the replayed run; its seconds come from the trace's measured step times."""
         return tally(self.rounds, self.plain)
 
-    def picture(self) -> str:
-        """All of it as HTML that needs no widgets: for a notebook that runs in batch."""
-        return "".join(part.value for part in (self.about, self.numbers, self.lanes, self.heat, self.windows, self.text))
-
-    def close(self) -> None:
-        """Remove the widgets."""
-        for widget in family(self.box):
-            widget.close()
-
-    def _offer(self) -> None:
-        """Fill the list of traces and take the first."""
-        self._filling = True
-        self.which.options = [(short(prompt_of(trace)), i) for i, trace in enumerate(self._loaded)]
-        self.which.value = 0
-        self._filling = False
-        self._take()
-
-    def _take(self, _change: object = None) -> None:
-        """Another trace of the file."""
-        if self._filling:
-            return
-        self.trace = trace = self._loaded[self.which.value]
+    def _take(self, change: dict[str, Trace]) -> None:
+        """Another trace was chosen."""
+        trace = change["new"]
         self._decode = remembered(self._given_decode or trace_decode(trace))
         self.plain = replay(trace, Autoregressive())
-        self.controls.widest(int(trace.about["block_size"]))
-        a = trace.about
-        self.about.value = (
-            f'<div style="font-size:12px">{escape(prompt_of(trace))}<br>{escape(str(a["target"]))}, drafter {escape(str(a["drafter"]))}, '
-            f"{len(trace.token_ids)} tokens{'' if trace.complete else ', a live run: estimates only'}</div>"
-        )
-        self._move()
+        self.controls.set_block_size(int(trace.about["block_size"]))
+        models = f"{trace.about['target']}, drafter {trace.about['drafter']}, {len(trace.token_ids)} tokens"
+        models += "" if trace.complete else ", a live run: estimates only"
+        self.about.value = f'<div style="font-size:12px">{escape(prompt_of(trace))}<br>{escape(models)}</div>'
+        self._replay()
 
-    def _move(self, _change: object = None) -> None:
-        """A widget moved: replay and draw."""
-        if self.trace is None:
+    def _replay(self, _change: object = None) -> None:
+        if (trace := self.trace()) is None:
             return
-        block_size = int(self.trace.about["block_size"])
         try:
-            policy = policy_of(*self.controls.chosen(), lambda: self.trace.times.sps)
-            self.rounds = replay(self.trace, policy)
+            policy = make_policy(*self.controls.chosen(), lambda: trace.times.sps)
+            self.rounds = replay(trace, policy)
         except ValueError as error:
-            self.message.value = alert(one_sentence(error))
+            self.show_error(one_line(error))
             return
-        self.message.value = ""
-        lanes = {"plain decoding": self.plain, "this policy": self.rounds}
+        self.show_error("")
+        block_size = int(trace.about["block_size"])
         self.numbers.value = numbers(self.tally(), "predicted from measured step times, n = 1 prompt")
-        self.lanes.value = strips.race(lanes, float("inf"), len(self.trace.token_ids)).svg()
+        lanes = [("plain", self.plain), (arm_of(self.controls.kind.value, trace), self.rounds)]
+        self.lanes.value = strips.race(lanes, float("inf"), len(trace.token_ids)).svg()
         self.heat.value = strips.heat(self.rounds, block_size, self.colour.value, self._decode).svg()
         self.windows.value = strips.windows(self.rounds, policy, block_size).svg()
         self.text.value = streaming_text(self.rounds, self._decode)
 
-    def _make(self, policy: str, thresholds: dict[str, float]) -> None:
-        wide = w.Layout(width="auto")  # the whole line less its margins
+    def _make(self) -> None:
         self.path = w.Text(description="file", tooltip="A Parquet file of traces", style=STYLE, layout=w.Layout(flex="1 1 300px"))
         self.load_button = w.Button(description="Load", icon="folder-open", tooltip="Show the traces of this file")
-        self.save_button = w.Button(description="Save", icon="save", tooltip="Write the trace that is shown into this file")
-        self.which = w.Dropdown(description="trace", tooltip="Which prompt of the file", style=STYLE, layout=wide)
+        self.save_button = w.Button(description="Save", icon="save", tooltip="Write the trace that is shown to this file")
+        self.which = w.Dropdown(description="trace", tooltip="A prompt of the file", style=STYLE, layout=w.Layout(width="auto"))
         self.colour = heat_colours()
-        widest = int(thresholds.get("window", 7)) + 1  # until a trace is there; a window that was asked for is not the widest
-        self.controls = PolicyControls(policy, widest, self._move, continuous=True, **thresholds)
         self.message, self.about, self.numbers, self.lanes, self.heat, self.windows, self.text = (w.HTML() for _ in range(7))
-        files = row([self.path, self.load_button, self.save_button])
         left = column([self.controls.box, self.numbers, self.about, self.text], 380)
         right = column([self.lanes, self.colour, self.heat, self.windows], 480)
-        seen = row([left, right])
-        self.box = w.VBox([files, self.which, self.message, seen])
+        files = row([self.path, self.load_button, self.save_button])
+        self.box = w.VBox([files, self.which, self.message, row([left, right])])
         self.load_button.on_click(lambda _button: self.load())
         self.save_button.on_click(lambda _button: self.save())
         self.which.observe(self._take, names="value")
-        self.colour.observe(self._move, names="value")
-
-    def _repr_mimebundle_(self, **options: object) -> object:
-        return self.box._repr_mimebundle_(**options)
-
-
-def prompt_of(trace: Trace) -> str:
-    """The prompt as the trace holds it: text, chat messages, or token ids."""
-    prompt = trace.about["prompt"]
-    if isinstance(prompt, str):
-        return prompt
-    return " / ".join(part["content"] if isinstance(part, dict) else str(part) for part in prompt)
+        self.colour.observe(self._replay, names="value")

@@ -1,7 +1,4 @@
-"""The text while it is written, as HTML: fates in colour, the last round's discarded drafts struck through, characters only when whole.
-
-A pure function of the rounds so far; :func:`dspark.lab.figures.token_fates` is its picture of a finished text.
-"""
+"""The text while it is decoded, as HTML: tokens coloured by fate, the last round's rejected drafts struck through. And its tally."""
 
 from __future__ import annotations
 
@@ -11,17 +8,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 
-from dspark.decode import Round
 from dspark.lab.figures import DRAFT_STATES, NO_CHARACTER, Decode, draft_states, fates, legend, span, whole_pieces
+from dspark.lab.strips import draft_numbers
+from dspark.round import Round
 
 Alternatives = Mapping[int, Sequence[Sequence[tuple[int, float]]]]
-"""Round → what the target would rather have said at each position it checked: [(token id, probability), …], best first."""
+"""Round index → the target's most likely tokens at each position of its pass: [(token id, probability), …], best first."""
 
 BOX = "line-height:1.9;font-size:15px;white-space:pre-wrap;overflow-wrap:anywhere"
 
 
 def remembered(decode: Decode, size: int = 8192) -> Decode:
-    """The same function with a memory: a text is drawn many times while it grows, and its tokens stay the same."""
+    """The same function with a cache: a growing text is drawn many times from the same tokens."""
     known = lru_cache(size)(lambda token_ids: decode(list(token_ids)))
     return lambda token_ids: known(tuple(token_ids))
 
@@ -34,18 +32,20 @@ def streaming_text(
     judged: bool = True,
     alternatives: Alternatives | None = None,
 ) -> str:
-    """The text so far. decode: token ids → text, asked again at every call (see :func:`remembered`).
+    """The text so far.
 
-    ended: nothing follows, so bytes that wait for the rest of their character are shown as ▯; until then they are held back, and
-    the last round's discarded drafts are shown struck through. judged False shows the last round as it was between drafting and
-    checking: its drafts wait behind the text. alternatives: what else the target had in mind, for the tooltips.
+    decode: token ids → text; see :func:`remembered`.
+    ended: the text is complete, so bytes of an unfinished character are shown as ▯. Before that they are held back, and the last
+    round's rejected drafts are shown struck through.
+    judged: False shows the last round between drafting and verification: its drafts wait after the text.
+    alternatives: for the tooltips.
     """
     last = rounds[-1] if rounds else None
     waiting = last is not None and not judged and not ended
     tokens = fates(rounds[:-1] if waiting else rounds)
     pieces = whole_pieces([t.token_id for t in tokens], decode)
     if pieces and not ended and NO_CHARACTER in decode([t.token_id for t in tokens[-pieces[-1][0] :]]):
-        pieces.pop()  # the rest of the character is still to come
+        pieces.pop()  # the character's last bytes are still missing
 
     discarded = _discarded(last, decode, waiting) if last is not None and not ended else ""
     cut = len(tokens) if waiting or last is None else len(tokens) - len(last.committed) + min(last.accepted, len(last.committed))
@@ -55,7 +55,7 @@ def streaming_text(
             spans.append(discarded)
             discarded = ""
         group = tokens[start : start + count]
-        notes = [note for t in group if (note := _rather(alternatives, t.round, max(t.position - 1, 0), decode))]
+        notes = [note for t in group if (note := _alternatives(alternatives, t.round, max(t.position - 1, 0), decode))]
         spans.append(span(group, text, decode, notes))
         start += count
     cursor = "" if ended else '<span style="opacity:.6">▍</span>'
@@ -63,28 +63,21 @@ def streaming_text(
 
 
 def _discarded(r: Round, decode: Decode, waiting: bool) -> str:
-    """The drafts of a round that did not make it (all of them while they wait), as HTML."""
-    states = ["unchecked"] * len(r.draft_tokens) if waiting else draft_states([r], len(r.draft_tokens))[0] if r.anchor is not None else []
-    start = next((k for k, state in enumerate(states) if state != "accepted"), len(states))
-    shown, at = [], start
-    for count, text in whole_pieces(r.draft_tokens[start:], decode):
+    """The drafts of a round that were not accepted (all of them while they wait), as HTML."""
+    states = ["unchecked"] * len(r.draft_tokens) if waiting else draft_states([r], len(r.draft_tokens))[0] if r.draft_tokens else []
+    at = next((k for k, state in enumerate(states) if state != "accepted"), len(states))
+    shown = []
+    for count, text in whole_pieces(r.draft_tokens[at:], decode):
         look = DRAFT_STATES[states[at]]
-        label = "waits to be checked" if waiting else look.label
-        strike = "" if waiting else "text-decoration:line-through;"
+        label, strike = ("waiting for verification", "") if waiting else (look.label, "text-decoration:line-through;")
         style = f"{strike}opacity:.75;background:{look.colour(0.15)};border-bottom:2px {look.line} {look.colour()};border-radius:3px"
-        hint = f"draft {at + 1} of round {r.index}: {label}{_numbers(r, at, waiting)}"
+        hint = f"draft {at + 1} of round {r.index}: {label}{draft_numbers(r, at, judged=not waiting)}"
         shown.append(f'<span title="{escape(hint)}" style="{style}">{escape(text or "∎").replace(chr(10), "↵")}</span>')
         at += count
     return "".join(shown)
 
 
-def _numbers(r: Round, k: int, waiting: bool) -> str:
-    pairs = (("p_target", r.target_probs_of_drafts), ("p_draft", r.draft_probs_of_drafts), ("confidence", r.confidence))
-    pairs = pairs[1:] if waiting else pairs
-    return "".join(f" · {name} {values[k]:.2f}" for name, values in pairs if k < len(values) and values[k] == values[k])
-
-
-def _rather(alternatives: Alternatives | None, index: int, k: int, decode: Decode) -> str:
+def _alternatives(alternatives: Alternatives | None, index: int, k: int, decode: Decode) -> str:
     rows = (alternatives or {}).get(index, ())
     if k >= len(rows):
         return ""
@@ -94,17 +87,26 @@ def _rather(alternatives: Alternatives | None, index: int, k: int, decode: Decod
 
 @dataclass(frozen=True)
 class Tally:
-    """What a run came to, the prefill left out. speedup: over plain decoding's tokens/s on the same prompt, NaN where there is none."""
+    """Counts of a run without its prefill.
+
+    tokens: committed.
+    rounds: after the prefill.
+    seconds: of these rounds.
+    verified: drafts that the target verified.
+    rejected: verified drafts that are not in the text.
+    plain_tokens_per_second: of plain decoding on the same prompt, NaN if unknown.
+    """
 
     tokens: int
     rounds: int
     seconds: float
-    checked: int
-    in_vain: int
+    verified: int
+    rejected: int
     plain_tokens_per_second: float
 
     @property
     def tokens_per_round(self) -> float:
+        """τ."""
         return self.tokens / self.rounds if self.rounds else math.nan
 
     @property
@@ -113,25 +115,26 @@ class Tally:
 
     @property
     def speedup(self) -> float:
+        """Tokens per second over plain decoding's."""
         return self.tokens_per_second / self.plain_tokens_per_second
 
 
 def tally(rounds: Sequence[Round], plain: Sequence[Round] = ()) -> Tally:
-    """Count them, siblings among the checks. plain: rounds of plain decoding on the same prompt."""
+    """Count a run. plain: rounds of plain decoding on the same prompt."""
     rounds, plain = rounds[1:], plain[1:]
-    checked = sum(r.verify_length + len(r.siblings) for r in rounds)
-    kept = sum(min(r.accepted + (r.sibling is not None), len(r.committed)) for r in rounds)
+    verified = sum(r.verify_length for r in rounds)
+    kept = sum(min(r.accepted, len(r.committed)) for r in rounds)
     seconds = sum(r.seconds for r in plain)
     speed = sum(len(r.committed) for r in plain) / seconds if seconds > 0 else math.nan
-    return Tally(sum(len(r.committed) for r in rounds), len(rounds), sum(r.seconds for r in rounds), checked, checked - kept, speed)
+    return Tally(sum(len(r.committed) for r in rounds), len(rounds), sum(r.seconds for r in rounds), verified, verified - kept, speed)
 
 
 def numbers(t: Tally, how: str = "n = 1 run") -> str:
-    """The tally as one line of HTML. how: where its seconds come from."""
+    """The tally as one line of HTML. how: how its seconds were obtained."""
     if not t.rounds:
         return ""
     parts = [f"<b>{t.tokens_per_second:.1f}</b> tokens/s", f"τ = <b>{t.tokens_per_round:.2f}</b> tokens per round"]
     if t.speedup == t.speedup:
         parts.append(f"<b>{t.speedup:.2f}×</b> plain decoding’s {t.plain_tokens_per_second:.1f} ({escape(how)})")
-    parts.append(f"<b>{t.in_vain}</b> of {t.checked} checks in vain, {t.rounds} rounds")
+    parts.append(f"<b>{t.rejected}</b> of {t.verified} verified drafts rejected, {t.rounds} rounds")
     return f'<div style="font-size:13px">{" · ".join(parts)}</div>'
