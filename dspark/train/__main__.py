@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--skip-rows", type=int, default=0, help="leave out the first rows of the shuffled corpus")
     drafter.add_argument("--rows", type=int, help="use only so many rows of the shuffled corpus")
     drafter.add_argument("--more", type=Path, help="learn from this corpus too, 64 rows at a time; the held-out rows are of --corpus")
-    drafter.add_argument("--start-from", help="the trained drafter (weights, shape, vocabulary) to start with: 'default', a folder, a hub id")
+    drafter.add_argument("--start-from", help="start with the weights and shape of this trained drafter: 'default', a folder, a hub id")
     drafter.add_argument("--steps", type=int, default=5000)
     drafter.add_argument("--sequences", type=int, default=4, help="corpus rows per step")
     drafter.add_argument("--anchors", type=int, default=64, help="blocks per row and step")
