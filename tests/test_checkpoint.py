@@ -344,6 +344,14 @@ def test_a_pickle_named_safetensors_is_recognised(folder: Path, target: Target, 
     refused(folder, target, "pickled", folder / "model.safetensors")
 
 
+def test_a_flipped_bit_is_damage(folder: Path, target: Target) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    refused(folder, target, "damaged", path)
+
+
 @pytest.mark.parametrize(
     ("change", "values"),
     [

@@ -34,8 +34,11 @@ class Target:
         self.num_layers: int = len(self.layers)
         self.num_shared_layers: int = num_shared_layers(self.config)
         self.steady_context: int = steady_context(self.config)  # tokens
-        # Tokens that the model was made for, as far as its positions are steady.
-        self.max_context: int = min(int(getattr(self.config, "max_position_embeddings", None) or FAR), self.steady_context)
+
+    @property
+    def max_context(self) -> int:
+        """Longest context in tokens: what the model was made for, as far as its positions are steady."""
+        return min(int(getattr(self.config, "max_position_embeddings", None) or FAR), self.steady_context)
 
     @property
     def device(self) -> torch.device:

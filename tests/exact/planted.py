@@ -222,7 +222,7 @@ class Planted:
         """The drafter reads the layer after the one it was trained on (τ fell from 3.03 to 2.45)."""
         return real(self, token_ids, cache, [i + 1 for i in taps], **options)
 
-    @at("target.target.Target.max_context", "test_families.py::test_a_text_ends_where_longrope_would_move_the_positions_behind_it")
+    @at("target.target.Target.max_context", "test_families.py::test_a_text_ends_where_longrope_would_move_the_positions")
     def positions_that_move_with_the_length(real, self):
         """A text runs on beyond the length at which LongRoPE changes all positions."""
         return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
