@@ -1,4 +1,4 @@
-"""Calibration: an honest confidence is left alone, a distorted one is put right."""
+"""Calibration: a calibrated confidence is left alone, a distorted one is corrected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.decode import Round
+from dspark.round import Round
 from dspark.tune.calibrate import (
     AS_TRAINED,
     Calibration,
@@ -26,7 +26,7 @@ from dspark.tune.calibrate import (
 )
 
 
-def honest(n: int = 20_000, block_size: int = 3, seed: int = 0) -> Rollouts:
+def calibrated(n: int = 20_000, block_size: int = 3, seed: int = 0) -> Rollouts:
     """Blocks whose tokens survive with exactly the probability that the head states."""
     generator = torch.Generator().manual_seed(seed)
     logits = 1 + torch.randn(n, block_size, generator=generator)  # around 0 even a constant 0.5 would be calibrated
@@ -50,14 +50,14 @@ def test_too_high_in_one_bin_does_not_make_up_for_too_low_in_another() -> None:
     assert calibration_error(confidence, outcome) == pytest.approx(0.4)
 
 
-def test_an_honest_head_has_next_to_no_error() -> None:
-    data = honest(80_000)
+def test_an_calibrated_head_has_next_to_no_error() -> None:
+    data = calibrated(80_000)
     assert all(calibration_error(*data.at(k)) < 0.01 for k in range(3))
 
 
-def test_a_head_that_knew_both_laws_ranks_better_than_one_that_guesses() -> None:
-    """And where nobody listened, nothing is said of it."""
-    data = honest()
+def test_a_head_that_knew_both_distributions_ranks_better_than_one_that_guesses() -> None:
+    """Where the acceptance is unknown, it is NaN."""
+    data = calibrated()
     guessing = data.logits + 2 * torch.randn(data.logits.shape, generator=torch.Generator().manual_seed(1))
     report = calibration_report(Rollouts(guessing, data.survived, data.checked, data.logits.sigmoid()), AS_TRAINED)
     for k, row in enumerate(report):
@@ -66,8 +66,8 @@ def test_a_head_that_knew_both_laws_ranks_better_than_one_that_guesses() -> None
 
 
 def test_all_positions_are_ranked_together_over_their_checked_drafts() -> None:
-    """A head of constant c_k knows the position and no more; one that knew both laws knows more than that, and an honest one as much."""
-    data = honest()
+    """A head of constant c_k knows only the position; one that knew both distributions knows more, and a calibrated one as much."""
+    data = calibrated()
     data.checked[::2, 2] = False
     informed = ranking_together(replace(data, acceptance=data.logits.sigmoid()), AS_TRAINED)
     assert informed["n"] == 2.5 * len(data.logits) and informed["auc"] == pytest.approx(informed["auc_best"], abs=1e-6)
@@ -77,42 +77,42 @@ def test_all_positions_are_ranked_together_over_their_checked_drafts() -> None:
     assert math.isnan(constant["auc_best"])
 
 
-def test_probabilities_tell_an_honest_head_from_a_lying_one_with_less_noise_than_outcomes() -> None:
-    """c_k is the acceptance itself, so at position 1 nothing is left; behind it, only the luck of the drafts before."""
-    data = honest(400)
+def test_probabilities_separate_an_calibrated_head_from_a_wrong_one_with_less_noise_than_outcomes() -> None:
+    """c_k is the acceptance itself, so at position 1 nothing is left; after it, only the luck of the drafts before."""
+    data = calibrated(400)
     data = replace(data, acceptance=data.logits.sigmoid())
     report = calibration_report(data, AS_TRAINED)
     assert report[0]["ece_known"] < 1e-6
     assert all(row["ece_known"] < row["ece_after"] for row in report)
-    lying = calibration_report(replace(data, logits=data.logits + 1), AS_TRAINED)
-    assert all(row["ece_known"] > 0.05 for row in lying)
+    wrong = calibration_report(replace(data, logits=data.logits + 1), AS_TRAINED)
+    assert all(row["ece_known"] > 0.05 for row in wrong)
     assert all(math.isnan(row["ece_known"]) for row in calibration_report(replace(data, acceptance=None), AS_TRAINED))
 
 
 def test_where_the_outcome_is_certain_its_probability_says_the_same() -> None:
     """As greedy: a draft is the target's choice or it is not."""
-    data = honest(300)
+    data = calibrated(300)
     certain = replace(data, acceptance=data.survived.float())
     assert all(row["ece_known"] == row["ece_after"] for row in calibration_report(certain, AS_TRAINED))
 
 
 def test_scaling_finds_the_temperature_of_every_position() -> None:
-    found = fit_sts(distorted(honest(), [3.0, 0.5, 2.0]))
+    found = fit_sts(distorted(calibrated(), [3.0, 0.5, 2.0]))
     assert found == pytest.approx([3.0, 0.5, 2.0], rel=0.2)
 
 
 def test_scaling_never_raises_the_error_on_its_own_data() -> None:
     for seed in range(3):
-        data = distorted(honest(500, seed=seed), [1.7, 0.8, 1.0])
+        data = distorted(calibrated(500, seed=seed), [1.7, 0.8, 1.0])
         found = fit_sts(data)
         for k in range(3):
             scaled, unscaled = Calibration(0.0, found), Calibration(0.0, (*found[:k], 1.0))
             assert calibration_error(*data.at(k, scaled)) <= calibration_error(*data.at(k, unscaled)) + 1e-12
 
 
-def test_a_head_that_promises_too_much_is_put_right_by_an_offset_and_temperatures() -> None:
+def test_a_head_that_is_too_confident_is_corrected_by_an_offset_and_temperatures() -> None:
     """No temperature alone can: it moves high and low confidences to opposite sides."""
-    right = honest(40_000)
+    right = calibrated(40_000)
     data = Rollouts(1.5 * right.logits + 0.8, right.survived, right.checked)
     scaled, found = Calibration(0.0, fit_sts(data)), calibrate(data)
     assert calibration_error(*data.at(0, scaled)) > 0.03
@@ -121,18 +121,18 @@ def test_a_head_that_promises_too_much_is_put_right_by_an_offset_and_temperature
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
 def test_the_offset_is_found_whatever_the_temperature(factor: float) -> None:
-    right = honest(40_000)
+    right = calibrated(40_000)
     assert fit_offset(Rollouts(factor * right.logits - 0.7, right.survived, right.checked)) == pytest.approx(0.7, abs=0.05)
 
 
-def test_an_honest_head_gets_no_offset_and_an_unchecked_one_neither() -> None:
-    data = honest(80_000)
+def test_an_calibrated_head_gets_no_offset_and_an_unchecked_one_neither() -> None:
+    data = calibrated(80_000)
     assert fit_offset(data) == pytest.approx(0, abs=0.03)
     assert fit_offset(Rollouts(data.logits, data.survived, torch.zeros_like(data.checked))) == 0
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_the_offset_stays_finite_where_all_drafts_met_the_same_end(kept: bool) -> None:
+def test_the_offset_stays_finite_where_all_drafts_have_the_same_outcome(kept: bool) -> None:
     data = Rollouts(torch.zeros(50, 1), torch.full((50, 1), kept), torch.ones(50, 1, dtype=torch.bool))
     assert 1 < fit_offset(data) * (1 if kept else -1) < 4
 
@@ -144,7 +144,7 @@ def test_a_constant_head_is_left_alone_when_it_is_right() -> None:
 
 
 def test_unchecked_positions_say_nothing() -> None:
-    data = honest()
+    data = calibrated()
     checked = torch.zeros_like(data.checked)
     checked[:, 0] = True
     assert fit_sts(Rollouts(data.logits, data.survived, checked))[1:] == (1.0, 1.0)
@@ -180,7 +180,7 @@ def test_rollouts_give_back_the_logits_whatever_temperatures_the_drafter_carried
 
 
 def test_a_block_that_ended_the_text_is_left_out() -> None:
-    whole = Round(1, 5, 4, (6, 7, 8, 9), (0.5,) * 4, (0.5,) * 4, 4, 4, (6, 7, 8, 9, 10), (0.5,) * 4, (0.5,) * 4, "drafter", 0, 0, 0)
+    whole = Round(index=1, committed=(6, 7, 8, 9, 10), confidence=(0.5,) * 4, verify_length=4, accepted=4, source="drafter")
     ended = replace(whole, committed=(6, 7))  # an end-of-text token at the second place
     assert len(rollouts([whole, ended], 4).logits) == 1
 

@@ -1,4 +1,4 @@
-"""The prediction is the latency law L = (T_draft + T_verify) / τ, nothing else."""
+"""The prediction is L = (T_draft + T_verify) / τ, nothing else."""
 
 from __future__ import annotations
 

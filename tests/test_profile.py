@@ -1,4 +1,4 @@
-"""The measured step-time curve: monotone whatever the clock said, and measured once."""
+"""The measured step-time curve: monotone whatever was measured, and measured once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_between_widths_the_step_time_is_linear():
     assert curve(3) == pytest.approx(50)
 
 
-def test_tokens_behind_the_last_width_are_never_free():
+def test_tokens_beyond_the_last_width_are_never_free():
     curve = SPSCurve((1, 8, 16), (0.010, 0.040, 0.040))
     assert curve.step_seconds(31) == pytest.approx(0.040 + 15 * 0.002)
 

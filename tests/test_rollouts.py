@@ -16,7 +16,6 @@ from tiny import tiny_drafter, tiny_target
 import dspark
 from dspark.bench import policies, rollouts, sps, traces
 from dspark.bench.arms import Models
-from dspark.bench.overheard import Overheard
 from dspark.bench.plan import Plan
 from dspark.bench.prompts import load_prompts
 from dspark.bench.replay import replay
@@ -71,17 +70,15 @@ def test_an_interrupted_rollout_goes_on_and_no_run_is_there_twice(models: Models
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_listening_changes_no_token_and_hears_the_acceptance_of_every_checked_draft(models: Models, temperature: float) -> None:
-    """Greedy, each draft's acceptance is 0 or 1 and tells how many were kept; sampling, it says how often they are."""
+def test_observing_changes_no_token_and_gives_the_acceptance_of_every_checked_draft(models: Models, temperature: float) -> None:
+    """Greedy, each draft's acceptance is 0 or 1 and adds up to the accepted ones; sampled, it is their frequency."""
     expected, kept, drafter = 0.0, 0, ContextLookup(models.drafter)
     for seed in range(12):
-        heard = Overheard(models.target, drafter, Sampling(temperature))
+        target, source, acceptances = rollouts.observed(models.target, drafter, Sampling(temperature))
         options = {"max_new_tokens": 100, "temperature": temperature, "seed": seed}
-        ours = generate(heard.target, heard.drafter, [5, 9, 11 + seed], **options)
-        theirs = generate(models.target, drafter, [5, 9, 11 + seed], **options)
-        assert ours.token_ids == theirs.token_ids
-        assert len(heard.acceptances) == len(ours.rounds) - 1
-        for found, r in zip(heard.acceptances, ours.rounds[1:], strict=True):
+        ours = generate(target, source, [5, 9, 11 + seed], **options)
+        assert ours.token_ids == generate(models.target, drafter, [5, 9, 11 + seed], **options).token_ids
+        for found, r in zip(acceptances, ours.rounds[1:], strict=True):
             assert len(found) == r.verify_length and all(0 <= a <= 1.0001 for a in found)
             if not temperature:
                 assert sum(np.cumprod(found)) == r.accepted
@@ -131,18 +128,16 @@ def test_storing_moves_the_heads_bias_and_keeps_all_else(tmp_path: Path) -> None
         rollouts.store(put_right, "org/name", target)
 
 
-def test_a_drafter_states_what_was_stored_and_no_file_is_fitted_twice(models: Models, tmp_path: Path) -> None:
+def test_a_drafter_states_what_was_stored_and_a_file_of_the_head_before_is_refused(models: Models, tmp_path: Path) -> None:
     folder, target = tmp_path / "d", models.target
     dspark.save_drafter(models.drafter, target, folder)
-    drafter = dspark.load_drafter(folder, target)
-    frame = rollouts.measure_rollouts(PLAN, Models(target, drafter), tmp_path / "r.parquet")
+    frame = rollouts.measure_rollouts(PLAN, Models(target, dspark.load_drafter(folder, target)), tmp_path / "r.parquet")
     before, found = rollouts.rollouts_of(frame, temperature=1.0), Calibration(-0.5, (2.0, 1.5, 1.0, 0.5))
-    assert len(rollouts.kept_rollouts(tmp_path / "r.parquet", drafter)) == len(frame)
     rollouts.store(found, str(folder), target)
     drafter = dspark.load_drafter(folder, target)
-    with pytest.raises(ValueError, match="leave out --refit"):
-        rollouts.kept_rollouts(tmp_path / "r.parquet", drafter)
     assert drafter.sts_temperatures == found.temperatures
+    with pytest.raises(ValueError, match="drafter_digest"):
+        rollouts.measure_rollouts(PLAN, Models(target, drafter), tmp_path / "r.parquet")
     after = rollouts.measure_rollouts(PLAN, Models(target, drafter), tmp_path / "again.parquet")
     again = rollouts.rollouts_of(after, temperature=1.0)
     assert torch.equal(before.survived, again.survived)  # confidence decides nothing where the whole block is checked
@@ -241,17 +236,17 @@ def test_policies_are_compared_on_the_same_tokens_and_by_the_traces_seconds(mode
     assert (lines.loc["plain", "draft_share"] == 0).all() and lines.loc["fixed:4", "draft_share"].between(0, 1, inclusive="neither").all()
     per_domain = [lines.loc[("fixed:4", domain), "tokens_per_second"] for domain in ("code", "chat")]
     assert lines.loc[("fixed:4", "all"), "tokens_per_second"] == pytest.approx((per_domain[0] * per_domain[1]) ** 0.5)
-    told = policies.against_windows(lines.reset_index(), policies.ORACLE)
+    oracle = policies.against_windows(lines.reset_index(), policies.ORACLE)
     least = 1 - 1e-9  # windows may tie, and sums round
-    assert told["hindsight"] >= least and told["single"] >= least * told["hindsight"] >= least**2 * told["worst"]
-    fixed = policies.against_windows(lines.reset_index(), told["best_single"])
+    assert oracle["hindsight"] >= least and oracle["single"] >= least * oracle["hindsight"] >= least**2 * oracle["worst"]
+    fixed = policies.against_windows(lines.reset_index(), oracle["best_single"])
     assert fixed["single"] == pytest.approx(1) and fixed["hindsight"] <= 1 + 1e-9
     with pytest.raises(ValueError, match="replay both"):
         policies.against_windows(lines.reset_index(), "mtp1")
 
 
 def test_intervals_against_windows_are_those_of_the_same_comparison_over_resampled_prompts() -> None:
-    """Each draw once more by hand: the prompts of a domain anew, the same for every policy, and the best windows of just these."""
+    """Each draw once more by hand: the prompts of a domain resampled, the same for every policy, and the best windows of just these."""
     rng, names = np.random.default_rng(0), ["fixed:1", "fixed:2", "fixed:3", "mine"]
     rows = [
         {"domain": domain, "prompt_id": f"{domain}/{i}", "policy": name, "tokens": 10, "seconds": seconds}
@@ -266,8 +261,8 @@ def test_intervals_against_windows_are_those_of_the_same_comparison_over_resampl
         ids = [f"{domain}/{i}" for domain, drawn in chosen.items() for i in drawn[draw]]
         again = pd.concat([frame[frame["prompt_id"] == one] for one in ids])
         found.append(policies.against_windows(policies.pooled(again), "mine"))
-    told = policies.against_windows_interval(frame, "mine", resamples=40)
-    for of, low_high in told.items():
+    intervals = policies.against_windows_interval(frame, "mine", resamples=40)
+    for of, low_high in intervals.items():
         assert low_high == pytest.approx(np.quantile([each[of] for each in found], [0.025, 0.975]))
 
 
@@ -321,9 +316,9 @@ def test_the_report_has_a_row_for_every_position_that_was_checked(models: Models
 
 def test_ranking_is_judged_on_the_half_that_was_not_fitted(models: Models, tmp_path: Path) -> None:
     frame = rollouts.measure_rollouts(PLAN, models, tmp_path / "r.parquet")
-    told = rollouts.ranked(frame, AS_TRAINED).set_index("temperature")
-    checked = [int(rollouts.rollouts_of(frame, half=rollouts.JUDGE, temperature=t).checked.sum()) for t in told.index]
-    assert list(told.index) == [0.0, 1.0] and list(told["n"]) == checked
+    found = rollouts.ranked(frame, AS_TRAINED).set_index("temperature")
+    checked = [int(rollouts.rollouts_of(frame, half=rollouts.JUDGE, temperature=t).checked.sum()) for t in found.index]
+    assert list(found.index) == [0.0, 1.0] and list(found["n"]) == checked
 
 
 def test_step_times_without_a_width_are_refused() -> None:

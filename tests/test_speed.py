@@ -25,7 +25,7 @@ PLAIN_MS, DRAFT_MS, VERIFY_MS = 30.0, 6.0, 34.0
 
 
 def run_of(taus: dict[str, float], other_ms: float = 0.0) -> pd.DataFrame:
-    """A run of plain and fixed:3 that obeys the law to the letter, but for ``other_ms`` a round; domain → τ, 100 rounds a prompt."""
+    """A run of plain and fixed:3 that follows the formula exactly, but for ``other_ms`` a round; domain → τ, 100 rounds a prompt."""
     rows = []
     for domain, tau in taus.items():
         for i in range(4):
@@ -47,7 +47,7 @@ def run_of(taus: dict[str, float], other_ms: float = 0.0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_a_run_that_obeys_the_law_is_predicted_exactly():
+def test_a_run_that_follows_the_formula_is_predicted_exactly():
     frame = run_of({"code": 2.0, "chat": 1.4})
     points = explained(frame)
     assert points["predicted"].to_numpy() == pytest.approx(points["speedup"].to_numpy())
@@ -77,7 +77,7 @@ def test_a_curve_from_elsewhere_is_used_where_it_is_given():
     assert check_predictions(run_of({"code": 2.0}), slow)["predicted"].iloc[0] == pytest.approx(expected)
 
 
-def test_break_even_is_the_law_solved_for_tau():
+def test_break_even_is_the_formula_solved_for_tau():
     curve = SPSCurve((1, 8), (0.030, 0.044))
     points = {(p.window, p.speedup): p for p in break_even(curve, (1, 7), 0.006, (1.0, 1.57))}
     assert points[7, 1.0].required == pytest.approx(50 / 30) and points[7, 1.0].free == pytest.approx(44 / 30)
@@ -91,15 +91,15 @@ def test_drafting_is_timed_at_the_context_asked_for(monkeypatch):
     draft = drafter.draft
     monkeypatch.setattr(drafter, "draft", lambda state, *rest: (seen.append(state.length), draft(state, *rest))[1])
     assert profile_draft(target, drafter, context=20, repeats=3) > 0
-    assert seen == [20, 22, 24, 26]
+    assert seen == [20, 21, 22, 23]
 
 
 def test_the_clock_compares_a_policy_with_the_fastest_window_of_the_run():
     run = run_of({"code": 2.0, "chat": 1.4})
     slower = run[run["arm"] == "fixed:3"].assign(arm="fixed:1", latency_ms=lambda rows: 2 * rows["latency_ms"])
     policy = run[run["arm"] == "fixed:3"].assign(arm="prefix", latency_ms=lambda rows: rows["latency_ms"] / 1.25)
-    told = timed_against_windows(pd.concat([run, slower, policy]).assign(n=1))
-    assert told["best_single"] == "fixed:3" and told["single"] == told["low"] == told["high"] == pytest.approx(1.25)
+    found = timed_against_windows(pd.concat([run, slower, policy]).assign(n=1))
+    assert found["best_single"] == "fixed:3" and found["single"] == found["low"] == found["high"] == pytest.approx(1.25)
     with pytest.raises(ValueError, match=r"'prefix' is to be compared.*measure both"):
         timed_against_windows(run)
 

@@ -36,7 +36,7 @@ class Arm:
     spec: the policy for :func:`dspark.schedule.parse_policy`; "" where our loop drafts nothing.
     min_match: tokens that must repeat before the context is copied; 0 copies nothing.
     trained: whether it needs the trained drafter.
-    peer: somebody else's loop, run on the stock target.
+    peer: another library's loop, run on the stock target.
     """
 
     name: str
@@ -115,7 +115,7 @@ def parse_arm(name: str) -> Arm:
     alone = name.startswith(tuple(copies)) if copies else False
     try:
         if len(copies) > 1 or (copies and copies[0].endswith(":0")):
-            raise ValueError("copy stands once, and its number is at least 1")
+            raise ValueError("+copy may appear once, and its number is at least 1")
         if kept[:1] == ["plain"]:
             raise ValueError("plain drafts nothing, so nothing can follow it")
         spec = "+".join(["fixed", *kept] if alone else kept)

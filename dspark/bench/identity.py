@@ -14,12 +14,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from dspark.bench.arms import Models
 from dspark.bench.measure import Decoder, Settings, Trial, first_divergence
-from dspark.bench.plan import Plan
+from dspark.bench.plan import Plan, Unit
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
 from dspark.bench.stock import by_transformers
@@ -32,16 +31,15 @@ Pass = tuple[Sequence[int], int]  # tokens that run together, and how many of th
 def check_identity(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     """One row per prompt and arm, with the columns of :func:`compare`. Resumes."""
     plan.check("identity")
-    ledger = Ledger(out, plan.configuration("identity", models.target.digest, models.drafter))
-    if ledger.complete:
-        return ledger.finish()
     decoders = {arm.name: models.decoder(arm, plan.settings) for arm in plan.parsed_arms}
     constant = constant_columns(plan, models)
-    todo = [unit for unit in plan.units if unit.key not in ledger.done]
-    for unit in tqdm(todo, desc="prompts", unit="prompt", initial=len(ledger.done), total=len(plan.units)):
+
+    def measure(unit: Unit) -> list[Row]:
         rows = compare(models, decoders, models.target.encode(unit.item.messages), plan.settings)
-        ledger.add(unit.key, [unit.columns() | row | constant[row["arm"]] for row in rows])
-    return ledger.finish()
+        return [unit.columns() | row | constant[row["arm"]] for row in rows]
+
+    ledger = Ledger(out, plan.configuration("identity", models.target.digest, models.drafter))
+    return ledger.run({unit.key: unit for unit in plan.units}, measure)
 
 
 def compare(models: Models, decoders: dict[str, Decoder], prompt: list[int], settings: Settings) -> list[Row]:
@@ -89,27 +87,16 @@ def pass_of(r: Round) -> Pass:
 
 def logits_of(target: Target, prompt: list[int], passes: Iterable[Pass], i: int) -> Tensor:
     """The logits [vocab] float32 that choose new token ``i`` after ``prompt``, when the text runs in these passes."""
-    cache, passes = StockCache(), iter(passes)
+    cache, passes = DynamicCache(), iter(passes)
     logits, _ = target.forward(torch.tensor([prompt], device=target.device), cache, logits_to_keep=1)
     first, rows = 0, logits[0]  # rows[k] chooses new token first + k
     while i >= first + len(rows):
-        (tokens, kept), past = next(passes), cache.length
+        tokens, kept = next(passes)
         logits, _ = target.forward(torch.tensor([tokens], device=target.device), cache)
-        cache.rewind(past + kept)
+        if kept < len(tokens):
+            cache.crop(kept - len(tokens))
         first, rows = first + len(rows), logits[0, :kept]
     return rows[i - first].float()
-
-
-class StockCache(DynamicCache):
-    """transformers' own cache, cut by hand."""
-
-    @property
-    def length(self) -> int:
-        return self.get_seq_length()
-
-    def rewind(self, length: int) -> None:
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
 def beyond_rounding(frame: pd.DataFrame) -> pd.Series:

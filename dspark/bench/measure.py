@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from statistics import median
 
+from dspark.clock import Clock
 from dspark.decode import decode
 from dspark.draft.source import COPY, DraftSource
 from dspark.round import Round
@@ -48,21 +49,13 @@ def by_dspark(target: Target, source: DraftSource | None, policy: Policy | None,
     """The loop of :mod:`dspark.decode`; without a source it is plain decoding."""
 
     def decoder(prompt_ids: list[int], seed: int) -> Trial:
-        start = time.perf_counter()
+        clock = Clock(target.device)
         stream = decode(target, source, prompt_ids, policy=policy, seed=seed, **asdict(settings))
-        prefill = next(stream)
-        first = time.perf_counter()
-        rounds = list(stream)
-        seconds = time.perf_counter() - first
-        token_ids = [token for r in (prefill, *rounds) for token in r.committed]
-        return Trial(token_ids, rounds, first - start, seconds)
+        prefill, prefill_seconds = next(stream), clock.lap()
+        rounds, seconds = list(stream), clock.lap()
+        return Trial([token for r in (prefill, *rounds) for token in r.committed], rounds, prefill_seconds, seconds)
 
     return decoder
-
-
-def opaque_round(index: int, anchor: int, committed: tuple[int, ...], seconds: float) -> Round:
-    """A step of somebody else's loop, of which only its tokens and its time are known."""
-    return Round(index=index, anchor=anchor, committed=committed, verify_seconds=math.nan, seconds=seconds)
 
 
 def summary(trial: Trial) -> dict[str, object]:
@@ -107,10 +100,7 @@ def positions(rounds: Sequence[Round]) -> tuple[list[int], list[int]]:
 
 def first_divergence(a: Sequence[int], b: Sequence[int]) -> int:
     """Index of the first token that differs (or that only one has); −1 if the sequences are equal."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return -1 if len(a) == len(b) else min(len(a), len(b))
+    return next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), -1)
 
 
 def _ratio(a: float, b: float) -> float:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from dspark.bench.plan import Plan, rotated
 from dspark.bench.process import in_new_process
@@ -23,11 +22,8 @@ def measure_memory(plan: Plan, out: Path) -> pd.DataFrame:
     plan.check("memory")
     ledger = Ledger(out, plan.configuration("memory", "", None))
     names = [arm.name for arm in plan.parsed_arms]
-    runs = [(repeat, name) for repeat in range(plan.repeats) for name in rotated(names, repeat)]
-    todo = [] if ledger.complete else [run for run in runs if f"{run[0]}/{run[1]}" not in ledger.done]
-    for repeat, name in tqdm(todo, desc="processes", unit="process", initial=len(ledger.done), total=len(runs)):
-        ledger.add(f"{repeat}/{name}", [{"repeat": repeat} | in_new_process(peak_of, replace(plan, arms=name, repeats=1))])
-    return ledger.finish()
+    runs = {f"{repeat}/{name}": (repeat, name) for repeat in range(plan.repeats) for name in rotated(names, repeat)}
+    return ledger.run(runs, lambda run: [{"repeat": run[0]} | in_new_process(peak_of, replace(plan, arms=run[1], repeats=1))])
 
 
 def peak_of(plan: Plan) -> Row:

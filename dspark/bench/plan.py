@@ -94,10 +94,7 @@ class Plan:
         """The models that the arms need. stock: load the stock target as well, even if no arm needs it."""
         load = partial(load_target, self.target, dtype=self.dtype, device=self.device)
         peers = [arm.peer is not None for arm in self.parsed_arms]
-        if all(peers):
-            target = load(pack=False)
-            return Models(target, stock=target)
-        target = load()
+        target = load(pack=not all(peers))
         drafter = load_drafter(self.drafter, target) if any(arm.trained for arm in self.parsed_arms) else None
         if not (stock or any(peers)):
             return Models(target, drafter)
@@ -126,13 +123,8 @@ def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = (), **
         if option.name in without:
             continue
         kind, default = type(option.default), defaults.get(option.name, option.default)
-        parser.add_argument(
-            "--" + option.name.replace("_", "-"),
-            type=kind,
-            default=default,
-            metavar=kind.__name__.upper(),
-            help=f"{option.metadata['help']}; default {default}",
-        )
+        words = {"metavar": kind.__name__.upper(), "help": f"{option.metadata['help']}; default {default}"}
+        parser.add_argument("--" + option.name.replace("_", "-"), type=kind, default=default, **words)
     parser.add_argument("--out", type=Path, help="Parquet file; default one in runs/bench that is named after the options")
 
 

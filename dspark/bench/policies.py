@@ -20,7 +20,6 @@ from dspark.tune.calibrate import AS_TRAINED, Calibration
 Traces = Sequence[tuple[Row, Trace]]  # as dspark.bench.trace_file.load_traces returns them
 ORACLE, PREFIX, PRICED = "oracle", "prefix", "prefix, draft priced"
 WINDOW = r"fixed:\d+"
-COUNTS = ("tokens", "rounds", "seconds", "draft_seconds", "drafts", "drafted", "checked", "accepted")
 
 
 def policy_of(name: str) -> Callable[[StepTimes, int], Policy]:
@@ -93,7 +92,7 @@ def pooled(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _line(policy: str, domain: str, part: pd.DataFrame) -> Row:
-    total = part[list(COUNTS)].sum()
+    total = part[["tokens", "rounds", "seconds", "draft_seconds", "checked", "accepted"]].sum()
     ratios = {
         "tokens_per_round": ("tokens", "rounds"),
         "tokens_per_second": ("tokens", "seconds"),

@@ -7,7 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -44,14 +44,12 @@ def environment(target: Target) -> dict[str, object]:
 
 def drafter_columns(drafter: Drafter | None) -> dict[str, object]:
     """Columns that describe the drafter; empty ones for arms without it."""
-    config = drafter.config if drafter else None
-    return {
-        "drafter_digest": drafter_digest(drafter) if drafter else "",
-        "drafter_block_size": config.block_size if config else 0,
-        "drafter_layers": config.num_hidden_layers if config else 0,
-        "drafter_head": f"{config.markov_head_type}-{config.markov_rank}" if config else "",
-        "drafter_vocab": config.draft_vocab_size if config else 0,
-    }
+    names = [f"drafter_{name}" for name in ("digest", "block_size", "layers", "head", "vocab")]
+    if drafter is None:
+        return dict(zip(names, ("", 0, 0, "", 0), strict=True))
+    c = drafter.config
+    head = f"{c.markov_head_type}-{c.markov_rank}"
+    return dict(zip(names, (drafter_digest(drafter), c.block_size, c.num_hidden_layers, head, c.draft_vocab_size), strict=True))
 
 
 def drafter_digest(drafter: Drafter) -> str:
@@ -72,19 +70,14 @@ def cores() -> int:
 @cache
 def revision() -> str:
     """Short git hash of the running code, with "-dirty" if tracked files were changed; "unknown" outside git."""
-    folder = Path(dspark.__file__).parent
-    # An installed copy may lie inside somebody else's repository: only a tracked file has a revision.
-    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return "unknown"
-    return _git(folder, "describe", "--always", "--dirty", "--exclude=*") or "unknown"
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
+    git = ["git", "--no-optional-locks", "-C", str(Path(dspark.__file__).parent)]
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=30, check=True)
     try:
-        done = subprocess.run(["git", "--no-optional-locks", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        # An installed copy may lie inside another repository: only a tracked file has a revision.
+        run([*git, "ls-files", "--error-unmatch", "__init__.py"])
+        return run([*git, "describe", "--always", "--dirty", "--exclude=*"]).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def peak_rss_mib() -> float:

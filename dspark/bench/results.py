@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm.auto import tqdm
 
 from dspark.files import one_line, write_atomically
 
+T = TypeVar("T")
 Row = dict[str, object]
 COMMAND = "python -m dspark.bench"
 SCHEMA_VERSION = 1  # of rows of results (traces have their own); readers refuse another
@@ -38,6 +41,13 @@ class Ledger:
         else:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._resume()
+
+    def run(self, units: Mapping[str, T], measure: Callable[[T], list[Row]], shaped: Callable = pd.DataFrame) -> pd.DataFrame:
+        """Measure every unit that is not done; all rows, in the file and returned. shaped: see :meth:`finish`."""
+        todo = {} if self.complete else {key: unit for key, unit in units.items() if key not in self.done}
+        for key, unit in tqdm(todo.items(), desc=self.out.stem, initial=len(units) - len(todo), total=len(units)):
+            self.add(key, measure(unit))
+        return self.finish(shaped)
 
     def add(self, key: str, rows: Sequence[Row]) -> None:
         """Keep the rows of a finished unit."""

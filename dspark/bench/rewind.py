@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from dspark.bench.markdown import place
 from dspark.bench.plan import Plan
 from dspark.bench.provenance import environment
 from dspark.bench.results import write_results
@@ -55,8 +56,7 @@ def _extend(cache: RewindCache, token: list[tuple[Tensor, Tensor]], times: int) 
 
 def rewind_table(frame: pd.DataFrame) -> str:
     """For the terminal."""
-    lines = [f"one rewind, median of {frame.iloc[0]['repeats']}, {frame.iloc[0]['target']} on {frame.iloc[0]['machine']}"]
-    lines += [
-        f"{row.context:6d} tokens of context  {row.rewind_us:6.1f} µs  (95 % below {row.rewind_p95_us:.1f})" for row in frame.itertuples()
-    ]
-    return "\n".join(lines)
+    shown = frame[["context", "rewind_us", "rewind_p95_us"]].round(1).to_string(index=False)
+    return (
+        f"one rewind in µs, median and 95th percentile of {frame.iloc[0]['repeats']}, {frame.iloc[0]['target']} on {place(frame)}\n{shown}"
+    )

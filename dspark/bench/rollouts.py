@@ -6,6 +6,7 @@ One half of the dev prompts is fitted, the other half judges; the test prompts a
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dspark.bench.arms import Models
 from dspark.bench.plan import Plan, Unit, add_options, plan_of
-from dspark.bench.provenance import drafter_columns, drafter_digest, environment
+from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import Ledger, Row, read_rows
 from dspark.cli import run_main
 from dspark.decode import generate
@@ -46,7 +46,7 @@ def measure_rollouts(
 ) -> pd.DataFrame:
     """One row per run of a prompt. Resumes.
 
-    logits, acceptance: γ numbers a block, laid end to end: the logit of c_k as the head gives it, and the probability with which x_k
+    logits, acceptance: γ numbers a block, concatenated: the logit of c_k as the head gives it, and the probability with which x_k
         survives given x_<k (NaN where it was not checked).
     checked, survived: one number a block, how many drafts were checked and how many survived.
     Repeats are new draws, so greedy runs are made once. fit_repeats: fewer repeats for the half that is fitted; the more blocks judge,
@@ -58,19 +58,22 @@ def measure_rollouts(
     drafter.sts_temperatures = ()  # the head's own logits are wanted
     about = plan.configuration("rollouts", target.digest, drafter) | {"temperatures": list(temperatures), "acceptance": True}
     about |= {"fit_repeats": fit_repeats or plan.repeats}
-    ledger = Ledger(out, about)
-    if not ledger.complete:
-        constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(drafter)
-        halves = _halves(plan.units)
-        most = {FIT: fit_repeats or plan.repeats, JUDGE: plan.repeats}
-        runs = [(t, unit) for t in temperatures for unit in plan.units if unit.repeat < (most[halves[unit.item.id]] if t else 1)]
-        todo = [(t, unit) for t, unit in runs if f"{t:g}/{unit.key}" not in ledger.done]
-        for t, unit in tqdm(todo, desc="rollouts", unit="run", initial=len(ledger.done), total=len(runs)):
-            found = _run(target, drafter, unit, t, plan.tokens)
-            when = {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
-            row = unit.columns() | {"temperature": t, "half": halves[unit.item.id], "max_new_tokens": plan.tokens} | found | when | constant
-            ledger.add(f"{t:g}/{unit.key}", [row])
-    return ledger.finish(_narrow)
+    constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(drafter)
+    halves, most = _halves(plan.units), {FIT: fit_repeats or plan.repeats, JUDGE: plan.repeats}
+
+    def measure(run: tuple[float, Unit]) -> list[Row]:
+        t, unit = run
+        found = _run(target, drafter, unit, t, plan.tokens)
+        when = {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
+        return [unit.columns() | {"temperature": t, "half": halves[unit.item.id], "max_new_tokens": plan.tokens} | found | when | constant]
+
+    runs = {
+        f"{t:g}/{unit.key}": (t, unit)
+        for t in temperatures
+        for unit in plan.units
+        if unit.repeat < (most[halves[unit.item.id]] if t else 1)
+    }
+    return Ledger(out, about).run(runs, measure, _narrow)
 
 
 def _narrow(rows: list[Row]) -> pd.DataFrame:
@@ -85,51 +88,39 @@ def _narrow(rows: list[Row]) -> pd.DataFrame:
 
 def _run(target: Target, drafter: Drafter, unit: Unit, temperature: float, tokens: int) -> Row:
     options = {"max_new_tokens": tokens, "temperature": temperature, "seed": unit.seed}
-    observed = Observed(target, drafter, Sampling(temperature))
-    stream = generate(observed.target, observed.drafter, unit.item.messages, policy=FixedWindow(), **options).rounds
+    watched, source, acceptances = observed(target, drafter, Sampling(temperature))
+    stream = generate(watched, source, unit.item.messages, policy=FixedWindow(), **options).rounds
     try:
-        data = rollouts(stream[1:], drafter.block_size, acceptances=observed.acceptances)
+        data = rollouts(stream[1:], drafter.block_size, acceptances=acceptances)
     except ValueError:  # the text ended before a block could be checked
         return {"blocks": 0, "logits": [], "acceptance": [], "checked": [], "survived": []}
     counts = {"checked": data.checked.sum(-1).tolist(), "survived": data.survived.sum(-1).tolist()}
     return {"blocks": len(data.logits), "logits": data.logits.flatten().tolist(), "acceptance": data.acceptance.flatten().tolist()} | counts
 
 
-class Observed:
-    """A target and a drafter that decode as the originals do, and record with what probability each checked draft is accepted.
+def observed(target: Target, drafter: DraftSource, sampling: Sampling) -> tuple[Target, DraftSource, list[list[float]]]:
+    """Copies of a target and a drafter that decode as the originals do, and a list that fills while they do.
 
-    acceptances: per target pass after the prefill, Σ min(p_d, p_t) of each checked draft: the probability that x_k survives given
-    x_<k, which c_k estimates and a head that knew both distributions would state.
+    It gets, per target pass after the prefill, Σ min(p_d, p_t) of each checked draft: the probability that x_k survives given x_<k,
+    which c_k estimates.
     """
+    watched, source, last, acceptances = copy.copy(target), copy.copy(drafter), NOTHING, []
 
-    def __init__(self, target: Target, drafter: DraftSource, sampling: Sampling) -> None:
-        self.sampling = sampling
-        self.acceptances: list[list[float]] = []
-        self.last = NOTHING
-        self.target, self.drafter = _Proxy(target), _Proxy(drafter)
-        self.target.forward, self.drafter.draft = self._forward, self._draft
+    def draft(*arguments: object) -> Draft:
+        nonlocal last
+        last = drafter.draft(*arguments)
+        return last
 
-    def _draft(self, *arguments: object) -> Draft:
-        self.last = self.drafter.original.draft(*arguments)
-        return self.last
-
-    def _forward(self, token_ids: Tensor, *arguments: object, logits_to_keep: int = 0) -> tuple[Tensor, Tensor | None]:
-        logits, taps = self.target.original.forward(token_ids, *arguments, logits_to_keep=logits_to_keep)
+    def forward(token_ids: Tensor, *arguments: object, logits_to_keep: int = 0) -> tuple[Tensor, Tensor | None]:
+        logits, taps = target.forward(token_ids, *arguments, logits_to_keep=logits_to_keep)
         if not logits_to_keep:  # the prefill asks for its last row alone
             checked = token_ids.shape[1] - 1
-            pairs = zip(self.last.probs, self.sampling.probs(logits[0, :checked]), strict=False) if checked else ()
-            self.acceptances.append([float(torch.minimum(p_draft, p_target).sum()) for p_draft, p_target in pairs])
+            pairs = zip(last.probs, sampling.probs(logits[0, :checked]), strict=False) if checked else ()
+            acceptances.append([float(torch.minimum(p_draft, p_target).sum()) for p_draft, p_target in pairs])
         return logits, taps
 
-
-class _Proxy:
-    """Another object, some of whose methods are replaced."""
-
-    def __init__(self, original: object) -> None:
-        self.original = original
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.original, name)
+    watched.forward, source.draft = forward, draft
+    return watched, source, acceptances
 
 
 def _halves(units: Iterable[Unit]) -> dict[str, str]:
@@ -145,17 +136,6 @@ def _halves(units: Iterable[Unit]) -> dict[str, str]:
 def read_rollouts(path: Path) -> pd.DataFrame:
     """The rows of a rollouts file; see :func:`dspark.bench.results.read_rows`."""
     return read_rows(path, COMMAND)
-
-
-def kept_rollouts(path: Path, drafter: Drafter) -> pd.DataFrame:
-    """Rollouts of this very drafter, on whatever machine. Raises ValueError for another's: its fit would not suit this head."""
-    frame, carried = read_rollouts(path), drafter.sts_temperatures
-    drafter.sts_temperatures = ()  # as it was rolled out
-    digest, found = drafter_digest(drafter), sorted(set(frame["drafter_digest"]))
-    drafter.sts_temperatures = carried
-    if found != [digest]:
-        raise ValueError(f"{path} was rolled out with drafter {', '.join(found)}, not with {digest}: leave out --refit to measure anew")
-    return frame
 
 
 def roll_out_here(prompts: int, tokens: int) -> pd.DataFrame:
@@ -180,13 +160,10 @@ def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
     if frame.empty:
         raise ValueError(f"no blocks with {chosen}: roll out more prompts with {COMMAND}")
     block_size = int(frame["drafter_block_size"].iloc[0])
-    logits, acceptance, checked, survived = (
-        torch.from_numpy(np.concatenate(frame[name].to_list())) for name in ("logits", "acceptance", "checked", "survived")
-    )
+    width = {"logits": block_size, "survived": 1, "checked": 1, "acceptance": block_size}  # numbers per block
+    values = {name: torch.from_numpy(np.concatenate(frame[name].to_list())).reshape(-1, n) for name, n in width.items()}
     position = torch.arange(block_size)
-    blocks = (values.float().reshape(-1, block_size) for values in (logits, acceptance))
-    logits, acceptance = blocks
-    return Rollouts(logits, position < survived[:, None], position < checked[:, None], acceptance)
+    return Rollouts(values["logits"], position < values["survived"], position < values["checked"], values["acceptance"])
 
 
 def judged(frame: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
@@ -226,7 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_options(parser, ("arms", "baseline", "split", "temperature", "top_p", "top_k"), prompts=16, repeats=3)
     parser.add_argument("--fit", type=float, default=1.0, help="sampling temperature whose rollouts are fitted; default 1")
     parser.add_argument("--fit-repeats", type=int, help="repeats of the half that is fitted; default as many as of the one that judges")
-    parser.add_argument("--refit", action="store_true", help="measure nothing: fit the rollouts in the file")
     parser.add_argument("--store", action="store_true", help="write the calibration into the drafter's folder")
     return run_main(parser, _fit, arguments, kept="finished runs")
 
@@ -239,10 +215,7 @@ def _fit(options: argparse.Namespace) -> None:
         raise ValueError(f"fit-repeats must be 1 to {plan.repeats}, as many as repeats, got {options.fit_repeats}")
     torch.set_num_threads(plan.threads)
     models, out = plan.load(), options.out or plan.default_out("rollouts-dev")
-    if options.refit:
-        frame = kept_rollouts(out, models.drafter)
-    else:
-        frame = measure_rollouts(plan, models, out, fit_repeats=options.fit_repeats)
+    frame = measure_rollouts(plan, models, out, fit_repeats=options.fit_repeats)
     calibration = calibrate(rollouts_of(frame, half=FIT, temperature=options.fit))
     for table in (judged(frame, calibration), ranked(frame, calibration)):
         print(table.round(4).to_string(index=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,28 +23,30 @@ def measure_speed(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     """One row per prompt, arm and repeat, in ``out`` and returned. Resumes a killed run of the same plan."""
     plan.check("speed")
     ledger = Ledger(out, plan.configuration("speed", models.target.digest, models.drafter))
-    todo = [] if ledger.complete else [unit for unit in plan.units if unit.key not in ledger.done]
-    if todo:
-        for unit, measured in measured_units(plan, models, todo):
-            ledger.add(unit.key, measured)
-    return ledger.finish()
-
-
-def measured_units(plan: Plan, models: Models, todo: Sequence[Unit]) -> Iterator[tuple[Unit, list[Row]]]:
-    """Each unit as it is finished, with a row per arm. The first pass of every arm is a warm-up."""
-    decoders = {arm.name: models.decoder(arm, plan.settings) for arm in plan.parsed_arms}
-    constant = constant_columns(plan, models)
-    warm_up(plan, models.target, decoders)
-    for unit in tqdm(todo, desc="prompts", unit="prompt", initial=len(plan.units) - len(todo), total=len(plan.units)):
-        ids = models.target.encode(unit.item.messages)
-        trials = {name: decoders[name](ids, unit.seed) for name in rotated(list(decoders), unit.turn)}
-        yield unit, rows(unit.columns() | {"prompt_tokens": len(ids)}, trials, plan.baseline, models.target, constant)
+    if ledger.complete:
+        return ledger.finish()
+    return ledger.run({unit.key: unit for unit in plan.units}, paired(plan, models))
 
 
 def speed_frame(plan: Plan, models: Models) -> pd.DataFrame:
     """The same measurement in memory: for a notebook, where it is small."""
     plan.check("speed")
-    return pd.DataFrame([row for _, measured in measured_units(plan, models, plan.units) for row in measured])
+    measure = paired(plan, models)
+    return pd.DataFrame([row for unit in tqdm(plan.units, desc="prompts") for row in measure(unit)])
+
+
+def paired(plan: Plan, models: Models) -> Callable[[Unit], list[Row]]:
+    """A function that decodes a unit with every arm, a row per arm. Each arm is warmed up before it is returned."""
+    decoders = {arm.name: models.decoder(arm, plan.settings) for arm in plan.parsed_arms}
+    constant = constant_columns(plan, models)
+    warm_up(plan, models.target, decoders)
+
+    def measure(unit: Unit) -> list[Row]:
+        ids = models.target.encode(unit.item.messages)
+        trials = {name: decoders[name](ids, unit.seed) for name in rotated(list(decoders), unit.turn)}
+        return rows(unit.columns() | {"prompt_tokens": len(ids)}, trials, plan.baseline, models.target, constant)
+
+    return measure
 
 
 def warm_up(plan: Plan, target: Target, decoders: dict[str, Decoder]) -> None:

@@ -21,9 +21,8 @@ from dspark.bench.plan import Plan, add_options, plan_of
 from dspark.bench.process import in_new_process
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import read_rows, write_results
-from dspark.bench.trace import draft_times
 from dspark.cli import run_main
-from dspark.tune.profile import WIDTHS, SPSCurve, median_steps
+from dspark.tune.profile import WIDTHS, SPSCurve, draft_times, median_steps
 
 COMMAND = "python -m dspark.bench.sps"
 CONTEXTS = (128, 512, 1536)  # tokens in the cache

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dspark.bench.measure import Decoder, Settings, Trial, opaque_round
+from dspark.bench.measure import Decoder, Settings, Trial
 from dspark.cpu import is_packed
+from dspark.round import Round
 from dspark.target.target import Target
 
 LOOKUP_TOKENS = 10  # what transformers' own documentation uses
@@ -50,7 +52,7 @@ def by_transformers(target: Target, settings: Settings, **options: object) -> De
             end = time.perf_counter()
         _prompt, first, *_ = steps.times
         rounds = [
-            opaque_round(i, before[-1], tuple(tokens), b - a)
+            Round(index=i, anchor=before[-1], committed=tuple(tokens), verify_seconds=math.nan, seconds=b - a)
             for i, ((before, tokens), (a, b)) in enumerate(zip(pairwise(steps.tokens[1:]), pairwise(steps.times[1:]), strict=True), 1)
         ]
         return Trial([token for step in steps.tokens[1:] for token in step], rounds, first - start, end - first)

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 
 from dspark.bench.identity import beyond_rounding
+from dspark.bench.markdown import caption
 from dspark.bench.stats import summarise
 
 
@@ -57,19 +58,7 @@ def memory_table(frame: pd.DataFrame, baseline: str) -> str:
 
 
 def _heading(frame: pd.DataFrame) -> str:
-    first = frame.iloc[0]
-    sampling = "greedy" if first["temperature"] == 0 else f"T={first['temperature']:g}, top-p {first['top_p']:g}, top-k {first['top_k']}"
-    drafters = [d for d in dict.fromkeys(frame["drafter"]) if d]
-    return " · ".join(
-        [
-            " + ".join([str(first["target"]), *drafters]),
-            f"{first['n']} {first['split']} prompts of each of {first['prompt_set']}",
-            f"{first['max_new_tokens']} new tokens",
-            sampling,
-            str(first["dtype"]),
-            f"{first['threads']} threads of {first['machine']}" if first["device"] == "cpu" else str(first["device"]),
-        ]
-    )
+    return " · ".join([caption(frame), *(f"drafter {name}" for name in dict.fromkeys(frame["drafter"]) if name)])
 
 
 def _column(values: pd.Series | list[float], form: str) -> list[str]:

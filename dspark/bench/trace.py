@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from dspark.bench.provenance import drafter_digest
-from dspark.clock import Clock
 from dspark.decode import rounds
 from dspark.draft.source import COPY, DraftSource
 from dspark.round import Round
 from dspark.schedule import FixedWindow
 from dspark.target.target import Prompt, Target
-from dspark.tune.profile import SPSCurve, profile_sps
+from dspark.tune.profile import SPSCurve, draft_times, profile_sps
 from dspark.verify.sampling import Rng, Sampling
 
 BROKEN = "\ufffd"  # what decoding returns where bytes of a character are missing
@@ -168,23 +167,6 @@ def measured_times(
     curve = profile_sps(target, context=max(context, 1), widths=widths, repeats=repeats)
     draft = draft_times(target, _inner(drafter), prompt_ids, repeats)  # without the lookup round the drafter, which costs next to nothing
     return StepTimes(draft, dict(zip(curve.widths, curve.seconds, strict=True)), *_overhead(kept))
-
-
-def draft_times(target: Target, drafter: DraftSource, prompt_ids: Sequence[int], repeats: int) -> dict[int, float]:
-    """Median seconds of drafting 1, 2, … γ tokens after this prompt."""
-    _, taps = target.forward(torch.tensor([prompt_ids], device=target.device), target.new_cache(), drafter.target_layer_ids)
-    last = None if taps is None else taps[:, -1:]  # lookups read none
-    state = drafter.new_state(prompt_ids)
-    drafter.extend(state, prompt_ids, taps)
-    seconds: dict[int, list[float]] = {}
-    for turn in range(repeats + 1):
-        for width in range(1, drafter.block_size + 1):
-            rng, clock = Rng(torch.Generator(target.device)), Clock(target.device)
-            drafter.draft(state, prompt_ids[-1], width, Sampling(), rng)
-            if turn:  # the first draft of each width absorbs the prompt or allocates buffers
-                seconds.setdefault(width, []).append(clock.lap())
-            drafter.extend(state, prompt_ids[-1:], last)  # as after a round: the next draft has context to absorb
-    return {width: median(times) for width, times in seconds.items()}
 
 
 def from_rounds(

@@ -17,7 +17,7 @@ from dspark.round import Round
 SCHEMA_VERSION = 1
 COMMAND = "python -m dspark.bench.traces"
 
-# Fields of a Round: one number a round, or a list a round (laid end to end). The value is the column's type.
+# Fields of a Round: one number a round, or a list a round (concatenated). The value is the column's type.
 NUMBERS = dict.fromkeys(("anchor", "window", "verify_length", "accepted"), "int32") | {"source": "str"}
 NUMBERS |= dict.fromkeys(("draft_seconds", "verify_seconds", "seconds"), "float32")
 LISTS = dict.fromkeys(("draft_tokens", "committed"), "int32")

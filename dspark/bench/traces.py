@@ -11,10 +11,9 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from dspark.bench.arms import Models
-from dspark.bench.plan import Plan, add_options, plan_of
+from dspark.bench.plan import Plan, Unit, add_options, plan_of
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import Ledger, Row, read_rows
 from dspark.bench.trace import StepTimes, Trace, measured_times, record
@@ -32,18 +31,19 @@ def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     """
     target, (arm,) = models.target, plan.parsed_arms
     source = arm.source(models.drafter)
+    constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(models.drafter) | {"arm": arm.name}
+    constant |= {"schema_version": SCHEMA_VERSION}  # of the trace, which is what these rows are
     ledger = Ledger(out, plan.configuration("traces", target.digest, models.drafter) | {"trace_schema_version": SCHEMA_VERSION})
     if ledger.complete:
         return ledger.finish()
-    constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(models.drafter) | {"arm": arm.name}
-    constant |= {"schema_version": SCHEMA_VERSION}  # of the trace, which is what these rows are
-    todo = [unit for unit in plan.units if unit.key not in ledger.done]
-    times = _times(ledger, plan, models, source) if todo else None
-    for unit in tqdm(todo, desc="traces", unit="prompt", initial=len(ledger.done), total=len(plan.units)):
+    times = _times(ledger, plan, models, source)
+
+    def measure(unit: Unit) -> list[Row]:
         trace = record(target, source, unit.item.messages, max_new_tokens=plan.tokens, times=times, pieces=False)
         when = {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
-        ledger.add(unit.key, [unit.columns() | {"split": plan.split} | trace_row(trace) | when | constant])
-    return ledger.finish(traces_frame)
+        return [unit.columns() | {"split": plan.split} | trace_row(trace) | when | constant]
+
+    return ledger.run({unit.key: unit for unit in plan.units}, measure, traces_frame)
 
 
 def read_traces(path: Path) -> Traces:

@@ -155,7 +155,7 @@ def calibration_noise(confidence: Tensor, bins: int = BINS, draws: int = 200, se
 
 
 def reliability(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> list[dict[str, float]]:
-    """The bins behind the calibration error: n, mean confidence and frequency of the outcome in each bin that holds a case."""
+    """The bins behind the calibration error: n, mean confidence and frequency of the outcome in each bin that is not empty."""
     index, rows = _bins(confidence, bins), []
     for i in index.unique().tolist():
         inside = index == i

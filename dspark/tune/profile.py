@@ -17,7 +17,7 @@ import torch
 
 from dspark.clock import now
 from dspark.cpu import is_packed
-from dspark.draft.drafter import Drafter
+from dspark.draft.source import DraftSource
 from dspark.files import cache_dir, digest, write_atomically
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
@@ -113,23 +113,33 @@ def median_steps(target: Target, *, context: int = 256, widths: Sequence[int] = 
     return {width: median(times[width]) for width in widths}
 
 
-def profile_draft(target: Target, drafter: Drafter, *, context: int = 256, repeats: int = 9) -> float:
-    """T_draft on this machine: median seconds of one greedy block after ``context`` tokens, of which two are new to the drafter.
+def profile_draft(target: Target, drafter: DraftSource, *, context: int = 256, repeats: int = 9) -> float:
+    """T_draft on this machine: median seconds of one greedy block after ``context`` tokens.
 
-    The time depends on shapes alone, so an untrained drafter will do.
+    The time depends on shapes alone, so an untrained drafter will do. Raises ValueError for fewer than one repeat.
     """
+    prompt = torch.randint(target.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
+    return draft_times(target, drafter, prompt, repeats, [drafter.block_size])[drafter.block_size]
+
+
+def draft_times(
+    target: Target, drafter: DraftSource, prompt_ids: Sequence[int], repeats: int, widths: Sequence[int] | None = None
+) -> dict[int, float]:
+    """Width → median seconds of a greedy draft of so many tokens after this prompt. widths: default 1, 2, … γ."""
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    width = len(drafter.target_layer_ids) * target.hidden_size
-    taps = torch.randn(1, context + 2 * repeats + 2, width, generator=torch.Generator().manual_seed(0)).to(target.device, target.dtype)
-    state, times, rng, at = drafter.new_state(), [], Rng(torch.Generator(target.device).manual_seed(0)), 0
-    for new in [context, *[2] * repeats]:  # the first one absorbs the prompt and is not counted
-        drafter.extend(state, [], taps[:, at : at + new])
-        at += new
-        start = now(target.device)
-        drafter.draft(state, 0, drafter.block_size, Sampling(), rng)
-        times.append(now(target.device) - start)
-    return median(times[1:])
+    _, taps = target.forward(torch.tensor([prompt_ids], device=target.device), target.new_cache(), drafter.target_layer_ids)
+    last = None if taps is None else taps[:, -1:]  # lookups read none
+    state, rng = drafter.new_state(prompt_ids), Rng(torch.Generator(target.device).manual_seed(0))
+    drafter.extend(state, prompt_ids, taps)
+    times: dict[int, list[float]] = {width: [] for width in widths or range(1, drafter.block_size + 1)}
+    for _ in range(1 + repeats):
+        for width in times:
+            start = now(target.device)
+            drafter.draft(state, prompt_ids[-1], width, Sampling(), rng)
+            times[width].append(now(target.device) - start)
+            drafter.extend(state, prompt_ids[-1:], last)  # as after a round: the next draft has context to absorb
+    return {width: median(times[width][1:]) for width in times}  # the first draft of each absorbs the prompt or allocates buffers
 
 
 def sps_curve(target: Target, *, context: int = 256) -> SPSCurve:
