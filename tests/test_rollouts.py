@@ -171,7 +171,7 @@ def test_an_interrupted_recording_goes_on_with_the_same_step_times(models: Model
 def test_files_of_another_version_or_without_rows_name_the_command(models: Models, tmp_path: Path) -> None:
     path = tmp_path / "f.parquet"
     frame = rollouts.measure_rollouts(Plan(arms="fixed", baseline="fixed", split="dev", domains="code", prompts=1, tokens=4), models, path)
-    for read, command in ((rollouts.read_rollouts, "bench.rollouts"), (traces.read_traces, "bench.traces"), (sps.read_sps, "bench.sps")):
+    for read, command in ((rollouts.read_rollouts, "bench.rollouts"), (traces.read_traces, "bench.traces")):
         write_results(frame.assign(schema_version=99), path)
         with pytest.raises(ValueError, match=f"schema version 99.*{command}"):
             read(path)

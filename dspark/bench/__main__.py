@@ -14,7 +14,7 @@ from dspark.bench.arms import CHOICES
 from dspark.bench.identity import beyond_rounding, check_identity
 from dspark.bench.memory import measure_memory
 from dspark.bench.plan import add_options, plan_of
-from dspark.bench.results import read_rows
+from dspark.bench.results import read_results, read_rows
 from dspark.bench.rewind import measure_rewind, rewind_table
 from dspark.bench.speed import measure_speed
 from dspark.bench.table import identity_table, memory_table, speed_table
@@ -42,7 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     modes = "\n".join(f"  {name:9} {text}" for name, text in MODES.items())
     about = f"{__doc__}\n\nmodes:\n{modes}\n\narms: {CHOICES}"
     parser = argparse.ArgumentParser(prog=COMMAND, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", nargs="?", choices=MODES, default="speed", metavar="mode", help="see above; default speed")
+    parser.add_argument(
+        "mode",
+        nargs="?",
+        choices=[mode for mode in MODES if mode != "show"],
+        default="speed",
+        metavar="mode",
+        help="see above; default speed",
+    )
     add_options(parser)
     return parser
 
@@ -71,12 +78,12 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
-    frame = read_rows(options.file)
+    frame = read_results(options.file)
     configuration = frame.attrs.get("configuration", {})
     mode = "rewind" if "rewind_us" in frame else configuration.get("mode")
     if mode not in MODES:
         raise ValueError(f"{options.file} was not written by dspark.bench: choose a speed, memory, identity or rewind file of data/results")
-    print(_table(mode, frame, options.baseline or configuration.get("baseline", "")))
+    print(_table(mode, read_rows(options.file), options.baseline or configuration.get("baseline", "")))
 
 
 def _table(mode: str, frame: pd.DataFrame, baseline: str) -> str:

@@ -20,7 +20,7 @@ from dspark.bench.arms import Models
 from dspark.bench.plan import Plan, add_options, plan_of
 from dspark.bench.process import in_new_process
 from dspark.bench.provenance import drafter_columns, environment
-from dspark.bench.results import read_rows, write_results
+from dspark.bench.results import write_results
 from dspark.cli import run_main
 from dspark.tune.profile import WIDTHS, SPSCurve, draft_times, median_steps
 
@@ -79,11 +79,6 @@ def curve_of(frame: pd.DataFrame, context: int) -> SPSCurve:
     if rows.empty:
         raise ValueError(f"context {context} was not measured: choose one of {', '.join(map(str, sorted(set(frame['context']))))}")
     return SPSCurve(tuple(rows["tokens"]), tuple(rows["seconds"]))
-
-
-def read_sps(path: Path) -> pd.DataFrame:
-    """The rows of a step-time file; see :func:`dspark.bench.results.read_rows`."""
-    return read_rows(path, COMMAND)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
