@@ -11,7 +11,6 @@ import matplotlib
 import pandas as pd
 import pytest
 
-from dspark.bench import published
 from dspark.bench.results import read_results, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,19 +198,3 @@ def test_shares_have_wilsons_interval():
 def test_a_published_number_is_in_one_file_only():
     files = [*(ROOT / "dspark").rglob("*.py"), *PAPER.glob("*.py")]
     assert [path.name for path in files if re.search(r"\b(6\.11|0\.769|1\.57|0\.013)\b", path.read_text("utf-8"))] == ["published.py"]
-
-
-PLACES = {
-    (-0.5, 0.569): "below",
-    (0.5, 0.57): "across the lower end of",
-    (0.57, 0.85): "inside",
-    (0.6, 0.86): "across the upper end of",
-    (0.5, 0.9): "across all of",
-    (0.851, 1.0): "above",
-    (float("nan"), float("nan")): "unknown to",
-}
-
-
-@pytest.mark.parametrize("interval", PLACES)
-def test_a_gain_is_placed_against_the_published_range_by_its_interval(interval):
-    assert published.place(*interval) == PLACES[interval]

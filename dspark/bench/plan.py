@@ -107,6 +107,7 @@ class Plan:
 
     @property
     def drafter_name(self) -> str:
+        """Without the path of a folder."""
         return _without_path(self.drafter)
 
     def configuration(self, mode: str, target_digest: str, drafter: Drafter | None) -> dict[str, object]:

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -125,12 +126,9 @@ def observed(target: Target, drafter: DraftSource, sampling: Sampling) -> tuple[
 
 def _halves(units: Iterable[Unit]) -> dict[str, str]:
     """Prompt → its half: every other prompt of each domain."""
-    halves, seen = {}, {}
-    for unit in units:
-        if unit.item.id not in halves:
-            seen[unit.item.domain] = seen.get(unit.item.domain, 0) + 1
-            halves[unit.item.id] = FIT if seen[unit.item.domain] % 2 else JUDGE
-    return halves
+    prompts = dict.fromkeys((unit.item.domain, unit.item.id) for unit in units)
+    turns = {domain: cycle((FIT, JUDGE)) for domain, _ in prompts}
+    return {prompt: next(turns[domain]) for domain, prompt in prompts}
 
 
 def read_rollouts(path: Path) -> pd.DataFrame:

@@ -141,9 +141,9 @@ def record(
             end = len(text)
     kept = tuple(_judged(r, text, target.eos_token_ids) for r in found[: end - 1])
     about = _about(target, drafter, prompt, limit, 0.0) | {"complete": True}
-    trace = Trace((prefill, *kept), about)
     times = times or measured_times(target, drafter, prompt_ids, kept)
-    return Trace(trace.rounds, about | _times_about(times) | (_texts(target, trace) if pieces else {"pieces": {}}))
+    trace = Trace((prefill, *kept), about | _times_about(times))
+    return Trace(trace.rounds, trace.about | (_texts(target, trace) if pieces else {"pieces": {}}))
 
 
 def _judged(r: Round, text: Sequence[int], eos_token_ids: frozenset[int]) -> Round:
@@ -165,7 +165,7 @@ def measured_times(
     widths = range(1, drafter.block_size + 2)
     context = min(len(prompt_ids), target.max_context - widths[-1])
     curve = profile_sps(target, context=max(context, 1), widths=widths, repeats=repeats)
-    draft = draft_times(target, _inner(drafter), prompt_ids, repeats)  # without the lookup round the drafter, which costs next to nothing
+    draft = draft_times(target, _inner(drafter), prompt_ids, repeats)  # copying itself costs next to nothing
     return StepTimes(draft, dict(zip(curve.widths, curve.seconds, strict=True)), *_overhead(kept))
 
 
@@ -177,9 +177,9 @@ def from_rounds(
     drafted = _by_width((len(r.draft_tokens), r.draft_seconds) for r in stream if r.draft_tokens and r.source != COPY)
     verified = _by_width((1 + r.verify_length, r.verify_seconds) for r in stream[1:])
     limit = min(max_new_tokens, target.max_context - len(target.encode(prompt)))
-    about = _about(target, drafter, prompt, limit, temperature) | {"complete": False}
     times = _times_about(StepTimes(drafted, verified, *_overhead(stream[1:])))
-    return Trace(stream, about | times | _texts(target, Trace(stream, about)))
+    about = _about(target, drafter, prompt, limit, temperature) | {"complete": False} | times
+    return Trace(stream, about | _texts(target, Trace(stream, about)))
 
 
 def _overhead(stream: Sequence[Round]) -> tuple[float, float]:

@@ -91,7 +91,7 @@ def rollouts(
     """Collect the drafter's blocks.
 
     temperatures: those that the drafter carried while it drafted, undone here.
-    acceptances: of each round's checked drafts, if they are known (:class:`dspark.bench.rollouts.Observed`).
+    acceptances: of each round's checked drafts, if they are known (:func:`dspark.bench.rollouts.observed`).
     Copied blocks and rounds that ended the text inside the block are left out: their outcomes do not depend on the head.
     Raises ValueError if nothing is left.
     """
