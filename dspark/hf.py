@@ -31,7 +31,8 @@ from dspark.target.families import attention_layers
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
 
-WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)  # in the order in which Sampling applies them
+# Warper → its number, of the same name in Sampling, which applies them in this order.
+WARPERS = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p"}
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}  # by generate itself
 
 
@@ -121,14 +122,8 @@ def _sampling(processors: LogitsProcessorList, do_sample: bool) -> Sampling:
         raise ValueError(f"{[k.__name__ for k in kinds]} are not in the order temperature, top_k, top_p: pass the numbers to generate")
     if any(getattr(p, "filter_value", -torch.inf) != -torch.inf or getattr(p, "min_tokens_to_keep", 1) != 1 for p in processors):
         raise ValueError("warpers with a filter_value or min_tokens_to_keep of their own are not supported: leave both at their defaults")
-    found = dict(zip(kinds, processors, strict=True))
-    if not do_sample:
-        return Sampling()
-    return Sampling(
-        getattr(found.get(TemperatureLogitsWarper), "temperature", 1.0),
-        getattr(found.get(TopKLogitsWarper), "top_k", 0),
-        getattr(found.get(TopPLogitsWarper), "top_p", 1.0),
-    )
+    numbers = {WARPERS[kind]: getattr(p, WARPERS[kind]) for kind, p in zip(kinds, processors, strict=True)}
+    return Sampling(**{"temperature": 1.0 if do_sample else 0.0} | numbers)
 
 
 def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, object]) -> None:

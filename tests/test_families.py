@@ -1,4 +1,4 @@
-"""Whose memory is keys and values can be a target, whatever its layers are called; every other model is refused before it is touched."""
+"""A model that keeps keys and values alone can be a target, whatever its layers are called; any other is refused before it is changed."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ PHI = {name: value for name, value in MODERN.items() if name != "head_dim"} | {"
 
 
 def longrope() -> nn.Module:
-    """Positions of a text of more than 24 tokens are embedded otherwise, the first 24 as well."""
+    """A text of more than 24 tokens gets other position embeddings, for its first 24 tokens as well."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         rope = LONG | {"original_max_position_embeddings": 24}

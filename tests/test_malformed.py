@@ -1,4 +1,4 @@
-"""Damaged and hostile files: each ends in one line that names it, or loads whole; none hangs, none executes, none is believed on size.
+"""Damaged and hostile files: each ends in one line that names it, or loads whole; none hangs, runs code, or takes memory by its claims.
 
 Every case is generated from its number. The contract, by what a file says of itself:
 native drafters name the digest of their weights, so a flipped bit is refused or in a place that nothing reads (the weights are the
@@ -122,7 +122,7 @@ def header_length(content: bytes) -> int:
 
 
 def flipped(content: bytes, seed: int, start: int, stop: int) -> bytes:
-    """One to three bits of [start, stop) turned round."""
+    """One to three bits of [start, stop) flipped."""
     changed, dice = bytearray(content), random.Random(seed)
     for _ in range(dice.randint(1, 3)):
         changed[dice.randrange(start, stop)] ^= 1 << dice.randrange(8)
