@@ -35,7 +35,9 @@ PAPER = Path(__file__).resolve().parent
 DATA = PAPER.parent / "data"
 DRAFTERS = {"dspark": "DSpark", "dflash": "DFlash", "eagle": "autoregressive"}
 
-BENCH, COMPARE = "python -m dspark.bench --arms", "python -m dspark.train compare --results data/results --only"
+BENCH = "python -m dspark.bench --arms"
+CORPUS = "--corpus data/corpus/smollm2-135m-selfplay.safetensors --skip-rows 2560"
+COMPARE = f"python -m dspark.train compare {CORPUS} --results data/results --only"
 HEADLINE, FEW = f"{BENCH} plain,generate,mtp1,fixed:5,fixed+copy --prompts 10", f"{BENCH} plain,mtp1,fixed:5 --prompts"
 WINDOWS = "plain,fixed:2,fixed:3,fixed:4,fixed:5,prefix"
 COMMANDS = {  # results file → the command that makes it
