@@ -156,6 +156,10 @@ def test_no_residual_is_too_small_to_count() -> None:
     assert residual(torch.tensor([1.0, 1e-9, 3e-9]), torch.tensor([1.0, 3e-9, 1e-9])).tolist() == [0, 0, 1]
 
 
+def test_greedy_tells_logits_apart_that_only_float32_tells_apart() -> None:
+    assert Sampling().probs(torch.tensor([1.0, 1.0 + 2**-20, 0.5])).tolist() == [0, 1, 0]
+
+
 def test_every_branch_is_visited_once_and_impossible_outcomes_never() -> None:
     half, third, none = Fraction(1, 2), Fraction(1, 3), Fraction(0)
     rows = [np.array([half, none, half]), np.array([third, third, third]), np.array([none, Fraction(1), none])]
