@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dspark.rewind import GrowingKV
 from dspark.verify.sampling import Sampling
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -283,7 +284,7 @@ class Planted:
     @at("draft.drafter.Drafter.backbone", PARALLEL)
     def drafter_position_off_by_one(real, self, tokens, positions, contexts, mask=None):
         """The drafter's block starts one position too late: acceptance fell from 0.8 to 0.22 at 12k tokens."""
-        return real(self, tokens, positions + (mask is None), contexts, mask)
+        return real(self, tokens, positions + isinstance(contexts[0], GrowingKV), contexts, mask)
 
     @at("draft.drafter.Drafter.extend", PARALLEL)
     def rejected_drafts_stay_in_the_drafters_context(real, self, state, token_ids, taps):
