@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import re
 import threading
 import tracemalloc
@@ -14,7 +13,6 @@ from html import unescape
 
 import ipywidgets as w
 import pytest
-import torch
 from ipywidgets.widgets import widget as registry
 from rounds import ROUNDS, TEXT, decode, ids, round_of
 from tiny import tiny_drafter, tiny_target
@@ -29,7 +27,7 @@ from dspark.lab.controls import PolicyControls, family
 from dspark.lab.live import KEPT, LivePanel
 from dspark.lab.replaying import ReplayPanel, sample_traces, trace_decode
 from dspark.lab.sample import still
-from dspark.lab.session import Request, Session, best
+from dspark.lab.session import Request, Session
 from dspark.round import Round
 from dspark.schedule import POLICIES, FixedWindow, Parameter, PolicyRow, make_policy, policy_colour, policy_label
 from dspark.target.target import Target
@@ -132,15 +130,10 @@ def test_drafts_before_verification_are_shown_after_the_text_without_the_verdict
     assert len(waiting) == 4 and not any("p_target" in hint for hint in waiting)
 
 
-def test_tooltip_names_the_most_likely_tokens_of_the_target():
-    html = text.streaming_text(ROUNDS[:2], decode, alternatives={1: [[(ids("e")[0], 0.8), (ids('"')[0], 0.1)]]})
-    assert "the target&#x27;s best: “e” 0.80, “&quot;” 0.10" in html
-
-
 def test_html_in_tokens_is_escaped():
     hostile = '"><script>alert(1)</script>'
     for rounds in (ROUNDS[:2], ROUNDS[:4]):
-        html = text.streaming_text(rounds, lambda tokens: hostile * len(tokens), ended=False, alternatives={1: [[(1, 0.5)]]})
+        html = text.streaming_text(rounds, lambda tokens: hostile * len(tokens), ended=False)
         html += strips.heat(rounds, 5, decode=lambda _tokens: hostile).svg()
         assert "<script" not in html
 
@@ -228,16 +221,6 @@ def test_session_makes_the_rounds_of_decode(target, drafter, request_):
     asked = {name: getattr(request_, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     assert untimed(s.rounds) == untimed(list(dspark.decode(target, drafter, request_.prompt, **asked)))
     assert untimed(s.plain) == untimed(list(dspark.decode(target, None, request_.prompt, **asked)))
-    for r in s.rounds:
-        assert [len(row) for row in s.alternatives[r.index]] == [3] * (1 + r.verify_length)
-        best = [row[0][0] for row in s.alternatives[r.index]]
-        assert request_.temperature or best[len(r.committed) - 1] == r.committed[-1]
-
-
-def test_alternatives_have_the_probabilities_of_the_temperature():
-    logits = torch.tensor([[0.0, math.log(2), -math.inf]])
-    ((first, second),) = best(logits, 0.5, 2)
-    assert (first[0], second[0]) == (1, 0) and (first[1], second[1]) == pytest.approx((0.8, 0.2))
 
 
 def test_clock_of_the_race_starts_after_the_prefill(target, drafter):

@@ -130,13 +130,13 @@ def _continues(before: str, text: str) -> bool:
     )
 
 
-def span(group: Sequence[FatedToken], text: str, decode: Decode, notes: Sequence[str] = ()) -> str:
-    """The tokens of one piece of text as HTML. notes: further lines of the tooltip."""
+def span(group: Sequence[FatedToken], text: str, decode: Decode) -> str:
+    """The tokens of one piece of text as HTML."""
     grounds = [FATES[t.fate].colour(0.33) for t in group]
     ground = grounds[0] if len(set(grounds)) == 1 else f"linear-gradient(90deg,{','.join(grounds)})"
     look = FATES[group[-1].fate]
     style = f"background:{ground};border-bottom:2px {look.line} {look.colour()};border-radius:3px"
-    hint = "\n".join([" | ".join(_hint(t, decode) for t in group), *notes])
+    hint = " | ".join(_hint(t, decode) for t in group)
     shown = escape(text or "∎").replace("\n", '<span style="opacity:.5;user-select:none">↵</span>\n')
     return f'<span title="{escape(hint)}" style="{style}">{shown}</span>'
 

@@ -179,15 +179,15 @@ class LivePanel(LiveWidgets):
             rounds, state = list(session.rounds), session.state
             recording = state == "recording"
             self.show_state(state)
-            options = {"ended": session.ended, "judged": session.judged, "alternatives": dict(session.alternatives)}
-            self.text.value = streaming_text(session.plain if recording else rounds, self._decode, **options)
+            shown = session.plain if recording else rounds
+            self.text.value = streaming_text(shown, self._decode, ended=session.ended, judged=session.judged)
             seen = rounds if session.judged else rounds[:-1]
             self.numbers.value = numbers(tally(seen, () if recording else session.plain))
             self.heat.value = strips.heat(seen, self._block_size, self.colour.value, self._decode).svg()
             self.windows.value = strips.windows(seen, session.policy or FixedWindow(), self._block_size).svg()
             lanes = [("plain", list(session.plain)), (self._arm, seen)][: 1 if recording else 2]
             seconds, length = float("inf") if recording else session.seconds, session.request.max_new_tokens
-            self.lanes.value = strips.race(lanes, seconds, length, ended=session.ended).svg() if session.plain else ""
+            self.lanes.value = strips.race(lanes, seconds, length, ended=session.state in ("racing", "done")).svg() if session.plain else ""
             self._drawn = time.monotonic()
 
     def _connect(self) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
 from dspark.decode import decode
 from dspark.draft.source import DraftSource
@@ -32,25 +30,6 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-
-
-def watched(target: Target) -> tuple[Target, list[Tensor]]:
-    """A copy of the target that puts the logits [tokens, vocab] of its last pass into the list, to be read outside the measured time."""
-    copied, last = copy(target), []
-
-    def forward(*args: object, **options: object) -> tuple[Tensor, Tensor | None]:
-        logits, taps = target.forward(*args, **options)
-        last[:] = [logits[0]]
-        return logits, taps
-
-    copied.forward = forward
-    return copied, last
-
-
-def best(logits: Tensor, temperature: float, n: int = 3) -> list[list[tuple[int, float]]]:
-    """The n most likely tokens at each position as (token id, probability), best first. logits: [tokens, vocab]."""
-    top = (logits.float() / (temperature or 1.0)).softmax(-1).topk(n)
-    return [list(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
 
 class Session:
@@ -85,7 +64,6 @@ class Session:
         self.state, self.error = "decoding", ""
         self.rounds: list[Round] = []
         self.plain: list[Round] = list(plain or ())
-        self.alternatives: dict[int, list[list[tuple[int, float]]]] = {}  # round index → :func:`best` of its pass
         self.judged = True  # False while slow motion shows the last round's drafts without the verdict
         self.policy: Policy | None = None
         self.extra_seconds = 0.0  # of the race's clock, after the last round
@@ -155,11 +133,9 @@ class Session:
                 break
 
     def _decode(self) -> None:
-        target, logits = watched(self.target)
         source = None if isinstance(self.policy, Autoregressive) else self.source
-        rounds = decode(target, source, policy=self.policy, **asdict(self.request))
+        rounds = decode(self.target, source, policy=self.policy, **asdict(self.request))
         while not self._stop.is_set() and (r := next(rounds, None)) is not None:
-            self.alternatives[r.index] = best(logits[0], self.request.temperature)
             self.rounds.append(r)
             if self.pause() and r.draft_tokens:
                 self.judged = False

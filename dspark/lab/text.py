@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
@@ -11,9 +11,6 @@ from html import escape
 from dspark.lab.figures import DRAFT_STATES, NO_CHARACTER, Decode, draft_states, fates, legend, span, whole_pieces
 from dspark.lab.strips import draft_numbers
 from dspark.round import Round
-
-Alternatives = Mapping[int, Sequence[Sequence[tuple[int, float]]]]
-"""Round index → the target's most likely tokens at each position of its pass: [(token id, probability), …], best first."""
 
 BOX = "line-height:1.9;font-size:15px;white-space:pre-wrap;overflow-wrap:anywhere"
 
@@ -24,21 +21,13 @@ def remembered(decode: Decode, size: int = 8192) -> Decode:
     return lambda token_ids: known(tuple(token_ids))
 
 
-def streaming_text(
-    rounds: Sequence[Round],
-    decode: Decode,
-    *,
-    ended: bool = True,
-    judged: bool = True,
-    alternatives: Alternatives | None = None,
-) -> str:
+def streaming_text(rounds: Sequence[Round], decode: Decode, *, ended: bool = True, judged: bool = True) -> str:
     """The text so far.
 
     decode: token ids → text; see :func:`remembered`.
     ended: the text is complete, so bytes of an unfinished character are shown as ▯. Before that they are held back, and the last
     round's rejected drafts are shown struck through.
     judged: False shows the last round between drafting and verification: its drafts wait after the text.
-    alternatives: for the tooltips.
     """
     last = rounds[-1] if rounds else None
     waiting = last is not None and not judged and not ended
@@ -54,9 +43,7 @@ def streaming_text(
         if discarded and start + count > cut:
             spans.append(discarded)
             discarded = ""
-        group = tokens[start : start + count]
-        notes = [note for t in group if (note := _alternatives(alternatives, t.round, max(t.position - 1, 0), decode))]
-        spans.append(span(group, text, decode, notes))
+        spans.append(span(tokens[start : start + count], text, decode))
         start += count
     cursor = "" if ended else '<span style="opacity:.6">▍</span>'
     return f'<div>{legend(tokens)}<div style="{BOX}">{"".join(spans)}{discarded}{cursor}</div></div>'
@@ -75,14 +62,6 @@ def _discarded(r: Round, decode: Decode, waiting: bool) -> str:
         shown.append(f'<span title="{escape(hint)}" style="{style}">{escape(text or "∎").replace(chr(10), "↵")}</span>')
         at += count
     return "".join(shown)
-
-
-def _alternatives(alternatives: Alternatives | None, index: int, k: int, decode: Decode) -> str:
-    rows = (alternatives or {}).get(index, ())
-    if k >= len(rows):
-        return ""
-    named = ", ".join(f"“{decode([token]).replace(NO_CHARACTER, '▯') or '∎'}” {p:.2f}" for token, p in rows[k])
-    return f"the target's best: {named}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""01_live_decoding in a real browser: JupyterLab, Debian's Chromium, a hand on the sliders. Run by ``make test-browser``.
+"""Notebook 01 in a real browser: JupyterLab and Chromium, with keys and clicks. Run by ``make test-browser``.
 
 Screenshots are kept in runs/browser.
 """
@@ -27,7 +27,7 @@ except ImportError:
     sync_api = None
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
-# Marks, not a skip of the module: a run without any test is a failure to pytest.
+# Marks instead of a module-level skip, because pytest counts a run without tests as a failure.
 pytestmark = [
     pytest.mark.skipif(sync_api is None, reason="playwright is not installed: pip install -c constraints.txt -e '.[browser]'"),
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install your system's, or name one in CHROMIUM"),
@@ -36,17 +36,17 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "runs" / "browser"
 NOTEBOOK = ROOT / "notebooks" / "01_live_decoding.ipynb"
-PATIENCE = int(os.environ.get("DSPARK_PATIENCE", 300_000))  # milliseconds for what waits for the models; a busy machine is slow, not wrong
+PATIENCE = int(os.environ.get("DSPARK_PATIENCE", 300_000))  # milliseconds; a busy machine may load the models slowly
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent)"
-CHOOSE = ".jp-Dialog button.jp-mod-accept"  # JupyterLab asks which kernel is meant; it may come up over the menu at any time
+CHOOSE = ".jp-Dialog button.jp-mod-accept"  # the dialog that asks for a kernel; it may cover the menu at any time
 KERNEL_IDLE = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
-# What JupyterLab itself calls an error while it works as it should, each with its reason.
-NOT_OURS = ("Could not restore the debugger state: Canceled future",)  # its debugger asks a kernel that is only just being connected
+# Errors that JupyterLab logs although nothing is wrong, each with its reason.
+NOT_OURS = ("Could not restore the debugger state: Canceled future",)  # its debugger asks a kernel that is still connecting
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """JupyterLab over a copy of the notebook (it saves by itself); its address."""
+    """The address of a JupyterLab with a copy of the notebook, since JupyterLab saves by itself."""
     folder, state = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("jupyter")
     shutil.copy(NOTEBOOK, folder)
     with socket.socket() as probe:
@@ -69,7 +69,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _settings(folder: Path) -> Path:
-    """Every cell stays in the page, also where it is scrolled out of sight; nothing is fetched and no news pops up over the buttons."""
+    """Settings that keep every cell in the page, fetch nothing, and show no news over the buttons."""
     chosen = {
         "notebook-extension/tracker": {"windowingMode": "none", "autoStartDefaultKernel": True},
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -94,7 +94,7 @@ def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
 
 @pytest.fixture
 def page(lab: str) -> Iterator[object]:
-    """The notebook, opened; ``page.complaints`` collects what the console calls errors."""
+    """The open notebook; ``page.complaints`` collects the errors in the console."""
     SHOTS.mkdir(parents=True, exist_ok=True)
     with sync_api.sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-dev-shm-usage"]
@@ -115,13 +115,13 @@ def _shot(page: object, name: str) -> None:
 
 
 @pytest.mark.timeout(1500)
-def test_live_notebook_decodes_replays_and_stops_under_a_hand(page):
+def test_live_notebook_replays_decodes_and_stops(page):
     _run_all(page)
 
-    # The replay panel needs no model: the heatmap answers to the keys of its slider while the models still load.
+    # The replay panel: the arrow keys of its slider change the heatmap.
     heat = page.locator("svg[aria-label*='drafted tokens accepted']").first
     heat.wait_for(state="attached")
-    handle = page.get_by_role("slider").first  # takes the arrow keys
+    handle = page.get_by_role("slider").first
     handle.scroll_into_view_if_needed()
     _all_cells_done(page)
     handle.scroll_into_view_if_needed()
@@ -132,56 +132,56 @@ def test_live_notebook_decodes_replays_and_stops_under_a_hand(page):
     sync_api.expect(heat).not_to_have_attribute("aria-label", before, timeout=PATIENCE)
     _shot(page, "replay")
 
-    # The live panel: run it anew with more tokens than it can finish before Stop is pressed.
+    # The live panel: in slow motion it cannot finish before Stop is pressed.
     live = page.locator(".jp-OutputArea-output", has=_button(page, "Stop"))
     live.get_by_role("checkbox", name="slow motion").check()
     live.get_by_label("prompt").fill("Count from one to a hundred in words.")
     _button(live, "Run").click()
     written = live.locator("span[title*=' · round ']")
     live.locator("[role=status]", has_text=re.compile("^decoding$")).wait_for()
-    page.wait_for_function("[...document.querySelectorAll('span')].some(s => s.title.includes('waits to be checked'))")
-    for at_least in (2, 6):  # it streams: more and more of them while it decodes
+    page.wait_for_function("[...document.querySelectorAll('span')].some(s => s.title.includes('waiting for verification'))")
+    for at_least in (2, 6):  # the text grows while it decodes
         written.nth(at_least).wait_for()
         assert live.locator("[role=status]").inner_text() == "decoding"
-    assert written.count() < 48, "the whole text at once"
+    assert written.count() < 48, "the whole text appeared at once"
     _shot(page, "decoding")
     _button(live, "Stop").click()
     live.locator("[role=status]", has_text=re.compile("^stopped$")).wait_for()
     tokens = written.count()
     page.wait_for_timeout(3000)  # two rounds of slow motion
-    assert written.count() == tokens < 48, "it went on after Stop"
+    assert written.count() == tokens < 48, "decoding went on after Stop"
     sync_api.expect(_button(live, "Run")).to_be_enabled()
     sync_api.expect(_button(live, "Stop")).to_be_disabled()
     _button(live, "confidence").click()
-    live.locator("svg[aria-label*='colour: confidence']").wait_for(state="attached")
+    live.locator("svg[aria-label*='colour: the drafter']").wait_for(state="attached")
     _shot(page, "stopped")
     page.get_by_role("menuitem", name="Settings", exact=True).click()
     for name in ("Theme", "JupyterLab Dark"):
         page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{name}$")).click()
     page.locator("body[data-jp-theme-light='false']").wait_for(state="attached")
-    page.wait_for_timeout(1000)  # until the colours are there
+    page.wait_for_timeout(1000)  # for the new colours
     _shot(page, "dark")
     assert not page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count()
     assert [words for words in page.complaints if not words.startswith(NOT_OURS)] == []
 
 
 def _button(where: object, name: str) -> object:
-    """By its words; the icon before them is a letter of its own in the button's name."""
+    """A button by its label; in its accessible name an icon precedes the label."""
     return where.get_by_role("button", name=re.compile(rf"(^|\W){name}$"))
 
 
 def _run_all(page: object) -> None:
-    """Run All Cells, once the kernel is there for good, and again if the request was dropped all the same.
+    """Run All Cells when the kernel has been idle for a while, and again if the request was lost.
 
-    While the page opens, the kernel is said to be idle before there is one, and its connection may be made twice: whatever is asked for
-    until then is forgotten, also where the cells have got their asterisks already. A cell that ran has a number.
+    While the page opens, the kernel is reported idle before it exists, and it may connect twice; requests made before that are lost.
+    A cell that ran has a number.
     """
     choose = page.locator(CHOOSE)
     page.add_locator_handler(choose, lambda: choose.click())
     ran = f"{PROMPTS}.some(words => /[0-9]/.test(words))"
     for _ in range(5):
         _stays(page, KERNEL_IDLE, seconds=3)
-        if page.evaluate(ran):  # later than the 30 seconds
+        if page.evaluate(ran):  # it did run, after the timeout
             return
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
@@ -190,16 +190,16 @@ def _run_all(page: object) -> None:
             return
         except sync_api.TimeoutError:
             continue
-    pytest.fail("no cell was run")
+    pytest.fail("no cell ran")
 
 
 def _stays(page: object, condition: str, seconds: int) -> None:
-    """Wait until it has been true at every look for that long."""
+    """Wait until the condition has been true for that long."""
     seen, end = 0, time.monotonic() + PATIENCE / 1000
     while seen < 5 * seconds:
-        assert time.monotonic() < end, f"never lasting: {condition}"
+        assert time.monotonic() < end, f"never true for {seconds} s: {condition}"
         seen = seen + 1 if page.evaluate(condition) else 0
-        if page.locator(CHOOSE).is_visible():  # a look alone does not call the handler
+        if page.locator(CHOOSE).is_visible():  # evaluate alone does not call the handler
             page.locator(CHOOSE).click()
         page.wait_for_timeout(200)
 
