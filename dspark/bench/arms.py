@@ -110,17 +110,13 @@ def parse_arm(name: str) -> Arm:
         return Arm(name, peer=PEERS[name])
     if name == "plain":
         return Arm(name)
-    copies = [part for part in name.split("+") if re.fullmatch(r"copy(:\d+)?", part)]
-    kept = [part for part in name.split("+") if part not in copies]
-    alone = name.startswith(tuple(copies)) if copies else False
+    copying = re.search(r"(^|\+)copy(?::([1-9]\d*))?(?=\+|$)", name)
+    alone = bool(copying) and not copying[1]
+    spec = "fixed" * alone + (name.replace(copying[0], "", 1) if copying else name)
     try:
-        if len(copies) > 1 or (copies and copies[0].endswith(":0")):
-            raise ValueError("+copy may appear once, and its number is at least 1")
-        if kept[:1] == ["plain"]:
+        if re.match(r"plain\b", spec):
             raise ValueError("plain drafts nothing, so nothing can follow it")
-        spec = "+".join(["fixed", *kept] if alone else kept)
         parse_policy(spec, lambda: lambda tokens: 1.0)  # misspelled numbers are found before any model is loaded
     except ValueError as error:
         raise ValueError(f"arm {name!r} cannot be read ({error}): choose from {CHOICES}") from None
-    min_match = int(copies[0].partition(":")[2] or 2) if copies else 0
-    return Arm(name, spec, min_match, trained=not alone)
+    return Arm(name, spec, int(copying[2] or 2) if copying else 0, trained=not alone)
