@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from tiny import letter_tokenizer, tiny_drafter, tiny_target
 from tqdm import tqdm
 
+from dspark import save_drafter
 from dspark.bench.results import read_results
-from dspark.formats.checkpoint import save_drafter
 from dspark.train.corpus import Corpus, save_corpus
 
 PRELOADED = ["test_killed", "dspark.bench.speed", "dspark.train.loop", "transformers.models.llama.modeling_llama"]

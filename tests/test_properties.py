@@ -1,4 +1,4 @@
-"""What holds for every input, searched for a counterexample: the rule, sampling, the policies, decoding, the caches, copying."""
+"""What holds for every input, searched for a counterexample: the rule, sampling, the policies, decoding, copying."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from tiny import tiny_drafter, tiny_target
 from torch import Tensor
 
 import dspark
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import LEAST_SURVIVAL, RATES
-from dspark.draft.source import Draft, DraftSource
-from dspark.rewind import RewindCache
+from dspark.draft.source import DraftSource
 from dspark.round import Round
 from dspark.schedule import Policy
 from dspark.target.target import Target
@@ -109,18 +107,6 @@ def test_processed_logits_are_distributions_that_keep_the_order(x: Tensor, tempe
     larger = x[:, :, None] > x[:, None, :]
     assert (p[:, :, None] >= p[:, None, :])[larger].all()
     assert (p > 0)[range(2), x.argmax(-1)].all()
-
-
-@examples(200)
-@given(logits(), st.floats(0.01, 100), st.integers(1, 10), TOP_P)
-def test_top_k_and_top_p_keep_no_more_than_they_say(x: Tensor, temperature: float, top_k: int, top_p: float) -> None:
-    plain = Sampling(temperature).probs(x)
-    for row, kept in zip(x, Sampling(temperature, top_k).probs(x), strict=True):
-        if len(set(row.tolist())) == len(row):  # equal logits are kept or dropped together
-            assert (kept > 0).sum() <= top_k
-    for kept, every in zip(Sampling(temperature, top_p=top_p).probs(x) > 0, plain, strict=True):
-        assert every[kept].sum() >= top_p - 1e-5  # enough,
-        assert kept.sum() == 1 or every[kept].sum() - every[kept].min() < top_p + 1e-5  # and not one token more
 
 
 # ---- policies
@@ -223,79 +209,6 @@ def test_requests_that_take_turns_get_the_text_they_would_get_alone(
             found[turn] += r.committed
     for i, prompt in enumerate(prompts):
         assert dspark.generate(models()[0], source(copying), prompt, seed=i, **options).token_ids == found[i]
-
-
-# ---- memory
-
-
-class Cache(RuleBasedStateMachine):
-    """A cache of three layers beside a plain list of the tokens that it should hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cache, self.tokens, self.next = RewindCache(3), [], 0
-
-    def numbers(self, tokens: Sequence[int], layer: int) -> Tensor:
-        """[2, 2, tokens, 3], another number in every place."""
-        place = torch.arange(12.0).view(2, 2, 1, 3) / 16
-        return torch.tensor(tokens, dtype=torch.float32).view(1, 1, -1, 1) * 4 + layer + place
-
-    @rule(count=st.one_of(st.integers(1, 9), st.integers(200, 300)))
-    def append(self, count: int) -> None:
-        new = list(range(self.next, self.next + count))
-        self.next += count
-        self.tokens += new
-        for layer in range(3):
-            keys, values = self.cache.update(self.numbers(new, layer), -self.numbers(new, layer), layer)
-            assert torch.equal(keys, self.numbers(self.tokens, layer)) and torch.equal(values, -keys)
-
-    @precondition(lambda self: self.tokens)
-    @rule(data=st.data())
-    def rewind(self, data: st.DataObject) -> None:
-        length = data.draw(st.integers(max(0, len(self.tokens) - 9), len(self.tokens)) | st.integers(0, len(self.tokens)))
-        del self.tokens[length:]
-        self.cache.rewind(length)
-        with pytest.raises(ValueError, match="cannot rewind"):
-            self.cache.rewind(length + 1)
-
-    @precondition(lambda self: self.next)
-    @invariant()
-    def every_layer_holds_the_list(self) -> None:
-        for layer, kv in enumerate(layer.kv for layer in self.cache.layers):
-            assert self.cache.length == self.cache.get_seq_length(layer) == len(self.tokens)
-            assert torch.equal(kv.view()[0], self.numbers(self.tokens, layer)) and torch.equal(kv.view()[1], -kv.view()[0])
-
-
-TestTheCacheIsAList = Cache.TestCase
-TestTheCacheIsAList.settings = settings(examples(30), stateful_step_count=20)
-
-
-@examples(30)
-@given(
-    st.lists(PART, min_size=2, max_size=4),
-    st.lists(st.tuples(st.integers(0, VOCAB - 1), st.integers(1, BLOCK)), min_size=5, max_size=5),
-    st.sampled_from([Sampling(), Sampling(1.0), Sampling(0.7, top_p=0.9)]),
-)
-def test_a_draft_leaves_nothing_behind_in_the_drafters_state(
-    parts: list[list[int]], before: list[tuple[int, int]], sampling: Sampling
-) -> None:
-    """Up to rounding, against a state that did not draft before."""
-    (target, drafter), text = models(), [token for part in parts for token in part]
-    taps = target.forward(torch.tensor([text]), None, TAPS)[1].split([len(part) for part in parts], 1)
-
-    def draft(state: object, anchor: int, window: int) -> Draft:
-        return drafter.draft(state, anchor, window, sampling, Rng(torch.Generator().manual_seed(3)))
-
-    busy, fresh = drafter.new_state(), drafter.new_state()
-    for i, (part, tapped, asked) in enumerate(zip(parts, taps, before, strict=False)):
-        if i:
-            draft(busy, *asked)
-        for state in (busy, fresh):
-            drafter.extend(state, part, tapped)
-        assert busy.length == fresh.length
-    found, expected = draft(busy, *before[-1]), draft(fresh, *before[-1])
-    assert found.tokens == expected.tokens
-    assert torch.allclose(found.probs, expected.probs, atol=1e-4) and torch.allclose(found.confidence, expected.confidence, atol=1e-4)
 
 
 # ---- copying
