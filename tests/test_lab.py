@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
-from dspark.bench.measure import Trial
+from dspark.bench.measure import Trial, summary
 from dspark.bench.results import SCHEMA_VERSION, read_rows, write_results
 from dspark.files import data_dir
-from dspark.lab import drafters, figures, scheduling, speed, static, tables
+from dspark.lab import drafters, figures, scheduling, speed, static
 from dspark.round import Round
 from dspark.schedule import PrefixScheduler, policy_colour, policy_label
 from dspark.tune.predict import break_even
@@ -159,8 +159,7 @@ def test_every_drafted_token_has_a_state():
 
 def test_the_same_records_give_the_same_figures_and_are_not_changed():
     before = repr(ROUNDS)
-    for draw in (lambda: html(ROUNDS), lambda: figures.race({"plain": ROUNDS, "fixed:5": ROUNDS[:3]}).to_json()):
-        assert draw() == draw()
+    assert html(ROUNDS) == html(ROUNDS)
     assert repr(ROUNDS) == before
 
 
@@ -169,13 +168,6 @@ def test_the_schedulers_path_names_the_drafts_up_to_the_first_fall():
     bars = scheduling.admission_path(path, ["a", "b", "c"]).data[0]
     assert list(bars.x) == ["anchor alone", "1: “a”", "2: “b”"]
     assert [round(y, 3) for y in bars.y] == [1.0, 1.71, 1.04]
-
-
-def test_race_counts_tokens_over_seconds_after_the_prefill():
-    line = figures.race({"fixed:5": ROUNDS}).data[0]
-    assert list(line.y) == [1, 6, 9, 11, 12, 13]
-    assert line.x[0] == 0 and line.x[-1] == pytest.approx(0.5)
-    assert line.name == f"{policy_label('fixed:5')}: 13 tokens in 0.50 s" and line.line.color == policy_colour("fixed:5")
 
 
 # What red-green blindness leaves of a colour (Machado, Oliveira and Fernandes, 2009, severity 1), on linear RGB.
@@ -214,7 +206,7 @@ def test_grey_text_can_be_read_on_light_and_dark_pages(ground):
     assert (light + 0.05) / (dark + 0.05) > 4
 
 
-# ---- tables
+# ---- the race
 
 
 def trial(tokens: list[int], per_round: int, seconds: float) -> Trial:
@@ -226,15 +218,15 @@ def trial(tokens: list[int], per_round: int, seconds: float) -> Trial:
 def test_race_numbers_are_the_benchs_paired_medians():
     text = list(range(9))
     heats = [{"plain": trial(text, 1, 0.8), "fixed": trial(text, 2, 0.8 / ratio)} for ratio in (1.5, 2.0, 4.0)]
-    frame = tables.race_frame(heats, ["a", "b", "c"])
-    numbers = tables.race_numbers(frame, "fixed")
+    frame = speed.race_frame(heats, ["a", "b", "c"])
+    numbers = speed.flat_summary(frame, "fixed")
     assert numbers["n"] == 3
     assert numbers["speedup"] == pytest.approx(2.0)
     assert (numbers["low"], numbers["high"]) == pytest.approx((1.5, 4.0))
     assert numbers["tokens_per_round"] == 2.0
     assert numbers["plain_tokens_per_second"] == pytest.approx(10.0)
     assert frame["equals_baseline"].all()
-    table = tables.race_table(frame)
+    table = speed.race_table(frame)
     assert list(table.index) == ["a", "b", "c"]
     assert list(table["tokens/s", "fixed"]) == pytest.approx([15, 20, 40])
 
@@ -242,7 +234,7 @@ def test_race_numbers_are_the_benchs_paired_medians():
 def test_a_repeated_prompt_counts_once():
     text = list(range(9))
     heats = [{"plain": trial(text, 1, 0.8), "fixed": trial(text, 2, seconds)} for seconds in (0.4, 0.5, 0.1)]
-    numbers = tables.race_numbers(tables.race_frame(heats, ["a", "a", "a"]), "fixed")
+    numbers = speed.flat_summary(speed.race_frame(heats, ["a", "a", "a"]), "fixed")
     assert numbers["n"] == 1
     assert numbers["speedup"] == pytest.approx(2.0), "the median of the repeats"
 
@@ -255,7 +247,7 @@ def results(baseline: str = "plain") -> pd.DataFrame:
     for domain in ("code", "chat"):
         for i in range(8):
             for arm, gain in (("plain", 1.0), ("generate", 0.9), ("fixed:5", 1.7)):
-                made = tables.summary(trial(text, 1 if gain <= 1 else 2, 1 / gain * rng.uniform(0.9, 1.1)))
+                made = summary(trial(text, 1 if gain <= 1 else 2, 1 / gain * rng.uniform(0.9, 1.1)))
                 rows.append({"arm": arm, "domain": domain, "prompt_id": f"{domain}/{i}", "equals_baseline": True} | made)
     shared = {"baseline": baseline, "target": "tiny", "temperature": 0.0, "dtype": "bfloat16", "max_new_tokens": 32, "n": 8}
     shared["schema_version"] = SCHEMA_VERSION
@@ -291,9 +283,9 @@ def test_an_arm_has_one_colour_and_one_label_in_every_figure():
     frame, arm = results(), "fixed:5"
     columns = {"reached_at": [[]] * len(frame), "theme": "x", "model_seconds": frame["seconds"], "checked": 5, "accepted": 1}
     lines = pd.DataFrame({"policy": ["plain", arm], "domain": "all", "n": 8, "speedup": [1.0, 1.7]})
-    drawn = [*speed.over(frame, "plain").data, *speed.predicted(frame.assign(**columns)).data, *figures.race({arm: ROUNDS}).data]
+    drawn = [*speed.over(frame, "plain").data, *speed.predicted(frame.assign(**columns)).data]
     mine = [trace for trace in drawn if trace.name.startswith(policy_label(arm))]
-    assert {trace.marker.color or trace.line.color for trace in mine} == {policy_colour(arm)} and len(mine) == 3
+    assert {trace.marker.color for trace in mine} == {policy_colour(arm)} and len(mine) == 2
     dots = scheduling.policy_chart(lines, "a test").data[-1]
     assert (list(dots.y), list(dots.marker.color)) == ([policy_label(arm)], [policy_colour(arm)])
     assert static.headline(frame).legends[0].get_texts()[-1].get_text() == policy_label(arm)
@@ -301,7 +293,7 @@ def test_an_arm_has_one_colour_and_one_label_in_every_figure():
 
 def test_figures_of_speed_have_units_and_say_how_many():
     frame = results().assign(theme="x", model_seconds=1.0, checked=5, accepted=1)
-    for figure in (speed.over(frame, "plain"), speed.predicted(frame), figures.race({"plain": ROUNDS})):
+    for figure in (speed.over(frame, "plain"), speed.predicted(frame)):
         assert "n = " in figure.layout.title.text
         assert figure.layout.yaxis.title.text and figure.layout.xaxis.title.text
 

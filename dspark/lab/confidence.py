@@ -49,21 +49,12 @@ def _spaced(figure: go.Figure) -> go.Figure:
 
 def published_table(sweep: pd.DataFrame) -> pd.DataFrame:
     """Acceptance rate without a threshold and at the highest threshold that still verifies something, beside the paper's."""
-    rows = []
-    for domain, part in sweep[sweep["checked"] >= LEAST].groupby("domain", sort=False):
-        part = part.sort_values("threshold")
-        low, high = part.iloc[0], part.iloc[-1]
-        paper = published.ACCEPTANCE.get(domain)
-        rows.append(
-            {
-                "domain": domain,
-                f"measured at {low['threshold']:g}": f"{low['acceptance']:.1%}",
-                "measured at the highest": f"{high['acceptance']:.1%} (threshold {high['threshold']:g})",
-                "paper, none": f"{paper[0]:.1%}" if paper else "–",
-                "paper, highest": f"{paper[1]:.1%}" if paper else "–",
-            }
-        )
-    return pd.DataFrame(rows).set_index("domain")
+    rows = {}
+    for domain, part in sweep[sweep["checked"] >= LEAST].sort_values("threshold").groupby("domain", sort=False):
+        ends, paper = part.iloc[[0, -1]], published.ACCEPTANCE.get(domain, (None, None))
+        ours = [f"{line.acceptance:.1%} at {line.threshold:g}" for line in ends.itertuples()]
+        rows[domain] = [*ours, *("–" if rate is None else f"{rate:.1%}" for rate in paper)]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["lowest threshold", "highest", "paper, none", "paper, highest"])
 
 
 def reliability_diagrams(data: Rollouts, calibration: Calibration, about: str) -> go.Figure:

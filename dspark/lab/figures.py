@@ -11,13 +11,11 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from itertools import accumulate
 
 import plotly.graph_objects as go
 
 from dspark.draft.source import COPY
 from dspark.round import Round
-from dspark.schedule import policy_colour, policy_label
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -174,20 +172,6 @@ def _state(r: Round, k: int) -> str | None:
     if k >= min(r.accepted + 1, len(r.committed)):  # after a rejection, or after an accepted end of text
         return "discarded"
     return "accepted" if k < r.accepted else "rejected"
-
-
-def race(lanes: Mapping[str, Sequence[Round]]) -> go.Figure:
-    """Committed tokens over time, one staircase per arm. lanes: arm → rounds of the same prompt; time starts after the prefill."""
-    figure = go.Figure()
-    for arm, rounds in lanes.items():
-        seconds = [0.0, *accumulate(r.seconds for r in rounds[1:])]
-        tokens = list(accumulate(len(r.committed) for r in rounds))
-        line = {"shape": "hv", "color": policy_colour(arm), "width": 2.5}
-        label = f"{policy_label(arm)}: {tokens[-1]} tokens in {seconds[-1]:.2f} s"
-        figure.add_scatter(x=seconds, y=tokens, mode="lines", name=label, line=line)
-    figure.update_xaxes(title="time since the prefill (s)", rangemode="tozero")
-    figure.update_yaxes(title="committed tokens (number)", rangemode="tozero")
-    return dressed(figure, "The race on one prompt (n = 1 run per lane)", 380)
 
 
 def distributions(named: Mapping[str, Sequence[float]], tokens: Sequence[str], title: str) -> go.Figure:

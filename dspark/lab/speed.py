@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -11,6 +12,7 @@ from plotly.colors import qualitative
 from dspark.bench import published
 from dspark.bench.arms import parse_arm, separated
 from dspark.bench.explained import PLAIN, WITHIN, explained
+from dspark.bench.measure import Trial, first_divergence, summary
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.figures import GREY, dressed
 from dspark.schedule import policy_colour, policy_label
@@ -122,12 +124,42 @@ def needed(points: Sequence[BreakEven], name: str) -> go.Figure:
 
 
 def flat_summary(frame: pd.DataFrame, arm: str) -> dict[str, float | str | int]:
-    """One arm of a run as one flat row: τ, and the speed-up over plain and over MTP-1, overall with intervals and by domain."""
+    """One arm of a run as one flat row; NaN if every text ended with its first token.
+
+    arm, n: its name, and the number of prompts.
+    speedup, low, high: over plain decoding, all domains, with the 95 % bootstrap interval; speedup_code, …: by domain.
+    speedup_over_mtp1, …: the same over MTP-1, if that was measured.
+    tokens_per_round, tokens_per_second, plain_tokens_per_second: without the prefill.
+    """
     result: dict[str, float | str | int] = {"arm": arm}
     for baseline in [b for b in (PLAIN, MTP1) if b in set(frame["arm"])]:
-        lines = summarise(frame, baseline)
-        lines = lines[lines["arm"] == arm].set_index("domain")
-        whole, end = lines.loc[ALL], "" if baseline == PLAIN else "_over_mtp1"
+        lines = summarise(frame, baseline).set_index(["arm", "domain"])
+        mine, whole, end = lines.loc[arm], lines.loc[(arm, ALL)], "" if baseline == PLAIN else "_over_mtp1"
         result |= {f"{name}{end}": float(whole[name]) for name in ("speedup", "low", "high")}
-        result |= {f"speedup{end}_{domain}": float(lines.loc[domain, "speedup"]) for domain in lines.index if domain != ALL}
-    return result | {"n": int(whole["n"]), "tokens_per_round": float(whole["tokens_per_round"])}
+        result |= {f"speedup{end}_{domain}": float(mine.loc[domain, "speedup"]) for domain in mine.index if domain != ALL}
+    result |= {name: float(whole[name]) for name in ("tokens_per_round", "tokens_per_second")}
+    return result | {"n": int(whole["n"]), "plain_tokens_per_second": float(lines.loc[(PLAIN, ALL), "tokens_per_second"])}
+
+
+def race_frame(heats: Sequence[Mapping[str, Trial]], prompts: Sequence[str]) -> pd.DataFrame:
+    """One row per heat and arm, with the columns that :func:`dspark.bench.stats.summarise` reads.
+
+    heats: arm → its trial on one prompt; :data:`PLAIN` is one of the arms. prompts: the prompt of each heat; the same prompt twice is
+    another repeat.
+    """
+    rows = []
+    for heat, (trials, prompt) in enumerate(zip(heats, prompts, strict=True)):
+        reference = trials[PLAIN].token_ids
+        for arm, trial in trials.items():
+            same = first_divergence(trial.token_ids, reference) < 0
+            rows.append({"heat": heat, "prompt_id": prompt, "domain": "race", "arm": arm, "equals_baseline": same} | summary(trial))
+    return pd.DataFrame(rows)
+
+
+def race_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """For the reader: a row per prompt; tokens/s (median over its heats) and τ of every arm, plain decoding first."""
+    shown = frame.assign(tokens_per_second=1e3 / frame["latency_ms"])
+    columns = {"tokens_per_second": "tokens/s", "tokens_per_round": "τ"}
+    wide = shown.pivot_table(index="prompt_id", columns="arm", values=list(columns), aggfunc="median", sort=False)
+    wide = wide.reindex(columns=product(columns, sorted(dict.fromkeys(frame["arm"]), key=PLAIN.__ne__)))
+    return wide.rename(columns=columns).rename_axis(index="prompt", columns=[None, None]).round(2)
