@@ -1,5 +1,5 @@
 """Exactness: over every branch of draft, schedule, verify and rewind, in fractions, the output has the target's distribution; greedy texts
-are those of ``model.generate``; and a bug in any of it is noticed (``python -m tests.exact`` runs the long versions)."""
+are those of ``model.generate`` (``python -m tests.exact`` runs the long versions)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from exact import draws, enumeration, planted
+from exact import draws, enumeration
 from exact.enumeration import HEADS, POLICIES, SAMPLINGS, SOURCES, Case, every_case, few_cases, served
 from exact.greedy import BLOCK_SIZES, WAYS, compared
 from exact.requests import (
@@ -192,23 +192,6 @@ def test_every_policy_gives_the_greedy_text_of_model_generate() -> None:
         fared[name] += counts
     assert all(counts["accepted"] and counts["rejected"] for name, counts in fared.items() if name != "plain"), fared
     assert sum(counts["inside"] for counts in fared.values())  # an accepted draft ended the text, with more of its block after it
-
-
-# ---- planted bugs
-
-
-@cache
-def exit_codes() -> dict[str, int]:
-    return planted.exit_codes(["clean", *planted.BUGS])
-
-
-def test_the_tests_that_bugs_name_pass_without_a_bug() -> None:
-    assert exit_codes()["clean"] == 0
-
-
-@pytest.mark.parametrize("bug", planted.BUGS)
-def test_a_planted_bug_makes_the_test_that_it_names_fail(bug: str) -> None:
-    assert exit_codes()[bug] == 1, planted.BUGS[bug]
 
 
 # ---- draws

@@ -27,8 +27,7 @@ TOKENS = 3  # of which the joint distribution is compared
 LEAST = 5.0  # draws that a cell expects at least
 REST = None  # the cell of every text that has no cell of its own
 CURVE = StepsPerSecond((1.0, 0.9, 0.75, 0.74, 0.5, 0.6))
-# Low enough that they cut some drafts short and let others through.
-VALUES = {"confidence": {"threshold": 0.15}, "conditional": {"threshold": 0.25}}
+VALUES = {"confidence": {"threshold": 0.15}, "conditional": {"threshold": 0.25}}  # low: they cut some drafts and let others through
 SAMPLINGS = (Sampling(1.0), Sampling(0.7, top_p=0.9))
 Text = tuple[int, ...]
 
