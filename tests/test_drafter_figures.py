@@ -44,11 +44,11 @@ def rows(split: str = "test") -> pd.DataFrame:
     )
 
 
-# ---- the two phrases
+# ---- the two words
 
 
 @pytest.mark.parametrize("fit", [0.5, 0.75, 1.0])
-def test_accepted_drafts_of_the_two_phrases_follow_from_the_overlap_of_the_distributions(fit: float) -> None:
+def test_accepted_drafts_of_the_two_words_follow_from_the_overlap_of_the_distributions(fit: float) -> None:
     pairs, target = collision.pair_probs(fit), collision.pair_probs(1.0)
     assert target == {"of course": 0.5, "of problem": 0, "no course": 0, "no problem": 0.5} and sum(pairs.values()) == 1
     overlap = sum(min(pairs[pair], target[pair]) for pair in target)
