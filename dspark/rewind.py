@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -107,3 +108,71 @@ class RewindCache(Cache):
         """Keep the first ``length`` tokens. Raises ValueError if fewer are held."""
         for layer in self.layers:
             layer.kv.rewind(length)
+
+
+class Slot:
+    """One request's place in a :class:`SlotCache`.
+
+    index: row of the buffers; changes when an earlier slot is closed.
+    length: tokens held.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index, self.length = index, 0
+
+    def rewind(self, length: int) -> None:
+        """Forget every position from ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot rewind to {length}: the slot holds {self.length} tokens")
+        self.length = length
+
+
+class SlotCache:
+    """Keys and values of R requests, each with a length of its own; forgetting lowers that number.
+
+    layers: per layer keys and values, two of [slots, kv_heads, capacity, head_dim]. Open slots are the rows 0..R−1.
+    """
+
+    def __init__(self, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.slots: list[Slot] = []
+        self.layers = [
+            tuple(torch.empty(0, kv_heads, 0, head_dim, dtype=dtype, device=device) for _ in range(2)) for _ in range(num_layers)
+        ]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that every slot has room for."""
+        return self.layers[0][0].shape[2]
+
+    def open(self) -> Slot:
+        """An empty slot for a new request."""
+        self.slots.append(Slot(len(self.slots)))
+        if len(self.slots) > len(self.layers[0][0]):
+            self._resize(2 * len(self.layers[0][0]) or 1, self.capacity)
+        return self.slots[-1]
+
+    @torch.inference_mode()
+    def close(self, slot: Slot) -> None:
+        """Give a slot back; the last one takes its row, so open slots stay together."""
+        last = self.slots.pop()
+        if last is not slot:
+            for buffers in self.layers:
+                for buffer in buffers:
+                    buffer[slot.index, :, : last.length] = buffer[last.index, :, : last.length]
+            self.slots[slot.index] = last
+            last.index = slot.index
+        slot.length = 0
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` tokens in every slot; buffers grow by doubling."""
+        if tokens > self.capacity:
+            self._resize(len(self.layers[0][0]), max(FIRST_CAPACITY, 1 << (tokens - 1).bit_length()))
+
+    def _resize(self, slots: int, capacity: int) -> None:
+        for i, buffers in enumerate(self.layers):
+            grown = []
+            for buffer in buffers:
+                bigger = buffer.new_empty(slots, buffer.shape[1], capacity, buffer.shape[3])
+                bigger[: len(buffer), :, : buffer.shape[2]] = buffer
+                grown.append(bigger)
+            self.layers[i] = tuple(grown)

@@ -22,7 +22,7 @@ from dspark.draft.drafter import Draft, Drafter
 from dspark.files import data_dir
 from dspark.formats.deepspec import export_deepspec
 from dspark.target.target import Target
-from dspark.verify.sampling import Chance, Sampling
+from dspark.verify.sampling import Rng, Sampling
 
 HEADS = {
     "vanilla": {},
@@ -62,7 +62,7 @@ def drafts(drafter: Drafter, target: Target) -> Draft:
     _, taps = target.forward(torch.tensor([prompt]), target.new_cache(), drafter.target_layer_ids)
     state = drafter.new_state(prompt)
     drafter.extend(state, prompt, taps)
-    return drafter.draft(state, 9, drafter.block_size, Sampling(temperature=1.0), Chance(torch.Generator().manual_seed(3)))
+    return drafter.draft(state, 9, drafter.block_size, Sampling(temperature=1.0), Rng(torch.Generator().manual_seed(3)))
 
 
 def assert_same_drafts(one: Drafter, other: Drafter, target: Target) -> None:

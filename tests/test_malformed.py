@@ -35,7 +35,7 @@ from dspark.train.corpus import Corpus, load_corpus, save_corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
 from dspark.train.start import drafter_for
-from dspark.verify.sampling import Chance, Sampling
+from dspark.verify.sampling import Rng, Sampling
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -106,7 +106,7 @@ def drafts_well(drafter: Drafter, target: Target) -> bool:
     prompt = [1, 17, 42]
     state = drafter.new_state(prompt)
     drafter.extend(state, prompt, target.forward(torch.tensor([prompt]), None, drafter.target_layer_ids)[1])
-    draft = drafter.draft(state, 9, drafter.block_size, Sampling(1.0), Chance(torch.Generator().manual_seed(0)))
+    draft = drafter.draft(state, 9, drafter.block_size, Sampling(1.0), Rng(torch.Generator().manual_seed(0)))
     return all(w.isfinite().all() for w in drafter.parameters()) and torch.allclose(draft.probs.sum(-1), torch.ones(drafter.block_size))
 
 

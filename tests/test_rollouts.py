@@ -78,7 +78,7 @@ def test_observing_changes_no_token_and_gives_the_acceptance_of_every_checked_dr
         options = {"max_new_tokens": 100, "temperature": temperature, "seed": seed}
         ours = generate(target, source, [5, 9, 11 + seed], **options)
         assert ours.token_ids == generate(models.target, drafter, [5, 9, 11 + seed], **options).token_ids
-        for found, r in zip(acceptances, ours.rounds[1:], strict=True):
+        for found, r in zip(acceptances[1:], ours.rounds[1:], strict=True):
             assert len(found) == r.verify_length and all(0 <= a <= 1.0001 for a in found)
             if not temperature:
                 assert sum(np.cumprod(found)) == r.accepted

@@ -12,7 +12,7 @@ import torch
 
 from dspark.bench.trace import StepTimes, Trace
 from dspark.round import Round
-from dspark.schedule import Past, Policy
+from dspark.schedule import Policy
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _NoPast:
 def _estimate(trace: Trace, policy: Policy) -> list[Round]:
     if isinstance(policy, Oracle):
         raise ValueError("the oracle needs a complete trace: record one with dspark.bench.trace.record")
-    past: Past = _NoPast()
+    past = _NoPast()
     rounds = [trace.rounds[0]]
     for r in trace.rounds[1:]:
         window = policy.window(past, int(trace.about["block_size"]))

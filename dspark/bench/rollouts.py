@@ -27,7 +27,7 @@ from dspark.bench.results import Ledger, Row, read_rows
 from dspark.cli import run_main
 from dspark.decode import generate
 from dspark.draft.drafter import Drafter
-from dspark.draft.source import NOTHING, Draft, DraftSource
+from dspark.draft.source import NOTHING, Ask, Draft, DraftSource
 from dspark.files import data_dir
 from dspark.formats.checkpoint import CONFIG
 from dspark.formats.native import save_drafter
@@ -35,6 +35,7 @@ from dspark.load import load_drafter
 from dspark.schedule import FixedWindow
 from dspark.target.target import Target
 from dspark.tune.calibrate import Calibration, Rollouts, calibrate, calibration_report, ranking_together, rollouts
+from dspark.verify.passes import pass_of
 from dspark.verify.sampling import Sampling
 
 COMMAND = "python -m dspark.bench.rollouts"
@@ -92,7 +93,7 @@ def _run(target: Target, drafter: Drafter, unit: Unit, temperature: float, token
     watched, source, acceptances = observed(target, drafter, Sampling(temperature))
     stream = generate(watched, source, unit.item.messages, policy=FixedWindow(), **options).rounds
     try:
-        data = rollouts(stream[1:], drafter.block_size, acceptances=acceptances)
+        data = rollouts(stream[1:], drafter.block_size, acceptances=acceptances[1:])
     except ValueError:  # the text ended before a block could be checked
         return {"blocks": 0, "logits": [], "acceptance": [], "checked": [], "survived": []}
     counts = {"checked": data.checked.sum(-1).tolist(), "survived": data.survived.sum(-1).tolist()}
@@ -102,25 +103,26 @@ def _run(target: Target, drafter: Drafter, unit: Unit, temperature: float, token
 def observed(target: Target, drafter: DraftSource, sampling: Sampling) -> tuple[Target, DraftSource, list[list[float]]]:
     """Copies of a target and a drafter that decode as the originals do, and a list that fills while they do.
 
-    It gets, per target pass after the prefill, Σ min(p_d, p_t) of each checked draft: the probability that x_k survives given x_<k,
-    which c_k estimates.
+    It gets, per target pass, Σ min(p_d, p_t) of each checked draft: the probability that x_k survives given x_<k, which c_k estimates.
+    The prefill's entry, the first, is empty.
     """
-    watched, source, last, acceptances = copy.copy(target), copy.copy(drafter), NOTHING, []
+    watched, source, run, last, acceptances = copy.copy(target), copy.copy(drafter), pass_of(target), NOTHING, []
 
-    def draft(*arguments: object) -> Draft:
-        nonlocal last
-        last = drafter.draft(*arguments)
-        return last
+    class Observed:
+        name, bytes_per_token, new_cache = run.name, run.bytes_per_token, run.new_cache
 
-    def forward(token_ids: Tensor, *arguments: object, logits_to_keep: int = 0) -> tuple[Tensor, Tensor | None]:
-        logits, taps = target.forward(token_ids, *arguments, logits_to_keep=logits_to_keep)
-        if not logits_to_keep:  # the prefill asks for its last row alone
-            checked = token_ids.shape[1] - 1
-            pairs = zip(last.probs, sampling.probs(logits[0, :checked]), strict=False) if checked else ()
+        def __call__(self, *arguments: object, **options: object) -> tuple[list[Tensor], list[Tensor | None]]:
+            (logits,), taps = run(*arguments, **options)
+            pairs = zip(last.probs, sampling.probs(logits[:-1]), strict=False) if len(logits) > 1 else ()
             acceptances.append([float(torch.minimum(p_draft, p_target).sum()) for p_draft, p_target in pairs])
-        return logits, taps
+            return [logits], taps
 
-    watched.forward, source.draft = forward, draft
+    def propose(asks: Sequence[Ask]) -> list[Draft]:
+        nonlocal last
+        (last,) = drafter.propose(asks)
+        return [last]
+
+    watched.verifier, source.propose = Observed(), propose
     return watched, source, acceptances
 
 

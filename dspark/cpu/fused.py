@@ -1,9 +1,9 @@
-"""The drafter's backbone as one request runs it on a CPU: :mod:`dspark.draft.backbone` in fewer and cheaper steps.
+"""The drafter's backbone on a CPU: the sums of :mod:`dspark.draft.backbone` in fewer and cheaper steps.
 
-A block has a handful of rows, so its pass costs what its calls and its weights' bytes cost, not its arithmetic. Here layers that read
-the same input are one product, and queries and keys are normed and rotated together. The block's weights may have 8 bits: drafts are
-accepted against the distribution they were drawn from, whichever that is. The context, which stays, is computed from the weights as
-they are.
+A block has a handful of rows, so its pass costs what its calls and its weights' bytes cost, not its arithmetic. Here projections that
+read the same input are one product, queries and keys are normed and rotated together, and the block's weights may have 8 bits: the
+distribution that drafts are drawn from need not be the trained one to the last digit, since they are judged by the distribution they
+were drawn from. The context, which stays, is computed from the weights as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dspark.draft.backbone import Layer, Rope
 from dspark.rewind import GrowingKV
 
 if TYPE_CHECKING:
-    from dspark.draft.drafter import Drafter
+    from dspark.draft.drafter import Drafter, DraftState
 
 FIRST_TABLE = 1024  # positions with known cosines and sines; grows by doubling
 
@@ -41,23 +41,22 @@ class FusedLayer:
         norms = [attention.q_norm.weight] * self.queries + [attention.k_norm.weight] * self.keys
         self.head_norms, self.eps = torch.stack(norms).float()[:, None], attention.q_norm.eps
 
-    def __call__(self, x: Tensor, rope: Rope, context: GrowingKV) -> Tensor:
-        """x: [1, n, hidden] → [1, n, hidden]. Appends the block's keys and values to the context."""
+    def __call__(self, x: Tensor, rope: Rope, contexts: Sequence[GrowingKV]) -> Tensor:
+        """x: [R, n, hidden] → the same shape; each request's block joins its context, which it sees whole."""
         heads = self.project(self.before_attention(x)).float().unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        turned = rope.rotate(F.rms_norm(heads[:, : -self.keys], (self.head_dim,), eps=self.eps) * self.head_norms)
-        keys, values = context.append(turned[:, self.queries :], heads[:, -self.keys :])
-        folded = turned[:, : self.queries].reshape(1, self.keys, -1, self.head_dim)  # the heads of a group as more queries
-        mixed = F.scaled_dot_product_attention(folded.to(keys.dtype), keys, values).view(1, self.queries, -1, self.head_dim)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        rotated = rope.rotate(F.rms_norm(heads[:, : -self.keys], (self.head_dim,), eps=self.eps) * self.head_norms)
+        mixed = []
+        for r, context in enumerate(contexts):
+            keys, values = context.append(rotated[r, None, self.queries :], heads[r, None, -self.keys :])
+            folded = rotated[r, : self.queries].reshape(1, self.keys, -1, self.head_dim)  # a group's heads, as further queries
+            mixed.append(F.scaled_dot_product_attention(folded.to(keys.dtype), keys, values).view(self.queries, -1, self.head_dim))
+        x = x + self.out(torch.stack(mixed).transpose(1, 2).flatten(2))
         gate, up = self.gate_and_up(self.before_mlp(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 
 class FusedBackbone:
-    """``context`` and ``backbone`` of a drafter, for one request.
-
-    of_context, of_block: turn a weight [out, in] into the module that multiplies by it, for the context and for a block.
-    """
+    """``context`` and ``blocks`` of a drafter. of_context, of_block: turn a weight [out, in] into a product."""
 
     def __init__(self, drafter: Drafter, of_context: Callable[[Tensor], nn.Module], of_block: Callable[[Tensor], nn.Module]) -> None:
         self.drafter, attentions = drafter, [layer.self_attn for layer in drafter.layers]
@@ -66,31 +65,30 @@ class FusedBackbone:
         self.key_norms, self.eps = torch.stack([a.k_norm.weight for a in attentions]).float()[:, None, None], attentions[0].k_norm.eps
         self.table = Rope(torch.empty(1, 1, 0, 0), torch.empty(1, 1, 0, 0))
 
-    def context(self, taps: Tensor, first: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """See :meth:`dspark.draft.drafter.Drafter.context`. taps: [1, tokens, m·hidden]; returns float32."""
+    def context(self, taps: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """See :meth:`dspark.draft.drafter.Drafter.context`. taps: [1, tokens, m·hidden], positions: [1, tokens]; returns float32."""
         x = self.drafter.hidden_norm(self.drafter.fc(taps).float())
         per_layer = self.keys_values(x).float().view(taps.shape[1], len(self.layers), 2, -1, self.layers[0].head_dim)
         keys, values = per_layer.permute(2, 1, 3, 0, 4)  # two of [layers, kv_heads, tokens, head_dim]
-        keys = self.rope(first, taps.shape[1]).rotate(F.rms_norm(keys, keys.shape[-1:], eps=self.eps) * self.key_norms)
+        keys = self.rope(positions[0]).rotate(F.rms_norm(keys, keys.shape[-1:], eps=self.eps) * self.key_norms)
         return [(k[None], v[None]) for k, v in zip(keys, values, strict=True)]
 
-    def backbone(self, tokens: Tensor, positions: Tensor, contexts: Sequence[GrowingKV]) -> Tensor:
-        """See :meth:`dspark.draft.drafter.Drafter.backbone`. tokens, positions: [1, n], consecutive; returns float32."""
+    def blocks(self, tokens: Tensor, states: Sequence[DraftState]) -> Tensor:
+        """See :meth:`dspark.draft.drafter.Drafter.blocks`. tokens: [R, γ]; returns float32."""
         x = self.drafter.embed(tokens).float()
-        rope = self.rope(int(positions[0, 0]), tokens.shape[1])
-        for layer, context in zip(self.layers, contexts, strict=True):
-            x = layer(x, rope, context)
+        starts = torch.tensor([state.layers[0].length for state in states])
+        rope = self.rope(starts[:, None] + torch.arange(tokens.shape[1]))
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, [state.layers[i] for state in states])
         return self.drafter.norm(x)
 
-    def rope(self, first: int, count: int) -> Rope:
-        """The rotation of positions first … first + count − 1, from a table."""
-        if (known := self.table.cos.shape[2]) < first + count:
-            config = self.drafter.config
-            known = max(known, FIRST_TABLE)
-            while known < first + count:
-                known *= 2
-            self.table = Rope.at(torch.arange(known)[None], config.head_dim, config.rope_theta, torch.float32)
-        return Rope(*(part[:, :, first : first + count] for part in self.table))
+    def rope(self, positions: Tensor) -> Rope:
+        """The rotation of positions [n] → [1, 1, n, head_dim], or [R, n] → [R, 1, n, head_dim], from a table."""
+        needed, table = int(positions.max()) + 1, self.table
+        if table.cos.shape[2] < needed:
+            config, size = self.drafter.config, max(FIRST_TABLE, 1 << (needed - 1).bit_length())
+            table = self.table = Rope.at(torch.arange(size)[None], config.head_dim, config.rope_theta, torch.float32)
+        return Rope(*(part[0, 0][positions].view(-1, 1, positions.shape[-1], part.shape[-1]) for part in table))
 
 
 def _joined(*linears: nn.Linear) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dspark.draft.backbone import Context, DrafterConfig, Layer, RMSNorm, Rope, block_mask
 from dspark.draft.heads import ConfidenceHead, MarkovHead
-from dspark.draft.source import NOTHING, Draft
+from dspark.draft.source import Ask, Draft
 from dspark.rewind import GrowingKV
 from dspark.verify.sampling import Rng, Sampling
 
@@ -41,11 +41,11 @@ class DraftState:
 
 
 class FastBackbone(Protocol):
-    """The same sums as the drafter's own ``context`` and ``backbone`` for one request, laid out for one kind of device."""
+    """The same sums as the drafter's own ``context`` and ``blocks``, laid out for one kind of device."""
 
-    def context(self, taps: Tensor, first: int = 0) -> list[tuple[Tensor, Tensor]]: ...
+    def context(self, taps: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]: ...
 
-    def backbone(self, tokens: Tensor, positions: Tensor, contexts: Sequence[GrowingKV]) -> Tensor: ...
+    def blocks(self, tokens: Tensor, states: Sequence[DraftState]) -> Tensor: ...
 
 
 class Drafter(nn.Module):
@@ -109,10 +109,11 @@ class Drafter(nn.Module):
 
     # ---- the parallel backbone
 
-    def context(self, taps: Tensor, first: Tensor | int = 0) -> list[tuple[Tensor, Tensor]]:
-        """Every layer's keys and values of context tokens. taps: [batch, tokens, m·hidden], at positions first, first+1, …"""
+    def context(self, taps: Tensor, positions: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's keys and values of context tokens. taps: [batch, tokens, m·hidden]; positions: [batch, tokens], None for 0, 1, …"""
         x = self.hidden_norm(self.fc(taps))
-        positions = first + torch.arange(taps.shape[1], device=taps.device).expand(taps.shape[0], -1)
+        if positions is None:
+            positions = torch.arange(taps.shape[1], device=taps.device).expand(len(taps), -1)
         rope = self._rope(positions, x.dtype)
         return [layer.self_attn.keys_values(x, rope) for layer in self.layers]
 
@@ -142,7 +143,7 @@ class Drafter(nn.Module):
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
         return Rope.at(positions, self.config.head_dim, self.config.rope_theta, dtype)
 
-    # ---- drafting one block: backbone → Markov head → confidence head
+    # ---- drafting: backbone → Markov head → confidence head
 
     def new_state(self, prompt: Sequence[int] = ()) -> DraftState:
         return DraftState([GrowingKV() for _ in self.layers])
@@ -151,50 +152,79 @@ class Drafter(nn.Module):
         """Add committed tokens to the context. taps: [1, tokens, m·hidden]; of the token ids only the anchor's is ever read."""
         state.pending.append(taps)
 
-    @torch.inference_mode()
     def draft(self, state: DraftState, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
         """Propose ``window`` tokens after the anchor, whose position is the length of the context (§3.1–3.2).
 
         Raises ValueError unless 1 ≤ window ≤ block_size.
         """
-        self._check_window(window)
-        self._absorb(state)
-        hidden = self._run_backbone(state, anchor)[:window]  # [w, hidden]
-        tokens, rows = self._sample(hidden, anchor, sampling, rng)
-        return Draft(tokens, self._spread(rows), self._confidence(hidden, [anchor, *tokens[:-1]]))
+        return self.propose([Ask(state, anchor, window, sampling, rng)])[0]
 
-    def _absorb(self, state: DraftState) -> None:
-        """Turn pending taps into keys and values of the context."""
-        if not state.pending:  # a second draft from the same context
+    @torch.inference_mode()
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        """One block per request, in one parallel pass and at most γ sequential steps for all of them. Raises as :meth:`draft`."""
+        for ask in asks:
+            if not 1 <= ask.window <= self.block_size:
+                raise ValueError(f"window {ask.window} must lie in 1..{self.block_size}, the drafter's block size")
+        self._absorb([ask.state for ask in asks])
+        hidden = self._run_backbone(asks)  # [R, γ, hidden]
+        tokens, rows = self._sample(hidden, asks)
+        return [
+            Draft(block, self._spread(probs), self._confidence(h[: ask.window], [ask.anchor, *block[:-1]]))
+            for ask, h, block, probs in zip(asks, hidden, tokens, rows, strict=True)
+        ]
+
+    def _absorb(self, states: Sequence[DraftState]) -> None:
+        """Turn the pending taps of all requests into keys and values of their contexts."""
+        states = [state for state in states if state.pending]
+        if not states:  # a second draft from the same context
             return
-        context = (self.fused or self).context(torch.cat(state.pending, 1), state.layers[0].length)
-        for kv, (keys, values) in zip(state.layers, context, strict=True):
-            kv.append(keys, values)
-        state.pending.clear()
+        taps = [torch.cat(state.pending, 1) for state in states]
+        counts = [each.shape[1] for each in taps]
+        positions = [state.layers[0].length + torch.arange(n, device=taps[0].device) for state, n in zip(states, counts, strict=True)]
+        context = (self.fused or self).context(torch.cat(taps, 1), torch.cat(positions)[None])
+        for i, kv in enumerate(context):
+            for state, keys, values in zip(states, *(side.split(counts, 2) for side in kv), strict=True):
+                state.layers[i].append(keys, values)
+        for state in states:
+            state.pending.clear()
 
-    def _run_backbone(self, state: DraftState, anchor: int) -> Tensor:
-        """One parallel pass over [anchor, mask × (γ−1)]; returns [γ, hidden] and leaves the context as it was."""
-        start, device = state.layers[0].length, self.head_weight.device
-        block = torch.full((1, self.block_size), self.config.mask_token_id, device=device)
-        block[0, 0] = anchor
-        positions = torch.arange(start, start + self.block_size, device=device)[None]
-        hidden = (self.fused or self).backbone(block, positions, state.layers)[0]
-        for kv in state.layers:
-            kv.rewind(start)  # the block's own keys and values are dropped
-        return hidden
+    def _run_backbone(self, asks: Sequence[Ask]) -> Tensor:
+        """The parallel pass over [anchor, mask × (γ−1)] of each request; returns [R, γ, hidden] and leaves the contexts as they were."""
+        tokens = torch.full((len(asks), self.block_size), self.config.mask_token_id, device=self.head_weight.device)
+        tokens[:, 0] = torch.tensor([ask.anchor for ask in asks])
+        states, starts = [ask.state for ask in asks], [ask.state.layers[0].length for ask in asks]
+        try:
+            return (self.fused or self).blocks(tokens, states)
+        finally:
+            for state, start in zip(states, starts, strict=True):
+                for kv in state.layers:
+                    kv.rewind(start)  # the block's own keys and values are dropped
 
-    def _sample(self, hidden: Tensor, anchor: int, sampling: Sampling, rng: Rng) -> tuple[list[int], list[Tensor]]:
-        """Draw x_1..x_w from left to right. hidden: [w, hidden]. Returns the tokens and the rows [draft_vocab] they were drawn from."""
-        base = self.head(hidden).float()  # U: [w, draft_vocab]
-        tokens, rows, previous, state = [], [], anchor, None
-        for k, logits in enumerate(base):
+    def blocks(self, tokens: Tensor, states: Sequence[DraftState]) -> Tensor:
+        """Blocks of several requests, one after another. tokens: [R, γ] → [R, γ, hidden]; their keys and values join the contexts."""
+        start = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        return torch.cat([self.backbone(row[None], start + s.layers[0].length, s.layers) for row, s in zip(tokens, states, strict=True)])
+
+    def _sample(self, hidden: Tensor, asks: Sequence[Ask]) -> tuple[list[list[int]], list[list[Tensor]]]:
+        """Draw every request's block from left to right. hidden: [R, γ, hidden].
+
+        Returns per request its tokens and the rows [draft_vocab] they were drawn from.
+        """
+        widest = max(ask.window for ask in asks)
+        base = self.head(hidden[:, :widest]).float()  # U: [R, w, draft_vocab]
+        previous, state = [ask.anchor for ask in asks], None
+        tokens: list[list[int]] = [[] for _ in asks]
+        rows: list[list[Tensor]] = [[] for _ in asks]
+        for k in range(widest):
+            logits = base[:, k]
             if self.markov_head is not None:
-                latent, state = self.markov_head.step(hidden[k], self.markov_head.markov_w1.weight[previous], state)
+                latent, state = self.markov_head.step(hidden[:, k], self.markov_head.markov_w1.weight[previous], state)
                 logits = logits + self.markov_head.markov_w2(latent)
-            probs = sampling.probs(logits)
-            previous = int(self.d2t[rng.choose(probs)])
-            tokens.append(previous)
-            rows.append(probs)
+            for r, ask in enumerate(asks):
+                if k < ask.window:
+                    rows[r].append(ask.sampling.probs(logits[r]))
+                    previous[r] = int(self.d2t[ask.rng.choose(rows[r][k])])
+                    tokens[r].append(previous[r])
         return tokens, rows
 
     def _confidence(self, hidden: Tensor, previous: Sequence[int]) -> Tensor:
@@ -209,20 +239,7 @@ class Drafter(nn.Module):
 
     def _spread(self, rows: Sequence[Tensor]) -> Tensor:
         """w rows [draft_vocab] → [w, vocab]: tokens that the drafter cannot propose get probability zero."""
-        if not rows:
-            return NOTHING.probs
-        probs = torch.stack(rows)
+        probs = torch.stack(list(rows))
         if self.config.draft_vocab_size == self.config.vocab_size:
             return probs
         return probs.new_zeros(len(probs), self.config.vocab_size).scatter_(1, self.d2t.expand(len(probs), -1), probs)
-
-    def _check_window(self, window: int) -> None:
-        if not 1 <= window <= self.block_size:
-            raise ValueError(f"window {window} must lie in 1..{self.block_size}, the drafter's block size")
-
-Admits = Vote = object  # SHIM
-SequentialHead = MarkovHead  # SHIM
-
-
-def everything(confidence: object) -> bool:  # SHIM
-    return True

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dspark.draft.backbone import Context, DrafterConfig, RMSNorm
 from dspark.draft.drafter import Drafter, DraftState
-from dspark.draft.source import Draft
+from dspark.draft.source import Ask, Draft
 from dspark.rewind import GrowingKV
 from dspark.verify.sampling import Rng, Sampling
 
@@ -75,7 +75,7 @@ class EagleDrafter(Drafter):
     def _step(self, x: Tensor, position: Tensor, entries: GrowingKV) -> Tensor:
         """The layer at one position while drafting. x: [1, 1, hidden], position: [1, 1]. Returns [1, 1, hidden]."""
         if self.fused is not None:
-            return self.fused.layers[0](x, self.fused.rope(int(position), 1), entries)
+            return self.fused.layers[0](x, self.fused.rope(position[0]), [entries])
         return self.layers[0](x, self._rope(position, x.dtype), entries, None)
 
     # ---- training
@@ -117,13 +117,18 @@ class EagleDrafter(Drafter):
         state.pending, state.tokens = [taps[:, -1:]], state.tokens[-1:]
         return features[:, -1:]
 
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        """One request after another: each step of a block needs the one before."""
+        return [self.draft(*ask) for ask in asks]
+
     @torch.inference_mode()
     def draft(self, state: EagleState, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
         """Propose ``window`` tokens after the anchor, whose position is the length of the context, one step each.
 
         Raises ValueError unless 1 ≤ window ≤ block_size.
         """
-        self._check_window(window)
+        if not 1 <= window <= self.block_size:
+            raise ValueError(f"window {window} must lie in 1..{self.block_size}, the drafter's block size")
         feature, kv = self._absorb(state), state.layers[0]
         entries, previous, tokens, rows, hidden = kv.length, anchor, [], [], []
         for _ in range(window):

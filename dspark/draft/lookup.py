@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dspark.draft.drafter import Drafter, DraftState
-from dspark.draft.source import COPY, NOTHING, Draft
+from dspark.draft.source import COPY, NOTHING, Ask, Draft, propose
 from dspark.verify.sampling import Rng, Sampling
 
 if TYPE_CHECKING:
@@ -90,12 +90,19 @@ class ContextLookup:
 
     def draft(self, state: LookupState, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
         """Copy at most ``window`` tokens after the anchor; where nothing can be copied, let the drafter propose."""
-        tokens, rates = self._copy(state, anchor, min(window, self.max_copy))
-        if tokens:
-            return self._one_hot(tokens, rates)
-        if self.drafter is None:
-            return NOTHING
-        return self.drafter.draft(state.drafter, anchor, min(window, self.drafter.block_size), sampling, rng)
+        return self.propose([Ask(state, anchor, window, sampling, rng)])[0]
+
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        """Copies for the requests that repeat themselves; the drafter proposes for all others together."""
+        copies = [self._copy(ask.state, ask.anchor, min(ask.window, self.max_copy)) for ask in asks]
+        drafts = [self._one_hot(*copy) if copy[0] else NOTHING for copy in copies]
+        others = [i for i, draft in enumerate(drafts) if not draft.tokens]
+        if self.drafter is not None and others:
+            limit = self.drafter.block_size
+            inner = [asks[i]._replace(state=asks[i].state.drafter, window=min(asks[i].window, limit)) for i in others]
+            for i, draft in zip(others, propose(self.drafter, inner), strict=True):
+                drafts[i] = draft
+        return drafts
 
     def _copy(self, state: LookupState, anchor: int, most: int) -> tuple[list[int], list[float]]:
         """Copied tokens and how likely each is to be right; both empty if nothing is known to follow."""
@@ -128,5 +135,3 @@ class ContextLookup:
         probs = torch.zeros(len(tokens), vocab_size, device=device)
         probs[range(len(tokens)), tokens] = 1.0
         return Draft(tokens, probs, torch.tensor(rates), COPY)
-
-COPIED = (COPY,)  # SHIM

@@ -1,10 +1,10 @@
-"""What every source of drafts has in common, and what it returns."""
+"""What every source of drafts has in common: what it is asked, and what it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,23 @@ from torch import Tensor
 from dspark.verify.sampling import Rng, Sampling
 
 COPY = "copy"  # the source of a draft that was looked up, not computed
+
+
+class Ask(NamedTuple):
+    """What one request wants drafted.
+
+    state: the source's own record of the request.
+    anchor: x_0.
+    window: tokens to propose at most; at least 1.
+    sampling: how the request's tokens are chosen.
+    rng: the request's own random numbers.
+    """
+
+    state: object
+    anchor: int
+    window: int
+    sampling: Sampling
+    rng: Rng
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,8 @@ class DraftSource(Protocol):
     block_size: most tokens it proposes at once.
     target_layer_ids: target layers whose output it reads; () for none.
     has_confidence: whether its confidences are numbers.
+
+    A source may also have ``propose(asks) → drafts``, which drafts for several requests at once.
     """
 
     block_size: int
@@ -53,3 +72,9 @@ class DraftSource(Protocol):
 
     def draft(self, state: object, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
         """Propose at most ``window`` tokens after the anchor."""
+
+
+def propose(source: DraftSource, asks: Sequence[Ask]) -> list[Draft]:
+    """Every request's draft, in one go where the source can."""
+    together = getattr(source, "propose", None)
+    return together(asks) if together else [source.draft(*ask) for ask in asks]

@@ -34,6 +34,3 @@ __all__ = [
     "policy_colour",
     "policy_label",
 ]
-
-SIBLING_RATES = ()  # SHIM
-Past = object  # SHIM

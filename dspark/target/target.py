@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ class Target:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self.verifier: Any = None  # a faster pass than the model's own modules, put there from outside
         self.config = model.config.get_text_config()
         self.head_weight: Tensor = model.get_output_embeddings().weight  # [vocab, hidden]
         self.hidden_size: int = self.config.hidden_size
@@ -39,6 +42,11 @@ class Target:
     def max_context(self) -> int:
         """Longest context in tokens: what the model was made for, as far as its positions are steady."""
         return min(int(getattr(self.config, "max_position_embeddings", None) or FAR), self.steady_context)
+
+    @property
+    def pass_name(self) -> str:
+        """Which pass runs: "lean", or "transformers" for the model's own modules."""
+        return self.verifier.name if self.verifier else "transformers"
 
     @property
     def device(self) -> torch.device:
@@ -152,10 +160,13 @@ class Target:
 
 
 class Taps:
-    """A context in which the outputs of the chosen layers are kept. :meth:`joined` concatenates them in the order asked for."""
+    """A context in which the outputs of the chosen layers are kept. :meth:`joined` concatenates them in the order asked for.
+
+    Only passes of the thread that made it count: other threads may run the same model at the same time.
+    """
 
     def __init__(self, target: Target, layer_ids: Sequence[int]) -> None:
-        self.target, self.layer_ids = target, tuple(layer_ids)
+        self.target, self.layer_ids, self.thread = target, tuple(layer_ids), threading.get_ident()
         self.outputs: dict[int, Tensor] = {}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -166,6 +177,8 @@ class Taps:
         return self
 
     def _keep(self, layer_id: int, out: Tensor | tuple[Tensor, ...]) -> None:
+        if threading.get_ident() != self.thread:
+            return
         hidden = out if isinstance(out, Tensor) else out[0]
         if hidden.dim() == 4:  # Gemma 3n carries several streams, one of which is the residual stream
             hidden = hidden[self.target.config.altup_active_idx]

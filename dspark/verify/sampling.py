@@ -108,5 +108,3 @@ class Rng:
     def _uniform(self, device: torch.device) -> Tensor:
         """[] float64 in [0, 1)."""
         return torch.rand((), generator=self.generator, dtype=torch.float64, device=device)
-
-Chance = Rng  # SHIM

@@ -150,31 +150,31 @@ class Planted:
         return real(self, logits.bfloat16() if self.temperature == 0 else logits)
 
     @at("draft.drafter.Drafter._sample", TOP_P)
-    def drafter_reports_without_top_p(real, self, hidden, anchor, sampling, rng):
+    def drafter_reports_without_top_p(real, self, hidden, asks):
         """Drafts are drawn from the nucleus but reported with their probabilities before top-p."""
-        recording = Recording(sampling, replace(sampling, top_p=1.0))
-        return real(self, hidden, anchor, recording, rng)[0], recording.rows
+        recordings = [Recording(ask.sampling, replace(ask.sampling, top_p=1.0)) for ask in asks]
+        tokens, _ = real(self, hidden, [ask._replace(sampling=r) for ask, r in zip(asks, recordings, strict=True)])
+        return tokens, [recording.rows for recording in recordings]
 
     @at("draft.drafter.Drafter._sample", SAMPLED.format("mtp1 gated T2 vocab3 block2 tokens4 eos"))
-    def reported_at_another_temperature(real, self, hidden, anchor, sampling, rng):
+    def reported_at_another_temperature(real, self, hidden, asks):
         """Drafts are reported with their probabilities at temperature 1, without top-k."""
-        recording = Recording(sampling, Sampling(1.0))
-        return real(self, hidden, anchor, recording, rng)[0], recording.rows
+        recordings = [Recording(ask.sampling, Sampling(1.0)) for ask in asks]
+        tokens, _ = real(self, hidden, [ask._replace(sampling=r) for ask, r in zip(asks, recordings, strict=True)])
+        return tokens, [recording.rows for recording in recordings]
 
     @at("draft.drafter.Drafter._sample", TOP_P)
-    def drawn_in_low_precision(real, self, hidden, anchor, sampling, rng):
+    def drawn_in_low_precision(real, self, hidden, asks):
         """Drafts are drawn from bfloat16 probabilities and accepted with float32 ones."""
 
         class Rounding:
+            def __init__(self, rng):
+                self.rng = rng
+
             def choose(self, probs):
-                return rng.choose(probs.bfloat16().float())
+                return self.rng.choose(probs.bfloat16().float())
 
-        return real(self, hidden, anchor, sampling, Rounding())
-
-    @at("rewind.RewindCache.rewind", TOP_P)
-    def cache_short_after_full_acceptance(real, self, length):
-        """After a fully accepted block the last draft is missing from the target's cache."""
-        real(self, length - (length == self.length))
+        return real(self, hidden, [ask._replace(rng=Rounding(ask.rng)) for ask in asks])
 
     @at("rewind.RewindCache.rewind", PLAIN)
     def rejected_drafts_stay_in_the_cache(real, self, length):
@@ -199,8 +199,8 @@ class Planted:
         """Every pass but the first gives the target positions that are one too low."""
         return max(0, real(self, *arguments) - 1)
 
-    @at("decode._until_end", TOP_P)
-    def end_of_text_inside_a_block(real, tokens, eos_token_ids):
+    @at("engine._until_end", TOP_P)
+    def end_of_text_inside_a_block(real, tokens, end_ids):
         """An end-of-text token among the accepted drafts is overlooked, and the text goes on after it."""
         return tuple(tokens)
 
@@ -275,10 +275,10 @@ class Planted:
             self.sts_temperatures = kept
 
     @at("draft.drafter.Drafter._run_backbone", STATE)
-    def block_stays_in_the_drafters_cache(real, self, state, anchor):
+    def block_stays_in_the_drafters_cache(real, self, asks):
         """The block's own keys and values stay in the drafter's cache, as if drafts and masks were context."""
-        hidden = real(self, state, anchor)
-        for kv in state.layers:
+        hidden = real(self, asks)
+        for kv in [kv for ask in asks for kv in ask.state.layers]:
             kv.length += 1
         return hidden
 
@@ -347,9 +347,9 @@ class Planted:
         return real(self, tokens, features.detach())
 
     @at("cpu.fused.FusedBackbone.context", FUSED)
-    def fused_context_starts_anew(real, self, taps, first=0):
+    def fused_context_starts_anew(real, self, taps, positions):
         """The fast path rotates the keys of every new piece of context as if the text began there."""
-        return real(self, taps, 0)
+        return real(self, taps, positions - positions.min())
 
     @at("cpu.fused.FusedLayer.__init__", FUSED)
     def fused_heads_share_one_norm(real, self, *arguments):

@@ -1,0 +1,300 @@
+"""One engine for R requests: a step is one round of draft → schedule → verify → rewind for all of them (the paper's Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from dspark.clock import Clock
+from dspark.draft.source import Ask, DraftSource, propose
+from dspark.request import Request, Streamer, Turn
+from dspark.round import Round
+from dspark.schedule import Autoregressive, FixedWindow, Policy
+from dspark.target.target import Prompt, Target
+from dspark.verify.accept import accept
+from dspark.verify.passes import pass_of
+from dspark.verify.sampling import Rng, Rows, Sampling
+
+
+class Engine:
+    """Serves many requests with one target, one draft source and one policy.
+
+    Requests join and leave between rounds; each has its own sampling, random numbers, length limit and ends, so its text does not
+    depend on its neighbours. Two engines may share a target and a drafter, each in a thread of its own; one engine belongs to one thread.
+
+    drafter: who proposes; None for plain decoding.
+    policy: how far to look ahead; None for the drafter's whole block.
+    max_requests: how many are served at once, at least 1; the others wait in order.
+    memory: bytes of keys and values at most; None for no limit. A request is admitted when prompt and limit fit beside the others.
+    Raises ValueError for a policy that the drafter cannot serve, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: DraftSource | None = None,
+        policy: Policy | None = None,
+        *,
+        max_requests: int = 1,
+        memory: int | None = None,
+    ) -> None:
+        self.policy = checked_policy(policy, drafter)
+        if isinstance(max_requests, bool) or not isinstance(max_requests, int) or max_requests < 1:
+            raise ValueError(f"max_requests must be a whole number of at least 1, got {max_requests!r}")
+        if memory is not None and not memory > 0:
+            raise ValueError(f"memory must be a positive number of bytes, got {memory!r}: None sets no limit")
+        self.target, self.max_requests, self.memory = target, max_requests, memory
+        self.drafter = None if isinstance(self.policy, Autoregressive) else drafter
+        self.layer_ids = self.drafter.target_layer_ids if self.drafter else ()
+        self.verifier = pass_of(target)
+        self.cache = self.verifier.new_cache()
+        self.waiting: list[Request] = []
+        self.active: list[Request] = []
+        self._finished: list[tuple[Request, Round]] = []  # rounds that a step finished before it was interrupted
+        self._ids = count()
+        self._known: set[object] = set()
+
+    # ---- requests join and leave
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        streamer: Streamer | None = None,
+        id: object = None,
+    ) -> Request:
+        """Queue one request; :meth:`step` serves it.
+
+        prompt: a string (one user turn), chat messages, or token ids.
+        max_new_tokens: at least 1; decoding also ends after an end-of-text token and at the context's end.
+        temperature, top_p, top_k: see :class:`~dspark.verify.sampling.Sampling`; temperature 0 is greedy.
+        seed: of this request's draws.
+        stop, stop_ids: strings and token ids that end the text, besides the target's own end-of-text tokens.
+        streamer: ``put`` is called with each round's tokens, ``end`` after the last.
+        id: any hashable name; None for the next number.
+        Raises ValueError for a bad option, a prompt that is empty or too long, an id that is taken, or a request larger than the memory.
+        """
+        for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        sampling, ids = Sampling(temperature, top_k, top_p), self.target.encode(prompt)
+        limit = min(max_new_tokens, self.target.max_context - len(ids))
+        rng = Rng(torch.Generator(self.target.device).manual_seed(seed))
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        if strings and self.target.tokenizer is None:
+            raise ValueError(f"{self.target.name} has no tokenizer, so stop strings cannot be found: pass stop_ids")
+        if not all(strings):
+            raise ValueError("a stop string is empty: leave it out")
+        ends = self.target.eos_token_ids | frozenset(stop_ids)
+        request = Request(id=id, prompt=ids, limit=limit, sampling=sampling, rng=rng, end_ids=ends, stop=strings, streamer=streamer)
+        return self.enqueue(request)
+
+    def enqueue(self, request: Request) -> Request:
+        """Queue a request whose parts were made elsewhere. Raises ValueError for an id that is taken, or one that can never fit."""
+        if request.id is None:
+            request.id = next(number for number in self._ids if number not in self._known)
+        if request.id in self._known:
+            raise ValueError(f"request id {request.id!r} is taken: choose another, or leave it out")
+        if self.memory is not None and (needed := self._bytes(request)) > self.memory:
+            raise ValueError(
+                f"the request needs {needed} bytes of keys and values ({len(request.prompt)} prompt and {request.limit} new tokens), "
+                f"but memory is {self.memory}: shorten it, or give the engine more"
+            )
+        self._known.add(request.id)
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; what it has written stays. Raises ValueError if it is not waiting or active in this engine."""
+        if request not in self.waiting and request not in self.active:
+            raise ValueError(f"request {request.id!r} is {request.status} here: only a waiting or active one can be cancelled")
+        self._leave(request, "cancelled")
+
+    def run(self) -> Iterator[tuple[Request, Round]]:
+        """Step until nothing is left to do."""
+        while self.waiting or self.active or self._finished:
+            yield from self.step()
+
+    def _bytes(self, *requests: Request) -> int:
+        """Keys and values of these requests when their texts are complete."""
+        return sum(len(r.prompt) + r.limit for r in requests) * self.verifier.bytes_per_token
+
+    def _admit(self) -> Iterator[Request]:
+        """Waiting requests that fit now, in the order in which they came."""
+        while self.waiting and len(self.active) < self.max_requests:
+            if self.memory is not None and self._bytes(self.waiting[0], *self.active) > self.memory:
+                return
+            request = self.waiting.pop(0)
+            request.slot, request.status = self.cache.open(), "active"
+            self.active.append(request)
+            yield request
+
+    def _leave(self, request: Request, status: str, error: Exception | None = None) -> None:
+        for queue in (self.waiting, self.active):
+            if request in queue:
+                queue.remove(request)
+        if request.slot is not None:
+            self.cache.close(request.slot)
+        request.slot, request.state, request.status, request.error = None, None, status, error
+        self._known.discard(request.id)
+        if request.streamer is not None and error is None:
+            request.streamer.end()
+
+    # ---- the round
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Request, Round]]:
+        """One round for every active request, and the prefill of those that join.
+
+        Returns the finished rounds. A request that fails (its streamer raises, its logits are damaged) ends with the error, and the
+        others go on. An interrupt costs the round, not the requests: the next step goes on where the last finished one ended.
+        """
+        turns = [Turn(request, request.slot.length) for request in self.active]
+        joining = [r for r in self.active if not r.rounds]  # of a step that was interrupted
+        turns = [turn for turn in turns if turn.request.rounds]
+        for request in (*joining, *self._admit()):
+            self._each(request, self._prefill)
+        if turns:
+            self._round(turns)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _each(self, request: Request, work: Callable[..., None], *parts: object) -> None:
+        """Work that concerns one request alone: its failure ends this request, not the others."""
+        try:
+            work(request, *parts)
+        except Exception as error:
+            self._leave(request, "failed", error)
+
+    def _prefill(self, request: Request) -> None:
+        """Run the prompt and choose the first token."""
+        clock = Clock(self.target.device)
+        request.slot.rewind(0)
+        logits, taps = self.verifier([request.prompt], [request.slot], self.cache, self.layer_ids, last_only=True)
+        verified = clock.lap()
+        if self.drafter:
+            request.state = self.drafter.new_state(request.prompt)
+            self.drafter.extend(request.state, request.prompt, taps[0])
+        first = request.rng.choose(request.sampling.probs(logits[0][-1]))
+        self._commit(request, Round(index=0, committed=(first,), verify_seconds=verified, seconds=clock.total()))
+
+    def _round(self, turns: Sequence[Turn]) -> None:
+        clock, rounds = Clock(self.target.device), [len(turn.request.rounds) for turn in turns]
+        try:
+            self._draft(turns)
+            lengths = self.policy.lengths([turn.draft.confidence for turn in turns])  # the schedule: asked once, about all requests
+            for turn, length in zip(turns, lengths, strict=True):
+                turn.verify_length = min(length, len(turn.draft.tokens))
+            drafted = clock.lap()
+            slots = [turn.request.slot for turn in turns]
+            logits, taps = self.verifier([turn.tokens for turn in turns], slots, self.cache, self.layer_ids)
+            verified = clock.lap()
+            for turn, rows, tapped in zip(turns, logits, taps, strict=True):
+                self._each(turn.request, self._accept, turn, rows, tapped, drafted, verified, clock)
+        except BaseException:
+            for turn, before in zip(turns, rounds, strict=True):
+                if turn.request.slot is not None and len(turn.request.rounds) == before:
+                    turn.request.slot.rewind(turn.start)
+            raise
+
+    def _draft(self, turns: Sequence[Turn]) -> None:
+        """Ask the policy for a window per request, from past rounds alone, and the source for all drafts together."""
+        if self.drafter is None:
+            return
+        for turn in turns:
+            last = turn.request.rounds[-1] if len(turn.request.rounds) > 1 else None
+            turn.window = self.policy.window(last, self.drafter.block_size)
+        asking = [turn for turn in turns if turn.room > 0]
+        asks = [Ask(turn.request.state, turn.request.anchor, turn.room, turn.request.sampling, turn.request.rng) for turn in asking]
+        for turn, draft in zip(asking, propose(self.drafter, asks) if asks else (), strict=True):
+            turn.draft = draft
+
+    def _accept(
+        self, request: Request, turn: Turn, logits: Tensor, taps: Tensor | None, drafted: float, verified: float, clock: Clock
+    ) -> None:
+        """Decide what stays of one request's block, rewind its cache to that, commit the round. logits: [ℓ+1, vocab]."""
+        anchor, *checked = turn.tokens
+        draft, p_target = turn.draft, Rows(request.sampling, logits)
+        accepted, next_token = accept(checked, draft.probs, p_target, request.rng)
+        outcome = Round(
+            index=len(request.rounds),
+            committed=_until_end([*checked[:accepted], next_token], request.end_ids),
+            anchor=anchor,
+            window=turn.window,
+            draft_tokens=tuple(draft.tokens),
+            confidence=tuple(draft.confidence.tolist()),
+            verify_length=len(checked),
+            accepted=accepted,
+            target_probs_of_drafts=_target_probs(p_target, checked),
+            draft_probs_of_drafts=tuple(float(draft.probs[k, token]) for k, token in enumerate(draft.tokens)),
+            source=draft.source,
+            draft_seconds=drafted,
+            verify_seconds=verified,
+        )
+        request.slot.rewind(turn.start + 1 + accepted)  # the cache keeps the anchor and the accepted drafts
+        if self.drafter:
+            kept = None if taps is None else taps[:, : 1 + accepted]
+            self.drafter.extend(request.state, [anchor, *checked[:accepted]], kept)
+        self._commit(request, replace(outcome, seconds=clock.total()))
+
+    def _commit(self, request: Request, outcome: Round) -> None:
+        """The round joins the text; the request leaves if that ends it."""
+        committed = self._until_stop(request, outcome.committed)
+        stopped = committed is not None
+        if stopped:
+            outcome = replace(outcome, committed=committed)
+        request.rounds.append(outcome)
+        request.token_ids.extend(outcome.committed)
+        self._finished.append((request, outcome))
+        if request.streamer is not None:
+            request.streamer.put(torch.tensor(outcome.committed))
+        if stopped or request.anchor in request.end_ids or len(request.token_ids) >= request.limit:
+            self._leave(request, "finished")
+
+    def _until_stop(self, request: Request, committed: Sequence[int]) -> tuple[int, ...] | None:
+        """The tokens up to the one that completes a stop string; None if there is none."""
+        if not request.stop:
+            return None
+        reach = 4 * max(map(len, request.stop)) + 4  # tokens that a stop string can span: a character has up to four bytes
+        for n in range(1, len(committed) + 1):
+            text = self.target.decode([*request.token_ids, *committed[:n]][-reach:])
+            if any(stop in text for stop in request.stop):
+                return tuple(committed[:n])
+        return None
+
+
+def checked_policy(policy: Policy | None, drafter: DraftSource | None) -> Policy:
+    """The policy that will run; None stands for the whole block. Raises ValueError if the drafter cannot serve it."""
+    if drafter is None:
+        if policy is not None and not isinstance(policy, Autoregressive):
+            raise ValueError(f"{policy} needs a drafter: pass one, or leave the policy out for plain decoding")
+        return Autoregressive()
+    policy = FixedWindow() if policy is None else policy
+    policy.check(drafter.block_size, drafter.has_confidence)
+    return policy
+
+
+def _until_end(tokens: list[int], end_ids: frozenset[int]) -> tuple[int, ...]:
+    """Cut after the first token that ends the text."""
+    for i, token in enumerate(tokens):
+        if token in end_ids:
+            return tuple(tokens[: i + 1])
+    return tuple(tokens)
+
+
+def _target_probs(p_target: Rows, drafts: Sequence[int]) -> tuple[float, ...]:
+    """What the target gave each checked draft; at temperature 1 when decoding is greedy, where p_target is one-hot."""
+    if p_target.sampling.temperature:
+        return tuple(float(p_target[k, token]) for k, token in enumerate(drafts))
+    return tuple(p_target.logits[: len(drafts)].softmax(-1, torch.float32)[range(len(drafts)), list(drafts)].tolist())

@@ -1,0 +1,122 @@
+"""One protocol for a target pass: new tokens of R requests in, logits and taps out. Any transformers model serves through
+:class:`TransformersPass`; faster passes (:mod:`dspark.verify.lean`) give the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from dspark.rewind import RewindCache
+
+if TYPE_CHECKING:
+    from dspark.target.target import Target
+
+
+class Slot(Protocol):
+    """What a cache keeps of one request: ``length`` tokens, of which :meth:`rewind` forgets the last ones."""
+
+    length: int
+
+    def rewind(self, length: int) -> None: ...
+
+
+class PassCache(Protocol):
+    """Keys and values of the requests that are being served."""
+
+    def open(self) -> Slot: ...
+
+    def close(self, slot: Slot) -> None: ...
+
+
+class TargetPass(Protocol):
+    """One way to run the target.
+
+    name: what ``target.pass_name`` shows.
+    bytes_per_token: of keys and values, all layers together.
+    """
+
+    name: str
+    bytes_per_token: int
+
+    def new_cache(self) -> PassCache: ...
+
+    def __call__(
+        self, tokens: Sequence[Sequence[int]], slots: Sequence[Slot], cache: PassCache, taps: Sequence[int] = (), *, last_only: bool = False
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Run each request's new tokens after those its slot holds; the slots then hold them too.
+
+        tokens: R lists of n_r ≥ 1 token ids.
+        slots: R slots of ``cache``.
+        taps: layer ids whose output is wanted, concatenated.
+        last_only: logits of each request's last token alone.
+        Returns per request logits [n_r (or 1), vocab] in the model's dtype and taps [1, n_r, m·hidden] (None if none are asked for).
+        """
+
+
+class _OwnCache:
+    """A slot with a transformers cache of its own."""
+
+    def __init__(self, cache: RewindCache) -> None:
+        self.cache = cache
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def rewind(self, length: int) -> None:
+        self.cache.rewind(length)
+
+
+class _OwnCaches:
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def open(self) -> _OwnCache:
+        return _OwnCache(self.target.new_cache())
+
+    def close(self, slot: _OwnCache) -> None:
+        slot.cache = self.target.new_cache()
+
+
+class TransformersPass:
+    """The model's own modules, one request after another: exact for every architecture, without sharing work between requests."""
+
+    name = "transformers"
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    @property
+    def bytes_per_token(self) -> int:
+        config = self.target.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers = self.target.num_layers - self.target.num_shared_layers
+        return 2 * layers * heads * head_dim * self.target.dtype.itemsize
+
+    def new_cache(self) -> _OwnCaches:
+        return _OwnCaches(self.target)
+
+    def __call__(
+        self,
+        tokens: Sequence[Sequence[int]],
+        slots: Sequence[_OwnCache],
+        cache: _OwnCaches,
+        taps: Sequence[int] = (),
+        *,
+        last_only: bool = False,
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """See :class:`TargetPass`."""
+        out = []
+        for ids, slot in zip(tokens, slots, strict=True):
+            row = torch.tensor([list(ids)], device=self.target.device)
+            out.append(self.target.forward(row, slot.cache, taps, logits_to_keep=int(last_only)))
+        return [logits[0] for logits, _ in out], [tapped for _, tapped in out]
+
+
+def pass_of(target: Target) -> TargetPass:
+    """The pass that decoding with this target uses."""
+    return target.verifier or TransformersPass(target)
