@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where pytest finds these m
 from exact import draws, enumeration, greedy, planted, requests
 
 SIGNIFICANCE = 0.01  # of all tests together
-PROMPTS = ("math", "chat", "code")  # domains; the first dev prompt of each
 Result = dict[str, object]
 
 
@@ -74,7 +73,9 @@ def sampled(options: argparse.Namespace) -> Result:
     target = load_target("default", dtype="float32")
     drafter = load_drafter("default", target)
     tests = []
-    for seed, (domain, sampling) in enumerate(tqdm([(d, s) for d in PROMPTS for s in draws.SAMPLINGS], desc="draws", unit="distribution")):
+    for seed, (domain, sampling) in enumerate(
+        tqdm([(d, s) for d in options.domains.split(",") for s in draws.SAMPLINGS], desc="draws", unit="distribution")
+    ):
         item = load_prompts(domain, "dev", 1)[0]
         found = draws.every_policy(target, drafter, target.encode(item.messages), sampling, options.draws, seed)
         about = {"prompt": item.id, "temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -130,7 +131,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help="default all of them")
     made.add_argument("--out", type=Path, default=data_dir() / "results" / "proof.json", help="default %(default)s")
-    made.add_argument("--draws", type=int, default=2000, help="per prompt, sampling and policy; default %(default)s")
+    made.add_argument("--domains", default="math,chat,code", help="whose first dev prompt the draws answer; default %(default)s")
+    made.add_argument("--draws", type=int, default=600, help="per prompt, sampling and policy; default %(default)s, some ten minutes")
     made.add_argument("--short", action="store_true", help="fewer cases and texts")
     return made
 

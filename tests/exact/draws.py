@@ -85,6 +85,8 @@ class TreeTarget:
     """Answers the passes of the loop from a tree. A prefix outside it gets the prompt's row: a text that left the tree is in the cell
     REST whatever follows, and a whole text does not depend on what comes after it."""
 
+    verifier = None  # its passes go through forward
+
     def __init__(self, tree: Tree, target: Target) -> None:
         self.tree, self.device, self.eos_token_ids = tree, target.device, target.eos_token_ids
 

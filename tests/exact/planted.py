@@ -176,6 +176,11 @@ class Planted:
 
         return real(self, hidden, [ask._replace(rng=Rounding(ask.rng)) for ask in asks])
 
+    @at("rewind.RewindCache.rewind", TOP_P)
+    def cache_short_after_full_acceptance(real, self, length):
+        """After a fully accepted block the last draft is missing from the target's cache."""
+        real(self, max(0, length - (length == self.length)))
+
     @at("rewind.RewindCache.rewind", PLAIN)
     def rejected_drafts_stay_in_the_cache(real, self, length):
         """The target's cache is not rewound: later tokens attend to rejected drafts."""
