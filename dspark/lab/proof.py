@@ -19,14 +19,13 @@ Result = dict[str, object]
 
 
 def read_proof(path: Path) -> dict[str, Result]:
-    """Part → its result. Raises ValueError if the file is missing or damaged, or lacks a part."""
+    """Part → its result; a line is printed for each part that was not run. Raises ValueError if the file is missing or damaged."""
     try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
-        missing = [part for part in PARTS if part not in parts]
+        parts = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"cannot read {path} ({type(error).__name__}): make proof writes it") from None
-    if missing:
-        raise ValueError(f"{path} has no part {missing[0]!r}: make proof ARGS={missing[0]} adds it")
+    for part in (part for part in PARTS if part not in parts):
+        print(f"{part} was not run, so its section shows nothing: make proof ARGS={part} adds it")
     return parts
 
 

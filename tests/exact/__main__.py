@@ -73,9 +73,8 @@ def sampled(options: argparse.Namespace) -> Result:
     target = load_target("default", dtype="float32")
     drafter = load_drafter("default", target)
     tests = []
-    for seed, (domain, sampling) in enumerate(
-        tqdm([(d, s) for d in options.domains.split(",") for s in draws.SAMPLINGS], desc="draws", unit="distribution")
-    ):
+    worlds = [(domain, sampling) for domain in options.domains.split(",") for sampling in draws.SAMPLINGS]
+    for seed, (domain, sampling) in enumerate(tqdm(worlds, desc="draws", unit="distribution")):
         item = load_prompts(domain, "dev", 1)[0]
         found = draws.every_policy(target, drafter, target.encode(item.messages), sampling, options.draws, seed)
         about = {"prompt": item.id, "temperature": sampling.temperature, "top_p": sampling.top_p}
