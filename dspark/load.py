@@ -26,7 +26,7 @@ def load_target(name: str | Path = "default", *, dtype: str = "bfloat16", device
 
     name: ``"default"`` (SmolLM2-135M-Instruct, fetched once from the package index, no model hub), a folder, a ``*.gguf``
     file, or a hub id. dtype: bfloat16, float16 or float32. device: "cpu", "cuda", "cuda:1", …
-    pack: in bfloat16 on a CPU, rearrange the weights for speed; False keeps them readable (for training or comparing).
+    pack: choose the fastest pass for this machine (:func:`dspark.cpu.pack_target`); False runs transformers' own modules.
     Raises ValueError with the remedy for an unknown name, dtype or device, a damaged download, or a model that cannot be a target.
     """
     if dtype not in DTYPES:
@@ -55,7 +55,7 @@ def load_drafter(name: str | Path, target: Target) -> Drafter:
 def ready(drafter: Drafter, target: Target) -> Drafter:
     """Freeze an attached drafter and, if its target is packed, pack it too."""
     drafter.eval().requires_grad_(False)
-    return pack_drafter(drafter) if is_packed(target.model) else drafter
+    return pack_drafter(drafter) if target.verifier or is_packed(target.model) else drafter
 
 
 def default_drafter() -> Path:

@@ -172,7 +172,7 @@ class SlotCache:
         for i, buffers in enumerate(self.layers):
             grown = []
             for buffer in buffers:
-                bigger = buffer.new_empty(slots, buffer.shape[1], capacity, buffer.shape[3])
+                bigger = buffer.new_zeros(slots, buffer.shape[1], capacity, buffer.shape[3])  # masked keys are read too: no NaN
                 bigger[: len(buffer), :, : buffer.shape[2]] = buffer
                 grown.append(bigger)
             self.layers[i] = tuple(grown)

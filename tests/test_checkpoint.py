@@ -151,7 +151,7 @@ def test_a_packed_target_gets_a_packed_drafter_that_can_be_saved_again(target: T
     for write in (dspark.save_drafter, export_deepspec):
         write(drafter, packed, tmp_path)
         loaded = dspark.load_drafter(tmp_path, packed)
-        assert type(loaded.fc) is type(packed.head)
+        assert type(loaded.fc) is type(packed.verifier.head)
         write(loaded, packed, tmp_path)
         assert_same_drafts(dspark.load_drafter(tmp_path, target), drafter, target)
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import dspark
+import dspark.verify.lean as lean_module
 from dspark.target.target import Target
 from dspark.verify.lean import FAMILIES, lean_pass
 from dspark.verify.passes import TransformersPass
@@ -70,9 +71,11 @@ def random_target(name: str) -> Target:
     return Target(model, None, name)
 
 
+@pytest.mark.parametrize("alone", [4, 1], ids=["one by one", "together"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_taps_are_those_of_transformers(name: str) -> None:
+def test_logits_and_taps_are_those_of_transformers(name: str, alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of different lengths, then passes over 1 to 70 tokens of three requests at once, with a rewind in between."""
+    monkeypatch.setattr(lean_module, "ALONE", alone)
     target = random_target(name)
     lean, plain = lean_pass(target), TransformersPass(target)
     assert lean is not None

@@ -13,6 +13,7 @@ import dspark.cpu.packed
 from dspark.cpu import pack_drafter, pack_target
 from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, has_bfloat16_kernels, has_float16_kernels
 from dspark.target.target import Target
+from dspark.verify.passes import pass_of
 
 MATRIX = torch.zeros(8, 8, dtype=torch.bfloat16)
 needs_8_bits = pytest.mark.skipif(not can_quantize(MATRIX), reason="this CPU or this build of PyTorch has no 8-bit kernels")
@@ -59,19 +60,39 @@ def test_the_float16_layout_holds_bfloat16_weights_to_the_last_digit(monkeypatch
     assert can_pack(held) and not can_pack(too_large)
 
 
-def test_packing_changes_neither_logits_nor_the_digest_of_any_target_of_that_model(kernels: str) -> None:
-    plain, packed = (tiny_target(dtype=torch.bfloat16) for _ in range(2))
+def unknown_family() -> Target:
+    target = tiny_target(dtype=torch.bfloat16)
+    target.config.model_type = "without a lean row"
+    return target
+
+
+def logits(target: Target) -> torch.Tensor:
+    ids = torch.randint(4, 100, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+    run = pass_of(target)
+    cache = run.new_cache()
+    return run([ids], [cache.open()], cache)[0][0]
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_target(dtype=torch.bfloat16), unknown_family], ids=["lean", "modules"])
+def test_packing_changes_neither_logits_nor_the_digest_of_any_target_of_that_model(make: object, kernels: str) -> None:
+    plain, packed = make(), make()
     pack_target(packed)
-    again = pack_target(Target(packed.model, None, "the same model once more"))
-    assert isinstance(packed.head, PackedLinear) and packed.digest == again.digest == plain.digest
-    ids = torch.randint(4, 100, (1, 20), generator=torch.Generator().manual_seed(0))
-    a, b = plain.forward(ids, None)[0], packed.forward(ids, None)[0]
+    again = Target(packed.model, None, "the same model once more")
+    assert isinstance((packed.verifier or packed).head, PackedLinear) and packed.digest == again.digest == plain.digest
+    a, b = logits(plain), logits(packed)
     assert (a - b).abs().max() <= a.abs().max() * 2**-5
 
 
-def test_a_packed_model_refuses_to_be_saved_instead_of_losing_weights(kernels: str, tmp_path: Path) -> None:
+def test_a_model_with_a_lean_pass_is_saved_whole(kernels: str, tmp_path: Path) -> None:
+    target = pack_target(tiny_target(dtype=torch.bfloat16))
+    target.model.save_pretrained(tmp_path)
+    saved = type(target.model).from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in target.model.state_dict().items())
+
+
+def test_packed_modules_refuse_to_be_saved_instead_of_losing_weights(kernels: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pack=False"):
-        pack_target(tiny_target(dtype=torch.bfloat16)).model.save_pretrained(tmp_path)
+        pack_target(unknown_family()).model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

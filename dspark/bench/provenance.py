@@ -15,7 +15,6 @@ import transformers
 
 import dspark
 from dspark.bench.results import SCHEMA_VERSION
-from dspark.cpu import is_packed
 from dspark.draft.drafter import Drafter
 from dspark.files import digest
 from dspark.target.target import Target
@@ -28,7 +27,7 @@ def environment(target: Target) -> dict[str, object]:
         "target": target.name,
         "target_digest": target.digest,
         "dtype": str(target.dtype).removeprefix("torch."),
-        "packed": is_packed(target.model),
+        "pass": target.pass_name,
         "device": device_name(target.device),
         "machine": cpu_name(),
         "cores": cores(),

@@ -94,7 +94,7 @@ def constant_columns(plan: Plan, models: Models) -> dict[str, Row]:
         "repeats": plan.repeats,
     }
     ours = environment(models.target)
-    stock = {"packed": False}  # transformers' own loops run on the stock target
+    stock = {"pass": "transformers"}  # transformers' own loops run on the stock target
     without = {"drafter": ""} | drafter_columns(None)
     with_drafter = {"drafter": plan.drafter_name} | drafter_columns(models.drafter)
     return {arm.name: (with_drafter if arm.trained else without) | chosen | ours | (stock if arm.peer else {}) for arm in plan.parsed_arms}

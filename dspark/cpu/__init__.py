@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dspark.cpu.attention import share_keys
 from dspark.cpu.fused import FusedBackbone
 from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, pack_linears
+from dspark.verify.lean import lean_pass, plain_product
 
 if TYPE_CHECKING:
     from dspark.draft.drafter import Drafter
@@ -19,18 +19,19 @@ __all__ = ["is_packed", "pack_drafter", "pack_target"]
 
 
 def pack_target(target: Target) -> Target:
-    """Lay out the target's bfloat16 weights for fast passes on a CPU, in place; leave any other target alone. Returns the target.
+    """Give the target the fastest pass that this machine has for it. Returns the target.
 
-    The products stay the same, and so does what attention computes, without its copies. The digest of the plain weights stays with
-    the model, so that another Target of the same model has the same digest.
+    A family that the lean pass knows gets it, with packed products where this CPU has kernels for them; the model's own modules stay
+    as they are. Of any other bfloat16 model on a CPU the linear layers are packed in place, with the same products; the digest of the
+    plain weights stays with the model, so another Target of it has the same digest.
     """
-    if not can_pack(target.head_weight):
-        return target
-    target.model.weight_digest = target.digest
-    share_keys(target.decoder)
-    pack_linears(target.model)
-    target.model.save_pretrained = _refuse_to_save
-    target.head.weight = target.head_weight  # a Target reads it, so the packed model can be made a target again
+    packs = can_pack(target.head_weight)
+    target.verifier = lean_pass(target, PackedLinear if packs else plain_product)
+    if target.verifier is None and packs:
+        target.model.weight_digest = target.digest
+        pack_linears(target.model)
+        target.model.save_pretrained = _refuse_to_save
+        target.head.weight = target.head_weight  # a Target reads it, so the packed model can be made a target again
     return target
 
 

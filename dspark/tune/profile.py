@@ -16,16 +16,16 @@ from statistics import median
 import torch
 
 from dspark.clock import now
-from dspark.cpu import is_packed
 from dspark.draft.source import DraftSource
 from dspark.files import cache_dir, digest, write_atomically
 from dspark.target.target import Target
+from dspark.verify.passes import pass_of
 from dspark.verify.sampling import Rng, Sampling
 
 log = logging.getLogger(__name__)
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-FORMAT = 2  # of the cached files; a new number makes old ones be measured again
+FORMAT = 3  # of the cached files; a new number makes old ones be measured again
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,17 @@ def median_steps(target: Target, *, context: int = 256, widths: Sequence[int] = 
             f"the widest step {widths[-1]} of them), got {context}"
         )
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(target.vocab_size, (1, context + widths[-1]), generator=generator).to(target.device)
-    cache = target.new_cache()
-    target.forward(tokens[:, :context], cache, logits_to_keep=1)
+    tokens = torch.randint(target.vocab_size, (context + widths[-1],), generator=generator).tolist()
+    run = pass_of(target)
+    cache = run.new_cache()
+    slot = cache.open()
+    run([tokens[:context]], [slot], cache, last_only=True)
 
     def step(width: int) -> float:
         start = now(target.device)
-        target.forward(tokens[:, context : context + width], cache)
+        run([tokens[context : context + width]], [slot], cache)
         taken = now(target.device) - start
-        cache.rewind(context)
+        slot.rewind(context)
         return taken
 
     for width in widths:  # the first step of a width allocates buffers that later ones reuse
@@ -155,7 +157,7 @@ def sps_curve(target: Target, *, context: int = 256) -> SPSCurve:
         "device": device_name(target.device),
         "target": target.digest,
         "dtype": str(target.dtype),
-        "packed": is_packed(target.model),
+        "pass": target.pass_name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "context": context,
