@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -44,6 +45,17 @@ def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]
             content(part)
         else:
             part.write_bytes(content)
+
+
+def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and the text entries of its header. Raises ValueError, with the remedy, for anything else."""
+    try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise OSError("it is not a file")
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or damaged ({one_line(error)}): {remedy}") from None
 
 
 def digest(*parts: str | bytes | memoryview) -> str:

@@ -224,7 +224,7 @@ def command(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     """Run `python -m dspark.train drafter` in this process with tiny settings; returns its error, empty if there is none."""
     save_corpus(corpus(), tmp_path / "corpus.safetensors")
     settings = {"target": model_folder, "dtype": "float32", "corpus": tmp_path / "corpus.safetensors", "out": tmp_path / "drafter"}
-    settings |= {"steps": 4, "sequences": 2, "anchors": 2, "taps": "0,2", "init-layers": "0", "block-size": 3}
+    settings |= {"steps": 4, "sequences": 2, "anchors": 2, "taps": "0,2", "layers": 1, "block-size": 3}
     settings |= {"markov-rank": 4, "mask-token": 3}
 
     def run(**changes: object) -> str:
@@ -250,7 +250,6 @@ def command(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ({"lr": -1.0}, "-1.0"),
         ({"taps": "0,3"}, "[0, 3]"),
         ({"block_size": 0}, "block_size"),
-        ({"init_layers": "9"}, "9"),
         ({"mask_token": 100}, "100"),
         ({"draft_vocab": 0}, "draft_vocab"),
         ({"markov_rank": -1}, "markov_rank"),
@@ -325,7 +324,7 @@ def test_a_calibration_does_not_outlive_the_weights_that_it_was_fitted_to(comman
 
 
 def test_a_model_of_any_depth_is_read_at_layers_that_it_has(command: Callable[..., str], tmp_path: Path) -> None:
-    assert command(taps=None, init_layers=None, mask_token=None) == ""
+    assert command(taps=None, layers=None, mask_token=None) == ""
     made = json.loads((tmp_path / "drafter" / "config.json").read_text())
     layers = tiny_target().num_layers
     assert made["target_layer_ids"] == sorted(set(made["target_layer_ids"])) and max(made["target_layer_ids"]) < layers

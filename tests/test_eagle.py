@@ -21,7 +21,7 @@ from dspark.lab.branches import every_branch
 from dspark.target.target import Target
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
-from dspark.train.losses import LossWeights, block_loss, choose_blocks
+from dspark.train.losses import block_loss, choose_blocks
 from dspark.train.start import drafter_for
 from dspark.verify.sampling import Rng, Sampling
 
@@ -77,7 +77,7 @@ def test_training_and_drafting_see_the_same_distributions(row: int) -> None:
         assert torch.allclose(torch.sigmoid(drafter.confidence_head(hidden, None)), draft.confidence, atol=1e-5)
 
     blocks = choose_blocks(shard, 5, 4, 3, torch.Generator().manual_seed(row))
-    result = block_loss(drafter, torch.arange(100), shard, blocks, LossWeights())
+    result = block_loss(drafter, torch.arange(100), shard, blocks)
     hidden = drafter.block_hidden(shard.token_ids, shard.taps, blocks.tokens, blocks.previous, blocks.positions)
     p_draft = (hidden[row] @ drafter.head_weight.T).softmax(-1)
     p_target = target.forward(ids[None], None)[0][0].softmax(-1)[blocks.positions[row].clamp(max=23)]

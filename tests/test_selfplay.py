@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -241,8 +240,9 @@ def test_a_lost_part_is_made_again_and_gives_the_same_corpus(target: Target, tmp
     assert path.read_bytes() == content
 
 
-def test_parts_and_seeds_give_different_rows(target: Target, tmp_path: Path) -> None:
-    warm = {"rows": 4, "batch": 2, "temperatures": (1.0,)}  # greedy answers to one start may coincide
+def test_parts_and_seeds_give_different_rows(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfplay, "TEMPERATURES", (1.0,))  # greedy answers to one start may coincide
+    warm = {"rows": 4, "batch": 2}
     both = concatenate([play(target, tmp_path / "one", **warm), play(target, tmp_path / "other", **warm, seed=4)])
     assert len(set(map(tuple, both.token_ids.tolist()))) == 8
 
@@ -253,9 +253,7 @@ def test_more_rows_are_appended_after_the_full_parts(target: Target, whole: Corp
     assert same(play(target, tmp_path / "c"), whole)
 
 
-@pytest.mark.parametrize(
-    "other", [{"seed": 4}, {"tokens": 24}, {"batch": 5}, {"user_temperature": 0.5}, {"temperatures": (1.0,)}, {"subjects": TALK[:1]}]
-)
+@pytest.mark.parametrize("other", [{"seed": 4}, {"tokens": 24}, {"batch": 5}, {"subjects": TALK[:1]}])
 def test_settings_mismatch_is_refused(target: Target, tmp_path: Path, other: dict[str, object]) -> None:
     play(target, tmp_path / "c", **FEW)
     before = (tmp_path / "c").read_bytes()
@@ -379,22 +377,12 @@ def test_a_target_without_tokenizer_is_refused(target: Target, tmp_path: Path) -
         ({"batch": 0}, "batch=0"),
         ({"tokens": 12}, "tokens=12"),
         ({"tokens": 300}, "tokens=300"),
-        ({"temperatures": ()}, r"temperatures \[\]"),
-        ({"temperatures": (0.6, -0.5)}, "-0.5"),
-        ({"user_temperature": float("nan")}, "user_temperature nan"),
-        ({"subjects": ()}, "subjects is empty"),
     ],
 )
 def test_settings_out_of_range_are_named(target: Target, tmp_path: Path, wrong: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         play(target, tmp_path / "c", **wrong)
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("make", [lambda: Subject("x", 0, ("w",)), lambda: Subject("x", 1, ()), lambda: Subject("x", 1, ("w",), ())])
-def test_a_subject_without_share_or_starts_is_refused(make: Callable[[], Subject]) -> None:
-    with pytest.raises(ValueError, match="subject 'x'"):
-        make()
 
 
 def test_the_shipped_subjects_are_diverse_and_their_weights_add_up() -> None:

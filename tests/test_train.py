@@ -19,7 +19,7 @@ from dspark.target.target import Target
 from dspark.train.corpus import Corpus
 from dspark.train.features import FeatureStore, all_text
 from dspark.train.loop import TrainConfig, Trainer
-from dspark.train.losses import HeadLoss, LossWeights, block_loss, choose_blocks, position_weights
+from dspark.train.losses import HeadLoss, block_loss, choose_blocks
 from dspark.train.start import drafter_for, frequent_tokens, spread_taps, unused_token
 
 
@@ -52,9 +52,8 @@ def test_the_written_out_gradient_equals_autograds(rank: int) -> None:
     final = torch.randn(n, h, generator=generator)
     label = torch.randint(-1, draft_vocab, (n,), generator=generator)
     weight = torch.rand(n, generator=generator)
-    weights = LossWeights()
     logsumexp = (final @ full_head.T).logsumexp(-1)
-    loss, acceptance = HeadLoss.apply(hidden, latent, w2, full_head[:draft_vocab], final, logsumexp, label, weight, weights)
+    loss, acceptance = HeadLoss.apply(hidden, latent, w2, full_head[:draft_vocab], final, logsumexp, label, weight)
     inputs = [x for x in (hidden, latent, w2) if x is not None]
     found = torch.autograd.grad(loss, inputs)
 
@@ -69,11 +68,6 @@ def test_the_written_out_gradient_equals_autograds(rank: int) -> None:
     assert torch.allclose(acceptance, torch.minimum(p, q[:, :draft_vocab]).sum(-1), atol=1e-5)
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-4)
-
-
-def test_position_weights_decay_over_the_valid_prefix_only() -> None:
-    found = position_weights(torch.tensor([[True, True, False, True]]), decay=4.0)
-    assert found[0].tolist() == pytest.approx([1.0, 0.7788, 0, 0], abs=1e-4)
 
 
 def test_anchors_and_labels_are_response_tokens() -> None:
@@ -105,7 +99,7 @@ def test_training_and_drafting_see_the_same_distributions() -> None:
     drafter = tiny_drafter(target)
     shard = FeatureStore(target, corpus(), (0, 2)).shard(0)
     blocks = choose_blocks(shard, 1, 4, 3, torch.Generator().manual_seed(3))
-    result = block_loss(drafter, torch.arange(100), shard, blocks, LossWeights())
+    result = block_loss(drafter, torch.arange(100), shard, blocks)
     anchor = int(blocks.positions[0, 0, 0])
     ids = shard.token_ids[0]
     contexts = [Context(*kv) for kv in drafter.context(shard.taps[:1, :anchor])]
@@ -266,9 +260,8 @@ def test_kept_features_of_other_text_or_taps_are_refused(tmp_path: Path) -> None
 
 
 def test_the_draft_vocabulary_holds_the_frequent_tokens_and_the_end_of_text() -> None:
-    ids = torch.tensor([[7, 7, 7, 8, 8, 9, 5, 5, 5, 5]])
-    assistant = torch.tensor([[True] * 6 + [False] * 4])
-    assert frequent_tokens(ids, assistant, 3, 20, frozenset([2])).tolist() == [2, 7, 8]
+    text = Corpus(torch.tensor([[7, 7, 7, 8, 8, 9, 5, 5, 5, 5]]), torch.tensor([[True] * 6 + [False] * 4]), torch.ones(1))
+    assert frequent_tokens(tiny_target(), text, 3).tolist() == [2, 7, 8]
 
 
 @pytest.mark.parametrize("layers", range(1, 40))
@@ -311,5 +304,5 @@ def test_training_avoids_bfloat16_on_a_cpu_without_kernels_for_it(
 def test_a_corpus_that_is_all_held_out_is_refused_with_its_size(tmp_path: Path) -> None:
     target = tiny_target()
     store = FeatureStore(target, corpus(rows=3), (0, 2), shard_rows=4)
-    with pytest.raises(ValueError, match=r"3 rows, of which the last 3 are held out.*make more than 4 rows"):
+    with pytest.raises(ValueError, match=r"3 rows, and the last 4 are held out.*make more rows"):
         Trainer(target, tiny_drafter(target), store, TrainConfig(steps=1), tmp_path)

@@ -16,23 +16,38 @@ from dspark.bench.plan import Plan, plan_of
 from dspark.bench.provenance import drafter_digest
 from dspark.cli import run_main
 from dspark.cpu.packed import has_bfloat16_kernels
-from dspark.draft.drafter import Drafter
 from dspark.files import cache_dir
 from dspark.load import load_drafter, load_target
-from dspark.target.target import Target
-from dspark.train.compare import Comparison, Recipe, chosen
-from dspark.train.corpus import Corpus, concatenate, load_corpus
+from dspark.train.compare import Comparison, Recipe, Variant, chosen
+from dspark.train.corpus import concatenate, load_corpus
 from dspark.train.features import SHARD_ROWS, FeatureStore, all_text
-from dspark.train.loop import LEARN_FROM, TrainConfig, Trainer, train_to
+from dspark.train.loop import Trainer, train_to
 from dspark.train.selfplay import self_play
-from dspark.train.start import BLOCK_SIZE, DRAFT_VOCAB, LAYERS, MARKOV_RANK, drafter_for, frequent_tokens, spread, spread_taps, unused_token
+from dspark.train.start import BLOCK_SIZE, LAYERS
 
 STAGES = ("train", "decode", "time")
 DECODING = ("domains", "split", "prompts", "tokens", "temperature", "threads")  # options of dspark.bench that compare shares
 
 
-def integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+def recipe_options(recipe: Recipe) -> argparse.ArgumentParser:
+    """Options of the commands that train, with the defaults of ``recipe``."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
+    for name, text in {
+        "steps": "training steps",
+        "sequences": "corpus rows per step",
+        "anchors": "blocks per row and step",
+        "lr": "learning rate at the end of the warm-up",
+        "skip_rows": "leave out the first rows of the shuffled corpus",
+        "rows": "use only so many rows of it; 0 for all",
+        "taps": "target layers the drafter reads; '' for five of them, spread evenly",
+        "markov_rank": "rank of the Markov head; 0 for the purely parallel drafter (DFlash)",
+        "draft_vocab": "most frequent response tokens that can be drafted",
+        "mask_token": "−1 for a special token that the corpus does not hold, else any such token",
+    }.items():
+        default = getattr(recipe, name)
+        options.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text}; default {default!r}")
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,40 +66,28 @@ def parser() -> argparse.ArgumentParser:
     corpus.add_argument("--tokens", type=int, default=448, help="tokens per row")
     corpus.add_argument("--batch", type=int, default=256)
 
-    drafter = commands.add_parser("drafter", parents=[common], help="train a drafter on a corpus; resumes where it was interrupted")
+    shared = [common, recipe_options(Recipe(steps=5000, lr=1.5e-3, taps="", mask_token=-1))]
+    drafter = commands.add_parser("drafter", parents=shared, help="train a drafter on a corpus; resumes where it was interrupted")
     drafter.add_argument("--out", type=Path, required=True, help="folder of the finished drafter; its checkpoint is kept beside it")
-    drafter.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
-    drafter.add_argument("--skip-rows", type=int, default=0, help="leave out the first rows of the shuffled corpus")
-    drafter.add_argument("--rows", type=int, help="use only so many rows of the shuffled corpus")
     drafter.add_argument("--more", type=Path, help="learn from this corpus too, 64 rows at a time; the held-out rows are of --corpus")
     drafter.add_argument("--start-from", help="start with the weights and shape of this trained drafter: 'default', a folder, a hub id")
-    drafter.add_argument("--steps", type=int, default=5000)
-    drafter.add_argument("--sequences", type=int, default=4, help="corpus rows per step")
-    drafter.add_argument("--anchors", type=int, default=64, help="blocks per row and step")
-    drafter.add_argument("--learn-from", default=LEARN_FROM[0], choices=LEARN_FROM, help="where blocks start; held-out rows: answers")
-    drafter.add_argument("--lr", type=float, default=1.5e-3, dest="learning_rate")
+    drafter.add_argument("--learn-from", default="answers", choices=("answers", "all"), help="where blocks start; held-out rows: answers")
     drafter.add_argument("--weight-decay", type=float, default=0.0, help="of matrices, not of norms")
     drafter.add_argument("--block-size", type=int, default=BLOCK_SIZE)
-    drafter.add_argument("--taps", type=integers, help="target layers the drafter reads; default five of them, spread evenly")
-    drafter.add_argument("--init-layers", type=integers, help="target layers that the drafter's layers start from; default first and last")
-    drafter.add_argument("--markov-rank", type=int, default=MARKOV_RANK, help="0 for the purely parallel drafter (DFlash)")
+    drafter.add_argument("--layers", type=int, default=LAYERS, choices=range(1, 9), help="start as copies of as many of the target's")
     drafter.add_argument("--head", default="vanilla", choices=("vanilla", "gated", "rnn"))
-    drafter.add_argument("--draft-vocab", type=int, default=DRAFT_VOCAB, help="most frequent response tokens that can be drafted")
-    drafter.add_argument("--mask-token", type=int, help="default a special token that the corpus does not hold, else any such token")
-    drafter.add_argument("--checkpoint-every", type=int, default=500)
-    drafter.add_argument("--validate-every", type=int, default=500)
+    drafter.add_argument("--checkpoint-every", type=int, default=500, help="steps; held-out rows are judged as often")
 
-    compare = commands.add_parser("compare", parents=[common], help="train several kinds of drafter alike and decode with them; resumes")
+    shared = [common, recipe_options(Recipe())]
+    compare = commands.add_parser("compare", parents=shared, help="train several kinds of drafter alike and decode with them; resumes")
     compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="holds one folder per drafter")
     compare.add_argument("--results", type=Path, help="folder of the measurements; default a folder in --out")
-    compare.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
     compare.add_argument("--only", default="main", help="drafters or groups of them: all, main, heads, block, layers, dspark-block8, …")
     compare.add_argument("--stages", default="train,decode", help=f"of {', '.join(STAGES)}; time needs a quiet machine")
-    options = [option for option in fields(Recipe) if option.metadata] + [option for option in fields(Plan) if option.name in DECODING]
-    for option in options:
+    for option in (option for option in fields(Plan) if option.name in DECODING):
         default = 1.0 if option.name == "temperature" else option.default  # as in the paper's table
         text = f"{option.metadata['help']}; default {default}"
-        compare.add_argument("--" + option.name.replace("_", "-"), type=type(default), default=default, help=text)
+        compare.add_argument("--" + option.name, type=type(default), default=default, help=text)
     return top
 
 
@@ -94,64 +97,52 @@ def usual_dtype(command: str, device: str) -> str:
     return "float32" if slow and command in ("drafter", "compare") else "bfloat16"
 
 
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    return Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
+
+
 def make_corpus(args: argparse.Namespace) -> None:
     target = load_target(args.target, dtype=args.dtype, device=args.device)
     self_play(target, args.corpus, rows=args.rows, tokens=args.tokens, batch=args.batch, seed=args.seed)
 
 
-def fresh_drafter(target: Target, corpus: Corpus, args: argparse.Namespace) -> Drafter:
-    return drafter_for(
-        target,
-        d2t=frequent_tokens(corpus.token_ids, corpus.assistant, args.draft_vocab, target.vocab_size, target.eos_token_ids),
-        init_layers=args.init_layers or spread(min(LAYERS, target.num_layers), target.num_layers - 1),
-        seed=args.seed,
-        block_size=args.block_size,
-        target_layer_ids=args.taps or spread_taps(target.num_layers),
-        markov_rank=args.markov_rank,
-        markov_head_type=args.head,
-        mask_token_id=unused_token(target, corpus) if args.mask_token is None else args.mask_token,
-    )
-
-
 def train_drafter(args: argparse.Namespace) -> None:
+    recipe = recipe_of(args)
+    config = recipe.config(weight_decay=args.weight_decay, checkpoint_every=args.checkpoint_every)
     target = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
     whole = load_corpus(args.corpus)
-    shuffled = torch.randperm(len(whole), generator=torch.Generator().manual_seed(args.seed))
-    corpus = whole.rows(shuffled[args.skip_rows :][: args.rows])
+    corpus = recipe.text(whole)
+    about = {"skipped_rows": args.skip_rows, "learnt_from": args.learn_from, "started_from": ""}
     if args.more:
         more = load_corpus(args.more)
         more = more.rows(slice(len(more) // SHARD_ROWS * SHARD_ROWS))  # whole shards, so that the held-out last one stays the same
         if not len(more) or not len(corpus):
             raise ValueError(f"--more {args.more} needs at least {SHARD_ROWS} rows and --corpus at least one that is not skipped")
         whole, corpus = (concatenate([more, part]) for part in (whole, corpus))
-    drafter = load_drafter(args.start_from, target).requires_grad_(True) if args.start_from else fresh_drafter(target, whole, args)
-    started_from = drafter_digest(drafter) if args.start_from else ""
+        about["more_rows"] = len(more)
+    if args.start_from:
+        drafter = load_drafter(args.start_from, target).requires_grad_(True)
+        about["started_from"] = drafter_digest(drafter)
+        drafter.sts_temperatures = ()  # fitted to the weights it starts from
+    else:
+        drafter = recipe.start(Variant(args.out.name, args.layers, args.block_size, head=args.head), target, whole)
     if args.learn_from == "all":
         corpus = all_text(corpus)
-    drafter.sts_temperatures = ()  # fitted to the weights it starts from
     store = FeatureStore(target, corpus, drafter.target_layer_ids, args.features)
-    config = TrainConfig(**{option.name: getattr(args, option.name) for option in fields(TrainConfig) if hasattr(args, option.name)})
-    about = {"skipped_rows": args.skip_rows, "started_from": started_from, "learnt_from": args.learn_from}
-    about |= {"more_rows": len(more)} if args.more else {}
     trainer = Trainer(target, drafter, store, config, args.out.with_name(args.out.name + ".training"))
-    train_to(trainer, args.out, validate_every=args.validate_every, about=about)
+    train_to(trainer, args.out, about=about)
 
 
 def compare_drafters(args: argparse.Namespace) -> None:
     variants, stages = chosen(args.only), [stage.strip() for stage in args.stages.split(",")]
     if wrong := [stage for stage in stages if stage not in STAGES]:
         raise ValueError(f"stage {wrong[0]!r} is unknown: choose from {', '.join(STAGES)}")
-    recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
     plan = plan_of(args, arms="fixed", baseline="fixed")  # a wrong option is refused before anything is loaded or trained
     bare = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
-    comparison = Comparison(bare, recipe, args.corpus, args.out, args.results or args.out / "results", args.features)
-    if stages != ["time"]:
-        comparison.earlier_records()  # refused before anything is trained
+    comparison = Comparison(bare, recipe_of(args), args.corpus, args.out, args.results or args.out / "results", args.features)
     if "train" in stages:
         comparison.train(variants)
-    if stages != ["time"]:
-        comparison.record()
-    if "decode" in stages or "time" in stages:
+    if stages != ["train"]:
         torch.set_num_threads(args.threads)
         target = load_target(args.target, dtype=args.dtype, device=args.device)
         if "decode" in stages:

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dspark.draft.drafter import Drafter
-from dspark.files import one_line, write_atomically
+from dspark.files import one_line, read_tensors, write_atomically
 
 MAY_CHANGE = ("steps", "checkpoint_every")  # on resuming: fewer steps anneal sooner, more train for longer
+START_OVER = "delete it to start over"
 
 
 def save_checkpoint(path: Path, drafter: Drafter, optimizer: torch.optim.Optimizer, about: dict[str, object]) -> None:
@@ -37,43 +37,32 @@ def load_checkpoint(path: Path, drafter: Drafter, optimizer: torch.optim.Optimiz
     wanted: what the training depends on, as in :func:`save_checkpoint`, without the step
     Raises ValueError if the file is damaged or belongs to another training.
     """
-    about, tensors = _read(path, drafter.d2t.device)
+    tensors, header = read_tensors(path, START_OVER)
+    about = _about(path, header)
     about.setdefault("text", wanted["text"])  # older files lack these keys; the defaults are what they were made with
     if isinstance(about.get("drafter"), dict):
         about["drafter"] = {"architecture": Drafter.architecture} | about["drafter"]
-    about["train"] = {"weight_decay": 0.0, "learn_from": "answers"} | about["train"]
-    about["train"] |= {name: wanted["train"][name] for name in MAY_CHANGE}
+    settings = {"weight_decay": 0.0} | about["train"]  # and hold settings that are constants now
+    about["train"] = {name: value if name in MAY_CHANGE else settings.get(name) for name, value in wanted["train"].items()}
     for key, value in wanted.items():
         if about.get(key) != json.loads(json.dumps(value)):
             raise ValueError(f"{path} was made with {key} = {about.get(key)!r}, not {value}: choose another folder")
     _check(path, tensors, drafter)
     drafter.load_state_dict({n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")})
-    optimizer.load_state_dict({"state": moments_of(tensors), "param_groups": optimizer.state_dict()["param_groups"]})
+    parts, count = ("step", "exp_avg", "exp_avg_sq"), len(list(drafter.parameters()))
+    moments = {i: {part: tensors[f"optimizer.{i}.{part}"] for part in parts} for i in range(count)}
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return about["step"]
 
 
-def moments_of(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """The optimiser's state in a checkpoint, by the index of the parameter it belongs to."""
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, part = name.split(".")
-            moments.setdefault(int(i), {})[part] = tensor
-    return moments
-
-
-def _read(path: Path, device: torch.device) -> tuple[dict, dict[str, Tensor]]:
+def _about(path: Path, header: dict[str, str]) -> dict:
     try:
-        if not path.is_file():
-            raise OSError("it is not a file")
-        with safe_open(path, "pt", device=str(device)) as file:
-            about = json.loads((file.metadata() or {})["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        about = json.loads(header["about"])
         if type(about["step"]) is not int or about["step"] < 0 or type(about["train"]) is not dict:
             raise ValueError(f"step {about['step']!r}")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({one_line(error)}): delete it to start over") from None
-    return about, tensors
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({one_line(error)}): {START_OVER}") from None
+    return about
 
 
 def _check(path: Path, tensors: dict[str, Tensor], drafter: Drafter) -> None:
@@ -84,8 +73,8 @@ def _check(path: Path, tensors: dict[str, Tensor], drafter: Drafter) -> None:
     for name in sorted(like.keys() | tensors.keys()):
         found = tensors.get(name)
         if name not in like or found is None or (found.shape, found.dtype) != (like[name].shape, like[name].dtype):
-            raise ValueError(f"{path} is damaged ({name!r} is missing or misshapen): delete it to start over")
+            raise ValueError(f"{path} is damaged ({name!r} is missing or misshapen): {START_OVER}")
         if not found.isfinite().all() or (name.endswith("exp_avg_sq") and (found < 0).any()):
-            raise ValueError(f"{path} is damaged ({name} is out of range): delete it to start over")
-    if not torch.equal(tensors["weights.d2t"], drafter.d2t):
+            raise ValueError(f"{path} is damaged ({name} is out of range): {START_OVER}")
+    if not torch.equal(tensors["weights.d2t"], drafter.d2t.cpu()):
         raise ValueError(f"{path} was made with another draft vocabulary, from another corpus: choose another folder")

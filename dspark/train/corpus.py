@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 from torch import Tensor
 
-from dspark.files import one_line, write_atomically
+from dspark.files import read_tensors, write_atomically
+
+MAKE = "make it with `python -m dspark.train corpus`"
 
 
 @dataclass(frozen=True)
@@ -29,27 +30,24 @@ class Corpus:
     def rows(self, index: Tensor | slice) -> Corpus:
         return Corpus(self.token_ids[index], self.assistant[index], self.temperature[index])
 
+    def shuffled(self, seed: int) -> Corpus:
+        return self.rows(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)))
+
 
 def load_corpus(path: str | Path) -> Corpus:
     """Read a corpus file. Raises ValueError if it is missing, damaged or has another layout."""
-    if not Path(path).is_file():
-        raise ValueError(f"no corpus at {path}: make one with `python -m dspark.train corpus`")
-    try:
-        stored = load_file(path)
-        ids, bits, temperature = stored["token_ids"], stored["assistant_bits"], stored["temperature"]
-    except (SafetensorError, OSError, KeyError, TypeError) as error:  # TypeError: a dtype that NumPy does not have
-        raise ValueError(f"{path} is not a self-play corpus: {one_line(error)}") from None
-    rows, tokens = ids.shape if ids.ndim == 2 else (-1, -1)
-    for name, array, fits in (
-        ("token_ids", ids, rows >= 0 and ids.dtype in (np.uint16, np.int32) and ids.min(initial=0) >= 0),
-        ("assistant_bits", bits, bits.dtype == np.uint8 and bits.shape == (rows, -(-tokens // 8))),
-        ("temperature", temperature, temperature.dtype == np.float32 and temperature.shape == (rows,)),
+    stored, _ = read_tensors(Path(path), MAKE)
+    ids, bits, temperature = (stored.get(name, torch.empty(0)) for name in ("token_ids", "assistant_bits", "temperature"))
+    rows, tokens = ids.shape if ids.dim() == 2 else (-1, -1)
+    for name, found, fits in (
+        ("token_ids", ids, rows >= 0 and ids.dtype in (torch.uint16, torch.int32) and not (ids.long() < 0).any()),
+        ("assistant_bits", bits, bits.dtype == torch.uint8 and bits.shape == (rows, -(-tokens // 8))),
+        ("temperature", temperature, temperature.dtype == torch.float32 and temperature.shape == (rows,)),
     ):
         if not fits:
-            found = f"{name} is {array.dtype} {list(array.shape)} or out of range"
-            raise ValueError(f"{path} is not a self-play corpus: {found}. Make it again with `python -m dspark.train corpus`")
-    assistant = np.unpackbits(bits, axis=1)[:, :tokens].astype(bool)
-    return Corpus(torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(assistant), torch.from_numpy(temperature))
+            raise ValueError(f"{path} is no self-play corpus ({name} is {found.dtype} {list(found.shape)} or out of range): {MAKE}")
+    assistant = np.unpackbits(bits.numpy(), axis=1)[:, :tokens].astype(bool)
+    return Corpus(ids.long(), torch.from_numpy(assistant), temperature)
 
 
 def save_corpus(corpus: Corpus, path: str | Path) -> None:

@@ -9,17 +9,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dspark.files import digest, one_line, write_atomically
+from dspark.files import digest, read_tensors, write_atomically
 from dspark.target.target import Taps, Target
 from dspark.train.corpus import Corpus
 
 SHARD_ROWS = 64  # 200 MB of features at hidden size 576 and five taps; the last shard, full or not, is held out
 BATCH_ROWS = 8
-PROBE_TOKENS = 16  # show whether the target's logits are its head's
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class FeatureStore:
     @torch.inference_mode()
     def _check_head(self) -> None:
         """The loss computes the target's distribution from its head alone, so a target that changes the head's logits is refused."""
-        token_ids = self.corpus.token_ids[:1, :PROBE_TOKENS].to(self.target.device)
+        token_ids = self.corpus.token_ids[:1, :16].to(self.target.device)
         if not token_ids.numel():
             return
         logits = self.target.model(input_ids=token_ids, use_cache=False).logits.float()
@@ -96,32 +94,17 @@ class FeatureStore:
 
     def _read(self, path: Path, corpus: Corpus) -> dict[str, Tensor]:
         """A kept shard belongs to one target, one set of taps and these rows. Raises ValueError for anything else."""
-        try:
-            if not path.is_file():
-                raise OSError("it is not a file")
-            with safe_open(path, "pt") as file:
-                about = (file.metadata() or {}).get("about")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is damaged ({one_line(error)}): delete it, and it is computed again") from None
-        rows = tensors.pop("token_ids", None)
-        if about != self._about or rows is None or rows.dtype != torch.int64 or not torch.equal(rows, corpus.token_ids):
-            raise ValueError(f"{path} holds features of {about!r} over other text, not of {self._about}: choose another folder")
-        self._check(tensors, corpus.assistant, path)
+        tensors, header = read_tensors(path, "delete it, and it is computed again")
+        shape, hidden, dtype = corpus.token_ids.shape, self.target.hidden_size, self.target.dtype
+        wanted = {"token_ids": (shape, torch.int64), "logsumexp": (shape, torch.float32)}
+        wanted |= {"taps": ((*shape, len(self.taps) * hidden), dtype), "final": ((*shape, hidden), dtype)}
+        whole = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == wanted
+        if not whole or header.get("about") != self._about or not torch.equal(tensors.pop("token_ids"), corpus.token_ids):
+            raise ValueError(f"{path} holds other features than {self._about} of this text: choose another folder, or delete it")
+        read = (tensors["taps"], tensors["final"], tensors["logsumexp"][corpus.assistant])
+        if not all(values.isfinite().all() for values in read):
+            raise ValueError(f"{path} is damaged or was kept by a training that learns from less of this text: choose another folder")
         return tensors
-
-    def _check(self, tensors: dict[str, Tensor], assistant: Tensor, path: Path) -> None:
-        hidden, kind = self.target.hidden_size, self.target.dtype
-        wanted = {"taps": (len(self.taps) * hidden, kind), "final": (hidden, kind), "logsumexp": (0, torch.float32)}
-        for name in sorted(wanted.keys() | tensors.keys()):
-            width, dtype = wanted.get(name, (0, None))
-            found = tensors.get(name, torch.empty(0))
-            whole = found.dtype == dtype and found.shape == (*assistant.shape, *([width] if width else []))
-            if not whole or not (found if width else found[assistant]).isfinite().all():
-                if whole and name == "logsumexp" and (found[assistant] == torch.inf).any() and found.isfinite().any():
-                    raise ValueError(f"{path} was kept by a training that learns from less of this text: choose another folder")
-                about = f"{name!r} is missing, misshapen or not finite"
-                raise ValueError(f"{path} is damaged ({about}): delete it, and it is computed again")
 
     @torch.inference_mode()
     def _compute(self, corpus: Corpus) -> dict[str, Tensor]:

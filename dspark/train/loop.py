@@ -7,9 +7,8 @@ import json
 import math
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -22,10 +21,11 @@ from dspark.formats.native import save_drafter
 from dspark.target.target import Target
 from dspark.train.checkpoint import load_checkpoint, save_checkpoint
 from dspark.train.features import FeatureStore, Shard
-from dspark.train.losses import BlockLoss, Blocks, LossWeights, block_loss, choose_blocks
+from dspark.train.losses import BlockLoss, Blocks, block_loss, choose_blocks
 from dspark.tune.profile import cpu_name, device_name
 
-LEARN_FROM = ("answers", "all")
+WARMUP = 0.04  # share of the steps
+CLIP = 1.0  # largest norm of the gradient
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,9 @@ class TrainConfig:
     sequences: int = 4  # corpus rows of one step
     anchors: int = 64  # blocks per row and step
     learning_rate: float = 6e-4  # at the end of the warm-up
-    warmup: float = 0.04  # share of the steps
-    clip: float = 1.0  # largest norm of the gradient
     weight_decay: float = 0.0  # of matrices, not of norms and biases
-    learn_from: str = "answers"  # where anchors lie; "all": anywhere in the rows that are not held out
     seed: int = 0
     checkpoint_every: int = 500  # steps
-    validation_shards: int = 1  # the last ones, held out
-    loss: LossWeights = field(default_factory=LossWeights)
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "anchors", "checkpoint_every"):
@@ -53,12 +48,10 @@ class TrainConfig:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.weight_decay * self.learning_rate < 1:
             raise ValueError(f"weight_decay must be from 0 (none) to less than 1 / learning_rate, got {self.weight_decay}")
-        if self.learn_from not in LEARN_FROM:
-            raise ValueError(f"learn_from must be one of {', '.join(LEARN_FROM)}, got {self.learn_from!r}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then cosine to 0."""
-        warm = max(1, round(self.warmup * self.steps))
+        warm = max(1, round(WARMUP * self.steps))
         if step < warm:
             return self.learning_rate * (step + 1) / warm
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
@@ -67,15 +60,14 @@ class TrainConfig:
 class Trainer:
     """Float32 master weights, AdamW's moments and the step. Everything random derives from (seed, step), so a resume is exact.
 
-    Continues from the checkpoint in ``folder`` if there is one. Raises ValueError if the corpus is too small, or the checkpoint
-    damaged or of another training.
+    The last shard of the store is held out. Continues from the checkpoint in ``folder`` if there is one. Raises ValueError if the
+    corpus is too small, or the checkpoint damaged or of another training.
     """
 
     def __init__(self, target: Target, drafter: Drafter, store: FeatureStore, config: TrainConfig, folder: Path) -> None:
-        if len(store) <= config.validation_shards:
-            held = config.validation_shards * store.shard_rows
-            found = f"the corpus has {len(store.corpus)} rows, of which the last {min(held, len(store.corpus))} are held out"
-            raise ValueError(f"{found}, so nothing is left to train on: make more than {held} rows")
+        if len(store) < 2:
+            found = f"the corpus has {len(store.corpus)} rows, and the last {store.shard_rows} are held out"
+            raise ValueError(f"{found}, so nothing is left to train on: make more rows")
         self.target, self.store, self.config, self.folder = target, store, config, folder
         self.drafter = drafter.float().attach(target)
         decays = [(weight, config.weight_decay if weight.dim() > 1 else 0.0) for weight in self.drafter.parameters()]
@@ -117,7 +109,7 @@ class Trainer:
             raise ValueError(f"the loss is {result.loss.item()} at step {self.step}: lower learning_rate ({self.config.learning_rate})")
         self.optimizer.zero_grad(set_to_none=False)
         result.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), CLIP)
         if not torch.isfinite(norm):
             raise ValueError(f"the gradient is {norm.item()} at step {self.step}: lower learning_rate ({self.config.learning_rate})")
         with uninterrupted():
@@ -135,7 +127,7 @@ class Trainer:
             with self._autocast():
                 results.append(self._loss(_each(shard, lambda x, rows=rows: x[rows]), torch.Generator().manual_seed(i)))
         acceptance, valid = (torch.cat([getattr(r, name) for r in results]) for name in ("acceptance", "valid"))
-        return BlockLoss(torch.stack([r.loss for r in results]).mean(), acceptance, valid, {}).summary()
+        return BlockLoss(torch.stack([r.loss for r in results]).mean(), acceptance, valid).summary()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=self.target.dtype == torch.bfloat16)
@@ -144,11 +136,11 @@ class Trainer:
         config = self.drafter.config
         blocks = choose_blocks(shard, self.config.anchors, config.block_size, config.mask_token_id, generator)
         shard, blocks = (_each(record, lambda x: x.to(self.target.device)) for record in (shard, blocks))
-        return block_loss(self.drafter, self.t2d, shard, blocks, self.config.loss)
+        return block_loss(self.drafter, self.t2d, shard, blocks)
 
     def _batch(self) -> Shard:
         """The rows of this step. Every epoch shuffles the shards, every visit to a shard its rows."""
-        train_shards = len(self.store) - self.config.validation_shards
+        train_shards = len(self.store) - 1
         per_shard = max(1, self.store.shard_rows // self.config.sequences)
         visit, part = divmod(self.step, per_shard)
         epoch, place = divmod(visit, train_shards)
@@ -188,21 +180,20 @@ def uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def train_to(trainer: Trainer, out: Path, *, validate_every: int, about: dict[str, object]) -> None:
+def train_to(trainer: Trainer, out: Path, *, about: dict[str, object]) -> None:
     """Train to the end and save the drafter in ``out``, with progress, a line of ``log.jsonl`` a step, and held-out numbers.
 
-    about: what config.json says of the training beside steps, seconds (earlier processes included) and held-out numbers
+    about: what config.json says of the training beside its steps, text, place and held-out numbers
     """
-    start, before = time.time(), _seconds_before(trainer)
     bar = tqdm(total=trainer.config.steps, initial=trainer.step, unit="step", desc=out.name)
     # Closing the iterator saves a checkpoint when Ctrl-C arrives in this function.
     with (trainer.folder / "log.jsonl").open("a") as log, bar, contextlib.closing(trainer.run()) as records:
         for record in records:
             bar.update()
             bar.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau']:.2f}", acceptance=record["acceptance"])
-            if record["step"] % validate_every == 0 or record["step"] == trainer.config.steps:
+            if record["step"] % trainer.config.checkpoint_every == 0:
                 record |= {"held_out": trainer.validate()}
-            log.write(json.dumps(record | {"seconds": round(before + time.time() - start, 1)}) + "\n")
+            log.write(json.dumps(record) + "\n")
             log.flush()
     corpus = trainer.store.corpus
     summary = {
@@ -210,21 +201,9 @@ def train_to(trainer: Trainer, out: Path, *, validate_every: int, about: dict[st
         **about,
         "corpus_rows": len(corpus),
         "response_tokens": int(corpus.assistant.sum()),
-        "seconds": round(before + time.time() - start),
         "held_out": trainer.validate(),
         "revision": revision(),
         "machine": cpu_name() if trainer.target.device.type == "cpu" else device_name(trainer.target.device),
         "threads": torch.get_num_threads(),
     }
     save_drafter(trainer.drafter, trainer.target, out, training=summary)
-
-
-def _seconds_before(trainer: Trainer) -> float:
-    """Seconds that earlier processes spent on the steps of the checkpoint."""
-    path, seconds = trainer.folder / "log.jsonl", 0.0
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):  # a line cut off by a kill
-            record = json.loads(line)
-            if record["step"] <= trainer.step:
-                seconds = record.get("seconds", 0.0)
-    return seconds

@@ -16,16 +16,8 @@ from dspark.draft.drafter import Drafter
 from dspark.train.features import Shard
 
 CHUNK_ROWS = 192  # 192 × 8 192 float32 values fit a CPU's last-level cache
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """cross_entropy·CE + total_variation·‖p_d − p_t‖₁ + confidence·BCE(c_k, acceptance), each times exp(−k/decay) at slot k."""
-
-    cross_entropy: float = 0.1
-    total_variation: float = 0.9
-    confidence: float = 1.0
-    decay: float = 4.0
+# The loss is CROSS_ENTROPY·CE + TOTAL_VARIATION·‖p_d − p_t‖₁ + BCE(c_k, acceptance), each times exp(−k/DECAY) at slot k.
+CROSS_ENTROPY, TOTAL_VARIATION, DECAY = 0.1, 0.9, 4.0
 
 
 @dataclass(frozen=True)
@@ -63,12 +55,6 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     return x[row, index]
 
 
-def position_weights(valid: Tensor, decay: float) -> Tensor:
-    """valid: [..., γ] bool → [..., γ] float32: exp(−k/decay) over the contiguous valid prefix, 0 after it."""
-    k = torch.arange(valid.shape[-1], device=valid.device)
-    return valid.int().cumprod(-1) * torch.exp(-k / decay)
-
-
 @dataclass(frozen=True)
 class BlockLoss:
     """The loss of a batch of blocks and what it was computed from."""
@@ -76,19 +62,18 @@ class BlockLoss:
     loss: Tensor  # scalar float32, with gradient
     acceptance: Tensor  # [rows, anchors, γ] float32, 1 − ½‖p_d − p_t‖₁: the probability that a draft is accepted
     valid: Tensor  # [rows, anchors, γ] bool, as in Blocks
-    parts: dict[str, float]  # head_loss and confidence_loss
 
     def summary(self) -> dict[str, object]:
-        """Loss, its parts, acceptance by position, and the τ that these acceptances would give at temperature 1."""
+        """Loss, acceptance by position, and the τ that these acceptances would give at temperature 1."""
         valid = self.valid.float()
         by_position = (self.acceptance * valid).sum((0, 1)) / valid.sum((0, 1)).clamp(min=1)
         whole = self.valid.all(-1)
         survival = self.acceptance[whole].clamp(0, 1).cumprod(-1)
         tau = 1 + (survival.sum(-1).mean().item() if len(survival) else 0.0)
-        return {"loss": self.loss.item(), "tau": tau, "acceptance": [round(a, 4) for a in by_position.tolist()], **self.parts}
+        return {"loss": self.loss.item(), "tau": tau, "acceptance": [round(a, 4) for a in by_position.tolist()]}
 
 
-def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks, weights: LossWeights) -> BlockLoss:
+def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks) -> BlockLoss:
     """One forward pass over all blocks of a batch. t2d: [vocab] int64, each token's draft id, −1 if it has none."""
     hidden = drafter.block_hidden(shard.token_ids, shard.taps, blocks.tokens, blocks.previous, blocks.positions)  # [rows, anchors, γ, h]
     embedded = latent = w2 = None
@@ -97,9 +82,9 @@ def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks, weig
         latent = drafter.markov_head.latents(hidden, embedded).flatten(0, 2)
         w2 = drafter.markov_head.markov_w2.weight
     positions = blocks.positions.clamp(max=shard.token_ids.shape[1] - 1)
-    weight = position_weights(blocks.valid, weights.decay)
+    weight = blocks.valid * torch.exp(-torch.arange(blocks.valid.shape[-1], device=blocks.valid.device) / DECAY)
     weight = weight / weight.sum().clamp(min=1e-6)
-    head_loss, acceptance = HeadLoss.apply(
+    loss, acceptance = HeadLoss.apply(
         hidden.flatten(0, 2),
         latent,
         w2,
@@ -108,16 +93,13 @@ def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks, weig
         pick(shard.logsumexp, positions).flatten(),
         t2d[blocks.labels].flatten(),
         weight.flatten(),
-        weights,
     )
     acceptance = acceptance.view(blocks.positions.shape)
-    confidence_loss = torch.zeros_like(head_loss)
     if drafter.confidence_head is not None:
         logits = drafter.confidence_head(hidden, embedded).float()
         bce = F.binary_cross_entropy_with_logits(logits, acceptance.clamp(0, 1), reduction="none")
-        confidence_loss = (weight * bce).sum()
-    loss = head_loss + weights.confidence * confidence_loss
-    return BlockLoss(loss, acceptance, blocks.valid, {"head_loss": head_loss.item(), "confidence_loss": confidence_loss.item()})
+        loss = loss + (weight * bce).sum()
+    return BlockLoss(loss, acceptance, blocks.valid)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -141,7 +123,6 @@ class HeadLoss(torch.autograd.Function):
         logsumexp: Tensor,  # [n] float32, over the whole vocabulary
         label: Tensor,  # [n] int64 draft ids, −1 where the label is outside the draft vocabulary
         weight: Tensor,  # [n] float32, of each row in the loss
-        weights: LossWeights,
     ) -> tuple[Tensor, Tensor]:
         dtype = head.dtype
         inputs = hidden.to(dtype) if latent is None else torch.cat([hidden.to(dtype), latent.to(dtype)], -1)
@@ -166,10 +147,10 @@ class HeadLoss(torch.autograd.Function):
             sign.sign_()
             acceptance[rows] = 1 - 0.5 * distance
             w = weight[rows]
-            total += (w * (weights.cross_entropy * cross_entropy + weights.total_variation * distance)).sum()
+            total += (w * (CROSS_ENTROPY * cross_entropy + TOTAL_VARIATION * distance)).sum()
 
-            a = (w * weights.total_variation)[:, None]
-            b = (w * weights.cross_entropy * known)[:, None]
+            a = (w * TOTAL_VARIATION)[:, None]
+            b = (w * CROSS_ENTROPY * known)[:, None]
             inner = torch.linalg.vecdot(p, sign).unsqueeze(-1)
             grad = sign.mul_(a).add_(b - a * inner).mul_(p)  # p·(a·(s − ⟨p,s⟩) + b)
             grad.scatter_add_(-1, index, -b)
@@ -189,4 +170,4 @@ class HeadLoss(torch.autograd.Function):
         grad_inputs = grad_inputs * grad_total.to(grad_inputs.dtype)
         grad_hidden, grad_latent = grad_inputs[:, : ctx.width], grad_inputs[:, ctx.width :]
         of_head = (grad_latent, grad_w2[0] * grad_total) if grad_w2 else (None, None)
-        return grad_hidden, *of_head, None, None, None, None, None, None
+        return grad_hidden, *of_head, None, None, None, None, None

@@ -11,7 +11,7 @@ import logging
 import random
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 OPENED_SHARE = 0.7  # of a subject's rows start with one of its openings, the others with a system prompt and a free user turn
 USER_SHARE = 1 / 3  # of a row: a longer user turn is cut off, because the drafter learns from answers only
+TEMPERATURES = (0.0, 0.6, 1.0)  # of the answers; row i takes the i-th of them, over and over
+USER_TEMPERATURE = 0.9
 CPU_SLICE = 16  # rows sampled at a time on a CPU: their float32 probabilities fit its cache (three times faster than 256 at once)
 PLACEHOLDERS = ("PLACEHOLDERONE", "PLACEHOLDERTWO", "PLACEHOLDERTHREE")
 
@@ -37,18 +39,12 @@ PLACEHOLDERS = ("PLACEHOLDERONE", "PLACEHOLDERTWO", "PLACEHOLDERTHREE")
 
 @dataclass(frozen=True)
 class Subject:
-    """What a conversation is about. Raises ValueError if the share is not positive or if there is no opening or system prompt."""
+    """What a conversation is about."""
 
     name: str
     share: float  # of the rows, relative to the other subjects' shares
     openings: tuple[str, ...]  # how the first user turn begins, under the template's own system prompt
     systems: tuple[str | None, ...] = (None,)  # system prompts before a free first user turn; None: the template's own
-
-    def __post_init__(self) -> None:
-        if not self.share > 0:
-            raise ValueError(f"subject {self.name!r} has share {self.share}: give a positive number")
-        if not self.openings or not self.systems:
-            raise ValueError(f"subject {self.name!r} needs at least one opening and one system prompt (None is the template's own)")
 
     def starts(self) -> list[tuple[float, str | None, str]]:
         """Every way to start a row: (weight, system prompt, opening). The weights sum to ``share``."""
@@ -90,9 +86,7 @@ def turns_of(target: Target) -> Turns:
 
 
 def encoded_starts(target: Target, subjects: Sequence[Subject]) -> list[tuple[list[int], float]]:
-    """Every way to start a row: (token ids up to and including the opening, weight). Raises ValueError if there are no subjects."""
-    if not subjects:
-        raise ValueError("subjects is empty: pass at least one Subject")
+    """Every way to start a row: (token ids up to and including the opening, weight)."""
     starts = [start for subject in subjects for start in subject.starts()]
     heads = {system: pieces(target.tokenizer, system)[0] for _, system, _ in starts}
     return [
@@ -156,14 +150,12 @@ def converse(
     tokens: int,
     user_temperature: float,
     generator: torch.Generator,
-    report: Callable[[int], object] = lambda _: None,
 ) -> Corpus:
     """Let the target talk to itself, one conversation per start, until every row has ``tokens`` tokens.
 
     starts: token ids up to and including the opening of the first user turn
     temperature: [rows] float32, of the assistant's turns
     generator: on the target's device
-    report: called after every position with the number of new tokens
 
     Returns a corpus on the CPU. Its mask marks the assistant's sampled tokens, including the end of turn.
     """
@@ -179,8 +171,7 @@ def converse(
     turn_length = torch.zeros(rows, dtype=torch.long, device=device)  # sampled tokens of the current turn
     temperature, as_user = temperature.to(device), torch.full((rows,), user_temperature, device=device)
     cache, latest = target.new_cache(), ids[:, :shortest]
-    report(rows * shortest)
-    for place in range(shortest, tokens):
+    for place in tqdm(range(shortest, tokens), desc=f"{rows} rows of text", unit="token", leave=False):
         logits, _ = target.forward(latest, cache, logits_to_keep=1)
         token = sample(logits[:, -1], torch.where(answering, temperature, as_user), generator)
         free = ids[:, place] < 0
@@ -195,7 +186,6 @@ def converse(
         turn_length = torch.where(free & ~ended, turn_length + 1, 0)
         answering = answering ^ ended
         latest = ids[:, place : place + 1]
-        report(rows)
     return Corpus(ids[:, :tokens].cpu(), response.cpu(), temperature.cpu())
 
 
@@ -206,8 +196,6 @@ def self_play(
     rows: int,
     tokens: int = 448,
     batch: int = 256,
-    temperatures: Sequence[float] = (0.0, 0.6, 1.0),
-    user_temperature: float = 0.9,
     seed: int = 0,
     subjects: Sequence[Subject] | None = None,
 ) -> Corpus:
@@ -215,14 +203,16 @@ def self_play(
 
     batch: rows sampled at a time; each batch is kept as one part in the folder ``<path>.parts``. An interrupted run resumes at the
         first missing part and gives the same rows as an uninterrupted one; a larger ``rows`` extends the corpus.
-    temperatures: of the answers; row i takes ``temperatures[i % len(temperatures)]``
     subjects: what the conversations are about; None: :func:`load_subjects`
 
     Raises ValueError for settings out of range, a folder made with other settings, a target without a chat template, or a full disk
     (finished parts are kept).
     """
     path, subjects = Path(path), load_subjects() if subjects is None else tuple(subjects)
-    _check(target, rows=rows, tokens=tokens, batch=batch, temperatures=temperatures, user_temperature=user_temperature)
+    if rows < 1 or batch < 1:
+        raise ValueError(f"rows={rows}, batch={batch}: both must be at least 1")
+    if tokens > target.max_context:
+        raise ValueError(f"tokens={tokens}, but {target.name} takes at most {target.max_context}: ask for fewer")
     turns, starts = turns_of(target), encoded_starts(target, subjects)
     needed = max(len(start) for start, _ in starts) + len(turns.to_assistant) + 1
     if tokens - int(tokens * USER_SHARE) < needed:
@@ -230,35 +220,23 @@ def self_play(
     topics = digest(repr((subjects, target.tokenizer.chat_template)))
     settings = {"target": target.digest, "dtype": str(target.dtype), "tokens": tokens, "batch": batch, "seed": seed, "topics": topics}
     folder = path.with_name(path.name + ".parts")
-    _claim(folder, path, settings | {"temperatures": list(temperatures), "user_temperature": user_temperature})
+    _claim(folder, path, settings | {"temperatures": list(TEMPERATURES), "user_temperature": USER_TEMPERATURE})
 
     parts = []
-    with tqdm(total=rows * tokens, desc="self-play", unit="token", unit_scale=True) as bar:
-        for index, first in enumerate(range(0, rows, batch)):
-            file, count = folder / f"{index:06d}.safetensors", min(batch, rows - first)
-            part = load_corpus(file) if file.exists() else None
-            if part is None or len(part) < count:
-                rng = random.Random(f"{seed}/{index}")
-                generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
-                chosen = rng.choices([start for start, _ in starts], [weight for _, weight in starts], k=count)
-                of_rows = torch.tensor([float(temperatures[row % len(temperatures)]) for row in range(first, first + count)])
-                part = converse(target, turns, chosen, of_rows, tokens, user_temperature, generator, bar.update)
-                save_corpus(part, file)
-            else:
-                bar.update(count * tokens)
-            parts.append(part.rows(slice(count)))
+    for index, first in enumerate(tqdm(range(0, rows, batch), desc="self-play", unit="part")):
+        file, count = folder / f"{index:06d}.safetensors", min(batch, rows - first)
+        part = load_corpus(file) if file.exists() else None
+        if part is None or len(part) < count:
+            rng = random.Random(f"{seed}/{index}")
+            generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
+            chosen = rng.choices([start for start, _ in starts], [weight for _, weight in starts], k=count)
+            temperature = torch.tensor([TEMPERATURES[row % len(TEMPERATURES)] for row in range(first, first + count)])
+            part = converse(target, turns, chosen, temperature, tokens, USER_TEMPERATURE, generator)
+            save_corpus(part, file)
+        parts.append(part.rows(slice(count)))
     corpus = concatenate(parts)
     save_corpus(corpus, path)
     return corpus
-
-
-def _check(target: Target, *, rows: int, tokens: int, batch: int, temperatures: Sequence[float], user_temperature: float) -> None:
-    if rows < 1 or batch < 1:
-        raise ValueError(f"rows={rows}, batch={batch}: both must be at least 1")
-    if tokens > target.max_context:
-        raise ValueError(f"tokens={tokens}, but {target.name} takes at most {target.max_context}: ask for fewer")
-    if not temperatures or not all(0 <= value < float("inf") for value in (*temperatures, user_temperature)):
-        raise ValueError(f"temperatures {list(temperatures)}, user_temperature {user_temperature}: give numbers from 0 (greedy) up")
 
 
 def _claim(folder: Path, path: Path, settings: dict[str, object]) -> None:

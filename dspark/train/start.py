@@ -16,11 +16,11 @@ from dspark.train.corpus import Corpus
 LAYERS, BLOCK_SIZE, MARKOV_RANK, DRAFT_VOCAB, TAPS = 2, 5, 48, 8192, 5  # the default shape
 
 
-def frequent_tokens(token_ids: Tensor, assistant: Tensor, count: int, vocab_size: int, always: frozenset[int]) -> Tensor:
-    """The draft vocabulary d2t: the ``count`` most frequent response tokens, including those in ``always``; sorted ids, int64."""
-    frequency = torch.bincount(token_ids[assistant], minlength=vocab_size)
-    frequency[list(always)] = frequency.max() + 1
-    return frequency.topk(min(count, vocab_size)).indices.sort().values
+def frequent_tokens(target: Target, corpus: Corpus, count: int) -> Tensor:
+    """The draft vocabulary d2t: the ``count`` most frequent response tokens, including the ends of text; sorted ids, int64."""
+    frequency = torch.bincount(corpus.token_ids[corpus.assistant], minlength=target.vocab_size)
+    frequency[list(target.eos_token_ids)] = frequency.max() + 1
+    return frequency.topk(min(count, target.vocab_size)).indices.sort().values
 
 
 def spread(count: int, last: int, first: int = 0) -> tuple[int, ...]:
