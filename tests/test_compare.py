@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pandas as pd
@@ -46,6 +46,11 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare.Comparison, "time", partialmethod(compare.Comparison.time, repeats=2))
+
+
+@pytest.fixture(autouse=True)
 def usual_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
 
@@ -68,7 +73,7 @@ def test_one_command_trains_decodes_and_times_and_every_row_names_its_origin(arg
     assert list(trained.index) == MAIN and list(trained["layers"]) == [2, 2, 1] and list(trained["rank"]) == [4, 0, 0]
     assert (trained["held_out_acceptance"].map(len) == 5).all() and trained["held_out_tau"].between(1, 6).all()
     timed = read_results(results / "drafters-time.parquet")
-    assert set(timed["drafter"]) == set(MAIN) and len(timed) == 45
+    assert set(timed["drafter"]) == set(MAIN) and len(timed) == 6
     assert set(timed["schema_version"]) == set(trained["schema_version"]) == {1}
     assert (timed[["draft_ms", "verify_ms"]] > 0).all(axis=None)
     by_head = timed.groupby("drafter")["head_ms"].median()
