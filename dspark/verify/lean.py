@@ -25,7 +25,6 @@ Product = Callable[[Tensor], Tensor]
 MakeProduct = Callable[[Tensor, Tensor | None], Product]  # weight [out, in], bias [out] → x [..., in] → [..., out]
 FIRST_TABLE = 1024  # positions with known cosines and sines; grows by doubling
 FOLDED = 64  # up to so many tokens a request's heads are folded into one attention call
-ALONE = 1  # up to so many requests attend one by one; more share one padded call
 
 
 @dataclass(frozen=True)
@@ -164,24 +163,21 @@ class LeanPass:
 class _Attention:
     """The attention of one pass: writes new keys and values to the slots, then lets every query see its own request's past.
 
-    A few requests attend one after another, each over its own context; more share one call, padded to the longest.
+    All requests share one call, on a grid [R, n] padded to the longest; a single request needs no padding.
     """
 
     def __init__(self, lean: LeanPass, cache: SlotCache, slots: Sequence[Slot], starts: Sequence[int], counts: Sequence[int]) -> None:
-        self.lean, self.cache, self.starts, self.counts = lean, cache, starts, counts
-        device = lean.target.device
-        self.positions = torch.cat([torch.arange(start, start + n, device=device) for start, n in zip(starts, counts, strict=True)])
+        self.lean, self.cache, self.group = lean, cache, lean.heads // lean.kv_heads
+        device, index = lean.target.device, [slot.index for slot in slots]
+        self.starts, each, slot = (torch.tensor(numbers, device=device) for numbers in (starts, counts, index))
+        self.widest, self.longest = max(counts), max(start + n for start, n in zip(starts, counts, strict=True))
+        self.row = torch.arange(len(slots), device=device).repeat_interleave(each)  # [N] where each token is in the grid
+        self.column = torch.arange(len(self.row), device=device) - (each.cumsum(0) - each)[self.row]
+        self.positions, self.slot = self.starts[self.row] + self.column, slot[self.row]
+        self.rows = slice(index[0], index[0] + len(slots)) if index == list(range(index[0], index[0] + len(slots))) else slot
+        self.sees_all = self.widest == 1 and all(start + 1 == self.longest for start in starts)
         self.cos, self.sin = lean.rope(self.positions)
-        self.group = lean.heads // lean.kv_heads
-        self.masks: dict[tuple[int, int | None], Tensor | None] = {}
-        self.slots = [slot.index for slot in slots]
-        self.together = len(slots) > ALONE and max(counts) <= FOLDED
-        if self.together:  # where each token stands: its slot, and its row and column in a [R, n] grid
-            each = torch.tensor(counts, device=device)
-            self.row = torch.arange(len(slots), device=device).repeat_interleave(each)
-            self.column = self.positions - torch.tensor(starts, device=device).repeat_interleave(each)
-            self.slot = torch.tensor(self.slots, device=device)
-            self.in_order = self.slots == list(range(len(slots)))
+        self.masks: dict[int | None, Tensor | None] = {}
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotary embedding. x: [N, heads, head_dim]."""
@@ -190,74 +186,37 @@ class _Attention:
 
     def __call__(self, index: int, window: int | None, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """queries: [N, heads, head_dim]; keys, values: [N, kv_heads, head_dim]. Returns [N, heads · head_dim]."""
-        buffers = self.cache.layers[index]
-        if self.together:
-            return self._padded(buffers, window, queries, keys, values)
-        out, first = [], 0
-        for r, (slot, start, n) in enumerate(zip(self.slots, self.starts, self.counts, strict=True)):
-            rows, end = slice(first, first + n), start + n
-            for buffer, new in zip(buffers, (keys, values), strict=True):
-                buffer[slot, :, start:end] = new[rows].transpose(0, 1)
-            k, v = (buffer[slot, None, :, :end] for buffer in buffers)
-            out.append(self._alone(queries[rows], k, v, self._mask(r, window)))
-            first += n
-        return torch.cat(out) if len(out) > 1 else out[0]
-
-    def _alone(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """queries: [n, heads, head_dim]; keys, values: [1, kv_heads, context, head_dim]; mask: see :meth:`_mask`. Returns [n, …]."""
-        n, lean = len(queries), self.lean
-        if n <= FOLDED:  # a group's heads as further queries: the kernel reads shared keys once
-            folded = queries.transpose(0, 1).reshape(1, lean.kv_heads, self.group * n, lean.head_dim)
-            mixed = F.scaled_dot_product_attention(folded, keys, values, mask, scale=lean.scale)
-            return mixed.view(lean.heads, n, lean.head_dim).transpose(0, 1).reshape(n, -1)
-        mixed = F.scaled_dot_product_attention(queries.transpose(0, 1)[None], keys, values, mask, scale=lean.scale, enable_gqa=True)
-        return mixed[0].transpose(0, 1).reshape(n, -1)
-
-    def _padded(self, buffers: tuple[Tensor, ...], window: int | None, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """All requests in one call."""
-        lean, count, widest = self.lean, len(self.counts), max(self.counts)
+        buffers, lean, requests = self.cache.layers[index], self.lean, len(self.starts)
         for buffer, new in zip(buffers, (keys, values), strict=True):
-            buffer[self.slot[self.row], :, self.positions] = new
-        longest = max(start + n for start, n in zip(self.starts, self.counts, strict=True))
-        k, v = (buffer[:count, :, :longest] if self.in_order else buffer[self.slot, :, :longest] for buffer in buffers)
-        grid = queries.new_zeros(count, widest, lean.heads, lean.head_dim)
-        grid[self.row, self.column] = queries
-        folded = grid.transpose(1, 2).reshape(count, lean.kv_heads, self.group * widest, lean.head_dim)
-        mixed = F.scaled_dot_product_attention(folded, k, v, self._mask_of_all(widest, longest, window), scale=lean.scale)
-        mixed = mixed.view(count, lean.heads, widest, lean.head_dim).transpose(1, 2)
-        return mixed[self.row, self.column].flatten(1)
+            if requests > 1:
+                buffer[self.slot, :, self.positions] = new
+            else:  # the same without an index, in half the time
+                buffer[self.rows, :, self.longest - self.widest : self.longest] = new.transpose(0, 1)
+        keys, values = (buffer[self.rows, :, : self.longest] for buffer in buffers)  # [R, kv_heads, context, head_dim]
+        if requests > 1:
+            grid = queries.new_zeros(requests, self.widest, lean.heads, lean.head_dim)
+            grid[self.row, self.column] = queries
+        else:
+            grid = queries[None]
+        grid, mask = grid.transpose(1, 2), self._mask(window)  # [R, heads, n, head_dim]
+        if self.widest <= FOLDED:  # a group's heads as further queries: the kernel reads shared keys once
+            grid = grid.reshape(requests, lean.kv_heads, -1, lean.head_dim)
+        mixed = F.scaled_dot_product_attention(grid, keys, values, mask, scale=lean.scale, enable_gqa=self.widest > FOLDED)
+        mixed = mixed.view(requests, lean.heads, self.widest, lean.head_dim).transpose(1, 2)
+        return (mixed[self.row, self.column] if requests > 1 else mixed[0]).flatten(1)
 
-    def _mask(self, r: int, window: int | None) -> Tensor | None:
-        """What request r's queries may see, [n or group · n, context], 0 or −∞; None if that is everything. Made once per pass."""
-        if (r, window) not in self.masks:
-            start, n = self.starts[r], self.counts[r]
-            end, device = start + n, self.positions.device
-            if n == 1 and (window is None or end <= window):
-                mask = None
-            else:
-                mask = self._additive(torch.arange(start, end, device=device)[:, None], torch.arange(end, device=device), window)
-                mask = mask.repeat(self.group, 1) if n <= FOLDED else mask
-            self.masks[r, window] = mask
-        return self.masks[r, window]
-
-    def _mask_of_all(self, widest: int, longest: int, window: int | None) -> Tensor | None:
-        """The same for all requests, [R, 1, group · n, context]."""
-        if (-1, window) not in self.masks:
-            ends = {start + n for start, n in zip(self.starts, self.counts, strict=True)}
-            if widest == 1 and ends == {longest} and (window is None or longest <= window):
-                mask = None
-            else:
-                device = self.positions.device
-                query = torch.tensor(self.starts, device=device)[:, None] + torch.arange(widest, device=device)
-                mask = self._additive(query[..., None], torch.arange(longest, device=device), window)  # [R, n, context]
-                mask = mask.repeat(1, self.group, 1)[:, None]
-            self.masks[-1, window] = mask
-        return self.masks[-1, window]
-
-    def _additive(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-        """0 where a query at this position may see a key at that one, −∞ elsewhere."""
-        hidden = key > query if window is None else (key > query) | (key <= query - window)
-        return torch.zeros(hidden.shape, dtype=self.lean.target.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    def _mask(self, window: int | None) -> Tensor | None:
+        """What each query may see, [R, 1, group · n, context] (or [R, 1, n, context]), 0 or −∞; None for everything."""
+        if window not in self.masks:
+            mask = None
+            if not self.sees_all or (window is not None and self.longest > window):
+                query = self.starts[:, None, None] + torch.arange(self.widest, device=self.starts.device)[:, None]
+                key = torch.arange(self.longest, device=self.starts.device)
+                hidden = key > query if window is None else (key > query) | (key <= query - window)  # [R, n, context]
+                mask = torch.zeros(hidden.shape, dtype=self.lean.target.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+                mask = mask.repeat(1, self.group if self.widest <= FOLDED else 1, 1)[:, None]
+            self.masks[window] = mask
+        return self.masks[window]
 
 
 def lean_pass(target: Target, make: MakeProduct = plain_product) -> LeanPass | None:

@@ -56,29 +56,17 @@ class TargetPass(Protocol):
         """
 
 
-class _OwnCache:
-    """A slot with a transformers cache of its own."""
-
-    def __init__(self, cache: RewindCache) -> None:
-        self.cache = cache
-
-    @property
-    def length(self) -> int:
-        return self.cache.length
-
-    def rewind(self, length: int) -> None:
-        self.cache.rewind(length)
-
-
 class _OwnCaches:
+    """Every request has a transformers cache of its own, which is its slot as well."""
+
     def __init__(self, target: Target) -> None:
         self.target = target
 
-    def open(self) -> _OwnCache:
-        return _OwnCache(self.target.new_cache())
+    def open(self) -> RewindCache:
+        return self.target.new_cache()
 
-    def close(self, slot: _OwnCache) -> None:
-        slot.cache = self.target.new_cache()
+    def close(self, slot: RewindCache) -> None:
+        """Nothing to do: it goes with the request."""
 
 
 class TransformersPass:
@@ -103,7 +91,7 @@ class TransformersPass:
     def __call__(
         self,
         tokens: Sequence[Sequence[int]],
-        slots: Sequence[_OwnCache],
+        slots: Sequence[RewindCache],
         cache: _OwnCaches,
         taps: Sequence[int] = (),
         *,
@@ -113,7 +101,7 @@ class TransformersPass:
         out = []
         for ids, slot in zip(tokens, slots, strict=True):
             row = torch.tensor([list(ids)], device=self.target.device)
-            out.append(self.target.forward(row, slot.cache, taps, logits_to_keep=int(last_only)))
+            out.append(self.target.forward(row, slot, taps, logits_to_keep=int(last_only)))
         return [logits[0] for logits, _ in out], [tapped for _, tapped in out]
 
 
