@@ -11,12 +11,12 @@ One round, in the notation used everywhere:
 
 from dspark.decode import decode, generate
 from dspark.draft.lookup import ContextLookup
+from dspark.engine import Engine
 from dspark.formats.native import save_drafter
 from dspark.load import load_drafter, load_target
 from dspark.round import Output, Round
 from dspark.schedule import MTP1, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, PrefixScheduler
 from dspark.target.target import Target
-from dspark.tune.predict import predict_speedup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Autoregressive",
     "ConfidenceThreshold",
     "ContextLookup",
+    "Engine",
     "FixedWindow",
     "Output",
     "PrefixScheduler",
@@ -34,6 +35,5 @@ __all__ = [
     "generate",
     "load_drafter",
     "load_target",
-    "predict_speedup",
     "save_drafter",
 ]

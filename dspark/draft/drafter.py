@@ -34,11 +34,6 @@ class DraftState:
     layers: list[GrowingKV]
     pending: list[Tensor] = field(default_factory=list)
 
-    @property
-    def length(self) -> int:
-        """Tokens of context, pending ones included."""
-        return self.layers[0].length + sum(taps.shape[1] for taps in self.pending)
-
 
 class FastBackbone(Protocol):
     """The same sums as the drafter's own ``context`` and ``blocks``, laid out for one kind of device."""

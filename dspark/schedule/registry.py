@@ -124,7 +124,7 @@ OTHER_ARMS = {  # what figures show beside our policies: label and colour
     "lookup": ("transformers' prompt lookup", "#a6761d"),
     "assisted": ("transformers' assisted", "#b2abd2"),
     "copy": ("copying alone", "#117733"),
-    "oracle": ("oracle", "#000000"),
+    "oracle": ("oracle", "#8c8c8c"),
 }
 COPYING_SHADE = 0.6  # how much of a policy's colour stays when it also copies
 
