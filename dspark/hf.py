@@ -1,8 +1,8 @@
 """``model.generate(**inputs, custom_generate=dspark_generate, drafter=…, policy=…)``: our loop inside transformers' own call.
 
 Everything that the call asks for is kept exactly (length, end-of-text tokens, stopping criteria, temperature, top-k, top-p, PyTorch's
-global generator) or refused in one sentence. Two arguments never reach a custom loop: instead of ``streamer`` pass ``token_streamer``,
-and instead of ``stop_strings`` pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
+global generator) or refused in one sentence. Two arguments never reach a custom loop: instead of ``streamer`` pass ``on_round``, and
+instead of ``stop_strings`` pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from dspark.decode import checked_policy, rounds
 from dspark.draft.lookup import ContextLookup
@@ -44,7 +43,6 @@ def dspark_generate(
     generation_config: GenerationConfig,
     drafter: DraftSource | None = None,
     policy: Policy | None = None,
-    token_streamer: BaseStreamer | None = None,
     on_round: Callable[[Round], None] | None = None,
     **model_kwargs: object,
 ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -53,7 +51,6 @@ def dspark_generate(
     drafter: attached to this very model (``load_drafter(…, Target(model, tokenizer, name))``); None copies from the context, which
         needs no training.
     policy: None for the whole block.
-    token_streamer: used as ``streamer`` would be. (transformers puts the prompt into a ``streamer`` and then never ends it.)
     on_round: called with every :class:`~dspark.round.Round` when it is finished.
     Raises ValueError for what cannot be kept exactly: more than one sequence, padding, beams, other logits processors, scores, a
     filled cache, inputs other than token ids, models that keep more than keys and values, texts too long for LongRoPE's short factors.
@@ -72,26 +69,19 @@ def dspark_generate(
     lengths = [c for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
     limit = min([generation_config.max_length, *(c.max_length for c in lengths)]) - len(prompt)
     if len(prompt) + limit > target.steady_context:
-        room = max(0, target.steady_context - len(prompt))
         reach = f"up to {target.steady_context} tokens, where its positions change"
-        raise ValueError(f"{target.name} can be decoded {reach}: ask for {room} new tokens at most")
+        raise ValueError(f"{target.name} can be decoded {reach}: ask for {target.steady_context - len(prompt)} new tokens at most")
     criteria = StoppingCriteriaList(c for c in stopping_criteria if c not in ends and c not in lengths)
 
     text = input_ids
-    if token_streamer:
-        token_streamer.put(input_ids[0].cpu())
     for r in rounds(target, source, prompt, limit, policy, sampling, Rng()):
         before, longer = text.shape[1], torch.cat([text, torch.tensor([r.committed], device=text.device)], 1)
         end = _end(criteria, longer, before)
         text = longer[:, :end]
-        if token_streamer:
-            token_streamer.put(text[0, before:].cpu())
         if on_round:
             on_round(r)
         if end is not None:
             break
-    if token_streamer:
-        token_streamer.end()
     return GenerateDecoderOnlyOutput(sequences=text) if generation_config.return_dict_in_generate else text
 
 
@@ -114,14 +104,11 @@ def _end(criteria: StoppingCriteriaList, text: Tensor, before: int) -> int | Non
 
 def _sampling(processors: LogitsProcessorList, do_sample: bool) -> Sampling:
     """Sampling that does what transformers' warpers do to the logits. Raises ValueError for any other list of processors."""
-    kinds = [type(p) for p in processors]
-    wrong = [kind for kind in kinds if kind not in WARPERS or not do_sample]
-    if wrong:
-        raise ValueError(f"{wrong[0].__name__} changes the distribution: only temperature, top_k and top_p are supported")
-    if kinds != [kind for kind in WARPERS if kind in kinds]:
-        raise ValueError(f"{[k.__name__ for k in kinds]} are not in the order temperature, top_k, top_p: pass the numbers to generate")
-    if any(getattr(p, "filter_value", -torch.inf) != -torch.inf or getattr(p, "min_tokens_to_keep", 1) != 1 for p in processors):
-        raise ValueError("warpers with a filter_value or min_tokens_to_keep of their own are not supported: leave both at their defaults")
+    kinds, usual = [type(p) for p in processors], {"filter_value": -torch.inf, "min_tokens_to_keep": 1}
+    changed = [name for p in processors for name, value in usual.items() if getattr(p, name, value) != value]
+    if changed or kinds != [kind for kind in WARPERS if kind in kinds and do_sample]:
+        found = ", ".join([kind.__name__ for kind in kinds] + changed)
+        raise ValueError(f"{found}: only temperature, top_k, top_p are supported, in this order, when sampling; pass their numbers alone")
     numbers = {WARPERS[kind]: getattr(p, WARPERS[kind]) for kind, p in zip(kinds, processors, strict=True)}
     return Sampling(**{"temperature": 1.0 if do_sample else 0.0} | numbers)
 

@@ -196,22 +196,9 @@ def test_the_model_is_left_as_it_was(llama):
     weight.requires_grad_(False)
 
 
-class Kept:
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += value.tolist()
-
-    def end(self) -> None:
-        self.ended = True
-
-
-def test_a_token_streamer_sees_the_prompt_and_every_token_once(llama):
-    streamer = Kept()
-    out = llama.generate(PROMPT, custom_generate=dspark_generate, token_streamer=streamer, do_sample=False, max_new_tokens=15)
-    assert streamer.tokens == out[0].tolist() and streamer.ended
+def test_the_rounds_hold_every_new_token_once(llama):
+    _, ours, rounds = both(llama, do_sample=False, max_new_tokens=15)
+    assert [*PROMPT[0].tolist(), *(token for r in rounds for token in r.committed)] == ours
 
 
 def test_a_dictionary_is_returned_where_one_is_asked_for(llama):

@@ -43,13 +43,18 @@ class Stored:
 
 def build(stored: Stored, target: Target) -> Drafter:
     """The drafter, attached to its target. Raises ValueError, naming the value, for anything wrong or made for another target."""
-    shape = _shape(stored.values)
-    for name, value, most in (("vocab_size", shape.vocab_size, target.vocab_size), ("block_size", shape.block_size, target.max_context)):
-        if value > most:  # no weight has this size, so it is checked before anything is allocated by it
-            raise ValueError(f"{name} is {value}, but {target.name} has {most}: load the target it was made for")
-    layers = len({name.split(".")[1] for name in stored.tensors if name.startswith("layers.")})
-    if layers != shape.num_hidden_layers:
-        raise ValueError(f"the weights have {layers} layers, but num_hidden_layers is {shape.num_hidden_layers}: restore them")
+    shape, temperatures = _shape(stored.values), stored.values.get("sts_temperatures") or []
+    layers = {name.split(".")[1] for name in stored.tensors if name.startswith("layers.")}
+    for name, value, fits in (  # checked before anything is allocated by such a size
+        ("vocab_size", shape.vocab_size, shape.vocab_size <= target.vocab_size),
+        ("block_size", shape.block_size, shape.block_size <= target.max_context),
+        ("num_hidden_layers", shape.num_hidden_layers, shape.num_hidden_layers == len(layers)),
+        ("num_key_value_heads", shape.num_key_value_heads, shape.num_attention_heads % shape.num_key_value_heads == 0),
+        ("head_dim", shape.head_dim, shape.head_dim % 2 == 0),
+        ("sts_temperatures", temperatures, len(temperatures) in (0, shape.block_size) and all(map(VALID["float"], temperatures))),
+    ):
+        if not fits:
+            raise ValueError(f"{name} {value!r} does not fit {target.name}, the weights or the other values: restore config.json")
     d2t = _draft_vocabulary(stored.d2t, shape)
     with torch.device("meta"):  # shapes without memory: the weights that were read become the parameters
         drafter = stored.kind(shape)
@@ -58,7 +63,7 @@ def build(stored: Stored, target: Target) -> Drafter:
     check_finite(weights)
     drafter.load_state_dict(weights | {"d2t": d2t}, assign=True)
     drafter.head_weight = torch.empty(0)
-    drafter.sts_temperatures = tuple(map(float, stored.values.get("sts_temperatures") or ()))
+    drafter.sts_temperatures = tuple(map(float, temperatures))
     drafter.attach(target)
     _check_copies(stored.copies, target, d2t)
     _check_target(stored.made_for, target)
@@ -84,16 +89,7 @@ def _shape(values: dict) -> DrafterConfig:
         zero = f.name in MAY_BE_ZERO and type(value) is int and value == 0
         if not zero and not VALID[f.type](value):
             raise ValueError(f"{f.name} is {value!r}, not a {f.type} in range: restore config.json")
-    shape = DrafterConfig(**{f.name: value for f, value in found.items()})
-    temperatures = values.get("sts_temperatures") or []
-    for name, value, fits in (
-        ("num_key_value_heads", shape.num_key_value_heads, shape.num_attention_heads % shape.num_key_value_heads == 0),
-        ("head_dim", shape.head_dim, shape.head_dim % 2 == 0),
-        ("sts_temperatures", temperatures, len(temperatures) in (0, shape.block_size) and all(map(VALID["float"], temperatures))),
-    ):
-        if not fits:
-            raise ValueError(f"{name} {value!r} does not fit the other values: restore config.json")
-    return shape
+    return DrafterConfig(**{f.name: value for f, value in found.items()})
 
 
 def _draft_vocabulary(stored: Tensor | None, shape: DrafterConfig) -> Tensor:
@@ -101,12 +97,10 @@ def _draft_vocabulary(stored: Tensor | None, shape: DrafterConfig) -> Tensor:
     count = shape.draft_vocab_size
     if stored is None and count == shape.vocab_size:
         return torch.arange(count)
-    d2t = torch.empty(0) if stored is None else stored
-    whole = not (d2t.is_floating_point() or d2t.is_complex())
-    ids = d2t.long() if whole else torch.empty(0).long()
+    ids = torch.empty(0).long() if stored is None or stored.is_floating_point() or stored.is_complex() else stored.long()
     if ids.shape != (count,) or (ids.diff() <= 0).any() or ids[0] < 0 or ids[-1] >= shape.vocab_size:
-        found = f"{d2t.dtype} {list(d2t.shape)}" + (f" from {int(ids.min())} to {int(ids.max())}" if ids.numel() else "")
-        found = "none" if stored is None else found
+        found = "none" if stored is None else f"{stored.dtype} {list(stored.shape)}"
+        found += f" from {int(ids.min())} to {int(ids.max())}" if ids.numel() else ""
         raise ValueError(f"it needs d2t, {count} ids rising strictly within 0..{shape.vocab_size - 1}, and has {found}: restore it")
     return ids
 

