@@ -5,11 +5,11 @@ ARGS ?=
 python := .venv/bin/python
 stamp := .venv/.installed
 pip := $(python) -m pip --disable-pip-version-check --no-input
-linted := dspark tests notebooks paper
+linted := dspark tests notebooks paper data
 nbval := --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-notebooks test-browser train bench proof paper lint clean
+.PHONY: help demo lab test test-notebooks test-browser train bench proof results paper lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ bench: $(stamp)  ## measure policies against each other; ARGS="--help" lists the
 
 proof: $(stamp)  ## run the long exactness checks and write data/results/proof.json; ARGS="--help" lists the parts
 	$(python) -m tests.exact $(ARGS)
+
+results: $(stamp)  ## write RESULTS.md and the table of README.md from data/results
+	$(python) data/report.py
 
 paper: $(stamp)  ## regenerate the paper's numbers, tables and figures from data/results, and its PDF where LaTeX is installed
 	$(python) paper/build.py

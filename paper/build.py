@@ -17,8 +17,7 @@ import pandas as pd
 from tex import Values, check_complete, code, escaped, integer, listed, milliseconds, number, percent, signed, styled, table, times
 
 from dspark.bench import published
-from dspark.bench.explained import summary_by_domain
-from dspark.bench.policies import Traces, against_windows, against_windows_interval, pooled, replayed, timed_against_windows, windows
+from dspark.bench.policies import Traces, against_windows, pooled, replayed, windows
 from dspark.bench.results import read_rows
 from dspark.bench.rollouts import FIT, JUDGE, judged, ranked, rollouts_of
 from dspark.bench.sps import curve_of
@@ -123,8 +122,6 @@ def speed(values: Values, frames: Frames) -> None:
     values.set("MeasuredPlainStep", milliseconds(greedy.loc["plain", "plain_ms"]))
     values.set("MeasuredBlockVerify", milliseconds(greedy.loc[BLOCK, "verify_ms"]))
     values.set("MeasuredBlockDraft", milliseconds(greedy.loc[BLOCK, "draft_ms"]))
-    errors = pd.concat(summary_by_domain(frames[name])["error"] for name in RUNS.values())
-    values.set("SimulatedLargestError", percent(errors.abs().max()))
 
 
 def speed_table(frames: Frames) -> str:
@@ -160,17 +157,19 @@ def policies(values: Values, traces: Traces, peers: pd.DataFrame) -> str:
     """Returns the table of all policies, replayed over the same traces. peers: a run in which some of them were timed side by side."""
     about = traces[0][1].about
     found = replayed(traces, ["plain", *windows(int(about["block_size"])), *POLICIES])
-    lines, timed = pooled(found), timed_against_windows(peers)
-    single, ends = against_windows(lines, "prefix")["single"], against_windows_interval(found, "prefix")["single"]
+    lines = pooled(found)
+    timed = summarise(peers, "plain").query("domain == @ALL").set_index("arm")["speedup"]
+    window = timed[timed.index.str.startswith("fixed:")].idxmax()  # the fastest over all domains
+    line = summarise(peers, window).set_index(["arm", "domain"]).loc[("prefix", ALL)]
     values.set("SettingPolicyTexts", integer(len(traces)))
     values.set("SettingPolicyTokens", integer(about["max_new_tokens"]))
-    values.interval("SimulatedPolicyPrefix", percent(single, 1), *(percent(end, 1) for end in ends))
-    values.set("SettingTimedPrompts", integer(timed["n"]))
-    values.interval("MeasuredTimedPrefix", times(timed["single"]), number(timed["low"]), number(timed["high"]))
+    values.interval("SimulatedPolicyPrefix", *(percent(share, 1) for share in against_windows(found, "prefix")["single"]))
+    values.set("SettingTimedPrompts", integer(peers["n"].iloc[0]))
+    values.interval("MeasuredTimedPrefix", times(line["speedup"]), number(line["low"]), number(line["high"]))
     rows = []
     for policy, line in lines[lines["domain"] == ALL].set_index("policy").drop("plain").iterrows():
         cells = [number(line["tokens_per_round"]), number(line["checked"]), percent(line["acceptance"]), times(line["speedup"])]
-        cells.append(percent(against_windows(lines, policy)["single"], 1))
+        cells.append(percent(against_windows(found, policy)["single"][0], 1))
         rows.append([escaped(policy_label(policy)), *(styled("Simulated", cell) for cell in cells)])
     caption = (
         r"Policies replayed over the same \SettingPolicyTexts greedy texts with the same step times: tokens and checked drafts per round, "

@@ -464,14 +464,16 @@ def test_the_command_measures_prints_and_shows_again(models, tmp_path, monkeypat
     assert command.main(["show", str(tmp_path / "none.parquet")]) == 2
 
 
-def test_rewind_times_are_shown_and_files_of_other_commands_are_named(tmp_path, capsys):
+def test_memory_is_shown_and_files_of_other_commands_are_refused_by_name(tmp_path, capsys):
     results = data_dir() / "results"
-    assert command.main(["show", str(results / "rewind-bfloat16-t0.parquet")]) == 0
-    assert "8000" in capsys.readouterr().out
-    pd.DataFrame({"foreign": ["rows"]}).to_parquet(tmp_path / "foreign.parquet")
-    for foreign in (results / "drafters-trained.parquet", tmp_path / "foreign.parquet"):
+    assert command.main(["show", str(results / "memory-bfloat16-t0.parquet")]) == 0
+    assert "1.113" in capsys.readouterr().out
+    other = tmp_path / "foreign.parquet"
+    pd.DataFrame({"foreign": ["rows"]}).to_parquet(other)
+    for foreign, words in ((results / "drafters-trained.parquet", "was not written by dspark.bench"), (other, "schema")):
         assert command.main(["show", str(foreign)]) == 2
-        assert "was not written by dspark.bench" in capsys.readouterr().err
+        assert words in capsys.readouterr().err
+    assert command.main(["show"]) == 2 and "show FILE" in capsys.readouterr().err
 
 
 def test_a_run_without_a_place_is_kept_apart_from_committed_results_and_from_runs_with_other_options(models, tmp_path, monkeypatch, capsys):
@@ -516,7 +518,7 @@ def test_memory_is_measured_per_arm_and_resumes(models, tmp_path, monkeypatch):
     frame = memory.measure_memory(plan, out)
     assert list(frame["arm"]) == ["plain", "fixed:4", "fixed:4", "plain"]
     assert (frame["peak_rss_mib"] > 0).all() and (frame["tokens"] == frame["tokens"].iloc[0]).all()
-    assert "× 1.000" in memory_table(frame, "plain")
+    assert "process, × plain" in memory_table(frame, "plain") and "1.000" in memory_table(frame, "plain")
 
 
 def test_an_error_in_a_new_process_is_raised_here():

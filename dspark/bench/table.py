@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import pandas as pd
 
 from dspark.bench.identity import beyond_rounding
-from dspark.bench.markdown import caption
 from dspark.bench.stats import summarise
+
+
+def place(frame: pd.DataFrame) -> str:
+    """Where the rows were measured: threads and processor, or the device."""
+    first = frame.iloc[0]
+    return f"{first['threads']} threads of {first['machine']}" if first["device"] == "cpu" else str(first["device"])
+
+
+def caption(frame: pd.DataFrame) -> str:
+    """What a speed file measured, in one line."""
+    first = frame.iloc[0]
+    sampling = "greedy" if first["temperature"] == 0 else f"temperature {first['temperature']:g}"
+    return (
+        f"{first['target']}, {sampling}, {first['dtype']}, {first['max_new_tokens']} new tokens, "
+        f"n = {first['n']} {first['split']} prompts per domain, {place(frame)}"
+    )
 
 
 def speed_table(frame: pd.DataFrame, baseline: str) -> str:
@@ -21,45 +37,41 @@ def speed_table(frame: pd.DataFrame, baseline: str) -> str:
     for name in ("draft", "verify", "round", "plain"):
         shown[f"T_{name}"] = _column(lines[f"{name}_ms"], "{:.1f}")
     shown["other"] = _column(100 * lines["other_share"], "{:.1f} %")
-    shown["same text"] = _column(100 * lines["equal"], "{:.0f} %")
-    if frame["temperature"].iloc[0] > 0:  # sampled texts may differ
-        del shown["same text"]
+    if frame["temperature"].iloc[0] == 0:  # sampled texts may differ
+        shown["same text"] = _column(100 * lines["equal"], "{:.0f} %")
     note = "T in ms, medians. Speed-up: median over prompts of the paired ratio [95 % bootstrap]; all: geometric mean of the domains."
-    return f"{_heading(frame)} · speed-up over {baseline}\n{shown.to_string(index=False)}\n{note}"
+    return f"{caption(frame)} · speed-up over {baseline}\n{shown.to_string(index=False)}\n{note}"
 
 
-def identity_table(frame: pd.DataFrame) -> str:
+def identity_table(frame: pd.DataFrame, _baseline: str = "") -> str:
     """Per arm: how many texts are ``model.generate``'s, and, where they diverge, margins and rounding noise."""
-    by_arm = frame.groupby("arm", sort=False)
+    by_arm = frame.assign(beyond=beyond_rounding(frame)).groupby("arm", sort=False)
     shown = pd.DataFrame(
         {
-            "arm": list(by_arm.groups),
-            "equal": [f"{part['equal'].sum()} of {len(part)}" for _, part in by_arm],
-            "first divergence": _column([part.loc[~part["equal"], "first_divergence"].min() for _, part in by_arm], "{:.0f}"),
-            "largest margin": _column([part["margin"].max() for _, part in by_arm], "{:.4f}"),
-            "largest noise": _column([part["noise"].max() for _, part in by_arm], "{:.4f}"),
-            "beyond rounding": [int(beyond_rounding(part).sum()) for _, part in by_arm],
+            "equal": by_arm["equal"].sum().astype(str) + " of " + by_arm.size().astype(str),
+            "largest margin": _column(by_arm["margin"].max(), "{:.4f}"),
+            "largest noise": _column(by_arm["noise"].max(), "{:.4f}"),
+            "beyond rounding": by_arm["beyond"].sum(),
         }
     )
-    return f"{_heading(frame)} · against model.generate(do_sample=False)\n{shown.to_string(index=False)}"
+    return f"{caption(frame)} · against model.generate(do_sample=False)\n{shown.reset_index().to_string(index=False)}"
 
 
 def memory_table(frame: pd.DataFrame, baseline: str) -> str:
-    """Per arm: peak memory (median over repeats) and its ratio to the baseline's."""
-    kinds = {"process": "peak_rss_mib", "while decoding": "decode_peak_mib", "GPU": "device_peak_mib"}
+    """Per arm: peak memory (median over repeats) and its ratio to the baseline's. Raises ValueError for a baseline without a row."""
+    kinds = {"process": "peak_rss_mib", "GPU": "device_peak_mib"}
     peaks = frame.groupby("arm", sort=False)[list(kinds.values())].median()
     if baseline not in peaks.index:
         raise ValueError(f"the baseline {baseline!r} was not measured: choose one of {', '.join(peaks.index)}")
     shown = pd.DataFrame({"arm": list(peaks.index)})
     for title, kind in kinds.items():
-        ratios = _column(peaks[kind] / peaks[kind][baseline], "× {:.3f}")
-        shown[title] = [f"{peak} {ratio}" for peak, ratio in zip(_column(peaks[kind], "{:.0f} MiB"), ratios, strict=True)]
-    return f"{_heading(frame)} · peak memory, × {baseline}\n{shown.to_string(index=False)}"
+        shown[f"{title}, MiB"] = _column(peaks[kind], "{:.0f}")
+        shown[f"{title}, × {baseline}"] = _column(peaks[kind] / peaks.loc[baseline, kind], "{:.3f}")
+    return f"{caption(frame)} · peak memory\n{shown.to_string(index=False)}"
 
 
-def _heading(frame: pd.DataFrame) -> str:
-    return " · ".join([caption(frame), *(f"drafter {name}" for name in dict.fromkeys(frame["drafter"]) if name)])
+TABLES = {"speed": speed_table, "identity": identity_table, "memory": memory_table}  # by the mode that measured the rows
 
 
-def _column(values: pd.Series | list[float], form: str) -> list[str]:
+def _column(values: Iterable[float], form: str) -> list[str]:
     return ["–" if math.isnan(value) else form.format(value) for value in values]

@@ -16,7 +16,7 @@ LEAST = 0.05  # verified drafts a round; below it, an acceptance rate counts onl
 def threshold_bars(sweep: pd.DataFrame, about: str) -> go.Figure:
     """One panel per domain: accepted and rejected drafts a round over the threshold, and the acceptance rate as a line.
 
-    sweep: from :func:`dspark.bench.policies.threshold_sweep` or ``threshold_estimate``. about: what was replayed, for the title.
+    sweep: from :func:`dspark.bench.policies.threshold_sweep`. about: what was replayed, for the title.
     """
     domains = list(dict.fromkeys(sweep["domain"]))
     names = [f"{domain} (n = {sweep.loc[sweep['domain'] == domain, 'n'].max()})" for domain in domains]

@@ -11,14 +11,13 @@ from plotly.colors import qualitative
 
 from dspark.bench import published
 from dspark.bench.arms import parse_arm, separated
-from dspark.bench.explained import PLAIN, WITHIN, explained
 from dspark.bench.measure import Trial, first_divergence, summary
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.figures import GREY, dressed
 from dspark.schedule import policy_colour, policy_label
 from dspark.tune.predict import BreakEven
 
-MTP1 = "mtp1"
+PLAIN, MTP1 = "plain", "mtp1"
 PUBLISHED = tuple(round(1 + gain, 2) for gain in published.RANGE)  # quoted, never measured here: lowest and highest speed-up over MTP-1
 
 
@@ -84,26 +83,6 @@ def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> go.Figure:
     figure.update_xaxes(title="domain", tickvals=list(range(len(domains))), ticktext=names)
     figure.update_yaxes(title=f"speed-up over {policy_label(baseline)} (×)", rangemode="tozero")
     return dressed(figure, f"Speed-up over {policy_label(baseline)} ({conditions(frame)})", 440)
-
-
-def predicted(frame: pd.DataFrame) -> go.Figure:
-    """Predicted against measured speed-up, a dot per prompt: how much of it τ explains, given the run's mean step times."""
-    points = explained(frame)
-    error = (points["predicted"] / points["speedup"] - 1).abs()
-    top = 1.05 * max(points[["predicted", "speedup"]].max().max(), 1.2)
-    line = {"color": GREY, "dash": "dash"}
-    figure = go.Figure(go.Scatter(x=[0, top], y=[0, top], mode="lines", line=line, name="predicted = measured", hoverinfo="skip"))
-    for arm, part in points.groupby("arm", sort=False):
-        hints = [
-            f"{r.prompt_id} ({r.theme})<br>τ {r.tokens_per_round:.2f}: {r.acceptance:.0%} of {r.draft_length:.1f} drafts a round"
-            for r in part.itertuples()
-        ]
-        look = {"mode": "markers", "name": policy_label(arm), "text": hints, "hoverinfo": "text"}
-        figure.add_scatter(x=part["predicted"], y=part["speedup"], marker=_marker(arm, size=7, opacity=0.75), **look)
-    figure.update_xaxes(title="predicted: τ · T_plain / (T_draft + T_verify) (×)", range=[0, top])
-    figure.update_yaxes(title="measured speed-up over plain (×)", range=[0, top])
-    share = f"{(error <= WITHIN).mean():.0%} within {WITHIN:.0%}, median error {error.median():.1%}"
-    return dressed(figure, f"Predicted from τ and mean step times: {share} (n = {len(points)})", 480)
 
 
 def needed(points: Sequence[BreakEven], name: str) -> go.Figure:

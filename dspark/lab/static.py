@@ -12,9 +12,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dspark.bench.markdown import caption
 from dspark.bench.speed import read_speed
 from dspark.bench.stats import ALL, summarise
+from dspark.bench.table import caption
 from dspark.cli import run_main
 from dspark.files import data_dir
 from dspark.lab.figures import GREY

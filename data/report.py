@@ -1,36 +1,38 @@
-"""``python -m dspark.bench.report``: write RESULTS.md and the table of README.md from the files in data/results."""
+"""``python data/report.py``: RESULTS.md and the table of README.md from the files in data/results."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from dspark.bench.markdown import caption, paragraphs, place, speed_table, table
+import pandas as pd
+
 from dspark.bench.policies import ORACLE, pooled, replayed, windows
-from dspark.bench.prompts import data_dir
 from dspark.bench.results import read_rows
-from dspark.bench.rollouts import FIT, judged, read_rollouts, rollouts_of
+from dspark.bench.rollouts import FIT, judged, rollouts_of
 from dspark.bench.speed import read_speed
-from dspark.bench.stats import ALL
-from dspark.bench.traces import read_traces
+from dspark.bench.stats import ALL, summarise
+from dspark.bench.table import caption, place
+from dspark.bench.trace_file import traces_of
 from dspark.cli import run_main
 from dspark.files import write_atomically
 from dspark.tune.calibrate import calibrate
 
+DATA = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-HEADLINE = "speed-bfloat16-t0.parquet"
-HEADLINE_ARMS = ("generate", "mtp1", "fixed:5", "fixed+copy")
+MTP1 = "mtp1"
+HEADLINE, COMPARE = "speed-bfloat16-t0.parquet", "python -m dspark.train compare"
+HEADLINE_ARMS = ("generate", MTP1, "fixed:5", "fixed+copy")
 REPLAYED = ("adaptive", "confidence:0.1", "prefix", ORACLE)
-COMPARE = "python -m dspark.train compare"
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # tokens in a pass, of the step times that are shown
 
 INTRODUCTION = """\
 # Results
 
-Every number on this page comes from a file in [data/results](data/README.md). `python -m dspark.bench.report` writes the page:
+Every number on this page comes from a file in [data/results](data/README.md). `python data/report.py` writes the page:
 do not edit it. What was tried without a result file is in [data/LOG.md](data/LOG.md).
 
 ![Speed-up over plain decoding and tokens per round, by domain](data/figures/headline.svg)
@@ -54,24 +56,29 @@ do not edit it. What was tried without a result file is in [data/LOG.md](data/LO
 
 def results_page(data: Path) -> str:
     """All of RESULTS.md, made from the result files in ``data``/results. Sections without a file are left out."""
-    sections: dict[str, Callable[[Path], str]] = {
-        "Speed": lambda folder: _tables(folder, "speed-*.parquet"),
-        "Other methods of transformers, and more policies": lambda folder: _tables(folder, "peers-*.parquet"),
-        "Time and memory": lambda folder: paragraphs((_steps(folder), _rewind(folder), _memory(folder))),
-        "Schedules on the same texts": _schedules,
-        "Calibration of the confidence": _calibration,
-        "Exactness": _exactness,
-        "Drafters trained alike": lambda folder: paragraphs((_decoded(folder), _sizes(folder))),
+    results = data / "results"
+    sections = {
+        "Speed": _each(results, "speed-*", speed_table),
+        "Other methods of transformers, and more policies": _each(results, "peers-*", speed_table),
+        "Time and memory": paragraphs((_each(results, "sps-*", _steps, ".sps"), _each(results, "memory-*", _memory, " memory"))),
+        "Schedules on the same texts": _each(results, "traces-test", _schedules, ".traces"),
+        "Calibration of the confidence": _each(results, "rollouts-dev", _calibration, ".rollouts"),
+        "Exactness": _exactness(results / "proof.json"),
+        "Drafters trained alike": paragraphs((_decoded(results), _sizes(results))),
     }
-    made = {title: make(data / "results") for title, make in sections.items()}
-    return paragraphs([INTRODUCTION, *(f"## {title}\n\n{text}" for title, text in made.items() if text)]) + "\n"
+    return paragraphs([INTRODUCTION, *(f"## {title}\n\n{text}" for title, text in sections.items() if text)]) + "\n"
+
+
+def _each(folder: Path, pattern: str, make: Callable[[pd.DataFrame], str], command: str = "") -> str:
+    """What ``make`` makes of every file whose name matches. command: the end of the command that measures it."""
+    paths = sorted(folder.glob(f"{pattern}.parquet"), key=lambda path: (path.stem.count("-avx2"), path.stem))
+    return paragraphs(make(read_rows(path, f"python -m dspark.bench{command}")) for path in paths)
 
 
 def headline_table(data: Path) -> str:
     """The one table of README.md. Raises ValueError if its file or one of its arms is missing."""
     frame = read_speed(data / "results" / HEADLINE)
-    missing = [arm for arm in HEADLINE_ARMS if arm not in set(frame["arm"])]
-    if missing:
+    if missing := [arm for arm in HEADLINE_ARMS if arm not in set(frame["arm"])]:
         raise ValueError(f"{HEADLINE} has no arm {', '.join(missing)}: measure it again with python -m dspark.bench")
     return speed_table(frame[frame["arm"].isin([frame.iloc[0]["baseline"], *HEADLINE_ARMS])], remarks=False)
 
@@ -84,68 +91,83 @@ def filled(readme: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
-def _tables(folder: Path, pattern: str) -> str:
-    """The tables of all speed files whose name matches."""
-    paths = sorted(folder.glob(pattern), key=lambda path: (path.stem.count("-avx2"), path.stem))
-    return paragraphs(speed_table(read_speed(path)) for path in paths)
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of ready cells."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
 
 
-def _steps(folder: Path) -> str:
-    """Measured step times by tokens in the pass and by context, and what drafting a whole block takes."""
-    parts = []
-    for path in sorted(folder.glob("sps-*.parquet")):
-        frame = read_rows(path, "python -m dspark.bench.sps")
-        passes = frame[frame["kind"] == "verify"].pivot(index="context", columns="tokens", values="seconds")
-        block = frame[frame["kind"] == "draft"].pivot(index="context", columns="tokens", values="seconds")
-        widths = [width for width in WIDTHS if width in passes]
-        rows = [
-            [f"{context:,}", *(f"{1e3 * row[width]:.1f}" for width in widths), f"{1e3 * block.loc[context].iloc[-1]:.1f}"]
-            for context, row in passes.iterrows()
-        ]
-        heads = ["tokens of context", *(f"{width} tokens" if width > 1 else "1 token" for width in widths), "a drafted block"]
-        about = f"One target pass over so many tokens, in ms (medians; {frame.iloc[0]['dtype']}, {place(frame)}):"
-        parts.append(f"{about}\n\n{table(heads, rows)}")
-    return paragraphs(parts)
+def paragraphs(parts: Iterable[str]) -> str:
+    """The parts that are not empty, with a blank line between them."""
+    return "\n\n".join(part for part in parts if part)
 
 
-def _rewind(folder: Path) -> str:
-    """What rewinding the KV cache takes."""
-    parts = []
-    for path in sorted(folder.glob("rewind-*.parquet")):
-        frame = read_rows(path, "python -m dspark.bench rewind")
-        times = ", ".join(f"{row['rewind_us']:.1f} µs after {row['context']:,} tokens" for _, row in frame.iterrows())
-        parts.append(f"Rewinding the KV cache takes {times} (medians of {frame.iloc[0]['repeats']}).")
-    return paragraphs(parts)
+def speed_table(frame: pd.DataFrame, remarks: bool = True) -> str:
+    """One row per arm: speed-up over the run's baseline with its interval in every domain, and τ where something was drafted.
+
+    remarks: say before the table how the arms compare to MTP-1 and how many texts equal the baseline's.
+    """
+    baseline, domains = frame.iloc[0]["baseline"], list(dict.fromkeys(frame["domain"]))
+    lines = summarise(frame, baseline).set_index(["arm", "domain"])
+    cells = lines.apply(_speedup, axis=1) + [f", τ {tau:.2f}" if tau > 1 else "" for tau in lines["tokens_per_round"]]
+    arms = [arm for arm in dict.fromkeys(frame["arm"]) if arm != baseline]
+    rows = [[f"`{arm}`", *(cells[arm, domain] for domain in (*domains, ALL))] for arm in arms]
+    words = [f"Speed-up over `{baseline}` [95 % interval], τ ({caption(frame)})."]
+    words += [over_mtp1(frame), same_texts(frame)] if remarks else []
+    return paragraphs([" ".join(filter(None, words)), table(["", *domains, "geometric mean"], rows)])
 
 
-def _memory(folder: Path) -> str:
-    """Peak memory of every arm while decoding (of the whole process where that is not known), over the baseline's."""
-    parts = []
-    for path in sorted(folder.glob("memory-*.parquet")):
-        frame = read_speed(path)
-        baseline, n = frame.iloc[0]["baseline"], frame.iloc[0]["n"]
-        column = "peak_rss_mib" if frame["decode_peak_mib"].isna().any() else "decode_peak_mib"
-        peaks = frame.groupby("arm", sort=False)[column].median()
-        ratios = ", ".join(f"`{arm}` {peak / peaks[baseline]:.2f}×" for arm, peak in peaks.items() if arm != baseline)
-        about = f"{peaks[baseline]:.0f} MiB; n = {n} {'prompt' if n == 1 else 'prompts'} per domain; {place(frame)}"
-        parts.append(f"Peak memory over `{baseline}` ({about}): {ratios}.")
-    return paragraphs(parts)
+def _speedup(line: pd.Series) -> str:
+    return f"{line['speedup']:.2f}× [{line['low']:.2f}, {line['high']:.2f}]"
 
 
-def _schedules(folder: Path) -> str:
-    """Policies replayed on the recorded traces: same text, same step times, no noise."""
-    path = folder / "traces-test.parquet"
-    if not path.is_file():
+def over_mtp1(frame: pd.DataFrame) -> str:
+    """Speed-ups over MTP-1, the baseline of the published range; empty for a run without it."""
+    if MTP1 not in set(frame["arm"]):
         return ""
-    traces = read_traces(path)
+    lines = summarise(frame, MTP1).query("domain == @ALL and tokens_per_round > 1 and arm != @MTP1").set_index("arm")
+    return f"Over `{MTP1}`, geometric mean: {', '.join(f'`{arm}` {_speedup(line)}' for arm, line in lines.iterrows())}."
+
+
+def same_texts(frame: pd.DataFrame) -> str:
+    """How many greedy texts equal the baseline's token for token; empty where text was sampled."""
+    if frame["temperature"].max() > 0:
+        return ""
+    baseline, by_arm = frame.iloc[0]["baseline"], frame.groupby("arm", sort=False)["equals_baseline"]
+    counts = (f"`{arm}` {int(equal.sum())} of {len(equal)}" for arm, equal in by_arm if arm != baseline)
+    return f"Texts equal to those of `{baseline}`, token for token: {', '.join(counts)}."
+
+
+def _steps(frame: pd.DataFrame) -> str:
+    """Measured step times by tokens in the pass and by context, and what drafting a whole block takes."""
+    times = 1e3 * frame.pivot(index="context", columns=["kind", "tokens"], values="seconds")
+    widths = [width for width in WIDTHS if width in times["verify"]]
+    shown = times["verify"][widths].assign(block=times["draft"].sort_index(axis="columns").iloc[:, -1])
+    rows = [[f"{context:,}", *(f"{ms:.1f}" for ms in row)] for context, row in shown.iterrows()]
+    heads = ["tokens of context", *(f"{width} tokens" if width > 1 else "1 token" for width in widths), "a drafted block"]
+    about = f"One target pass over so many tokens, in ms (medians; {frame.iloc[0]['dtype']}, {place(frame)}):"
+    return f"{about}\n\n{table(heads, rows)}"
+
+
+def _memory(frame: pd.DataFrame) -> str:
+    """Peak memory of every arm's process over the baseline's."""
+    baseline, n = frame.iloc[0]["baseline"], frame.iloc[0]["n"]
+    peaks = frame.groupby("arm", sort=False)["peak_rss_mib"].median()
+    ratios = ", ".join(f"`{arm}` {peak / peaks[baseline]:.2f}×" for arm, peak in peaks.items() if arm != baseline)
+    about = f"{peaks[baseline]:.0f} MiB; n = {n} {'prompt' if n == 1 else 'prompts'} per domain; {place(frame)}"
+    return f"Peak memory over `{baseline}` ({about}): {ratios}."
+
+
+def _schedules(frame: pd.DataFrame) -> str:
+    """Policies replayed on the recorded traces: same text, same step times, no noise."""
+    traces = traces_of(frame)
     about, block_size = traces[0][0], int(traces[0][1].about["block_size"])
     lines = pooled(replayed(traces, ["plain", *windows(block_size), *REPLAYED])).set_index(["policy", "domain"])
     domains = [domain for domain in dict.fromkeys(domain for _, domain in lines.index) if domain != ALL]
     rows = []
     for policy in [*windows(block_size), *REPLAYED]:
-        whole = lines.loc[(policy, ALL)]
-        whole_cells = [f"{whole['tokens_per_round']:.2f}", f"{whole['checked']:.2f}", f"{whole['acceptance']:.0%}"]
-        rows.append([f"`{policy}`", *(f"{lines.loc[(policy, domain)]['speedup']:.2f}×" for domain in (*domains, ALL)), *whole_cells])
+        speedups, whole = lines.loc[policy]["speedup"], lines.loc[(policy, ALL)]
+        counts = [f"{whole['tokens_per_round']:.2f}", f"{whole['checked']:.2f}", f"{whole['acceptance']:.0%}"]
+        rows.append([f"`{policy}`", *(f"{speedups[domain]:.2f}×" for domain in (*domains, ALL)), *counts])
     heads = ["", *domains, "geometric mean", "τ", "verified per round", "accepted of them"]
     words = (
         f"{len(traces)} greedy traces of {about['split']} prompts, drafter alone, with the step times measured beside them: speed-up over "
@@ -154,22 +176,16 @@ def _schedules(folder: Path) -> str:
     return f"{words}\n\n{table(heads, rows)}"
 
 
-def _calibration(folder: Path) -> str:
+def _calibration(frame: pd.DataFrame) -> str:
     """Survival before and after calibration, on the half of the dev prompts that was not fitted."""
-    path = folder / "rollouts-dev.parquet"
-    if not path.is_file():
-        return ""
-    frame = read_rollouts(path)
     found = judged(frame, calibrate(rollouts_of(frame, half=FIT)))
     kinds = sorted(set(found["temperature"]))
     rows = []
-    for position, lines in found.groupby("position"):
-        row = [f"{position:.0f}"]
-        for _, line in lines.sort_values("temperature").iterrows():
-            row.append(f"{line['survival']:.1%} of {line['n']:,.0f}")
-            row.append(f"{line['ece_before']:.1%} → {line['ece_after']:.1%} ({line['noise']:.1%})")
-            row.append(f"{line['auc_after']:.3f} ({line['auc_best']:.3f})")
-        rows.append(row)
+    for position, lines in found.sort_values("temperature").groupby("position"):
+        rows.append([f"{position:.0f}"])
+        for line in lines.itertuples():
+            rows[-1] += [f"{line.survival:.1%} of {line.n:,.0f}", f"{line.ece_before:.1%} → {line.ece_after:.1%} ({line.noise:.1%})"]
+            rows[-1] += [f"{line.auc_after:.3f} ({line.auc_best:.3f})"]
     heads = [f"{name}, T = {kind:g}" for kind in kinds for name in ("survived", "ECE", "AUC")]
     words = (
         "Predicted survival a_k against what survived, on dev prompts that the calibration did not see. ECE: expected calibration error "
@@ -179,11 +195,8 @@ def _calibration(folder: Path) -> str:
     return f"{words}\n\n{table(['position', *heads], rows)}"
 
 
-def _exactness(folder: Path) -> str:
+def _exactness(path: Path) -> str:
     """What ``make proof`` found, one line per part that was run."""
-    path = folder / "proof.json"
-    if not path.is_file():
-        return ""
     sentences = {
         "enumeration": "Small models, all branches of a round, in fractions: {cases:,} cases, {branches:,} branches, largest difference "
         "from the target's distribution {largest_difference:g}.",
@@ -191,9 +204,10 @@ def _exactness(folder: Path) -> str:
         "draws": "{target} in float32: {draws:,} draws, smallest p of the χ² tests after Holm's correction {smallest_p_adjusted:.2g}.",
         "planted": "Planted bugs: {caught} of {of} caught by the test that each names.",
     }
-    parts = json.loads(path.read_text(encoding="utf-8"))
+    parts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     lines = [f"- {words.format(**parts[name])} (Commit {parts[name]['commit']}.)" for name, words in sentences.items() if name in parts]
-    return "\n".join(["The text keeps the target's distribution (`make proof`, [notebook](notebooks/07_losslessness.ipynb)):", "", *lines])
+    words = "The text keeps the target's distribution (`make proof`, [notebook](notebooks/07_losslessness.ipynb)):"
+    return "\n".join([words, "", *lines]) if lines else ""
 
 
 def _decoded(folder: Path) -> str:
@@ -218,11 +232,10 @@ def _sizes(folder: Path) -> str:
     frame = read_rows(path, COMPARE)
     milliseconds = read_rows(times, COMPARE).groupby("drafter")["draft_ms"].median().to_dict() if times.is_file() else {}
     cells = {}
-    for _, line in frame.iterrows():
-        acceptance = " ".join(f"{value:.2f}" for value in line["held_out_acceptance"][:3])
-        cost = f"; {milliseconds[line['drafter']]:.1f} ms" if line["drafter"] in milliseconds else ""
-        kind = line["drafter"].split("-")[0]
-        cells[line["block_size"], line["layers"], kind] = f"{line['held_out_tau']:.3f}; {acceptance}{cost}"
+    for line in frame.itertuples():
+        acceptance = " ".join(f"{value:.2f}" for value in line.held_out_acceptance[:3])
+        cost = f"; {milliseconds[line.drafter]:.1f} ms" if line.drafter in milliseconds else ""
+        cells[line.block_size, line.layers, line.drafter.split("-")[0]] = f"{line.held_out_tau:.3f}; {acceptance}{cost}"
     kinds = list(dict.fromkeys(kind for _, _, kind in cells))
     sizes = sorted({(block_size, layers) for block_size, layers, _ in cells})
     rows = [[str(block), str(layers), *(cells.get((block, layers, kind), "") for kind in kinds)] for block, layers in sizes]
@@ -235,19 +248,13 @@ def _sizes(folder: Path) -> str:
     return f"{words}\n\n{table(['block size', 'layers', *(f'`{kind}`' for kind in kinds)], rows)}"
 
 
-def write(data: Path) -> None:
+def write(_: argparse.Namespace) -> None:
     """Write RESULTS.md and the table of README.md, beside the data folder."""
-    readme = data.parent / "README.md"
-    page, text = results_page(data), filled(readme.read_text(encoding="utf-8"), headline_table(data))
-    write_atomically(data.parent / "RESULTS.md", page.encode())
+    readme = DATA.parent / "README.md"
+    page, text = results_page(DATA), filled(readme.read_text(encoding="utf-8"), headline_table(DATA))
+    write_atomically(DATA.parent / "RESULTS.md", page.encode())
     write_atomically(readme, text.encode())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dspark.bench.report", description=__doc__)
-    return run_main(parser, lambda options: write(data_dir()), arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(argparse.ArgumentParser(prog="data/report.py", description=__doc__), write))
