@@ -60,7 +60,7 @@ class DrafterConfig:
 
 
 class Context(NamedTuple):
-    """Keys and values of the context for one layer while training: joins the block's own behind them, differentiably."""
+    """Keys and values of the context for one layer while training: the block's own are appended, differentiably."""
 
     keys: Tensor
     values: Tensor
