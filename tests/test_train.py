@@ -46,18 +46,18 @@ def test_the_written_out_gradient_equals_autograds(rank: int) -> None:
     generator = torch.Generator().manual_seed(0)
     n, h, vocab, draft_vocab = 400, 16, 60, 40  # more rows than one chunk
     hidden = torch.randn(n, h, generator=generator, requires_grad=True)
-    latent = torch.randn(n, rank, generator=generator, requires_grad=True) if rank else None
-    w2 = torch.randn(draft_vocab, rank, generator=generator, requires_grad=True) if rank else None
+    latent = torch.randn(n, rank, generator=generator, requires_grad=True)
+    w2 = torch.randn(draft_vocab, rank, generator=generator, requires_grad=True)
     full_head = torch.randn(vocab, h, generator=generator)
     final = torch.randn(n, h, generator=generator)
     label = torch.randint(-1, draft_vocab, (n,), generator=generator)
     weight = torch.rand(n, generator=generator)
     logsumexp = (final @ full_head.T).logsumexp(-1)
     loss, acceptance = HeadLoss.apply(hidden, latent, w2, full_head[:draft_vocab], final, logsumexp, label, weight)
-    inputs = [x for x in (hidden, latent, w2) if x is not None]
+    inputs = (hidden, latent, w2)
     found = torch.autograd.grad(loss, inputs)
 
-    logits = hidden @ full_head[:draft_vocab].T + (latent @ w2.T if rank else 0)
+    logits = hidden @ full_head[:draft_vocab].T + latent @ w2.T
     p, q = logits.softmax(-1), (final @ full_head.T).softmax(-1)
     distance = (p - q[:, :draft_vocab]).abs().sum(-1) + q[:, draft_vocab:].sum(-1)
     ce = torch.nn.functional.cross_entropy(logits, label, ignore_index=-1, reduction="none")

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ from dspark.bench.measure import Settings
 from dspark.bench.prompts import DOMAINS, PromptItem, load_prompts
 from dspark.bench.provenance import cores, drafter_columns
 from dspark.bench.results import SCHEMA_VERSION
+from dspark.cli import add_fields, from_fields
 from dspark.cpu import is_packed
 from dspark.draft.drafter import Drafter
 from dspark.load import DTYPES, load_drafter, load_target
@@ -120,19 +121,11 @@ class Plan:
 
 def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = (), **defaults: object) -> None:
     """Every field of :class:`Plan` but ``without`` as an option, and ``--out``. defaults: where the command's differ from the plan's."""
-    for option in fields(Plan):
-        if option.name in without:
-            continue
-        kind, default = type(option.default), defaults.get(option.name, option.default)
-        words = {"metavar": kind.__name__.upper(), "help": f"{option.metadata['help']}; default {default}"}
-        parser.add_argument("--" + option.name.replace("_", "-"), type=kind, default=default, **words)
+    add_fields(parser, Plan, without, **defaults)
     parser.add_argument("--out", type=Path, help="Parquet file; default one in runs/bench that is named after the options")
 
 
-def plan_of(options: argparse.Namespace, **fixed: object) -> Plan:
-    """The plan of a command line. fixed: fields that the command sets itself."""
-    given = {option.name: getattr(options, option.name) for option in fields(Plan) if hasattr(options, option.name)}
-    return Plan(**given | fixed)
+plan_of = partial(from_fields, Plan)
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from dspark.bench.plan import Plan, plan_of
 from dspark.bench.provenance import drafter_digest
-from dspark.cli import run_main
+from dspark.cli import add_fields, from_fields, run_main
 from dspark.cpu.packed import has_bfloat16_kernels
 from dspark.files import cache_dir
 from dspark.load import load_drafter, load_target
@@ -26,28 +25,8 @@ from dspark.train.selfplay import self_play
 from dspark.train.start import BLOCK_SIZE, LAYERS
 
 STAGES = ("train", "decode", "time")
-DECODING = ("domains", "split", "prompts", "tokens", "temperature", "threads")  # options of dspark.bench that compare shares
-
-
-def recipe_options(recipe: Recipe) -> argparse.ArgumentParser:
-    """Options of the commands that train, with the defaults of ``recipe``."""
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
-    for name, text in {
-        "steps": "training steps",
-        "sequences": "corpus rows per step",
-        "anchors": "blocks per row and step",
-        "lr": "learning rate at the end of the warm-up",
-        "skip_rows": "leave out the first rows of the shuffled corpus",
-        "rows": "use only so many rows of it; 0 for all",
-        "taps": "target layers the drafter reads; '' for five of them, spread evenly",
-        "markov_rank": "rank of the Markov head; 0 for the purely parallel drafter (DFlash)",
-        "draft_vocab": "most frequent response tokens that can be drafted",
-        "mask_token": "−1 for a special token that the corpus does not hold, else any such token",
-    }.items():
-        default = getattr(recipe, name)
-        options.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{text}; default {default!r}")
-    return options
+# Options of dspark.bench that compare does not have, or has as its own.
+UNSHARED = ("arms", "baseline", "target", "drafter", "top_p", "top_k", "dtype", "device", "seed", "repeats")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,8 +45,11 @@ def parser() -> argparse.ArgumentParser:
     corpus.add_argument("--tokens", type=int, default=448, help="tokens per row")
     corpus.add_argument("--batch", type=int, default=256)
 
-    shared = [common, recipe_options(Recipe(steps=5000, lr=1.5e-3, taps="", mask_token=-1))]
-    drafter = commands.add_parser("drafter", parents=shared, help="train a drafter on a corpus; resumes where it was interrupted")
+    trained = argparse.ArgumentParser(add_help=False, parents=[common])
+    trained.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
+
+    drafter = commands.add_parser("drafter", parents=[trained], help="train a drafter on a corpus; resumes where it was interrupted")
+    add_fields(drafter, Recipe, steps=5000, lr=1.5e-3, taps="", mask_token=-1)
     drafter.add_argument("--out", type=Path, required=True, help="folder of the finished drafter; its checkpoint is kept beside it")
     drafter.add_argument("--more", type=Path, help="learn from this corpus too, 64 rows at a time; the held-out rows are of --corpus")
     drafter.add_argument("--start-from", help="start with the weights and shape of this trained drafter: 'default', a folder, a hub id")
@@ -78,16 +60,13 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--head", default="vanilla", choices=("vanilla", "gated", "rnn"))
     drafter.add_argument("--checkpoint-every", type=int, default=500, help="steps; held-out rows are judged as often")
 
-    shared = [common, recipe_options(Recipe())]
-    compare = commands.add_parser("compare", parents=shared, help="train several kinds of drafter alike and decode with them; resumes")
+    compare = commands.add_parser("compare", parents=[trained], help="train several kinds of drafter alike and decode with them; resumes")
+    add_fields(compare, Recipe)
+    add_fields(compare, Plan, UNSHARED, temperature=1.0)  # as in the paper's table
     compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="holds one folder per drafter")
     compare.add_argument("--results", type=Path, help="folder of the measurements; default a folder in --out")
     compare.add_argument("--only", default="main", help="drafters or groups of them: all, main, heads, block, layers, dspark-block8, …")
     compare.add_argument("--stages", default="train,decode", help=f"of {', '.join(STAGES)}; time needs a quiet machine")
-    for option in (option for option in fields(Plan) if option.name in DECODING):
-        default = 1.0 if option.name == "temperature" else option.default  # as in the paper's table
-        text = f"{option.metadata['help']}; default {default}"
-        compare.add_argument("--" + option.name, type=type(default), default=default, help=text)
     return top
 
 
@@ -97,17 +76,13 @@ def usual_dtype(command: str, device: str) -> str:
     return "float32" if slow and command in ("drafter", "compare") else "bfloat16"
 
 
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    return Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
-
-
 def make_corpus(args: argparse.Namespace) -> None:
     target = load_target(args.target, dtype=args.dtype, device=args.device)
     self_play(target, args.corpus, rows=args.rows, tokens=args.tokens, batch=args.batch, seed=args.seed)
 
 
 def train_drafter(args: argparse.Namespace) -> None:
-    recipe = recipe_of(args)
+    recipe = from_fields(Recipe, args)
     config = recipe.config(weight_decay=args.weight_decay, checkpoint_every=args.checkpoint_every)
     target = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
     whole = load_corpus(args.corpus)
@@ -139,7 +114,7 @@ def compare_drafters(args: argparse.Namespace) -> None:
         raise ValueError(f"stage {wrong[0]!r} is unknown: choose from {', '.join(STAGES)}")
     plan = plan_of(args, arms="fixed", baseline="fixed")  # a wrong option is refused before anything is loaded or trained
     bare = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
-    comparison = Comparison(bare, recipe_of(args), args.corpus, args.out, args.results or args.out / "results", args.features)
+    comparison = Comparison(bare, from_fields(Recipe, args), args.corpus, args.out, args.results or args.out / "results", args.features)
     if "train" in stages:
         comparison.train(variants)
     if stages != ["train"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -48,17 +48,12 @@ class Variant:
     kind: type[Drafter] = Drafter
 
 
-def _pairs(label: str, name: str, values: Sequence[int]) -> tuple[Variant, ...]:
-    """DSpark and DFlash at each value of the field ``name``, called dspark-LABEL8, dflash-LABEL8, …"""
-    sides = (("dspark", -1), ("dflash", 0))
-    return tuple(Variant(f"{side}-{label}{value}", rank=rank, **{name: value}) for value in values for side, rank in sides)
-
-
+SIDES = (("dspark", -1), ("dflash", 0))  # name and rank of the drafters that are compared at each size
 GROUPS: dict[str, tuple[Variant, ...]] = {  # in order of importance
     "main": (Variant("dspark"), Variant("dflash", rank=0), Variant("eagle", layers=1, rank=0, kind=EagleDrafter)),
     "heads": (Variant("gated", head="gated"), Variant("rnn", head="rnn")),
-    "block": _pairs("block", "block_size", (8, 3, 12, 2, 16)),
-    "layers": _pairs("layers", "layers", (1, 4, 3)),
+    "block": tuple(Variant(f"{side}-block{n}", block_size=n, rank=rank) for n in (8, 3, 12, 2, 16) for side, rank in SIDES),
+    "layers": tuple(Variant(f"{side}-layers{n}", layers=n, rank=rank) for n in (1, 4, 3) for side, rank in SIDES),
 }
 VARIANTS = {variant.name: variant for group in GROUPS.values() for variant in group}
 
@@ -72,20 +67,24 @@ def chosen(names: str) -> list[Variant]:
     return list(dict.fromkeys(variant for name in asked for variant in sets[name]))
 
 
+def _option(default: object, text: str) -> object:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What all variants share; every field is an option of the commands ``drafter`` and ``compare``, whose help explains it."""
+    """What all variants share. Every field is an option of the commands ``drafter`` and ``compare``."""
 
-    steps: int = 500
-    sequences: int = 4
-    anchors: int = 64
-    lr: float = 2e-3
-    skip_rows: int = 0
-    rows: int = 0
-    taps: str = "1,8,15,22,28"
-    markov_rank: int = 48
-    draft_vocab: int = 8192
-    mask_token: int = 3
+    steps: int = _option(500, "training steps")
+    sequences: int = _option(4, "corpus rows per step")
+    anchors: int = _option(64, "blocks per row and step")
+    lr: float = _option(2e-3, "learning rate at the end of the warm-up")
+    skip_rows: int = _option(0, "leave out the first rows of the shuffled corpus")
+    rows: int = _option(0, "use only so many rows of it; 0 for all")
+    taps: str = _option("1,8,15,22,28", "target layers the drafter reads; empty for five of them, spread evenly")
+    markov_rank: int = _option(48, "rank of the Markov head; 0 for the purely parallel drafter (DFlash)")
+    draft_vocab: int = _option(8192, "most frequent response tokens that can be drafted")
+    mask_token: int = _option(3, "-1 for a special token that the corpus does not hold, else any such token")
     seed: int = 0  # of the rows, the batches and the first weights
 
     def config(self, **options: object) -> TrainConfig:

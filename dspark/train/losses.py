@@ -76,7 +76,7 @@ class BlockLoss:
 def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks) -> BlockLoss:
     """One forward pass over all blocks of a batch. t2d: [vocab] int64, each token's draft id, −1 if it has none."""
     hidden = drafter.block_hidden(shard.token_ids, shard.taps, blocks.tokens, blocks.previous, blocks.positions)  # [rows, anchors, γ, h]
-    embedded = latent = w2 = None
+    embedded, latent, w2 = None, hidden.flatten(0, 2)[:, :0], drafter.head_weight[:, :0]  # no Markov head: rank 0
     if drafter.markov_head is not None:
         embedded = drafter.markov_head.markov_w1(blocks.previous)
         latent = drafter.markov_head.latents(hidden, embedded).flatten(0, 2)
@@ -116,8 +116,8 @@ class HeadLoss(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         hidden: Tensor,  # [n, h]
-        latent: Tensor | None,  # [n, r]
-        w2: Tensor | None,  # [draft_vocab, r]
+        latent: Tensor,  # [n, r]
+        w2: Tensor,  # [draft_vocab, r]
         head: Tensor,  # [draft_vocab, h], frozen
         final: Tensor,  # [n, h] what the target's head reads at the same positions
         logsumexp: Tensor,  # [n] float32, over the whole vocabulary
@@ -125,10 +125,10 @@ class HeadLoss(torch.autograd.Function):
         weight: Tensor,  # [n] float32, of each row in the loss
     ) -> tuple[Tensor, Tensor]:
         dtype = head.dtype
-        inputs = hidden.to(dtype) if latent is None else torch.cat([hidden.to(dtype), latent.to(dtype)], -1)
-        columns = head if latent is None else torch.cat([head, w2.to(dtype)], -1)  # [draft_vocab, h (+ r)]
+        inputs = torch.cat([hidden.to(dtype), latent.to(dtype)], -1)
+        columns = torch.cat([head, w2.to(dtype)], -1)  # [draft_vocab, h + r]
         grad_inputs = torch.empty_like(inputs)
-        grad_w2 = None if latent is None else torch.zeros(w2.shape, dtype=torch.float32, device=w2.device)
+        grad_w2 = torch.zeros(w2.shape, dtype=torch.float32, device=w2.device)
         total = torch.zeros((), dtype=torch.float32, device=head.device)
         acceptance = torch.empty(len(inputs), dtype=torch.float32, device=head.device)
 
@@ -156,18 +156,15 @@ class HeadLoss(torch.autograd.Function):
             grad.scatter_add_(-1, index, -b)
             grad = grad.to(dtype)
             grad_inputs[rows] = grad @ columns
-            if grad_w2 is not None:
-                grad_w2 += grad.T @ inputs[rows, hidden.shape[-1] :]
+            grad_w2 += grad.T @ inputs[rows, hidden.shape[-1] :]
 
-        ctx.save_for_backward(grad_inputs, *([] if grad_w2 is None else [grad_w2]))
+        ctx.save_for_backward(grad_inputs, grad_w2)
         ctx.width = hidden.shape[-1]
         ctx.mark_non_differentiable(acceptance)
         return total, acceptance
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_inputs, *grad_w2 = ctx.saved_tensors
+        grad_inputs, grad_w2 = ctx.saved_tensors
         grad_inputs = grad_inputs * grad_total.to(grad_inputs.dtype)
-        grad_hidden, grad_latent = grad_inputs[:, : ctx.width], grad_inputs[:, ctx.width :]
-        of_head = (grad_latent, grad_w2[0] * grad_total) if grad_w2 else (None, None)
-        return grad_hidden, *of_head, None, None, None, None, None
+        return grad_inputs[:, : ctx.width], grad_inputs[:, ctx.width :], grad_w2 * grad_total, None, None, None, None, None
