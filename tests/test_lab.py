@@ -11,56 +11,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rounds import ROUNDS, TEXT, decode, ids, round_of
 
 from dspark.bench.measure import Trial, summary
 from dspark.bench.results import SCHEMA_VERSION, read_rows, write_results
 from dspark.files import data_dir
-from dspark.lab import drafters, figures, scheduling, speed, static
+from dspark.lab import drafters, figures, scheduling, speed
 from dspark.round import Round
 from dspark.schedule import PrefixScheduler, policy_colour, policy_label
 from dspark.tune.predict import break_even
 from dspark.tune.profile import SPSCurve
 
-BYTES = {i: bytes([i]) for i in range(256)}
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def decode(token_ids: list[int]) -> str:
-    """The simplest byte-level tokenizer: one token per byte; 300 ends the text and has no letters."""
-    return b"".join(BYTES.get(token, b"") for token in token_ids).decode(errors="replace")
-
-
-def ids(text: str) -> list[int]:
-    return list(text.encode())
-
-
-def round_of(index: int, drafts: str, length: int, accepted: int, committed: str, source: str = "drafter", seconds: float = 0.1) -> Round:
-    n = len(ids(drafts))
-    return Round(
-        index=index,
-        anchor=None if index == 0 else 65,
-        window=n,
-        draft_tokens=tuple(ids(drafts)),
-        confidence=tuple(0.9 - 0.1 * k for k in range(n)),
-        verify_length=length,
-        accepted=accepted,
-        committed=tuple(ids(committed)),
-        target_probs_of_drafts=(0.8,) * length,
-        draft_probs_of_drafts=(0.7,) * n,
-        source=source,
-        seconds=seconds,
-    )
-
-
-ROUNDS = [
-    round_of(0, "", 0, 0, "H"),
-    round_of(1, "ello", 4, 4, "ello "),
-    round_of(2, "<c>d", 4, 2, "<c\n"),
-    round_of(3, "abcd", 3, 1, "ax", "copy"),
-    round_of(4, "", 0, 0, "&"),
-    round_of(5, "yz", 2, 0, '"'),
-]
-TEXT = 'Hello <c\nax&"'
 
 
 def test_every_committed_token_has_the_fate_that_its_round_gave_it():
@@ -68,7 +30,7 @@ def test_every_committed_token_has_the_fate_that_its_round_gave_it():
     assert decode([t.token_id for t in found]) == TEXT
     names = ["plain", *["draft"] * 4, "bonus", *["draft"] * 2, "correction", "copy", "correction", "plain", "correction"]
     assert [t.fate for t in found] == names
-    assert [decode([t.replaced]) for t in found if t.replaced is not None] == [">", "b", "y"]
+    assert [decode([t.round.draft_tokens[t.at]]) for t in found if t.fate == "correction"] == [">", "b", "y"]
 
 
 def test_accepted_drafts_after_the_end_of_the_text_have_no_fate():
@@ -254,29 +216,13 @@ def results(baseline: str = "plain") -> pd.DataFrame:
     return pd.DataFrame(rows).assign(**shared, split="test", threads=2, machine="a machine", device="cpu")
 
 
-def test_the_headline_shows_every_arm_with_units_and_n_and_is_the_same_each_time(tmp_path):
-    write_results(results(), tmp_path / "speed.parquet")
-    for name in ("a.svg", "b.svg"):
-        assert static.main(["--results", str(tmp_path / "speed.parquet"), "--out", str(tmp_path / name)]) == 0
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    figure = static.headline(results())
-    speed, tau = figure.axes
-    assert "(×)" in speed.get_ylabel() and "tokens per round" in tau.get_ylabel()
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == [policy_label("generate"), policy_label("fixed:5")]
-    assert "n = 8 test prompts per domain" in figure.get_supxlabel()
-
-
-def test_a_file_that_is_missing_or_of_another_version_or_empty_is_refused_in_one_line(tmp_path, capsys):
+def test_a_file_of_another_version_or_without_rows_is_refused(tmp_path):
     folder, frame = tmp_path, results()
     unnamed = frame.drop(columns="schema_version")
     for wrong, said in ((frame.assign(schema_version=99), "schema version 99"), (frame[:0], "no rows"), (unnamed, "schema version none")):
         write_results(wrong, folder / "drafters-t0-dspark.parquet")
         with pytest.raises(ValueError, match=rf"drafters-t0-dspark\.parquet has {said}.*dspark\.train compare"):
             drafters.read_drafters(folder, 0.0)
-        assert static.main(["--results", str(folder / "drafters-t0-dspark.parquet"), "--out", str(tmp_path / "a.svg")]) == 2
-        assert said in capsys.readouterr().err
-    assert static.main(["--results", str(tmp_path / "none.parquet"), "--out", str(tmp_path / "a.svg")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_arm_has_one_colour_and_one_label_in_every_figure():
@@ -286,7 +232,6 @@ def test_an_arm_has_one_colour_and_one_label_in_every_figure():
     assert [trace.marker.color for trace in mine] == [policy_colour(arm)]
     dots = scheduling.policy_chart(lines, "a test").data[-1]
     assert (list(dots.y), list(dots.marker.color)) == ([policy_label(arm)], [policy_colour(arm)])
-    assert static.headline(frame).legends[0].get_texts()[-1].get_text() == policy_label(arm)
 
 
 def test_figures_of_speed_have_units_and_say_how_many():

@@ -60,41 +60,34 @@ class FatedToken:
     """A committed token and its origin.
 
     fate: a key of :data:`FATES`.
-    round: index of the round that committed it.
-    position: 1..γ after the anchor; 0 if no block was drafted.
-    replaced: the rejected draft at this position; None if there was none.
-    p_target, p_draft, confidence: of the draft at this position, which is the rejected one for a correction; None without a draft.
+    round: the one that committed it.
+    at: its index among the round's tokens, from 0. A correction replaces the draft of this index.
     """
 
     token_id: int
     fate: str
-    round: int
-    position: int
-    replaced: int | None = None
-    p_target: float | None = None
-    p_draft: float | None = None
-    confidence: float | None = None
+    round: Round
+    at: int
 
 
 def fates(rounds: Sequence[Round]) -> list[FatedToken]:
-    """Every committed token with its fate: draft, copy, bonus, correction or plain."""
-    tokens = []
-    for r in rounds:
-        for k, token in enumerate(r.committed):
-            if r.verify_length == 0:
-                tokens.append(FatedToken(token, "plain", r.index, 0))
-            elif k < r.accepted:
-                tokens.append(FatedToken(token, COPY if r.source == COPY else "draft", r.index, k + 1, None, *_numbers(r, k)))
-            elif r.accepted < r.verify_length:
-                tokens.append(FatedToken(token, "correction", r.index, k + 1, r.draft_tokens[k], *_numbers(r, k)))
-            else:
-                tokens.append(FatedToken(token, "bonus", r.index, k + 1))
-    return tokens
+    """Every committed token with its fate."""
+    return [FatedToken(token, _fate(r, k), r, k) for r in rounds for k, token in enumerate(r.committed)]
 
 
-def _numbers(r: Round, k: int) -> tuple[float, float, float | None]:
-    confidence = r.confidence[k]
-    return r.target_probs_of_drafts[k], r.draft_probs_of_drafts[k], None if math.isnan(confidence) else confidence
+def _fate(r: Round, k: int) -> str:
+    if r.verify_length == 0:
+        return "plain"
+    if k < r.accepted:
+        return COPY if r.source == COPY else "draft"
+    return "correction" if r.accepted < r.verify_length else "bonus"
+
+
+def draft_numbers(r: Round, k: int, *, judged: bool = True) -> str:
+    """Probabilities and confidence of draft k (from 0) for a tooltip, as far as they are known; judged False leaves the target's out."""
+    pairs = (("p_target", r.target_probs_of_drafts), ("p_draft", r.draft_probs_of_drafts), ("confidence", r.confidence))
+    known = ((name, values[k]) for name, values in pairs[not judged :] if k < len(values))
+    return "".join(f" · {name} {value:.2f}" for name, value in known if not math.isnan(value))
 
 
 def whole_pieces(token_ids: Sequence[int], decode: Decode) -> list[tuple[int, str]]:
@@ -140,11 +133,12 @@ def span(group: Sequence[FatedToken], text: str, decode: Decode) -> str:
 
 
 def _hint(t: FatedToken, decode: Decode) -> str:
-    words = [FATES[t.fate].label, f"round {t.round}" + (f", position {t.position}" if t.position else "")]
-    if t.replaced is not None:
-        words.append(f"instead of the draft “{decode([t.replaced]).replace(NO_CHARACTER, '▯')}”")
-    numbers = (("p_target", t.p_target), ("p_draft", t.p_draft), ("confidence", t.confidence))
-    return " · ".join([*words, *(f"{name} {value:.2f}" for name, value in numbers if value is not None)])
+    place = "" if t.fate == "plain" else f", position {t.at + 1}"
+    instead = ""
+    if t.fate == "correction":
+        instead = f" · instead of the draft “{decode([t.round.draft_tokens[t.at]]).replace(NO_CHARACTER, '▯')}”"
+    numbers = "" if t.fate in ("plain", "bonus") else draft_numbers(t.round, t.at)
+    return f"{FATES[t.fate].label} · round {t.round.index}{place}{instead}{numbers}"
 
 
 def legend(tokens: Sequence[FatedToken]) -> str:

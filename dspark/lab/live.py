@@ -1,8 +1,4 @@
-"""The live panel: decode a prompt under any policy and watch the text, the heatmap, the window and the race against plain decoding.
-
-This module connects the widgets (:mod:`dspark.lab.live_widgets`), the decoding thread (:mod:`dspark.lab.session`) and the pure
-drawing functions (:mod:`dspark.lab.text`, :mod:`dspark.lab.strips`).
-"""
+"""The live panel: decode a prompt under any policy and watch the text, the heatmap, the window and the race against plain decoding."""
 
 from __future__ import annotations
 
@@ -12,16 +8,15 @@ import weakref
 from functools import partial
 from typing import ClassVar
 
-from dspark.bench.trace import Trace, from_rounds
+import ipywidgets as w
+
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
 from dspark.files import one_line
-from dspark.lab import strips
-from dspark.lab.controls import PolicyControls
-from dspark.lab.live_widgets import EXAMPLES, LiveWidgets
 from dspark.lab.session import Request, Session
-from dspark.lab.text import numbers, remembered, streaming_text, tally
+from dspark.lab.text import remembered, streaming_text
+from dspark.lab.widgets import Panel, column, labelled, row
 from dspark.round import Output, Round
 from dspark.schedule import FixedWindow, make_policy
 from dspark.target.target import Target
@@ -29,11 +24,19 @@ from dspark.tune.profile import sps_curve
 
 INTERVAL = 0.12  # seconds between two drawings; drawing more often would only slow the decoder
 SLOW = 0.7  # seconds that slow motion shows each half of a round
-KEPT = 8  # recordings of plain decoding
-DEFAULT = Request(EXAMPLES[0])
+DEFAULT = Request("Write a Python class for a bank account with deposit, withdraw and balance methods.")
+WORDS = {  # state of a session → status line
+    "": "ready: press Run",
+    "recording": "recording plain decoding for the race",
+    "decoding": "decoding",
+    "waiting": "waiting: Step for the next round, Run for the rest",
+    "done": "done",
+    "stopped": "stopped",
+    "failed": "failed",
+}
 
 
-class LivePanel(LiveWidgets):
+class LivePanel(Panel):
     """Show it as the last value of a cell. To change a setting from code, set the ``value`` of the widget of that name.
 
     policy: a name of :data:`dspark.schedule.POLICIES`, perhaps with numbers ("adaptive:0.6,0.3").
@@ -46,27 +49,19 @@ class LivePanel(LiveWidgets):
 
     _latest: ClassVar[weakref.ref[LivePanel] | None] = None
 
-    def __init__(
-        self,
-        target: Target,
-        drafter: Drafter,
-        *,
-        policy: str = "prefix",
-        copy: bool = True,
-        request: Request = DEFAULT,
-    ) -> None:
+    def __init__(self, target: Target, drafter: Drafter, *, policy: str = "prefix", copy: bool = True, request: Request = DEFAULT) -> None:
         self.target, self.drafter = target, drafter
         self.session: Session | None = None
         self._decode, self._lock, self._drawn = remembered(target.decode), threading.Lock(), 0.0
-        self._recorded: dict[Request, tuple[Round, ...]] = {}
-        super().__init__(PolicyControls(policy, self._check), request, copy)
-        self._connect()
+        self._recorded: dict[Request, tuple[Round, ...]] = {}  # plain decoding of the last prompt
+        super().__init__(policy, self._check)
+        self._make(request, copy)
         before = LivePanel._latest and LivePanel._latest()
         if before is not None:
             before.close()
         LivePanel._latest = weakref.ref(self)
         self._check()
-        self._draw()
+        self._show()
 
     # ---- the buttons
 
@@ -94,7 +89,7 @@ class LivePanel(LiveWidgets):
     def run_to_end(self) -> Output:
         """Run at full speed, wait for the end and return what was decoded. Raises ValueError with the error that the panel shows."""
         self.stop()
-        self._start(animated=False)
+        self._start(slow=False)
         if self.session is not None:
             self.session.join()
         if self.error:
@@ -113,24 +108,17 @@ class LivePanel(LiveWidgets):
         """The drafter, with copying if its box is ticked."""
         return ContextLookup(self.drafter) if self.copy.value else self.drafter
 
-    def trace(self) -> Trace:
-        """The last run as a trace. Raises ValueError if there is none."""
-        if self.session is None or not self.session.rounds:
-            raise ValueError("there is no run to save yet: press Run first")
-        s, r = self.session, self.session.request
-        return from_rounds(list(s.rounds), self.target, s.source, r.prompt, max_new_tokens=r.max_new_tokens, temperature=r.temperature)
-
     # ---- inside
 
     @property
     def _busy(self) -> bool:
         return self.session is not None and self.session.running
 
-    def _start(self, *, stepping: bool = False, animated: bool = True) -> None:
+    def _start(self, *, stepping: bool = False, slow: bool = True) -> None:
         if self._check():
             return
-        request, source = self.request, self.source
-        name, values = self.controls.chosen()
+        request = Request(self.prompt.value, self.length.value, self.temperature.value, self.top_p.value, self.seed.value)
+        source, (name, values) = self.source, self.controls.chosen()
         self.session = Session(
             self.target,
             source,
@@ -138,9 +126,8 @@ class LivePanel(LiveWidgets):
             partial(make_policy, name, values, lambda: sps_curve(self.target)),
             plain=self._recorded.get(request) if self.race.value else (),
             changed=self._changed,
-            pause=lambda: SLOW if self.slow.value and animated else 0.0,
+            pause=lambda: SLOW if self.slow.value and slow else 0.0,
             stepping=stepping,
-            animated=animated,
         )
         self._arm, self._block_size = name + "+copy" * (source is not self.drafter), source.block_size
         self.session.start()
@@ -164,37 +151,64 @@ class LivePanel(LiveWidgets):
         if session.state == "failed":
             self.show_error(session.error)
         if session.rounds and session.plain:  # decoding starts only after a complete recording
-            self._recorded[session.request] = tuple(session.plain)
-            while len(self._recorded) > KEPT:
-                del self._recorded[next(iter(self._recorded))]
+            self._recorded = {session.request: tuple(session.plain)}
         if session.ended or session.state == "waiting" or not session.judged or time.monotonic() - self._drawn >= INTERVAL:
-            self._draw()
+            self._show()
 
-    def _draw(self, _change: object = None) -> None:
+    def _show(self, _change: object = None) -> None:
         with self._lock:
             session = self.session
+            state = session.state if session else ""
+            self.status.value = f'<span role="status">{WORDS[state]}</span>'
+            self.run_button.disabled = state in ("recording", "decoding")
+            self.stop_button.disabled = state in ("", "done", "stopped", "failed")
             if session is None:
-                self.show_state("")
                 return
-            rounds, state = list(session.rounds), session.state
-            recording = state == "recording"
-            self.show_state(state)
-            shown = session.plain if recording else rounds
+            rounds, plain = list(session.rounds), list(session.plain)
+            shown = plain if state == "recording" else rounds
             self.text.value = streaming_text(shown, self._decode, ended=session.ended, judged=session.judged)
-            seen = rounds if session.judged else rounds[:-1]
-            self.numbers.value = numbers(tally(seen, () if recording else session.plain))
-            self.heat.value = strips.heat(seen, self._block_size, self.colour.value, self._decode).svg()
-            self.windows.value = strips.windows(seen, session.policy or FixedWindow(), self._block_size).svg()
-            lanes = [("plain", list(session.plain)), (self._arm, seen)][: 1 if recording else 2]
-            seconds, length = float("inf") if recording else session.seconds, session.request.max_new_tokens
-            self.lanes.value = strips.race(lanes, seconds, length, ended=session.state in ("racing", "done")).svg() if session.plain else ""
+            self.draw(
+                rounds if session.judged else rounds[:-1],
+                plain,
+                session.policy or FixedWindow(),
+                arm=self._arm,
+                block_size=self._block_size,
+                tokens=session.request.max_new_tokens,
+                decode=self._decode,
+            )
             self._drawn = time.monotonic()
 
-    def _connect(self) -> None:
+    def _make(self, request: Request, copy: bool) -> None:
+        """Every widget is an attribute."""
+        late, part = partial(labelled, continuous_update=False), {"step": 0.05, "continuous_update": False}
+        self.prompt = late(w.Textarea, request.prompt, "prompt", "The question to the model, one user turn", rows=3)
+        longest, tooltip = max(512, request.max_new_tokens), "Upper limit of the text's length"
+        self.length = late(w.IntSlider, request.max_new_tokens, "new tokens", tooltip, min=8, max=longest)
+        tooltip = "0 is greedy: always the most likely token"
+        self.temperature = labelled(w.FloatSlider, request.temperature, "temperature", tooltip, min=0, max=2, **part)
+        tooltip = "Sample from the most likely tokens with this total probability"
+        self.top_p = labelled(w.FloatSlider, request.top_p, "top-p", tooltip, min=0.05, max=1, **part)
+        tooltip = "Of the sampled tokens: the same seed gives the same text"
+        self.seed = labelled(w.BoundedIntText, request.seed, "seed", tooltip, min=0, max=2**31 - 1)
+        tick, button = partial(w.Checkbox, indent=False), w.Button
+        tooltip = "Where the text repeats itself, draft what followed the last time"
+        self.copy = tick(copy, description="copy from the context", tooltip=tooltip)
+        tooltip = "Plain decoding is recorded once per prompt and replayed in real time"
+        self.race = tick(True, description="race plain decoding", tooltip=tooltip)
+        tooltip = "Show every round twice: the drafts alone, then the target's verdict"
+        self.slow = tick(False, description="slow motion", tooltip=tooltip)
+        self.run_button = button(description="Run", icon="play", button_style="primary", tooltip="Decode to the end")
+        self.step_button = button(description="Step", icon="step-forward", tooltip="Decode one round and wait")
+        self.stop_button = button(description="Stop", icon="stop", tooltip="Stop after the current round")
+        self.status = w.HTML()
+        drafting = column([self.controls.box, self.copy, self.race, self.slow], 280)
+        sampling = column([self.length, self.temperature, self.top_p, self.seed], 280)
+        buttons = row([self.run_button, self.step_button, self.stop_button])
+        words = column([self.status, self.numbers, self.text], 380)
+        self.box = w.VBox([self.prompt, row([drafting, sampling]), buttons, self.message, row([words, self.pictures])])
         self.run_button.on_click(lambda _button: self.run())
         self.step_button.on_click(lambda _button: self.step())
         self.stop_button.on_click(lambda _button: self.stop())
-        self.save_button.on_click(lambda _button: self.save())
         self.copy.observe(self._check, names="value")
-        self.colour.observe(self._draw, names="value")
+        self.colour.observe(self._show, names="value")
         self.box.observe(lambda change: self.stop() if change["new"] is None else None, names="comm")  # the page closed it

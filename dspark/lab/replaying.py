@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from textwrap import shorten
 
 import ipywidgets as w
 
 from dspark.bench.replay import replay
 from dspark.bench.trace import LONGEST_CHARACTER, Trace
-from dspark.bench.trace_file import load_traces
+from dspark.bench.trace_file import load_traces, save_trace
 from dspark.draft.source import COPY
 from dspark.files import data_dir, one_line
-from dspark.lab import strips
-from dspark.lab.controls import STYLE, Panel, PolicyControls, column, heat_colours, row, short
 from dspark.lab.figures import Decode
-from dspark.lab.text import Tally, numbers, remembered, streaming_text, tally
+from dspark.lab.text import Tally, remembered, streaming_text, tally
+from dspark.lab.widgets import STYLE, Panel, column, labelled, row
 from dspark.round import Round
 from dspark.schedule import Autoregressive, make_policy
 
-
-def sample_traces() -> Path:
-    """The folder of the traces that come with the package."""
-    return data_dir() / "results" / "traces"
+SAMPLE = data_dir() / "results" / "traces" / "sample.parquet"  # comes with the repository
 
 
 def trace_decode(trace: Trace) -> Decode:
@@ -57,28 +54,26 @@ def arm_of(policy: str, trace: Trace) -> str:
 class ReplayPanel(Panel):
     """Show it as the last value of a cell.
 
-    trace: what to replay, or a file of traces; default the sample that comes with the package.
+    trace: what to replay, or a file of traces.
     policy: a name of :data:`dspark.schedule.POLICIES`, perhaps with numbers ("confidence:0.3").
-    decode: token ids → text, default the trace's own pieces.
 
     Raises ValueError for an unknown policy; other errors are shown in the panel.
     """
 
-    def __init__(self, trace: Trace | str | Path | None = None, *, policy: str = "prefix", decode: Decode | None = None) -> None:
+    def __init__(self, trace: Trace | str | Path = SAMPLE, *, policy: str = "prefix") -> None:
         self.rounds: list[Round] = []
         self.plain: list[Round] = []
-        self._given_decode = decode
-        self.controls = PolicyControls(policy, self._replay, continuous=True)
+        super().__init__(policy, self._replay)
         self._make()
         if isinstance(trace, Trace):
             self.show(trace)
         else:
-            self.path.value = str(trace or sample_traces() / "sample.parquet")
+            self.path.value = str(trace)
             self.load()
 
     def show(self, *traces: Trace) -> None:
         """Offer these traces and replay the first."""
-        self.which.options = [(short(prompt_of(trace)), trace) for trace in traces]
+        self.which.options = [(shorten(prompt_of(trace), 80, placeholder="…"), trace) for trace in traces]
         self.which.index = 0
 
     def load(self) -> None:
@@ -87,6 +82,16 @@ class ReplayPanel(Panel):
             self.show(*(trace for _, trace in load_traces(self.path.value)))
         except (ValueError, OSError) as error:
             self.show_error(one_line(error))
+
+    def save(self) -> None:
+        """The Save button: write the trace that is shown to the file in the box."""
+        try:
+            save_trace(self.trace(), self.path.value)
+        except (ValueError, OSError) as error:
+            self.show_error(one_line(error))
+        else:
+            self.show_error("")
+            self.message.value = f'<span role="status">{escape(f"saved: {self.path.value}")}</span>'
 
     def trace(self) -> Trace:
         """The trace that is shown."""
@@ -99,11 +104,10 @@ class ReplayPanel(Panel):
     def _take(self, change: dict[str, Trace]) -> None:
         """Another trace was chosen."""
         trace = change["new"]
-        self._decode = remembered(self._given_decode or trace_decode(trace))
+        self._decode = remembered(trace_decode(trace))
         self.plain = replay(trace, Autoregressive())
         self.controls.set_block_size(int(trace.about["block_size"]))
         models = f"{trace.about['target']}, drafter {trace.about['drafter']}, {len(trace.token_ids)} tokens"
-        models += "" if trace.complete else ", a live run: estimates only"
         self.about.value = f'<div style="font-size:12px">{escape(prompt_of(trace))}<br>{escape(models)}</div>'
         self._replay()
 
@@ -117,25 +121,27 @@ class ReplayPanel(Panel):
             self.show_error(one_line(error))
             return
         self.show_error("")
-        block_size = int(trace.about["block_size"])
-        self.numbers.value = numbers(self.tally(), "predicted from measured step times, n = 1 prompt")
-        lanes = [("plain", self.plain), (arm_of(self.controls.kind.value, trace), self.rounds)]
-        self.lanes.value = strips.race(lanes, float("inf"), len(trace.token_ids)).svg()
-        self.heat.value = strips.heat(self.rounds, block_size, self.colour.value, self._decode).svg()
-        self.windows.value = strips.windows(self.rounds, policy, block_size).svg()
+        self.draw(
+            self.rounds,
+            self.plain,
+            policy,
+            arm=arm_of(self.controls.kind.value, trace),
+            block_size=int(trace.about["block_size"]),
+            tokens=len(trace.token_ids),
+            decode=self._decode,
+            how="predicted from measured step times, n = 1 prompt",
+        )
         self.text.value = streaming_text(self.rounds, self._decode)
 
     def _make(self) -> None:
         self.path = w.Text(description="file", tooltip="A Parquet file of traces", style=STYLE, layout=w.Layout(flex="1 1 300px"))
         self.load_button = w.Button(description="Load", icon="folder-open", tooltip="Show the traces of this file")
         self.save_button = w.Button(description="Save", icon="save", tooltip="Write the trace that is shown to this file")
-        self.which = w.Dropdown(description="trace", tooltip="A prompt of the file", style=STYLE, layout=w.Layout(width="auto"))
-        self.colour = heat_colours()
-        self.message, self.about, self.numbers, self.lanes, self.heat, self.windows, self.text = (w.HTML() for _ in range(7))
+        self.which = labelled(w.Dropdown, None, "trace", "A prompt of the file")
+        self.about = w.HTML()
         left = column([self.controls.box, self.numbers, self.about, self.text], 380)
-        right = column([self.lanes, self.colour, self.heat, self.windows], 480)
         files = row([self.path, self.load_button, self.save_button])
-        self.box = w.VBox([files, self.which, self.message, row([left, right])])
+        self.box = w.VBox([files, self.which, self.message, row([left, self.pictures])])
         self.load_button.on_click(lambda _button: self.load())
         self.save_button.on_click(lambda _button: self.save())
         self.which.observe(self._take, names="value")

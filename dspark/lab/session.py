@@ -18,8 +18,6 @@ from dspark.target.target import Target
 
 log = logging.getLogger(__name__)
 
-TICK = 0.1  # seconds between two redraws while only the plain lane still runs
-
 
 @dataclass(frozen=True)
 class Request:
@@ -40,10 +38,8 @@ class Session:
     changed: called in the thread after every change.
     pause: seconds that slow motion shows each half of a round; asked anew for each, 0 for full speed.
     stepping: wait after every round for :meth:`step` or :meth:`go_on`.
-    animated: let the plain lane run in real time when it is the last one.
 
-    state: "recording", "decoding", "waiting" (for a step), "racing" (only the plain lane still runs), then "done", "stopped" or
-    "failed"; ``error`` then says why in one sentence.
+    state: "recording", "decoding", "waiting" (for a step), then "done", "stopped" or "failed"; ``error`` says why in one sentence.
     """
 
     def __init__(
@@ -57,25 +53,18 @@ class Session:
         changed: Callable[[Session], None] = lambda session: None,
         pause: Callable[[], float] = lambda: 0.0,
         stepping: bool = False,
-        animated: bool = True,
     ) -> None:
         self.target, self.source, self.request = target, source, request
-        self.changed, self.pause, self.animated = changed, pause, animated
+        self.changed, self.pause = changed, pause
         self.state, self.error = "decoding", ""
         self.rounds: list[Round] = []
         self.plain: list[Round] = list(plain or ())
         self.judged = True  # False while slow motion shows the last round's drafts without the verdict
         self.policy: Policy | None = None
-        self.extra_seconds = 0.0  # of the race's clock, after the last round
         self._make_policy, self._record = policy, plain is None
         self._stop, self._go = threading.Event(), threading.Semaphore(0)
         self._stepping = stepping
         self._thread = threading.Thread(target=self._work, name="dspark-live", daemon=True)
-
-    @property
-    def seconds(self) -> float:
-        """The race's clock: seconds of decoding since the prefill."""
-        return sum(r.seconds for r in self.rounds[1:]) + self.extra_seconds
 
     @property
     def running(self) -> bool:
@@ -84,7 +73,7 @@ class Session:
     @property
     def ended(self) -> bool:
         """Whether the text is complete."""
-        return self.state in ("racing", "done", "stopped", "failed")
+        return self.state in ("done", "stopped", "failed")
 
     def start(self) -> Session:
         self._thread.start()
@@ -117,7 +106,6 @@ class Session:
             if self._record:
                 self._record_plain()
             self._decode()
-            self._race_on()
             self._show("stopped" if self._stop.is_set() else "done")
         except Exception as error:
             log.debug("the live session failed", exc_info=True)
@@ -147,15 +135,6 @@ class Session:
                 self._go.acquire()
             else:
                 self._stop.wait(self.pause())
-
-    def _race_on(self) -> None:
-        """The text is complete; the plain lane goes on at its own pace."""
-        left = sum(r.seconds for r in self.plain[1:]) - self.seconds
-        while self.animated and left > 0 and not self._stop.wait(min(TICK, left)):
-            self.extra_seconds += min(TICK, left)
-            left -= TICK
-            self._show("racing")
-        self.extra_seconds += max(left, 0.0) if not self._stop.is_set() else 0.0
 
     def _show(self, state: str) -> None:
         self.state = state

@@ -9,9 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 
 from dspark.draft.source import COPY
-from dspark.lab.figures import DRAFT_STATES, FATES, GREY, NO_CHARACTER, Decode, Look, draft_states, fates
+from dspark.lab.figures import DRAFT_STATES, FATES, GREY, NO_CHARACTER, Decode, Look, draft_numbers, draft_states, fates
 from dspark.round import Round
 from dspark.schedule import AdaptiveWindow, ConfidenceThreshold, Policy, policy_colour, policy_label
 
@@ -91,13 +92,6 @@ def _cell_hint(r: Round, k: int, state: str, decode: Decode | None) -> str:
     return f"round {r.index}, position {k + 1}: {DRAFT_STATES[state].label}{copied}{token}{draft_numbers(r, k)}"
 
 
-def draft_numbers(r: Round, k: int, *, judged: bool = True) -> str:
-    """Probabilities and confidence of draft k (from 0) for a tooltip, as far as they are known; judged False leaves the target's out."""
-    pairs = (("p_target", r.target_probs_of_drafts), ("p_draft", r.draft_probs_of_drafts), ("confidence", r.confidence))
-    pairs = pairs if judged else pairs[1:]
-    return "".join(f" · {name} {values[k]:.2f}" for name, values in pairs if k < len(values) and values[k] == values[k])
-
-
 def _key(states: Sequence[Sequence[str | None]], colour: str) -> str:
     """The legend, in the line below the title."""
     if colour != "fate":
@@ -163,22 +157,19 @@ def windows(rounds: Sequence[Round], policy: Policy, block_size: int) -> Strip:
     return Strip(_title(title) + frame + names + "".join(parts) + _round_axis(rounds, step, base), base + 26, title)
 
 
-def race(lanes: Sequence[tuple[str, Sequence[Round]]], seconds: float, tokens: int, *, ended: bool = True) -> Strip:
-    """One track per lane ``seconds`` of decoding after the prefill; a tick is a committed token in the colour of its fate.
+def race(lanes: Sequence[tuple[str, Sequence[Round]]], tokens: int) -> Strip:
+    """Where all lanes were when the last of them was where it is now: one track each, with a tick per committed token.
 
-    lanes: (arm, rounds of the same prompt); the arm gives the label and the colour · tokens: length of the track · ended: False while
-    the last lane still grows.
+    lanes: (arm, rounds of the same prompt); the arm gives the label and the colour. The clock starts after the prefill.
+    tokens: length of the track.
     """
     top, high, parts, labels = 24, 38, [], []
-    totals = [sum(r.seconds for r in rounds[1:]) for _, rounds in lanes]
+    clock = sum(r.seconds for r in lanes[-1][1][1:])
     unit = (WIDTH - LEFT - END) / max(tokens, 1)
     for i, (arm, rounds) in enumerate(lanes):
-        seen = reached(rounds, seconds)
-        spent = min(seconds, totals[i])
-        done = len(seen) == len(rounds) > 0 and (ended or i < len(lanes) - 1)
-        committed = fates(seen)
+        committed, spent = fates(reached(rounds, clock)), min(clock, sum(r.seconds for r in rounds[1:]))
         speed = f", {(len(committed) - 1) / spent:.1f} tokens/s" if spent > 0 and len(committed) > 1 else ""
-        labels.append(f"{policy_label(arm)}: {len(committed)} tokens in {spent:.2f} s{speed}{' · finished' if done else ''}")
+        labels.append(f"{policy_label(arm)}: {len(committed)} tokens in {spent:.2f} s{speed}")
         y = top + i * high
         parts.append(f'<rect x="{LEFT - 16}" y="{y}" width="8" height="26" rx="2" fill="{policy_colour(arm)}"/>')
         parts.append(_text(LEFT, y + 9, labels[-1]))
@@ -186,18 +177,14 @@ def race(lanes: Sequence[tuple[str, Sequence[Round]]], seconds: float, tokens: i
         for j, token in enumerate(committed):
             place = f'x="{LEFT + j * unit:.1f}" y="{y + 14}" width="{max(unit * 0.85, 0.6):.1f}"'
             parts.append(f'<rect {place} height="12" fill="{FATES[token.fate].colour(0.85)}"/>')
-    return Strip(_title("The race on one prompt (n = 1 run per lane)") + "".join(parts), top + high * len(lanes) + 4, "; ".join(labels))
+    title = f"The race on one prompt after {clock:.2f} s (n = 1 run per lane)"
+    return Strip(_title(title) + "".join(parts), top + high * len(lanes) + 4, "; ".join(labels))
 
 
 def reached(rounds: Sequence[Round], seconds: float) -> list[Round]:
     """The rounds that were finished ``seconds`` of decoding after the prefill."""
-    finished, spent = list(rounds[:1]), 0.0
-    for r in rounds[1:]:
-        spent += r.seconds
-        if spent > seconds + 1e-9:
-            break
-        finished.append(r)
-    return finished
+    ends = accumulate(r.seconds if r.anchor is not None else 0.0 for r in rounds)
+    return [r for r, end in zip(rounds, ends, strict=True) if end <= seconds + 1e-9]
 
 
 def legal(words: str) -> str:

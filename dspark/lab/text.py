@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 
-from dspark.lab.figures import DRAFT_STATES, NO_CHARACTER, Decode, draft_states, fates, legend, span, whole_pieces
-from dspark.lab.strips import draft_numbers
+from dspark.lab.figures import DRAFT_STATES, NO_CHARACTER, Decode, draft_numbers, draft_states, fates, legend, span, whole_pieces
 from dspark.round import Round
 
 BOX = "line-height:1.9;font-size:15px;white-space:pre-wrap;overflow-wrap:anywhere"

@@ -1,49 +1,76 @@
-"""What both panels share: errors and saving, the menu of policies with its sliders, the colour switch, rows and columns."""
+"""What both panels share: the pictures of a run, the menu of policies with its sliders, errors, rows and columns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
-from textwrap import shorten
 
 import ipywidgets as w
 
-from dspark.bench.trace import Trace
-from dspark.bench.trace_file import save_trace
-from dspark.files import one_line
-from dspark.lab.strips import COLOURS
-from dspark.schedule import POLICIES, Parameter, make_policy, parse_policy
+from dspark.lab import strips
+from dspark.lab.figures import Decode
+from dspark.lab.text import numbers, tally
+from dspark.round import Round
+from dspark.schedule import POLICIES, Parameter, Policy, make_policy, parse_policy
 
 STYLE = {"description_width": "110px"}
 WIDEST = "420px"  # enough for the longest name of a policy
-SHORT = 80  # characters of a prompt in a list
 LONGEST = 1000  # tokens in a block, until the drafter's block size is known
 
 
 class Panel:
-    """Shows ``box``, errors in ``message``, and saves :meth:`trace` to the path in ``path``."""
+    """The pictures of a run, the menu of policies and an error, as widgets; a subclass puts them into ``box``.
+
+    policy, changed: see :class:`PolicyControls`.
+    """
 
     box: w.VBox
-    message: w.HTML
-    path: w.Text
-    trace: Callable[[], Trace]
     error = ""
+
+    def __init__(self, policy: str, changed: Callable[[], object]) -> None:
+        self.controls = PolicyControls(policy, changed)
+        self.colour = w.ToggleButtons(
+            options=list(strips.COLOURS),
+            description="colour",
+            tooltip="What the colours of the heatmap mean",
+            tooltips=list(strips.COLOURS.values()),
+            style={"button_width": "auto", "description_width": "50px"},
+        )
+        self.message, self.numbers, self.text, self.heat, self.windows, self.lanes = (w.HTML() for _ in range(6))
+        self.pictures = column([self.lanes, self.colour, self.heat, self.windows], 480)
+
+    def draw(
+        self,
+        rounds: Sequence[Round],
+        plain: Sequence[Round],
+        policy: Policy,
+        *,
+        arm: str,
+        block_size: int,
+        tokens: int,
+        decode: Decode,
+        how: str = "n = 1 run",
+    ) -> None:
+        """Show a run in numbers and pictures; its text is shown by the subclass.
+
+        plain: rounds of plain decoding for the race, which is left out without them · arm: gives the name and the colour of the lane ·
+        tokens: length of the whole text · how: how the seconds were obtained.
+        """
+        self.numbers.value = numbers(tally(rounds, plain), how)
+        self.heat.value = strips.heat(rounds, block_size, self.colour.value, decode).svg()
+        self.windows.value = strips.windows(rounds, policy, block_size).svg()
+        lanes = [("plain", plain), *([(arm, rounds)] if rounds else [])]
+        self.lanes.value = strips.race(lanes, tokens).svg() if plain else ""
+
+    def picture(self) -> str:
+        """The outputs as plain HTML, for notebooks that run in batch."""
+        return "".join(part.value for part in (self.numbers, self.text, self.heat, self.windows, self.lanes))
 
     def show_error(self, sentence: str) -> None:
         """Show an error, which a screen reader announces; "" removes it."""
         self.error = sentence
         style = "border-left:4px solid rgb(213,94,0);padding:.2em .6em"
         self.message.value = f'<div role="alert" style="{style}">{escape(sentence)}</div>' if sentence else ""
-
-    def save(self) -> None:
-        """Save the trace to the path in the box."""
-        try:
-            save_trace(self.trace(), self.path.value)
-        except (ValueError, OSError) as error:
-            self.show_error(one_line(error))
-        else:
-            self.show_error("")
-            self.message.value = f'<span role="status">{escape(f"saved: {self.path.value}")}</span>'
 
     def close(self) -> None:
         """Remove the widgets."""
@@ -59,24 +86,17 @@ class PolicyControls:
 
     spec: the policy to start with and its first numbers, such as "adaptive:0.6,0.3".
     changed: called after a widget moved.
-    continuous: call it at every step of a drag.
 
     ``box`` holds all widgets, ``kind`` is the menu. Raises ValueError for an unknown policy or too many numbers.
     """
 
-    def __init__(self, spec: str, changed: Callable[[], None], *, continuous: bool = False) -> None:
+    def __init__(self, spec: str, changed: Callable[[], object]) -> None:
         chosen, _, numbers = spec.partition(":")
         make_policy(chosen, sps=lambda: float)  # this and the next line raise for an unknown name or wrong numbers
         parse_policy(spec, lambda: float)
-        self.kind = w.Dropdown(
-            options=[(row.label, name) for name, row in POLICIES.items()],
-            value=chosen,
-            description="policy",
-            tooltip="The rule that decides how many drafted tokens the target verifies",
-            style=STYLE,
-            layout=w.Layout(width="auto", max_width=WIDEST),
-        )
-        self._all = {name: {p.name: _slider(p, continuous) for p in row.parameters} for name, row in POLICIES.items()}
+        choices, tooltip = [(row.label, name) for name, row in POLICIES.items()], "The rule that decides how many drafts are verified"
+        self.kind = labelled(w.Dropdown, chosen, "policy", tooltip, options=choices, max_width=WIDEST)
+        self._all = {name: {p.name: _slider(p) for p in row.parameters} for name, row in POLICIES.items()}
         for slider, number in zip(self.sliders.values(), filter(None, numbers.split(",")), strict=False):
             slider.value = float(number)
         self._changed = changed
@@ -113,24 +133,16 @@ class PolicyControls:
                 slider.layout.display = None if name == self.kind.value else "none"
 
 
-def _slider(p: Parameter, continuous: bool) -> w.IntSlider | w.FloatSlider:
-    look = {"description": p.label, "tooltip": p.tooltip, "continuous_update": continuous, "style": STYLE}
-    look["layout"] = w.Layout(width="auto", max_width=WIDEST)
+def _slider(p: Parameter) -> w.IntSlider | w.FloatSlider:
     if p.step == 1:
         high = LONGEST if p.default is None else int(p.high)  # None stands for the whole block
-        return w.IntSlider(int(p.default or high), int(p.low), high, **look)
-    return w.FloatSlider(p.default, min=p.low, max=p.high, step=p.step, readout_format=".2f", **look)
+        return labelled(w.IntSlider, int(p.default or high), p.label, p.tooltip, min=int(p.low), max=high, max_width=WIDEST)
+    return labelled(w.FloatSlider, p.default, p.label, p.tooltip, min=p.low, max=p.high, step=p.step, max_width=WIDEST)
 
 
-def heat_colours() -> w.ToggleButtons:
-    """What the heatmap's colours mean, a name of :data:`dspark.lab.strips.COLOURS`."""
-    return w.ToggleButtons(
-        options=list(COLOURS),
-        description="colour",
-        tooltip="What the colours of the heatmap mean",
-        tooltips=list(COLOURS.values()),
-        style={"button_width": "auto", "description_width": "50px"},
-    )
+def labelled(kind: type[w.Widget], value: object, label: str, tooltip: str, max_width: str | None = None, **options: object) -> w.Widget:
+    """A widget with its label before it, as wide as its place."""
+    return kind(value=value, description=label, tooltip=tooltip, style=STYLE, layout=w.Layout(width="auto", max_width=max_width), **options)
 
 
 def row(children: Sequence[w.Widget]) -> w.HBox:
@@ -141,11 +153,6 @@ def row(children: Sequence[w.Widget]) -> w.HBox:
 def column(children: Sequence[w.Widget], width: int) -> w.VBox:
     """width: preferred, in pixels."""
     return w.VBox(children, layout=w.Layout(flex=f"1 1 {width}px", min_width=f"{min(width, 300)}px"))
-
-
-def short(prompt: str) -> str:
-    """A prompt as one line of a list."""
-    return shorten(prompt, SHORT, placeholder="…")
 
 
 def family(widget: w.Widget) -> list[w.Widget]:
