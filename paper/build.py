@@ -25,7 +25,7 @@ from dspark.bench.stats import ALL, summarise
 from dspark.bench.trace_file import traces_of
 from dspark.cli import run_main
 from dspark.files import write_atomically
-from dspark.lab.drafters import head_shares, joined, pooled_positions, tau_gains
+from dspark.lab.drafters import joined, pooled_positions, tau_gains
 from dspark.schedule import policy_label
 from dspark.tune.calibrate import Calibration, calibrate
 from dspark.tune.predict import required_tokens_per_round
@@ -200,7 +200,9 @@ def drafters(values: Values, decoded: pd.DataFrame, trained: pd.DataFrame, spent
     values.set("SettingComparedPrompts", integer(decoded["n"].max()))
     for name, other in (("Dflash", "dflash"), ("Eagle", "eagle")):
         values.interval(f"MeasuredOver{name}", *(signed(gains.loc[other, end]) for end in ("gain", "low", "high")))
-    shares, taus = head_shares(spent), trained.set_index("drafter")["held_out_tau"]
+    alike = spent[spent["drafter"].str.fullmatch(r"dspark(-block\d+)?")]  # they differ in their block size alone
+    medians = alike.groupby("drafter_block_size")[["draft_ms", "head_ms", "verify_ms"]].median()
+    shares, taus = medians["head_ms"] / (medians["draft_ms"] + medians["verify_ms"]), trained.set_index("drafter")["held_out_tau"]
     values.set("SettingHeadShareBlocks", listed(map(integer, shares.index)))
     values.set("MeasuredHeadShareLow", percent(shares.min(), 1))
     values.set("MeasuredHeadShareHigh", percent(shares.max(), 1))

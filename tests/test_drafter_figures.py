@@ -13,7 +13,7 @@ from tiny import tiny_drafter, tiny_target
 from dspark.bench.results import write_results
 from dspark.cpu.packed import QuantizedLinear, can_quantize
 from dspark.draft.eagle import EagleDrafter
-from dspark.lab import bias, collision, drafters
+from dspark.lab import bias, drafters
 from dspark.lab.training import training_curves
 from dspark.verify.sampling import Rng, Sampling
 
@@ -42,26 +42,6 @@ def rows(split: str = "test") -> pd.DataFrame:
         for domain in ("code", "math")
         for i in range(3)
     )
-
-
-# ---- the two words
-
-
-@pytest.mark.parametrize("fit", [0.5, 0.75, 1.0])
-def test_accepted_drafts_of_the_two_words_follow_from_the_overlap_of_the_distributions(fit: float) -> None:
-    pairs, target = collision.pair_probs(fit), collision.pair_probs(1.0)
-    assert target == {"of course": 0.5, "of problem": 0, "no course": 0, "no problem": 0.5} and sum(pairs.values()) == 1
-    overlap = sum(min(pairs[pair], target[pair]) for pair in target)
-    assert collision.accepted_drafts(fit) == 1 + overlap
-
-
-def test_a_bias_of_zero_is_the_parallel_drafter() -> None:
-    assert collision.fit_of(0.0) == 0.5
-    assert collision.fit_of(1.0) == pytest.approx(torch.tensor([1.0, -1.0]).softmax(0)[0].item())
-    shown = collision.collisions({"parallel": 0.5})
-    assert [list(bar.y) for bar in shown.data] == [[0.5, 0, 0, 0.5], [0.25] * 4]
-    with pytest.raises(ValueError, match="2"):
-        collision.pair_probs(2)
 
 
 # ---- the bias on real tokens
@@ -159,6 +139,7 @@ def test_positions_are_pooled_by_their_counts_and_drawn_per_drafter() -> None:
     assert first["error"].iloc[1] == pytest.approx(1.959964 * (0.25 / 48) ** 0.5)
     figure = drafters.acceptance_figure(positions, "n = 6 prompts")
     assert [line.name for line in figure.data] == [look[0] for look in drafters.LOOKS.values()]
+    assert [line.line.color for line in figure.data] == [look[1] for look in drafters.LOOKS.values()]
     assert "n = 6 prompts" in figure.layout.title.text
 
 
@@ -168,18 +149,6 @@ def test_the_heads_share_is_the_median_repeats_part_of_a_whole_round() -> None:
     table = drafters.cost_table(pd.concat([times, times.assign(drafter="dflash", head_ms=0.0)]))
     assert table.loc["dspark"].tolist() == [6.0, 0.6, 24.0, "2.0%"]
     assert table.loc["dflash", "head's share of a round"] == "0.0%"
-
-
-def test_the_heads_share_compares_drafters_that_differ_in_block_size_alone() -> None:
-    rows = [
-        ("dspark", 5, 6.0, 0.6, 24.0),
-        ("dspark-block8", 8, 8.0, 1.6, 24.0),
-        ("dspark-layers4", 5, 9.0, 3.0, 24.0),
-        ("dflash", 5, 5, 0, 24),
-    ]
-    frame = pd.DataFrame(rows, columns=["drafter", "drafter_block_size", "draft_ms", "head_ms", "verify_ms"])
-    times = pd.concat([frame.assign(head_ms=frame["head_ms"] * factor) for factor in (1, 1, 9)])
-    assert drafters.head_shares(times).to_dict() == pytest.approx({5: 0.02, 8: 0.05})
 
 
 def trained() -> pd.DataFrame:
@@ -206,6 +175,8 @@ def test_the_published_gain_is_that_of_the_published_numbers() -> None:
 def test_training_curves_grow_with_the_records() -> None:
     held = {"loss": 2.0, "tau": 1.2, "acceptance": [0.3, 0.2]}
     records = [{"step": 1, "loss": 3.0, "tau": 1.1}, {"step": 2, "loss": 2.5, "tau": 1.2, "held_out": held}]
-    empty, begun, later = (training_curves(records[:n], steps=9) for n in range(3))
-    assert len(empty.data) == len(begun.data) == 4 and len(later.data) == 6
-    assert later.data[0].y == (3.0, 2.5) and later.data[1].y == (2.0,) and later.layout.title.text == "Training, n = 2 of 9 steps"
+    begun, later = (training_curves(records[:n], steps=9) for n in (1, 2))
+    assert {line.name for line in begun.data} == {"training batch"}
+    assert {line.name for line in later.data} == {"training batch", "held-out rows", "position 1", "position 2"}
+    losses = {line.name: list(line.y) for line in later.data if line.xaxis == "x"}
+    assert losses == {"training batch": [3.0, 2.5], "held-out rows": [2.0]} and later.layout.title.text == "Training, n = 2 of 9 steps"

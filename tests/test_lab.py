@@ -227,11 +227,16 @@ def test_a_file_of_another_version_or_without_rows_is_refused(tmp_path):
 
 def test_an_arm_has_one_colour_and_one_label_in_every_figure():
     frame, arm = results(), "fixed:5"
-    lines = pd.DataFrame({"policy": ["plain", arm], "domain": "all", "n": 8, "speedup": [1.0, 1.7]})
-    mine = [trace for trace in speed.over(frame, "plain").data if trace.name.startswith(policy_label(arm))]
+    mine = [trace for trace in speed.over(frame, "plain").data if trace.name == policy_label(arm)]
     assert [trace.marker.color for trace in mine] == [policy_colour(arm)]
-    dots = scheduling.policy_chart(lines, "a test").data[-1]
-    assert (list(dots.y), list(dots.marker.color)) == ([policy_label(arm)], [policy_colour(arm)])
+
+
+def test_speed_ups_of_replayed_policies_have_no_intervals_and_measured_ones_do():
+    rows = {"arm": ["plain", "fixed:5"], "domain": "all", "speedup": [1.0, 1.7], "tokens_per_round": [1.0, 2.0]}
+    (dots,) = speed.speedups(pd.DataFrame(rows), "plain", "a test").data
+    assert (list(dots.y), dots.error_y.array) == ([1.7], None)
+    measured = speed.over(results(), "plain").data[-1]
+    assert (measured.error_y.array >= 0).all() and (measured.error_y.arrayminus >= 0).all() and list(measured.x)[-1] == "all"
 
 
 def test_figures_of_speed_have_units_and_say_how_many():
@@ -242,9 +247,12 @@ def test_figures_of_speed_have_units_and_say_how_many():
 
 def test_the_needed_tau_rises_with_the_window_and_the_speed_up():
     points = list(break_even(SPSCurve((1, 8), (0.030, 0.044)), range(1, 6), 0.006, [1.0, 1.5]))
-    ceiling, *lines = speed.needed(points, "tiny").data
-    assert list(ceiling.y) == [2, 3, 4, 5, 6] and [line.name for line in lines[::2]] == ["1×", "1.5×"]
-    assert list(lines[2].y) == sorted(lines[2].y) and all(a < b for a, b in zip(lines[0].y, lines[2].y, strict=True))
+    *lines, ceiling = speed.needed(points, "tiny").data
+    assert list(ceiling.y) == [2, 3, 4, 5, 6] and len(lines) == 4
+    slow, _, fast, free = (list(line.y) for line in lines)
+    assert (
+        fast == sorted(fast) and all(a < b for a, b in zip(slow, fast, strict=True)) and all(a < b for a, b in zip(free, fast, strict=True))
+    )
 
 
 def test_policies_without_numbers_take_those_of_the_notebooks_parameters():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark.draft.drafter import Drafter
-from dspark.lab.figures import FATES, GREY, dressed
+from dspark.lab.figures import distributions
 from dspark.target.target import Target
 
 
@@ -56,17 +56,10 @@ def bias_figure(target: Target, drafter: Drafter, token_ids: Sequence[int], at: 
     if not 1 <= slot <= drafter.block_size:
         raise ValueError(f"slot {slot} is not in the block: choose 1 to {drafter.block_size}")
     biased, parallel, p_target = (p[0, slot - 1] for p in known_blocks(target, drafter, token_ids, torch.tensor([at])))
-    places = torch.stack([biased, parallel, p_target]).amax(0).topk(min(top, len(p_target))).indices.flip(0)  # the largest bar on top
-    tokens = drafter.d2t[places].tolist()
-    labels = [f"“{target.decode([token])}” {token}".replace("\n", "↵") for token in tokens]
-    figure = go.Figure()
-    views = (("target", p_target, GREY), ("drafter with the bias", biased, FATES["draft"].colour()))
-    for name, p, colour in (*views, ("drafter without it", parallel, FATES["correction"].colour())):
-        look = {"orientation": "h", "marker_color": colour, "texttemplate": "%{x:.2f}", "textposition": "outside"}
-        figure.add_bar(y=labels, x=p[places].tolist(), name=name, **look)
-    figure.update_xaxes(title="probability", range=[0, 1.1])
-    figure.update_yaxes(title="token (text, id)")
+    places = torch.stack([biased, parallel, p_target]).amax(0).topk(min(top, len(p_target))).indices
+    labels = [f"“{target.decode([token])}” {token}".replace("\n", "↵") for token in drafter.d2t[places].tolist()]
+    named = {"target": p_target, "drafter with the bias": biased, "drafter without it": parallel}
     without, kept = (float(torch.minimum(p, p_target).sum()) for p in (parallel, biased))
     after = target.decode([token_ids[at + slot - 1]]).replace("\n", "↵")
     title = f"Slot {slot}, after “{after}”: {without:.0%} accepted without the bias, {kept:.0%} with it (n = 1 place)"
-    return dressed(figure, title, 160 + 60 * len(labels)).update_layout(legend_traceorder="reversed")
+    return distributions({name: p[places].tolist() for name, p in named.items()}, labels, title)

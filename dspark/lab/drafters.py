@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 
 from dspark.bench import published
 from dspark.bench.speed import read_speed
 from dspark.bench.stats import acceptance_by_position, interval
-from dspark.lab.figures import FATES, GREY, dressed
+from dspark.lab.figures import FATES, dressed
 
 LOOKS = {  # drafter → name, colour, dash
     "dspark": ("DSpark", FATES["draft"].colour(), "solid"),
@@ -97,10 +98,12 @@ def pooled_positions(frame: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     return counts.assign(acceptance=share, error=Z * np.sqrt(share * (1 - share) / counts["n"])).drop(columns="accepted")
 
 
-def _look(drafter: str) -> dict[str, object]:
-    """Name and line of a drafter in all figures."""
-    name, colour, dash = LOOKS.get(drafter, (drafter, GREY, "dashdot"))
-    return {"name": name, "mode": "lines+markers", "line": {"color": colour, "dash": dash, "width": 2.5}}
+def _lines(points: pd.DataFrame, x: str, y: str, **options: object) -> go.Figure:
+    """One line per drafter, with its name, colour and dash."""
+    points = points.assign(name=points["drafter"].map({drafter: name for drafter, (name, _, _) in LOOKS.items()}))
+    colours, dashes = ({look[0]: look[i] for look in LOOKS.values()} for i in (1, 2))
+    look = {"color": "name", "color_discrete_map": colours, "line_dash": "name", "line_dash_map": dashes, "markers": True}
+    return px.line(points, x=x, y=y, category_orders={"name": list(colours)}, **look, **options)
 
 
 def acceptance_figure(positions: pd.DataFrame, note: str) -> go.Figure:
@@ -108,14 +111,8 @@ def acceptance_figure(positions: pd.DataFrame, note: str) -> go.Figure:
 
     positions: columns drafter, position, n, acceptance, error. note: what was counted, for the title.
     """
-    figure = go.Figure()
-    for drafter, rows in positions.groupby("drafter", sort=False):
-        up, down = rows["error"].clip(upper=1 - rows["acceptance"]), rows["error"].clip(upper=rows["acceptance"])  # shares end at 0 and 1
-        look = _look(drafter)
-        bars = {"array": up, "arrayminus": down, "color": look["line"]["color"], "thickness": 1}
-        hover = look["name"] + "<br>position %{x}: %{y:.3f}, n = %{customdata}<extra></extra>"
-        values = {"x": rows["position"], "y": rows["acceptance"], "customdata": rows["n"]}
-        figure.add_scatter(error_y=bars, hovertemplate=hover, **values, **look)
+    up, down = (positions["error"].clip(upper=most) for most in (1 - positions["acceptance"], positions["acceptance"]))  # within 0 … 1
+    figure = _lines(positions, "position", "acceptance", error_y=up, error_y_minus=down, hover_data=["n"])
     figure.update_xaxes(title="position in the block (tokens after the anchor)", dtick=1)
     figure.update_yaxes(title="conditional acceptance (share)")
     return dressed(figure, f"Acceptance by position ({note}, bars: 95 %)", 420)
@@ -139,10 +136,7 @@ def size_figure(trained: pd.DataFrame, field: str) -> go.Figure:
     points = by_size(trained, field)
     if points.empty:
         raise ValueError("'dspark' was not trained: run python -m dspark.train compare --only dspark")
-    figure = go.Figure()
-    for side in ("dspark", "dflash"):
-        line = points[points["drafter"] == side]
-        figure.add_scatter(x=line["value"], y=line["tau"], **_look(side))
+    figure = _lines(points, "value", "tau")
     figure.update_xaxes(title=SIZES[field], tickvals=sorted(points["value"].unique()))
     figure.update_yaxes(title="τ on held-out text (tokens per round)")
     steps = ", ".join(map(str, sorted(trained["steps"].unique())))
@@ -154,24 +148,10 @@ def cost_table(times: pd.DataFrame) -> pd.DataFrame:
 
     times: rows of :func:`dspark.train.compare.time_all`, in milliseconds.
     """
-    medians, share = _medians(times, "drafter")
     titles = {"draft_ms": "draft (ms)", "head_ms": "of it the sequential head (ms)", "verify_ms": "verify (ms)"}
+    medians = times.groupby("drafter", sort=False)[list(titles)].median()
+    share = medians["head_ms"] / (medians["draft_ms"] + medians["verify_ms"])
     return medians.rename(columns=titles).round(2).assign(**{"head's share of a round": share.map("{:.1%}".format)})
-
-
-def _medians(times: pd.DataFrame, by: str) -> tuple[pd.DataFrame, pd.Series]:
-    """Medians over the repeats, and the head's share of a round made of them."""
-    medians = times.groupby(by, sort=False)[["draft_ms", "head_ms", "verify_ms"]].median()
-    return medians, medians["head_ms"] / (medians["draft_ms"] + medians["verify_ms"])
-
-
-def head_shares(times: pd.DataFrame) -> pd.Series:
-    """Block size γ → the sequential head's share of a round, for DSpark drafters that differ in nothing else.
-
-    times: as for :func:`cost_table`.
-    """
-    alike = times[times["drafter"].str.fullmatch(r"dspark(-block\d+)?")]
-    return _medians(alike, "drafter_block_size")[1].sort_index()
 
 
 def published_tau() -> pd.DataFrame:

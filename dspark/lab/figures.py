@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from dspark.draft.source import COPY
 from dspark.round import Round
+from dspark.schedule import policy_colour, policy_label
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -169,13 +171,19 @@ def _state(r: Round, k: int) -> str | None:
 
 
 def distributions(named: Mapping[str, Sequence[float]], tokens: Sequence[str], title: str) -> go.Figure:
-    """Bars of distributions over the same tokens, side by side; the first one, the target's, is grey."""
+    """Bars of distributions over the same tokens, side by side; the first one is grey."""
     colours = [GREY, *(FATES[fate].colour(0.85) for fate in ("draft", "correction", "bonus"))]
     figure = go.Figure()
     for (name, values), colour in zip(named.items(), colours, strict=False):
         figure.add_bar(x=list(tokens), y=list(values), name=name, marker_color=colour, texttemplate="%{y:.2f}")
+    figure.update_xaxes(title="token")
     figure.update_yaxes(title="probability", range=[0, 1])
     return dressed(figure, title, 380)
+
+
+def arm_colours(arms: pd.Series) -> dict[str, object]:
+    """Arguments of a plotly.express figure that draws every arm with its own name and colour."""
+    return {"color": arms.map(policy_label), "color_discrete_map": {policy_label(arm): policy_colour(arm) for arm in arms.unique()}}
 
 
 def dressed(figure: go.Figure, title: str, height: int) -> go.Figure:
@@ -188,6 +196,6 @@ def dressed(figure: go.Figure, title: str, height: int) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": GREY},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "title": None},
         margin={"l": 60, "r": 20, "t": 80, "b": 50},
     )

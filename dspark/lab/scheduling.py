@@ -1,4 +1,4 @@
-"""Figures of scheduling: the cost of a pass, one decision of Algorithm 1, and policies compared. Pure functions of records."""
+"""Figures of scheduling: the cost of a pass, and one decision of Algorithm 1. Pure functions of records."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import plotly.graph_objects as go
 
 from dspark.bench.policies import ALL
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, dressed
-from dspark.schedule import Admission, policy_colour, policy_label
+from dspark.schedule import Admission, policy_label
 from dspark.tune.profile import SPSCurve
-
-MARKS = ("square", "diamond", "cross", "triangle-up")
 
 
 def step_times(curve: SPSCurve, about: str) -> go.Figure:
@@ -24,8 +22,7 @@ def step_times(curve: SPSCurve, about: str) -> go.Figure:
     figure.add_scatter(x=widths, y=linear, mode="lines", name="one pass per token", line={"color": GREY, "dash": "dash"})
     figure.update_xaxes(title="tokens verified in one pass (number)")
     figure.update_yaxes(title="time of the pass (ms)", range=[0, 3 * max(ms)])
-    title = f"{widths[-1]} tokens take {ms[-1] / ms[0]:.2f}× the time of one<br><sup>{about}</sup>"
-    return dressed(figure, title, 400).update_layout(title={"y": 0.95, "yanchor": "top"}, margin={"t": 110})
+    return dressed(figure, f"{widths[-1]} tokens take {ms[-1] / ms[0]:.2f}× the time of one<br><sup>{about}</sup>", 400)
 
 
 def admission_path(path: Sequence[Admission], tokens: Sequence[str]) -> go.Figure:
@@ -43,30 +40,6 @@ def admission_path(path: Sequence[Admission], tokens: Sequence[str]) -> go.Figur
     end = "at the end of the block" if path[-1].admitted else "at the first fall"
     verified = sum(step.admitted for step in path) - 1
     return dressed(figure, f"Algorithm 1 verifies {verified} of the drafts: it stops {end} (n = 1 round)", 400)
-
-
-def policy_chart(lines: pd.DataFrame, about: str) -> go.Figure:
-    """Speed-up over plain decoding of every policy: a large dot for the geometric mean, small grey marks for the domains; best on top.
-
-    lines: a frame of :func:`dspark.bench.policies.pooled` with "plain" among its policies.
-    """
-    shown = lines[lines["policy"] != "plain"]
-    whole = shown[shown["domain"] == ALL].sort_values("speedup")
-    order, names = list(whole["policy"]), [policy_label(policy) for policy in whole["policy"]]
-    figure = go.Figure()
-    for symbol, domain in zip(MARKS, [d for d in dict.fromkeys(shown["domain"]) if d != ALL], strict=False):
-        rows = shown[shown["domain"] == domain].set_index("policy").loc[order]
-        marker, hint = {"symbol": f"{symbol}-open", "size": 8, "color": GREY}, "%{y}, " + domain + ": %{x:.3f}×<extra></extra>"
-        figure.add_scatter(x=rows["speedup"], y=names, mode="markers", name=domain, marker=marker, hovertemplate=hint)
-    dots = {"size": 13, "color": [policy_colour(policy) for policy in order]}
-    text = {"text": [f"{s:.3f}×" for s in whole["speedup"]], "textposition": "top center"}
-    figure.add_scatter(x=whole["speedup"], y=names, mode="markers+text", name="geometric mean", marker=dots, **text)
-    figure.add_vline(x=1, line={"color": GREY, "dash": "dash"})
-    figure.update_xaxes(title="speed-up over plain decoding, with the trace's step times (×)")
-    figure.update_yaxes(type="category")
-    title = f"All policies on the same {int(whole['n'].max())} texts, without timing noise<br><sup>{about}</sup>"
-    layout = {"title": {"y": 0.97, "yanchor": "top"}, "margin": {"l": 190, "t": 120}, "legend": {"y": 1.01}}
-    return dressed(figure, title, 220 + 34 * len(order)).update_layout(**layout)
 
 
 def policy_table(lines: pd.DataFrame) -> pd.DataFrame:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
-from plotly.colors import qualitative
 
 from dspark.bench import published
 from dspark.bench.arms import parse_arm, separated
 from dspark.bench.measure import Trial, first_divergence, summary
 from dspark.bench.stats import ALL, summarise
-from dspark.lab.figures import GREY, dressed
-from dspark.schedule import policy_colour, policy_label
+from dspark.lab.figures import GREY, arm_colours, dressed
+from dspark.schedule import policy_label
 from dspark.tune.predict import BreakEven
 
 PLAIN, MTP1 = "plain", "mtp1"
-PUBLISHED = tuple(round(1 + gain, 2) for gain in published.RANGE)  # quoted, never measured here: lowest and highest speed-up over MTP-1
 
 
 def arms_of(policy: str, block_size: int, confidence: float, adaptive: Sequence[float]) -> list[str]:
@@ -32,12 +30,10 @@ def arms_of(policy: str, block_size: int, confidence: float, adaptive: Sequence[
     numbers = {"confidence": f":{confidence:g}", "conditional": f":{confidence:g}", "adaptive": ":" + ",".join(f"{x:g}" for x in adaptive)}
     names = []
     for word in separated(policy):
-        kind, *suffixes = word.split("+")
-        name = "+".join([kind + numbers.get(kind, ""), *suffixes])
-        arm = parse_arm(name)
-        if block_size and arm.drafts and "+block" not in name:
-            name += f"+block:{block_size}"
-        names.append(name)
+        kind, plus, suffixes = word.partition("+")
+        name = kind + numbers.get(kind, "") + plus + suffixes
+        limited = parse_arm(name).drafts and block_size and "+block" not in name
+        names.append(f"{name}+block:{block_size}" if limited else name)
     return list(dict.fromkeys(names))
 
 
@@ -48,16 +44,6 @@ def conditions(frame: pd.DataFrame) -> str:
     return f"{decoding}, {first['dtype']}, n = {frame['prompt_id'].nunique() // frame['domain'].nunique()} prompts a domain"
 
 
-def _marker(arm: str, **style: object) -> dict[str, object]:
-    """An arm's colour; arms that also copy from the context are diamonds."""
-    return {"color": policy_colour(arm), "symbol": "diamond" if "copy" in arm else "circle", **style}
-
-
-def _interval(rows: pd.DataFrame) -> dict[str, object]:
-    """Error bars from ``low`` to ``high`` around ``speedup``."""
-    return {"type": "data", "array": rows["high"] - rows["speedup"], "arrayminus": rows["speedup"] - rows["low"]}
-
-
 def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> go.Figure:
     """Speed-up over ``baseline`` of every arm in every domain, with 95 % bootstrap intervals over prompts.
 
@@ -65,41 +51,41 @@ def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> go.Figure:
     """
     if quoted and baseline != MTP1:
         raise ValueError(f"the published range is a speed-up over {MTP1}, not over {baseline!r}: leave it out")
-    lines = summarise(frame, baseline)
-    arms = [arm for arm in dict.fromkeys(lines["arm"]) if arm != baseline]
-    domains, figure = list(dict.fromkeys(lines["domain"])), go.Figure()
-    for i, arm in enumerate(arms):
-        rows, name = lines[lines["arm"] == arm].set_index("domain").loc[domains], policy_label(arm)
-        x = [at + 0.7 * ((i + 0.5) / len(arms) - 0.5) for at in range(len(domains))]
-        hints = [f"{name}, {r.Index}: {r.speedup:.2f}× [{r.low:.2f}, {r.high:.2f}], τ {r.tokens_per_round:.2f}" for r in rows.itertuples()]
-        look = {"mode": "markers", "name": name, "marker": _marker(arm, size=9), "text": hints, "hoverinfo": "text"}
-        figure.add_scatter(x=x, y=rows["speedup"], error_y=_interval(rows), **look)
-    figure.add_hline(1, line={"color": GREY, "dash": "dash"})
+    figure = speedups(summarise(frame, baseline), baseline, conditions(frame))
     if quoted:
-        low, high = PUBLISHED
+        low, high = (1 + gain for gain in published.RANGE)
         note = f"quoted: {low:.2f}–{high:.2f}× over MTP-1"
         figure.add_hrect(low, high, fillcolor=GREY, opacity=0.18, line_width=0, annotation_text=note, annotation_position="top left")
-    names = ["all (geometric mean)" if d == ALL else d for d in domains]
-    figure.update_xaxes(title="domain", tickvals=list(range(len(domains))), ticktext=names)
+    return figure
+
+
+def speedups(lines: pd.DataFrame, baseline: str, about: str) -> go.Figure:
+    """Speed-ups side by side in every domain.
+
+    lines: columns arm, domain, speedup and tokens_per_round; with low and high, intervals are drawn. about: for the title.
+    """
+    lines = lines[lines["arm"] != baseline]
+    bars = {"error_y": lines["high"] - lines["speedup"], "error_y_minus": lines["speedup"] - lines["low"]} if "low" in lines else {}
+    hover = {"tokens_per_round": ":.2f", "speedup": ":.3f"}
+    figure = px.scatter(lines, x="domain", y="speedup", hover_data=hover, **bars, **arm_colours(lines["arm"]))
+    figure.update_traces(marker_size=9).add_hline(1, line={"color": GREY, "dash": "dash"})
+    figure.update_xaxes(title="domain; all: their geometric mean")
     figure.update_yaxes(title=f"speed-up over {policy_label(baseline)} (×)", rangemode="tozero")
-    return dressed(figure, f"Speed-up over {policy_label(baseline)} ({conditions(frame)})", 440)
+    figure.update_layout(scattermode="group", scattergap=0.3)
+    return dressed(figure, f"Speed-up over {policy_label(baseline)} ({about})", 440)
 
 
 def needed(points: Sequence[BreakEven], name: str) -> go.Figure:
     """τ that each window needs for each speed-up (solid; dotted if drafting were free), below the τ of a drafter that is always right."""
-    figure = go.Figure()
-    windows = sorted({p.window for p in points})
-    style = {"color": GREY, "dash": "dash"}
-    figure.add_scatter(x=windows, y=[w + 1 for w in windows], mode="lines", line=style, name="always right: window + 1")
-    for speedup, colour in zip(dict.fromkeys(p.speedup for p in points), qualitative.Safe * len(points), strict=False):
-        part = [p for p in points if p.speedup == speedup]
-        for dash, label, kind in (("solid", f"{speedup:g}×", "required"), ("dot", f"{speedup:g}×, free drafting", "free")):
-            look = {"mode": "lines+markers", "line": {"color": colour, "dash": dash}, "name": label}
-            figure.add_scatter(x=[p.window for p in part], y=[getattr(p, kind) for p in part], **look)
+    lines = pd.DataFrame(points).melt(["window", "speedup"], ["required", "free"], "drafting", "tau")
+    speedup = lines["speedup"].map("{:g}×".format)
+    look = {"line_dash": "drafting", "line_dash_map": {"required": "solid", "free": "dot"}, "markers": True}
+    figure = px.line(lines, x="window", y="tau", color=speedup, **look)
+    windows = lines["window"].unique()
+    figure.add_scatter(x=windows, y=windows + 1, mode="lines", line={"color": GREY, "dash": "dash"}, name="always right: window + 1")
     figure.update_xaxes(title="window (drafted tokens a round)", dtick=1)
     figure.update_yaxes(title="τ needed (tokens a round)", rangemode="tozero")
-    dressed(figure, f"Break-even of {name} on this machine (n = {len(windows)} windows)", 440)
-    return figure.update_layout(legend={"orientation": "v", "y": 1, "yanchor": "top"})
+    return dressed(figure, f"Break-even of {name} on this machine (n = {len(windows)} windows)", 440)
 
 
 def flat_summary(frame: pd.DataFrame, arm: str) -> dict[str, float | str | int]:
@@ -137,8 +123,6 @@ def race_frame(heats: Sequence[Mapping[str, Trial]], prompts: Sequence[str]) -> 
 
 def race_table(frame: pd.DataFrame) -> pd.DataFrame:
     """For the reader: a row per prompt; tokens/s (median over its heats) and τ of every arm, plain decoding first."""
-    shown = frame.assign(tokens_per_second=1e3 / frame["latency_ms"])
-    columns = {"tokens_per_second": "tokens/s", "tokens_per_round": "τ"}
-    wide = shown.pivot_table(index="prompt_id", columns="arm", values=list(columns), aggfunc="median", sort=False)
-    wide = wide.reindex(columns=product(columns, sorted(dict.fromkeys(frame["arm"]), key=PLAIN.__ne__)))
-    return wide.rename(columns=columns).rename_axis(index="prompt", columns=[None, None]).round(2)
+    shown = frame.assign(**{"tokens/s": 1e3 / frame["latency_ms"], "τ": frame["tokens_per_round"]}).rename(columns={"prompt_id": "prompt"})
+    shown = shown.sort_values("arm", key=lambda arms: arms != PLAIN, kind="stable")
+    return shown.pivot_table(index="prompt", columns="arm", values=["tokens/s", "τ"], aggfunc="median", sort=False).round(2)
