@@ -19,10 +19,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dspark.bench.table import caption
 from dspark.bench.replay import replay
 from dspark.bench.speed import read_speed
 from dspark.bench.stats import ALL, summarise
+from dspark.bench.table import caption
 from dspark.bench.trace import Trace, record
 from dspark.bench.trace_file import load_trace, save_trace
 from dspark.cli import run_main
