@@ -5,23 +5,28 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import field, fields
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; argparse exits with 2 as well
 
 
+def option(default: object, text: str) -> object:
+    """A field of a dataclass that :func:`add_fields` makes an option."""
+    return field(default=default, metadata={"help": text})
+
+
 def add_fields(parser: argparse.ArgumentParser, kind: type, without: Sequence[str] = (), **defaults: object) -> None:
     """An option for every field of the dataclass ``kind`` that has a help text. defaults: where the command's differ from the class's."""
-    for option in fields(kind):
-        if option.name not in without and "help" in option.metadata:
-            value, default = type(option.default), defaults.get(option.name, option.default)
-            words = {"metavar": value.__name__.upper(), "help": f"{option.metadata['help']}; default {default!r}"}
-            parser.add_argument("--" + option.name.replace("_", "-"), type=value, default=default, **words)
+    for each in fields(kind):
+        if each.name not in without and "help" in each.metadata:
+            value, default = type(each.default), defaults.get(each.name, each.default)
+            words = {"metavar": value.__name__.upper(), "help": f"{each.metadata['help']}; default {default!r}"}
+            parser.add_argument("--" + each.name.replace("_", "-"), type=value, default=default, **words)
 
 
 def from_fields(kind: type, options: argparse.Namespace, **fixed: object) -> object:
     """The dataclass with the values of a command line. fixed: fields that the command sets itself."""
-    return kind(**{option.name: getattr(options, option.name) for option in fields(kind) if hasattr(options, option.name)} | fixed)
+    return kind(**{each.name: getattr(options, each.name) for each in fields(kind) if hasattr(options, each.name)} | fixed)
 
 
 def run_main(

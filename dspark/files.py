@@ -6,45 +6,30 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-@contextlib.contextmanager
-def replacing(*paths: Path) -> Iterator[list[Path]]:
-    """Scratch files beside ``paths``, to be written inside the block; at its end they replace ``paths``, in that order.
-
-    Missing folders are made. After an error or a kill the old files are still there. Raises ValueError if one cannot be written.
-    """
-    ending = f".{os.getpid()}-{threading.get_ident()}.part"
-    scratch = [path.with_name(f".{path.name}{ending}") for path in paths]
-    try:
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        yield scratch
-        for part, path in zip(scratch, paths, strict=True):
-            part.replace(path)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        raise ValueError(f"cannot write {paths[0]}: {one_line(error)}. Make room or choose another place; what it held is kept") from error
-    finally:
-        for part in scratch:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-
-
 def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
     """Write one file whole or not at all: its bytes, or a function that writes the file at the path it is given.
 
-    Missing folders are made. Raises ValueError if the file cannot be written; what it held before is kept then.
+    Missing folders are made. After an error or a kill the old file is still there. Raises ValueError if it cannot be written.
     """
-    with replacing(Path(path)) as [part]:
-        if callable(content):
-            content(part)
-        else:
-            part.write_bytes(content)
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    write = content if callable(content) else (lambda scratch: scratch.write_bytes(content))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        part.replace(path)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        raise ValueError(f"cannot write {path}: {one_line(error)}. Make room or choose another place; what it held is kept") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -62,7 +62,8 @@ def dspark_generate(
     ends = [c for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
     target = _Borrowed(model, (token for c in ends for token in c.eos_token_id.tolist()))
     source = ContextLookup(None, target=target) if drafter is None else drafter
-    _check_attached(source, target)
+    if getattr(getattr(source, "drafter", source), "embed", target.embedding) is not target.embedding:
+        raise ValueError("the drafter is attached to another model: load_drafter(…, target) with a Target made of this very model")
     policy = checked_policy(policy, source)
     sampling = _sampling(logits_processor, generation_config.do_sample)
     prompt = input_ids[0].tolist()
@@ -144,10 +145,3 @@ def _moved(position_ids: object, length: int) -> bool:
         return False
     given = torch.as_tensor(position_ids)
     return given.shape[-1:] != (length,) or bool((given != torch.arange(length, device=given.device)).any())
-
-
-def _check_attached(source: DraftSource, target: Target) -> None:
-    drafter = getattr(source, "drafter", source)
-    embed = getattr(drafter, "embed", None)
-    if embed is not None and embed is not target.embedding:
-        raise ValueError("the drafter is attached to another model: load_drafter(…, target) with a Target made of this very model")

@@ -273,7 +273,7 @@ def test_a_reduced_vocabulary_has_no_reference_layout(target: Target, tmp_path: 
 # ---- interrupted saves
 
 
-@pytest.mark.parametrize("moment", range(4), ids=["first write", "second write", "first rename", "second rename"])
+@pytest.mark.parametrize("moment", range(4), ids=["first write", "first rename", "second write", "second rename"])
 def test_an_interrupted_save_leaves_one_whole_checkpoint(
     folder: Path, target: Target, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
@@ -294,7 +294,7 @@ def test_an_interrupted_save_leaves_one_whole_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             dspark.save_drafter(new, target, folder)
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
-    assert_same_drafts(dspark.load_drafter(folder, target), new if moment == 3 else old, target)
+    assert_same_drafts(dspark.load_drafter(folder, target), new if moment >= 2 else old, target)
 
 
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(folder: Path, target: Target) -> None:
@@ -345,8 +345,8 @@ def test_a_flipped_bit_is_damage(folder: Path, target: Target) -> None:
 @pytest.mark.parametrize(
     ("change", "values"),
     [
-        (lambda t: t.pop("fc.weight"), ["lack", "fc.weight"]),
-        (lambda t: t.update({"extra.weight": torch.zeros(3)}), ["unexpected", "extra.weight"]),
+        (lambda t: t.pop("fc.weight"), ["fc.weight missing or unexpected"]),
+        (lambda t: t.update({"extra.weight": torch.zeros(3)}), ["extra.weight missing or unexpected"]),
         (lambda t: t.update({"fc.weight": torch.zeros(32, 31)}), ["fc.weight", "[32, 31]", "[32, 64]"]),
         (lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.int8)}), ["fc.weight", "int8"]),
         (lambda t: t.update({"fc.weight": t["fc.weight"].to(torch.float8_e4m3fn)}), ["fc.weight", "float8"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import full_disk
 
-from dspark.files import digest, file_sha256, is_hub_id, one_line, replacing, write_atomically
+from dspark.files import digest, file_sha256, is_hub_id, one_line, write_atomically
 
 
 def test_a_file_is_written_by_its_bytes_or_by_a_function_into_a_new_folder(tmp_path: Path) -> None:
@@ -28,13 +28,15 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_write_leaves_the_old_files_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    write_atomically(one, b"old")
-    with pytest.raises(error), replacing(one, two) as parts:
-        parts[0].write_bytes(b"new")
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    def interrupted(part: Path) -> None:
+        part.write_bytes(b"new")
         raise error
-    assert one.read_bytes() == b"old" and list(tmp_path.iterdir()) == [one]
+
+    write_atomically(tmp_path / "file", b"old")
+    with pytest.raises(error):
+        write_atomically(tmp_path / "file", interrupted)
+    assert (tmp_path / "file").read_bytes() == b"old" and list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,7 @@ from dspark.bench.measure import Settings
 from dspark.bench.prompts import DOMAINS, PromptItem, load_prompts
 from dspark.bench.provenance import cores, drafter_columns
 from dspark.bench.results import SCHEMA_VERSION
-from dspark.cli import add_fields, from_fields
+from dspark.cli import add_fields, from_fields, option
 from dspark.cpu import is_packed
 from dspark.draft.drafter import Drafter
 from dspark.load import DTYPES, load_drafter, load_target
@@ -26,30 +26,26 @@ from dspark.verify.sampling import Sampling
 T = TypeVar("T")
 
 
-def _option(default: T, text: str) -> T:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Plan:
     """Every field is an option of ``python -m dspark.bench``. Raises ValueError for a value that cannot be measured."""
 
-    arms: str = _option(HEADLINE, "ways to decode, separated by commas")
-    baseline: str = _option("plain", "the arm that speed and memory are compared with")
-    target: str = _option("default", "default, a folder, a .gguf file or a hub id")
-    drafter: str = _option("default", "default, a folder or a hub id")
-    domains: str = _option(",".join(DOMAINS), "prompt sets, separated by commas")
-    split: str = _option("test", "dev (to tune on) or test (to report)")
-    prompts: int = _option(20, "prompts of each domain")
-    tokens: int = _option(128, "new tokens at most")
-    temperature: float = _option(0.0, "0 is greedy")
-    top_p: float = _option(1.0, "nucleus; 1 keeps every token")
-    top_k: int = _option(0, "0 keeps every token")
-    dtype: str = _option("bfloat16", ", ".join(DTYPES))
-    device: str = _option("cpu", "cpu, cuda, cuda:1")
-    threads: int = _option(2, "CPU threads of the models")
-    seed: int = _option(0, "of the sampled tokens; each prompt and repeat derives its own from it")
-    repeats: int = _option(1, "times everything is measured; medians are taken over them")
+    arms: str = option(HEADLINE, "ways to decode, separated by commas")
+    baseline: str = option("plain", "the arm that speed and memory are compared with")
+    target: str = option("default", "default, a folder, a .gguf file or a hub id")
+    drafter: str = option("default", "default, a folder or a hub id")
+    domains: str = option(",".join(DOMAINS), "prompt sets, separated by commas")
+    split: str = option("test", "dev (to tune on) or test (to report)")
+    prompts: int = option(20, "prompts of each domain")
+    tokens: int = option(128, "new tokens at most")
+    temperature: float = option(0.0, "0 is greedy")
+    top_p: float = option(1.0, "nucleus; 1 keeps every token")
+    top_k: int = option(0, "0 keeps every token")
+    dtype: str = option("bfloat16", ", ".join(DTYPES))
+    device: str = option("cpu", "cpu, cuda, cuda:1")
+    threads: int = option(2, "CPU threads of the models")
+    seed: int = option(0, "of the sampled tokens; each prompt and repeat derives its own from it")
+    repeats: int = option(1, "times everything is measured; medians are taken over them")
 
     def __post_init__(self) -> None:
         Sampling(self.temperature, self.top_k, self.top_p)

@@ -108,9 +108,8 @@ def _draft_vocabulary(stored: Tensor | None, shape: DrafterConfig) -> Tensor:
 def _check_shapes(drafter: Drafter, tensors: dict[str, Tensor]) -> None:
     """Raises ValueError unless there is exactly one tensor of the right shape, 16 bits or wider, for each parameter."""
     expected = dict(drafter.named_parameters())
-    for problem, names in (("lack", expected.keys() - tensors.keys()), ("have unexpected", tensors.keys() - expected.keys())):
-        if names:
-            raise ValueError(f"the weights {problem} {some(sorted(names))}: they do not fit config.json")
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        raise ValueError(f"the weights do not fit config.json: {some(odd)} missing or unexpected")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.element_size() == 1 or tensor.shape != expected[name].shape:
             found, asked = f"{tensor.dtype} {list(tensor.shape)}", list(expected[name].shape)

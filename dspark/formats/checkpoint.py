@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dspark.files import digest, one_line, read_tensors, replacing
+from dspark.files import digest, one_line, read_tensors, write_atomically
 
 AGAIN = "fetch or train the drafter again"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -18,15 +18,14 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, object]) -> None:
-    """Write weights and config.json. Raises ValueError if the folder cannot be written; what it held is kept then.
+    """Write weights and config.json. Raises ValueError if one of them cannot be written.
 
     Replacing the weights commits a save: their header holds the config a second time, and config.json names the digest of its
     weights. So a kill or a full disk at any moment leaves the old drafter or the new one, never a mixture.
     """
     text = json.dumps(config | {"weights_digest": _digest(tensors)}, indent=1, ensure_ascii=False)
-    with replacing(folder / WEIGHTS, folder / CONFIG) as [weights, about]:
-        weights.write_bytes(save(tensors, {"format": "pt", "config": text}))
-        about.write_bytes(text.encode() + b"\n")
+    write_atomically(folder / WEIGHTS, save(tensors, {"format": "pt", "config": text}))
+    write_atomically(folder / CONFIG, text.encode() + b"\n")
 
 
 def read_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:

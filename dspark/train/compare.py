@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ from dspark.bench.plan import Plan, rotated
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.bench.results import SCHEMA_VERSION, Ledger, read_results, write_results
 from dspark.bench.speed import measure_speed
+from dspark.cli import option
 from dspark.clock import now
 from dspark.draft.drafter import Drafter
 from dspark.draft.eagle import EagleDrafter
@@ -67,24 +68,20 @@ def chosen(names: str) -> list[Variant]:
     return list(dict.fromkeys(variant for name in asked for variant in sets[name]))
 
 
-def _option(default: object, text: str) -> object:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What all variants share. Every field is an option of the commands ``drafter`` and ``compare``."""
 
-    steps: int = _option(500, "training steps")
-    sequences: int = _option(4, "corpus rows per step")
-    anchors: int = _option(64, "blocks per row and step")
-    lr: float = _option(2e-3, "learning rate at the end of the warm-up")
-    skip_rows: int = _option(0, "leave out the first rows of the shuffled corpus")
-    rows: int = _option(0, "use only so many rows of it; 0 for all")
-    taps: str = _option("1,8,15,22,28", "target layers the drafter reads; empty for five of them, spread evenly")
-    markov_rank: int = _option(48, "rank of the Markov head; 0 for the purely parallel drafter (DFlash)")
-    draft_vocab: int = _option(8192, "most frequent response tokens that can be drafted")
-    mask_token: int = _option(3, "-1 for a special token that the corpus does not hold, else any such token")
+    steps: int = option(500, "training steps")
+    sequences: int = option(4, "corpus rows per step")
+    anchors: int = option(64, "blocks per row and step")
+    lr: float = option(2e-3, "learning rate at the end of the warm-up")
+    skip_rows: int = option(0, "leave out the first rows of the shuffled corpus")
+    rows: int = option(0, "use only so many rows of it; 0 for all")
+    taps: str = option("1,8,15,22,28", "target layers the drafter reads; empty for five of them, spread evenly")
+    markov_rank: int = option(48, "rank of the Markov head; 0 for the purely parallel drafter (DFlash)")
+    draft_vocab: int = option(8192, "most frequent response tokens that can be drafted")
+    mask_token: int = option(3, "-1 for a special token that the corpus does not hold, else any such token")
     seed: int = 0  # of the rows, the batches and the first weights
 
     def config(self, **options: object) -> TrainConfig:

@@ -103,15 +103,13 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
-        with self._autocast():
-            result = self._loss(self._batch(), generator)
-        if not torch.isfinite(result.loss):
-            raise ValueError(f"the loss is {result.loss.item()} at step {self.step}: lower learning_rate ({self.config.learning_rate})")
+        result = self._loss(self._batch(), generator)
         self.optimizer.zero_grad(set_to_none=False)
         result.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), CLIP)
-        if not torch.isfinite(norm):
-            raise ValueError(f"the gradient is {norm.item()} at step {self.step}: lower learning_rate ({self.config.learning_rate})")
+        if not (norm + result.loss).isfinite():
+            found = f"the loss is {result.loss.item()} and its gradient {norm.item()} at step {self.step}"
+            raise ValueError(f"{found}: lower learning_rate ({self.config.learning_rate})")
         with uninterrupted():
             self.optimizer.step()
             self.step += 1
@@ -124,19 +122,16 @@ class Trainer:
         results = []
         for i in range(batches):
             rows = torch.arange(i * self.config.sequences, (i + 1) * self.config.sequences) % len(shard.token_ids)
-            with self._autocast():
-                results.append(self._loss(_each(shard, lambda x, rows=rows: x[rows]), torch.Generator().manual_seed(i)))
+            results.append(self._loss(_each(shard, lambda x, rows=rows: x[rows]), torch.Generator().manual_seed(i)))
         acceptance, valid = (torch.cat([getattr(r, name) for r in results]) for name in ("acceptance", "valid"))
         return BlockLoss(torch.stack([r.loss for r in results]).mean(), acceptance, valid).summary()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=self.target.dtype == torch.bfloat16)
 
     def _loss(self, shard: Shard, generator: torch.Generator) -> BlockLoss:
         config = self.drafter.config
         blocks = choose_blocks(shard, self.config.anchors, config.block_size, config.mask_token_id, generator)
         shard, blocks = (_each(record, lambda x: x.to(self.target.device)) for record in (shard, blocks))
-        return block_loss(self.drafter, self.t2d, shard, blocks)
+        with torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=self.target.dtype == torch.bfloat16):
+            return block_loss(self.drafter, self.t2d, shard, blocks)
 
     def _batch(self) -> Shard:
         """The rows of this step. Every epoch shuffles the shards, every visit to a shard its rows."""
@@ -204,6 +199,5 @@ def train_to(trainer: Trainer, out: Path, *, about: dict[str, object]) -> None:
         "held_out": trainer.validate(),
         "revision": revision(),
         "machine": cpu_name() if trainer.target.device.type == "cpu" else device_name(trainer.target.device),
-        "threads": torch.get_num_threads(),
     }
     save_drafter(trainer.drafter, trainer.target, out, training=summary)

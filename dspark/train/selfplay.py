@@ -7,7 +7,6 @@ inserted and sampling continues, so all rows have the same length and no padding
 from __future__ import annotations
 
 import json
-import logging
 import random
 import re
 import tomllib
@@ -23,8 +22,6 @@ from tqdm.auto import tqdm
 from dspark.files import data_dir, digest, write_atomically
 from dspark.target.target import Target
 from dspark.train.corpus import Corpus, concatenate, load_corpus, save_corpus
-
-log = logging.getLogger(__name__)
 
 OPENED_SHARE = 0.7  # of a subject's rows start with one of its openings, the others with a system prompt and a free user turn
 USER_SHARE = 1 / 3  # of a row: a longer user turn is cut off, because the drafter learns from answers only
@@ -56,8 +53,8 @@ class Subject:
 def load_subjects() -> tuple[Subject, ...]:
     """The subjects of data/corpus/subjects.toml. Raises ValueError or OSError without the data folder."""
     tables = tomllib.loads((data_dir() / "corpus" / "subjects.toml").read_text(encoding="utf-8"))["subject"]
-    systems = [tuple(system or None for system in table["systems"]) for table in tables]  # TOML has no None
-    return tuple(Subject(t["name"], t["share"], tuple(t["openings"]), own) for t, own in zip(tables, systems, strict=True))
+    # TOML has no None: an empty text stands for the template's own system prompt.
+    return tuple(Subject(t["name"], t["share"], tuple(t["openings"]), tuple(s or None for s in t["systems"])) for t in tables)
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,6 @@ def pieces(tokenizer: object | None, system: str | None) -> tuple[str, str, str]
     except TemplateError as error:
         if system is None:
             raise ValueError(f"the chat template refuses a conversation of user, assistant and user: {error}") from error
-        log.info("the chat template takes no system prompt: %r is left out", system)
         return pieces(tokenizer, None)
     if [rendered.count(text) for text in PLACEHOLDERS] != [1, 1, 1]:
         raise ValueError(f"the chat template must print each message once, but gives {rendered!r}: set another tokenizer.chat_template")
