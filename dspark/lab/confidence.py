@@ -47,8 +47,8 @@ def reliability_diagrams(data: Rollouts, calibration: Calibration, about: str) -
     figure.update_xaxes(range=[-0.03, 1.03], title="predicted a<sub>k</sub>", tickvals=[0, 0.5, 1])
     figure.update_yaxes(range=[-0.03, 1.03])
     figure.update_yaxes(title="share that survived", col=1)
-    dressed(figure, f"Predicted and observed survival (n = {len(data.logits)} blocks)<br><sup>{about}</sup>", 480)
-    return figure.update_layout(margin={"t": 150}, legend={"y": 1.15})
+    title = f"Predicted and observed survival (n = {len(data.logits)} blocks)<br><sup>{about}</sup>"
+    return dressed(figure, title, 480).update_layout(margin={"t": 130})
 
 
 def _errors(data: Rollouts, k: int, calibration: Calibration) -> str:

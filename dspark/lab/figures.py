@@ -187,15 +187,15 @@ def arm_colours(arms: pd.Series) -> dict[str, object]:
 
 
 def dressed(figure: go.Figure, title: str, height: int) -> go.Figure:
-    """The common style: a title, a transparent background, grey text and lines that suit light and dark pages."""
+    """The common style: a title, the legend below, a transparent background, grey text and lines that suit light and dark pages."""
     figure.update_xaxes(gridcolor="rgba(128,128,128,.25)", zeroline=False)
     figure.update_yaxes(gridcolor="rgba(128,128,128,.25)", zeroline=False)
     return figure.update_layout(
-        title=title,
+        title={"text": title, "y": 0.97, "yanchor": "top"},
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": GREY},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "title": None},
-        margin={"l": 60, "r": 20, "t": 80, "b": 50},
+        legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "title": None},
+        margin={"l": 60, "r": 20, "t": 60 + 20 * title.count("<br>"), "b": 110},
     )

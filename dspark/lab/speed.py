@@ -51,28 +51,19 @@ def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> go.Figure:
     """
     if quoted and baseline != MTP1:
         raise ValueError(f"the published range is a speed-up over {MTP1}, not over {baseline!r}: leave it out")
-    figure = speedups(summarise(frame, baseline), baseline, conditions(frame))
+    lines = summarise(frame, baseline).query("arm != @baseline")
+    bars = {"error_y": lines["high"] - lines["speedup"], "error_y_minus": lines["speedup"] - lines["low"]}
+    hover = {"tokens_per_round": ":.2f", "speedup": ":.2f"}
+    figure = px.scatter(lines, x="domain", y="speedup", hover_data=hover, **bars, **arm_colours(lines["arm"]))
+    figure.update_traces(marker_size=9).add_hline(1, line={"color": GREY, "dash": "dash"})
     if quoted:
         low, high = (1 + gain for gain in published.RANGE)
         note = f"quoted: {low:.2f}–{high:.2f}× over MTP-1"
         figure.add_hrect(low, high, fillcolor=GREY, opacity=0.18, line_width=0, annotation_text=note, annotation_position="top left")
-    return figure
-
-
-def speedups(lines: pd.DataFrame, baseline: str, about: str) -> go.Figure:
-    """Speed-ups side by side in every domain.
-
-    lines: columns arm, domain, speedup and tokens_per_round; with low and high, intervals are drawn. about: for the title.
-    """
-    lines = lines[lines["arm"] != baseline]
-    bars = {"error_y": lines["high"] - lines["speedup"], "error_y_minus": lines["speedup"] - lines["low"]} if "low" in lines else {}
-    hover = {"tokens_per_round": ":.2f", "speedup": ":.3f"}
-    figure = px.scatter(lines, x="domain", y="speedup", hover_data=hover, **bars, **arm_colours(lines["arm"]))
-    figure.update_traces(marker_size=9).add_hline(1, line={"color": GREY, "dash": "dash"})
     figure.update_xaxes(title="domain; all: their geometric mean")
     figure.update_yaxes(title=f"speed-up over {policy_label(baseline)} (×)", rangemode="tozero")
     figure.update_layout(scattermode="group", scattergap=0.3)
-    return dressed(figure, f"Speed-up over {policy_label(baseline)} ({about})", 440)
+    return dressed(figure, f"Speed-up over {policy_label(baseline)} ({conditions(frame)})", 480)
 
 
 def needed(points: Sequence[BreakEven], name: str) -> go.Figure:

@@ -33,5 +33,4 @@ def training_curves(records: Sequence[dict[str, object]], steps: int) -> go.Figu
     figure = px.line(frame, x="step", y="value", **look).update_yaxes(matches=None, showticklabels=True, title="")
     figure.for_each_annotation(lambda note: note.update(text=PANELS[note.text.removeprefix("panel=")]))
     figure.update_xaxes(title="step (number)", range=[0, steps])
-    dressed(figure, f"Training, n = {records[-1]['step']} of {steps} steps", 400)
-    return figure.update_layout(legend={"y": -0.3, "yanchor": "top"}, margin={"b": 90})
+    return dressed(figure, f"Training, n = {records[-1]['step']} of {steps} steps", 400)
