@@ -75,8 +75,7 @@ def _dress(axes: Axes, domains: Sequence[str], label: str) -> None:
 
 def still(trace: Trace, policy: str = "prefix", *, lines: int = 10) -> str:
     """The replay panel as one SVG: text, race, heatmap and window. policy: a name of the registry · lines: of the text, at most."""
-    rule = make_policy(policy, sps=lambda: trace.times.sps)
-    rounds, plain = replay(trace, rule), replay(trace, Autoregressive())
+    rounds, plain = replay(trace, make_policy(policy, sps=lambda: trace.times.sps)), replay(trace, Autoregressive())
     block_size, length = int(trace.about["block_size"]), len(trace.token_ids)
     t = tally(rounds, plain)
     speed = f"{t.tokens_per_second:.1f} tokens/s, {t.speedup:.2f}× plain decoding’s {t.plain_tokens_per_second:.1f}"
@@ -86,7 +85,7 @@ def still(trace: Trace, policy: str = "prefix", *, lines: int = 10) -> str:
         _text_strip(rounds, trace_decode(trace), lines, title, caption),
         strips.race([("plain", plain), (arm_of(policy, trace), rounds)], length),
         strips.heat(rounds, block_size),
-        strips.windows(rounds, rule, block_size),
+        strips.windows(rounds, block_size),
     ]
     body, top = [], 0.0
     for part in parts:

@@ -18,7 +18,7 @@ from dspark.lab.session import Request, Session
 from dspark.lab.text import remembered, streaming_text
 from dspark.lab.widgets import Panel, column, labelled, row
 from dspark.round import Output, Round
-from dspark.schedule import FixedWindow, make_policy
+from dspark.schedule import make_policy
 from dspark.target.target import Target
 from dspark.tune.profile import sps_curve
 
@@ -52,7 +52,7 @@ class LivePanel(Panel):
     def __init__(self, target: Target, drafter: Drafter, *, policy: str = "prefix", copy: bool = True, request: Request = DEFAULT) -> None:
         self.target, self.drafter = target, drafter
         self.session: Session | None = None
-        self._decode, self._lock, self._drawn = remembered(target.decode), threading.Lock(), 0.0
+        self.decode, self._lock, self._drawn = remembered(target.decode), threading.Lock(), 0.0
         self._recorded: dict[Request, tuple[Round, ...]] = {}  # plain decoding of the last prompt
         super().__init__(policy, self._check)
         self._make(request, copy)
@@ -166,16 +166,9 @@ class LivePanel(Panel):
                 return
             rounds, plain = list(session.rounds), list(session.plain)
             shown = plain if state == "recording" else rounds
-            self.text.value = streaming_text(shown, self._decode, ended=session.ended, judged=session.judged)
-            self.draw(
-                rounds if session.judged else rounds[:-1],
-                plain,
-                session.policy or FixedWindow(),
-                arm=self._arm,
-                block_size=self._block_size,
-                tokens=session.request.max_new_tokens,
-                decode=self._decode,
-            )
+            self.text.value = streaming_text(shown, self.decode, ended=session.ended, judged=session.judged)
+            seen = rounds if session.judged else rounds[:-1]
+            self.draw(seen, plain, self._arm, self._block_size, session.request.max_new_tokens)
             self._drawn = time.monotonic()
 
     def _make(self, request: Request, copy: bool) -> None:

@@ -104,7 +104,7 @@ class ReplayPanel(Panel):
     def _take(self, change: dict[str, Trace]) -> None:
         """Another trace was chosen."""
         trace = change["new"]
-        self._decode = remembered(trace_decode(trace))
+        self.decode = remembered(trace_decode(trace))
         self.plain = replay(trace, Autoregressive())
         self.controls.set_block_size(int(trace.about["block_size"]))
         models = f"{trace.about['target']}, drafter {trace.about['drafter']}, {len(trace.token_ids)} tokens"
@@ -115,23 +115,15 @@ class ReplayPanel(Panel):
         if (trace := self.trace()) is None:
             return
         try:
-            policy = make_policy(*self.controls.chosen(), lambda: trace.times.sps)
-            self.rounds = replay(trace, policy)
+            self.rounds = replay(trace, make_policy(*self.controls.chosen(), lambda: trace.times.sps))
         except ValueError as error:
             self.show_error(one_line(error))
             return
         self.show_error("")
-        self.draw(
-            self.rounds,
-            self.plain,
-            policy,
-            arm=arm_of(self.controls.kind.value, trace),
-            block_size=int(trace.about["block_size"]),
-            tokens=len(trace.token_ids),
-            decode=self._decode,
-            how="predicted from measured step times, n = 1 prompt",
-        )
-        self.text.value = streaming_text(self.rounds, self._decode)
+        arm, block_size = arm_of(self.controls.kind.value, trace), int(trace.about["block_size"])
+        how = "predicted from measured step times, n = 1 prompt"
+        self.draw(self.rounds, self.plain, arm, block_size, len(trace.token_ids), how)
+        self.text.value = streaming_text(self.rounds, self.decode)
 
     def _make(self) -> None:
         self.path = w.Text(description="file", tooltip="A Parquet file of traces", style=STYLE, layout=w.Layout(flex="1 1 300px"))

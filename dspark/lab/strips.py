@@ -14,12 +14,11 @@ from itertools import accumulate
 from dspark.draft.source import COPY
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, NO_CHARACTER, Decode, Look, draft_numbers, draft_states, fates
 from dspark.round import Round
-from dspark.schedule import AdaptiveWindow, ConfidenceThreshold, Policy, policy_colour, policy_label
+from dspark.schedule import policy_colour, policy_label
 
 COLOURS = {"fate": "what became of the draft", "confidence": "the drafter's confidence c", "target": "the target's probability p_target"}
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # in XML
-LINE = "rgba(128,128,128,.3)"
-WIDTH, LEFT, RIGHT, END = 720, 46, 84, 14  # pixels: the drawing, its axis, the names of thresholds, the margin without them
+WIDTH, LEFT, END = 720, 46, 14  # pixels: the drawing, its axis, its right margin
 
 
 @dataclass(frozen=True)
@@ -110,51 +109,24 @@ def legend(x: float, y: float, counts: Sequence[tuple[Look, int]]) -> str:
     return "".join(items)
 
 
-def signals(rounds: Sequence[Round], policy: Policy) -> tuple[str, dict[str, float], list[float | None]]:
-    """What the policy compares with its thresholds: (name of the number, name → threshold, the number of each round).
-
-    A round without drafts has none. Under a confidence threshold it is the value at the cut, or the last one if nothing was cut.
-    """
-    if isinstance(policy, ConfidenceThreshold):
-        survival = policy.on == "survival"
-        values = [r.survival if survival else r.confidence for r in rounds]
-        last = [v[min(r.verify_length, len(v) - 1)] if v else None for r, v in zip(rounds, values, strict=True)]
-        return ("survival a" if survival else "confidence c") + " at the cut", {"stop": policy.threshold}, last
-    lines = {}
-    if isinstance(policy, AdaptiveWindow):
-        lines = {"widen": policy.widen_threshold, "narrow": policy.narrow_threshold, "fall back": policy.fallback_threshold}
-    means = [sum(p) / len(p) if (p := r.target_probs_of_drafts) else None for r in rounds]
-    return "mean p_target of the drafts", lines, means
-
-
-def windows(rounds: Sequence[Round], policy: Policy, block_size: int) -> Strip:
-    """Above, each round's window: asked for (outline), verified (grey) and accepted (blue). Below, the number that the policy
-    compares with its thresholds."""
+def windows(rounds: Sequence[Round], block_size: int) -> Strip:
+    """Each round's window: asked for (outline), verified (grey) and accepted (blue)."""
     rounds = _without_prefill(rounds)
-    name, lines, found = signals(rounds, policy)
-    step, top, high, gap, low = _step(len(rounds)), 34, 66, 38, 84
-    unit, floor, base = high / max(block_size, 1), top + high, top + high + gap + low
-    wide, blue = max(step - 1.5, 1), FATES["draft"].colour(0.85)
-    parts = []
-    for i, (r, value) in enumerate(zip(rounds, found, strict=True)):
-        x = LEFT + i * step + 0.5
+    step, top, high = _step(len(rounds)), 34, 66
+    unit, floor, wide, parts = high / max(block_size, 1), top + high, max(step - 1.5, 1), []
+    for i, r in enumerate(rounds):
         hint = f"round {r.index}: asked for {r.window}, verified {r.verify_length}, accepted {r.accepted}"
-        asked, grey = 'fill="none" stroke="rgba(128,128,128,.6)"', 'fill="rgba(150,150,150,.35)"'
-        for count, look in ((r.window, asked), (r.verify_length, grey), (r.accepted, f'fill="{blue}"')):
-            box = f'x="{x:.1f}" y="{floor - count * unit:.1f}" width="{wide:.1f}" height="{count * unit:.1f}"'
+        asked, grey, blue = 'fill="none" stroke="rgba(128,128,128,.6)"', 'fill="rgba(150,150,150,.35)"', f'fill="{_shade(0.85)}"'
+        for count, look in ((r.window, asked), (r.verify_length, grey), (r.accepted, blue)):
+            box = f'x="{LEFT + i * step + 0.5:.1f}" y="{floor - count * unit:.1f}" width="{wide:.1f}" height="{count * unit:.1f}"'
             parts.append(f"<rect {box} {look}><title>{hint}</title></rect>")
-        if value is not None:
-            dot = f'cx="{x + wide / 2:.1f}" cy="{base - value * low:.1f}" r="{min(3.5, 1 + step / 7):.1f}"'
-            parts.append(f"<circle {dot}><title>round {r.index}: {name} {value:.2f}</title></circle>")
-    for label, threshold in lines.items():
-        y = base - threshold * low
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GREY}" stroke-dasharray="4 3"/>')
-        parts.append(_text(WIDTH - RIGHT + 4, y + 4, f"{label} {threshold:.2f}"))
     verified, accepted = sum(r.verify_length for r in rounds), sum(min(r.accepted, len(r.committed)) for r in rounds)
     title = f"The window: {accepted} of {verified} verified drafts accepted (n = {len(rounds)} rounds)"
-    frame = _scale(top, high, ((0, "0"), (1, str(block_size)))) + _scale(top + high + gap, low, ((0, "0"), (0.5, ".5"), (1, "1")))
-    names = _text(2, top - 6, "window (tokens): outline asked for, grey verified, blue accepted") + _text(2, floor + gap - 12, name)
-    return Strip(_title(title) + frame + names + "".join(parts) + _round_axis(rounds, step, base), base + 26, title)
+    for y, name in ((floor, "0"), (top, str(block_size))):
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - END}" y1="{y}" y2="{y}" stroke="rgba(128,128,128,.3)"/>')
+        parts.append(_text(LEFT - 6, y + 4, name, "end"))
+    names = _text(2, top - 6, "window (tokens): outline asked for, grey verified, blue accepted")
+    return Strip(_title(title) + names + "".join(parts) + _round_axis(rounds, step, floor), floor + 26, title)
 
 
 def race(lanes: Sequence[tuple[str, Sequence[Round]]], tokens: int) -> Strip:
@@ -198,7 +170,7 @@ def _without_prefill(rounds: Sequence[Round]) -> list[Round]:
 
 def _step(rounds: int) -> float:
     """Pixels from one round to the next: less where there are many."""
-    return min(18.0, (WIDTH - LEFT - RIGHT) / max(rounds, 1))
+    return min(18.0, (WIDTH - LEFT - END) / max(rounds, 1))
 
 
 def _title(words: str) -> str:
@@ -207,16 +179,6 @@ def _title(words: str) -> str:
 
 def _text(x: float, y: float, words: str, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{legal(words)}</text>'
-
-
-def _scale(top: float, high: float, marks: Sequence[tuple[float, str]]) -> str:
-    """Horizontal lines with their names at the left; a mark is (share of the height, name)."""
-    lines = []
-    for share, name in marks:
-        y = top + high * (1 - share)
-        lines.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{LINE}"/>')
-        lines.append(_text(LEFT - 6, y + 4, name, "end"))
-    return "".join(lines)
 
 
 def _round_axis(rounds: Sequence[Round], step: float, y: float) -> str:

@@ -11,7 +11,7 @@ from dspark.lab import strips
 from dspark.lab.figures import Decode
 from dspark.lab.text import numbers, tally
 from dspark.round import Round
-from dspark.schedule import POLICIES, Parameter, Policy, make_policy, parse_policy
+from dspark.schedule import POLICIES, Parameter, make_policy, parse_policy
 
 STYLE = {"description_width": "110px"}
 WIDEST = "420px"  # enough for the longest name of a policy
@@ -22,9 +22,11 @@ class Panel:
     """The pictures of a run, the menu of policies and an error, as widgets; a subclass puts them into ``box``.
 
     policy, changed: see :class:`PolicyControls`.
+    decode: token ids → text; set by the subclass.
     """
 
     box: w.VBox
+    decode: Decode
     error = ""
 
     def __init__(self, policy: str, changed: Callable[[], object]) -> None:
@@ -39,26 +41,15 @@ class Panel:
         self.message, self.numbers, self.text, self.heat, self.windows, self.lanes = (w.HTML() for _ in range(6))
         self.pictures = column([self.lanes, self.colour, self.heat, self.windows], 480)
 
-    def draw(
-        self,
-        rounds: Sequence[Round],
-        plain: Sequence[Round],
-        policy: Policy,
-        *,
-        arm: str,
-        block_size: int,
-        tokens: int,
-        decode: Decode,
-        how: str = "n = 1 run",
-    ) -> None:
-        """Show a run in numbers and pictures; its text is shown by the subclass.
+    def draw(self, rounds: Sequence[Round], plain: Sequence[Round], arm: str, block_size: int, tokens: int, how: str = "n = 1 run") -> None:
+        """Show a run in numbers and pictures; the subclass shows its text.
 
         plain: rounds of plain decoding for the race, which is left out without them · arm: gives the name and the colour of the lane ·
         tokens: length of the whole text · how: how the seconds were obtained.
         """
         self.numbers.value = numbers(tally(rounds, plain), how)
-        self.heat.value = strips.heat(rounds, block_size, self.colour.value, decode).svg()
-        self.windows.value = strips.windows(rounds, policy, block_size).svg()
+        self.heat.value = strips.heat(rounds, block_size, self.colour.value, self.decode).svg()
+        self.windows.value = strips.windows(rounds, block_size).svg()
         lanes = [("plain", plain), *([(arm, rounds)] if rounds else [])]
         self.lanes.value = strips.race(lanes, tokens).svg() if plain else ""
 
