@@ -195,7 +195,7 @@ def confidence(values: Values, frame: pd.DataFrame, calibration: Calibration) ->
 
 def drafters(values: Values, decoded: pd.DataFrame, trained: pd.DataFrame, spent: pd.DataFrame) -> str:
     """Returns the table of drafters trained alike. decoded: rows of prompts · trained: records of training · spent: timed blocks."""
-    gains = tau_gains(decoded, "dspark").set_index("drafter").loc[list(DRAFTERS)]
+    gains = tau_gains(decoded).set_index("drafter").loc[list(DRAFTERS)]
     values.set("SettingComparedSteps", listed(map(integer, trained["steps"].unique())))
     values.set("SettingComparedPrompts", integer(decoded["n"].max()))
     for name, other in (("Dflash", "dflash"), ("Eagle", "eagle")):

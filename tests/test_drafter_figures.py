@@ -124,8 +124,6 @@ def test_the_table_gives_tau_and_the_gain_of_the_reference() -> None:
     table = drafters.tau_table(rows())
     assert table.loc["dspark", "code"] == "2.10" and table.loc["dflash", "mean"] == "1.70"
     assert table.loc["dspark", "gain of dspark"] == "–" and table.loc["dflash", "gain of dspark"].startswith(f"{2.1 / 1.7 - 1:+.1%} [+")
-    with pytest.raises(ValueError, match="medusa"):
-        drafters.tau_table(rows(), reference="medusa")
 
 
 def test_positions_are_pooled_by_their_counts_and_drawn_per_drafter() -> None:

@@ -20,6 +20,7 @@ from dspark.formats.fetch import default_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "00_start.ipynb"
+READ = {"str": str, "int": int, "float": float, "bool": lambda text: json.loads(text.lower())}  # Python writes True, JSON true
 
 
 def notebook_parameters(notebook: Path) -> dict[str, dict[str, str]]:
@@ -39,19 +40,12 @@ def checked_parameters(pairs: Sequence[tuple[str, str]], notebook: Path) -> dict
             raise ValueError(f"{notebook.name} has no parameter {name!r}: {hint}")
         kind = known[name]["inferred_type_name"]
         try:
-            chosen[name] = _converted(text, kind)
+            chosen[name] = READ.get(kind, json.loads)(text)
+            if kind.startswith("list") and not (isinstance(chosen[name], list) and chosen[name]):
+                raise ValueError(kind)
         except ValueError:
             raise ValueError(f"parameter {name} needs {kind}, got {text!r}; its default is {known[name]['default']}") from None
     return chosen
-
-
-def _converted(text: str, kind: str) -> object:
-    if kind in ("str", "int", "float"):
-        return {"str": str, "int": int, "float": float}[kind](text)
-    value = json.loads(text.lower() if kind == "bool" else text)  # Python writes True, JSON true
-    if kind == "list[str]" and not (isinstance(value, list) and value and all(isinstance(part, str) for part in value)):
-        raise ValueError(kind)
-    return value
 
 
 def run(notebook: Path, executed: Path, parameters: Mapping[str, object], *, progress: bool = True) -> dict[str, object]:

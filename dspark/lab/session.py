@@ -60,7 +60,6 @@ class Session:
         self.rounds: list[Round] = []
         self.plain: list[Round] = list(plain or ())
         self.judged = True  # False while slow motion shows the last round's drafts without the verdict
-        self.policy: Policy | None = None
         self._make_policy, self._record = policy, plain is None
         self._stop, self._go = threading.Event(), threading.Semaphore(0)
         self._stepping = stepping
@@ -102,10 +101,10 @@ class Session:
 
     def _work(self) -> None:
         try:
-            self.policy = self._make_policy()
+            policy = self._make_policy()
             if self._record:
                 self._record_plain()
-            self._decode()
+            self._decode(policy)
             self._show("stopped" if self._stop.is_set() else "done")
         except Exception as error:
             log.debug("the live session failed", exc_info=True)
@@ -120,9 +119,9 @@ class Session:
             if self._stop.is_set():
                 break
 
-    def _decode(self) -> None:
-        source = None if isinstance(self.policy, Autoregressive) else self.source
-        rounds = decode(self.target, source, policy=self.policy, **asdict(self.request))
+    def _decode(self, policy: Policy) -> None:
+        source = None if isinstance(policy, Autoregressive) else self.source
+        rounds = decode(self.target, source, policy=policy, **asdict(self.request))
         while not self._stop.is_set() and (r := next(rounds, None)) is not None:
             self.rounds.append(r)
             if self.pause() and r.draft_tokens:

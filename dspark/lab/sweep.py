@@ -8,6 +8,7 @@ the cell's row in the combined table.
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import multiprocessing
@@ -57,8 +58,8 @@ class Cell:
 def grid(notebook: Path, pairs: Sequence[tuple[str, str]], folder: Path) -> list[Cell]:
     """Every combination of the values once; the last name changes fastest.
 
-    pairs: (name, values), with values separated by commas, or as a JSON list if they hold commas or are lists. Raises ValueError for a
-    notebook without ``out``, an unknown or repeated name, and a value of another type.
+    pairs: (name, values), with values separated by commas; quotes protect the commas in a value, as in a CSV file. Raises ValueError
+    for a notebook without ``out``, an unknown or repeated name, and a value of another type.
     """
     if "out" not in notebook_parameters(notebook):
         raise ValueError(f"{notebook.name} has no parameter 'out' to save its summary to, so it cannot be swept")
@@ -66,21 +67,9 @@ def grid(notebook: Path, pairs: Sequence[tuple[str, str]], folder: Path) -> list
     for name in names:
         if name == "out" or names.count(name) > 1:
             raise ValueError(f"parameter {name!r} " + ("is set by the sweep" if name == "out" else "is given twice") + ": leave it out")
-    axes = [[(name, value) for value in _values(name, text)] for name, text in pairs]
+    axes = [[(name, value) for value in next(csv.reader([text])) or [""]] for name, text in pairs]
     cells = (Cell(notebook, tuple(checked_parameters(point, notebook).items()), folder) for point in product(*axes))
     return list(dict.fromkeys(cells))  # 0.4 and 0.40 are one value
-
-
-def _values(name: str, text: str) -> list[str]:
-    if not text.startswith("["):
-        return text.split(",")
-    try:
-        values = json.loads(text)
-    except ValueError:
-        raise ValueError(f"the values of {name} start with '[' but are not a JSON list: {text!r}") from None
-    if not values:
-        raise ValueError(f"parameter {name} has no values: {text!r}")
-    return [value if isinstance(value, str) else json.dumps(value) for value in values]
 
 
 def run_cell(cell: Cell) -> str:
@@ -140,17 +129,12 @@ def sweep(cells: Sequence[Cell], *, jobs: int = 1, engine: str = "local") -> dic
     return failed
 
 
-def combined(cells: Sequence[Cell]) -> pd.DataFrame:
-    """One row per finished cell, in the grid's order: its parameters, the notebook's summary, and the seconds it took."""
-    return pd.DataFrame([row for cell in cells if (row := cell.row()) is not None])
-
-
 def run_grid(options: argparse.Namespace) -> int:
-    """Run the grid, write and print its table. Returns 1 if a cell failed, else 0."""
+    """Run the grid, write and print its table: a row per finished cell, in the grid's order. Returns 1 if a cell failed, else 0."""
     folder = options.out.resolve() / options.notebook.stem
     cells = grid(options.notebook.resolve(), options.pairs, folder)
     failed = sweep(cells, jobs=options.jobs, engine=options.engine)
-    table = combined(cells)
+    table = pd.DataFrame([row for cell in cells if (row := cell.row()) is not None])
     if len(table):
         write_results(table, folder / "table.parquet")
         print(table.to_string(index=False, max_colwidth=40))
