@@ -61,7 +61,7 @@ def drafter(target: Target) -> object:
 
 @pytest.fixture
 def panel(target: Target, drafter: object) -> Iterator[LivePanel]:
-    made = LivePanel(target, drafter, request=SHORT, policy="fixed", copy=False)
+    made = LivePanel(target, drafter, SHORT, policy="fixed", copy=False)
     yield made
     made.close()
 
@@ -401,7 +401,7 @@ def test_contradicting_thresholds_are_an_error_in_the_panel_and_nothing_runs(pan
 
 
 def test_a_policy_that_needs_more_than_the_drafter_has_is_an_error_in_the_panel(target):
-    panel = LivePanel(target, tiny_drafter(target, enable_confidence_head=False), request=SHORT, policy="fixed", copy=False)
+    panel = LivePanel(target, tiny_drafter(target, enable_confidence_head=False), SHORT, policy="fixed", copy=False)
     assert panel.message.value == ""
     for kind in [name for name, row in POLICIES.items() if row.needs_confidence]:
         panel.controls.kind.value = kind
@@ -457,10 +457,10 @@ def test_an_interrupted_recording_is_not_used_again(panel):
 
 
 def test_a_new_panel_closes_the_one_before_it(target, drafter):
-    LivePanel(target, drafter, request=SHORT, policy="fixed").close()
+    LivePanel(target, drafter, SHORT, policy="fixed").close()
     counts = []
     for _ in range(3):
-        running = LivePanel(target, drafter, request=SHORT, policy="fixed")
+        running = LivePanel(target, drafter, SHORT, policy="fixed")
         counts.append(len(registry._instances))
         running.step()
     assert len(set(counts)) == 1, "widgets of closed panels stay registered"
@@ -501,7 +501,7 @@ def test_runs_leave_no_threads_and_no_memory(panel):
 # ---- controls
 
 
-@pytest.mark.parametrize("make", [lambda t, d: LivePanel(t, d), lambda t, d: ReplayPanel()], ids=["live", "replay"])
+@pytest.mark.parametrize("make", [lambda t, d: LivePanel(t, d, SHORT), lambda t, d: ReplayPanel()], ids=["live", "replay"])
 def test_every_control_has_a_label_and_a_tooltip(make, target, drafter):
     made = make(target, drafter)
     controls = [member for member in family(made.box) if isinstance(member, w.DOMWidget) and not isinstance(member, w.Box | w.HTML)]
@@ -515,7 +515,7 @@ def test_a_policy_added_to_the_registry_is_in_the_menu_with_its_sliders(monkeypa
     length, share = Parameter("length", "drafts", "Drafts per round", 2, 1, 3, 1), Parameter("share", "a share", "Unused", 0.5, 0, 1, 0.1)
     row = PolicyRow("mine", "my policy", "#123456", lambda values, sps: FixedWindow(int(values["length"])), (length, share))
     monkeypatch.setitem(POLICIES, "mine", row)
-    for panel in (LivePanel(target, drafter, request=SHORT, policy="mine:3", copy=False), ReplayPanel(policy="mine:3")):
+    for panel in (LivePanel(target, drafter, SHORT, policy="mine:3", copy=False), ReplayPanel(policy="mine:3")):
         assert ("my policy", "mine") in panel.controls.kind.options
         sliders = panel.controls.sliders
         assert {n: (s.description, s.min, s.max, s.value) for n, s in sliders.items()} == {

@@ -98,13 +98,9 @@ def shown(path: Path) -> str:
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Run the notebook and print its report, or only list its parameters."""
+    """Run the notebook and print its report."""
     for noisy in ("papermill", "traitlets", "asyncio"):  # after Ctrl-C they would log the kernel's end at length
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    if options.list:
-        for name, about in notebook_parameters(NOTEBOOK).items():
-            print(f"{name}: {about['inferred_type_name']} = {about['default']}  # {about['help']}")
-        return
     parameters = checked_parameters(options.pairs, NOTEBOOK)
     if parameters.get("target", "default") == "default":
         default_folder()  # the first download shows its progress here, not inside the notebook
@@ -116,8 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m dspark.lab.demo", description=__doc__)
     pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    parser.add_argument("-p", dest="pairs", help="set a notebook parameter", **pair)
-    parser.add_argument("--list", action="store_true", help="show the notebook's parameters and stop")
+    parser.add_argument("-p", dest="pairs", help="set a parameter of the notebook, see its first code cell", **pair)
     out = ROOT / "runs" / NOTEBOOK.name
     parser.add_argument("--out", type=Path, default=out, help=f"the executed notebook; default runs/{NOTEBOOK.name}")
     return run_main(parser, demo, arguments)

@@ -24,7 +24,6 @@ from dspark.tune.profile import sps_curve
 
 INTERVAL = 0.12  # seconds between two drawings; drawing more often would only slow the decoder
 SLOW = 0.7  # seconds that slow motion shows each half of a round
-DEFAULT = Request("Write a Python class for a bank account with deposit, withdraw and balance methods.")
 WORDS = {  # state of a session → status line
     "": "ready: press Run",
     "recording": "recording plain decoding for the race",
@@ -39,9 +38,9 @@ WORDS = {  # state of a session → status line
 class LivePanel(Panel):
     """Show it as the last value of a cell. To change a setting from code, set the ``value`` of the widget of that name.
 
+    request: the prompt and the sampling to start with.
     policy: a name of :data:`dspark.schedule.POLICIES`, perhaps with numbers ("adaptive:0.6,0.3").
     copy: also draft by copying from the context.
-    request: the prompt and the sampling to start with.
 
     A new panel closes the one before it, so running a cell again leaves no thread and no widgets. A model serves one thread at a
     time: call :meth:`stop` before using it elsewhere. Raises ValueError for an unknown policy.
@@ -49,7 +48,7 @@ class LivePanel(Panel):
 
     _latest: ClassVar[weakref.ref[LivePanel] | None] = None
 
-    def __init__(self, target: Target, drafter: Drafter, *, policy: str = "prefix", copy: bool = True, request: Request = DEFAULT) -> None:
+    def __init__(self, target: Target, drafter: Drafter, request: Request, *, policy: str = "prefix", copy: bool = True) -> None:
         self.target, self.drafter = target, drafter
         self.session: Session | None = None
         self.decode, self._lock, self._drawn = remembered(target.decode), threading.Lock(), 0.0
