@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,21 +35,13 @@ class DraftState:
     pending: list[Tensor] = field(default_factory=list)
 
 
-class FastBackbone(Protocol):
-    """The same sums as the drafter's own ``context`` and ``blocks``, laid out for one kind of device."""
-
-    def context(self, taps: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]: ...
-
-    def blocks(self, tokens: Tensor, states: Sequence[DraftState]) -> Tensor: ...
-
-
 class Drafter(nn.Module):
     """Backbone, Markov head and confidence head; embedding and LM head are the target's, frozen.
 
     config: the shape.
     d2t: [draft_vocab] int64, the target's id of each token that can be drafted.
     sts_temperatures: one per position, from calibration; () if it was never calibrated.
-    fused: None, or a faster layout of the backbone, put there from outside (:func:`dspark.cpu.pack_drafter`).
+    fused: None, or an object with faster :meth:`context` and :meth:`blocks`, put there from outside (:func:`dspark.cpu.pack_drafter`).
     """
 
     architecture = "DSparkDrafter"  # what config.json says
@@ -67,7 +59,7 @@ class Drafter(nn.Module):
         self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
         self.register_buffer("head_weight", torch.empty(0), persistent=False)  # [draft_vocab, hidden], rows of the target's
         self.sts_temperatures: tuple[float, ...] = ()
-        self.fused: FastBackbone | None = None
+        self.fused: Any = None
 
     @property
     def block_size(self) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,28 +23,21 @@ class Slot(Protocol):
     def rewind(self, length: int) -> None: ...
 
 
-class PassCache(Protocol):
-    """Keys and values of the requests that are being served."""
-
-    def open(self) -> Slot: ...
-
-    def close(self, slot: Slot) -> None: ...
-
-
 class TargetPass(Protocol):
     """One way to run the target.
 
     name: what ``target.pass_name`` shows.
     bytes_per_token: of keys and values, all layers together.
+    new_cache: makes what holds the requests' keys and values, with ``open() → slot`` and ``close(slot)``.
     """
 
     name: str
     bytes_per_token: int
 
-    def new_cache(self) -> PassCache: ...
+    def new_cache(self) -> Any: ...
 
     def __call__(
-        self, tokens: Sequence[Sequence[int]], slots: Sequence[Slot], cache: PassCache, taps: Sequence[int] = (), *, last_only: bool = False
+        self, tokens: Sequence[Sequence[int]], slots: Sequence[Slot], cache: Any, taps: Sequence[int] = (), *, last_only: bool = False
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Run each request's new tokens after those its slot holds; the slots then hold them too.
 
