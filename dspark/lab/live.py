@@ -66,17 +66,17 @@ class LivePanel(Panel):
 
     def run(self) -> None:
         """Start, or go on after steps."""
-        if self._busy and self.session.state == "waiting":
-            self.session.go_on()
-        elif not self._busy:
+        if self.session is None or not self.session.running:
             self._start()
+        elif self.session.state == "waiting":
+            self.session.go_on()
 
     def step(self) -> None:
         """Decode one round; starts if nothing runs."""
-        if self._busy:
-            self.session.step()
-        else:
+        if self.session is None or not self.session.running:
             self._start(stepping=True)
+        else:
+            self.session.step()
 
     def stop(self) -> None:
         """End the decoding after the current round; the text so far stays."""
@@ -108,10 +108,6 @@ class LivePanel(Panel):
         return ContextLookup(self.drafter) if self.copy.value else self.drafter
 
     # ---- inside
-
-    @property
-    def _busy(self) -> bool:
-        return self.session is not None and self.session.running
 
     def _start(self, *, stepping: bool = False, slow: bool = True) -> None:
         if self._check():
