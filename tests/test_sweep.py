@@ -53,6 +53,15 @@ def test_the_grid_is_the_product_of_its_axes(notebook, tmp_path):
     assert len({cell.key for cell in cells}) == 4
 
 
+def test_an_axis_may_be_of_lists(notebook, tmp_path):
+    changed = nbformat.read(notebook, as_version=4)
+    changed.cells[0].source += "\nsome: list[float] = [0.5]  # unused"
+    nbformat.write(changed, notebook)
+    cells = sweep.grid(notebook, [("some", '"[0.1, 0.2]",[0.3]')], tmp_path)
+    assert [dict(cell.parameters)["some"] for cell in cells] == [[0.1, 0.2], [0.3]]
+    assert sweep.sweep(cells[:0]) == {} and len({cell: "" for cell in cells}) == 2
+
+
 def test_a_repeated_value_is_one_cell(notebook, log):
     assert swept(notebook, "-p", "x", "3,03,3") == 0
     assert log.read_text() == "3 a " and table(notebook)["square"].tolist() == [9]

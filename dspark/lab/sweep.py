@@ -32,7 +32,7 @@ from dspark.lab.demo import ROOT, checked_parameters, notebook_parameters, run, 
 Row = dict[str, object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # parameters may be lists, which have no hash
 class Cell:
     """One point of the grid. parameters: checked and typed. folder: of the executed notebook and its row."""
 
@@ -69,7 +69,7 @@ def grid(notebook: Path, pairs: Sequence[tuple[str, str]], folder: Path) -> list
             raise ValueError(f"parameter {name!r} " + ("is set by the sweep" if name == "out" else "is given twice") + ": leave it out")
     axes = [[(name, value) for value in next(csv.reader([text])) or [""]] for name, text in pairs]
     cells = (Cell(notebook, tuple(checked_parameters(point, notebook).items()), folder) for point in product(*axes))
-    return list(dict.fromkeys(cells))  # 0.4 and 0.40 are one value
+    return list({cell.key: cell for cell in cells}.values())  # 0.4 and 0.40 are one value
 
 
 def run_cell(cell: Cell) -> str:
