@@ -117,6 +117,8 @@ def _sampling(processors: LogitsProcessorList, do_sample: bool) -> Sampling:
 def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, object]) -> None:
     """Raises ValueError for the first thing in the call that our loop does not support."""
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    positions, length = kwargs.get("position_ids"), input_ids.shape[1]
+    rows = [] if positions is None else torch.as_tensor(positions).reshape(-1, positions.shape[-1]).tolist()
     given = {name for name, value in kwargs.items() if not (value is None or (isinstance(value, dict) and not value))}
     others = sorted(given - PREPARED)  # a multimodal model without images is given empty dicts
     kept = [name for name in ("scores", "logits", "attentions", "hidden_states") if getattr(config, f"output_{name}", None)]
@@ -124,9 +126,9 @@ def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs
     refused = {
         f"generate was asked for {mode}: dspark does greedy_search and sample": mode not in ("greedy_search", "sample"),
         f"got {input_ids.shape[0]} sequences: dspark decodes one at a time, loop over them": input_ids.shape[0] != 1,
-        "the prompt is empty: pass input_ids": input_ids.shape[1] == 0,
+        "the prompt is empty: pass input_ids": length == 0,
         "the prompt is padded: pass it without padding": mask is not None and not bool(torch.as_tensor(mask == 1).all()),
-        "position_ids are not 0, 1, 2, …: dspark counts positions itself": _moved(kwargs.get("position_ids"), input_ids.shape[1]),
+        "position_ids are not 0, 1, 2, …: dspark counts positions itself": any(row != list(range(length)) for row in rows),
         "past_key_values already holds tokens: dspark keeps a cache of its own": cache is not None and cache.get_seq_length() > 0,
         f"logits_to_keep is {kwargs.get('logits_to_keep')}: dspark chooses itself": kwargs.get("logits_to_keep") not in (None, 0, 1),
         f"{', '.join(others)} cannot be passed on: dspark decodes text from token ids alone": bool(others),
@@ -137,11 +139,3 @@ def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs
     for reason, applies in refused.items():
         if applies:
             raise ValueError(reason)
-
-
-def _moved(position_ids: object, length: int) -> bool:
-    """Whether the positions are others than 0 … length − 1; generate itself passes one row of them or several."""
-    if position_ids is None:
-        return False
-    given = torch.as_tensor(position_ids)
-    return given.shape[-1:] != (length,) or bool((given != torch.arange(length, device=given.device)).any())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass, field, fields
 
@@ -13,8 +12,6 @@ from dspark.draft.backbone import DrafterConfig
 from dspark.draft.drafter import Drafter
 from dspark.formats.checkpoint import some
 from dspark.target.target import Target
-
-log = logging.getLogger(__name__)
 
 OPTIONAL = ("markov_head_type", "confidence_head_with_markov", "draft_vocab_size")  # the reference omits what it does not use
 MAY_BE_ZERO = ("markov_rank", "mask_token_id")
@@ -131,10 +128,7 @@ def _check_copies(copies: dict[str, Tensor], target: Target, d2t: Tensor) -> Non
 
 
 def _check_target(made_for: tuple[str, str] | None, target: Target) -> None:
-    if made_for is None or made_for[1] == target.digest:
-        return
-    if target.dtype == torch.float16:
-        log.warning("not checked against the target's digest, since float16 does not hold every bfloat16 weight")
+    if made_for is None or made_for[1] == target.digest or target.dtype == torch.float16:  # which cannot hold every bfloat16 weight
         return
     theirs, ours = (f"{name!r} (weights {digest!r})" for name, digest in (made_for, (target.name, target.digest)))
     raise ValueError(f"the drafter was made for {theirs}, not for {ours}: load that target, or train a drafter for this one")

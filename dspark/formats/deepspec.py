@@ -24,11 +24,9 @@ def export_deepspec(drafter: Drafter, target: Target, folder: str | Path) -> Non
     Raises ValueError for a reduced draft vocabulary or a baseline, which the format cannot hold, and where ``save_drafter`` does.
     """
     shape = drafter.config
-    if type(drafter) is not Drafter:
-        raise ValueError(f"this format holds a {Drafter.architecture}, not a {drafter.architecture}: use save_drafter")
-    if shape.draft_vocab_size < shape.vocab_size:
-        found = f"the drafter proposes {shape.draft_vocab_size} of {shape.vocab_size} tokens"
-        raise ValueError(f"{found}, which this format cannot hold: use save_drafter, or train one for the whole vocabulary")
+    if type(drafter) is not Drafter or shape.draft_vocab_size < shape.vocab_size:
+        found = f"{drafter.architecture} that proposes {shape.draft_vocab_size} of {shape.vocab_size} tokens"
+        raise ValueError(f"this format holds a {Drafter.architecture} that proposes all tokens, not a {found}: use save_drafter")
     config = {name: value for name, value in json.loads(target.config.to_json_string()).items() if name not in PLAIN}
     config |= shape.to_dict() | {
         "architectures": [ARCHITECTURE],

@@ -38,11 +38,14 @@ def load_checkpoint(path: Path, drafter: Drafter, optimizer: torch.optim.Optimiz
     Raises ValueError if the file is damaged or belongs to another training.
     """
     tensors, header = read_tensors(path, START_OVER)
-    about = _about(path, header)
-    about.setdefault("text", wanted["text"])  # older files lack these keys; the defaults are what they were made with
-    if isinstance(about.get("drafter"), dict):
+    try:
+        about = {"text": wanted["text"]} | json.loads(header["about"])  # older files lack some keys: what they were made with
         about["drafter"] = {"architecture": Drafter.architecture} | about["drafter"]
-    settings = {"weight_decay": 0.0} | about["train"]  # and hold settings that are constants now
+        settings = {"weight_decay": 0.0} | about["train"]  # and hold settings that are constants now
+        if type(about["step"]) is not int or about["step"] < 0:
+            raise ValueError(f"step {about['step']!r}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({one_line(error)}): {START_OVER}") from None
     about["train"] = {name: value if name in MAY_CHANGE else settings.get(name) for name, value in wanted["train"].items()}
     for key, value in wanted.items():
         if about.get(key) != json.loads(json.dumps(value)):
@@ -53,16 +56,6 @@ def load_checkpoint(path: Path, drafter: Drafter, optimizer: torch.optim.Optimiz
     moments = {i: {part: tensors[f"optimizer.{i}.{part}"] for part in parts} for i in range(count)}
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return about["step"]
-
-
-def _about(path: Path, header: dict[str, str]) -> dict:
-    try:
-        about = json.loads(header["about"])
-        if type(about["step"]) is not int or about["step"] < 0 or type(about["train"]) is not dict:
-            raise ValueError(f"step {about['step']!r}")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({one_line(error)}): {START_OVER}") from None
-    return about
 
 
 def _check(path: Path, tensors: dict[str, Tensor], drafter: Drafter) -> None:

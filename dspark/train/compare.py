@@ -143,8 +143,8 @@ class Comparison:
                 store = FeatureStore(self.target, text, drafter.target_layer_ids, self.features)
                 config = self.recipe.config(checkpoint_every=100)
                 train_to(Trainer(self.target, drafter, store, config, folder.with_name(folder.name + ".training")), folder, about=about)
-        rows = [self._row(name, config) for name in VARIANTS if (config := self._config(name))]
-        frame = pd.concat([earlier, pd.DataFrame(rows)]).drop_duplicates("drafter", keep="last")
+        rows = [{"drafter": name} | _shape_and_loss(config) for name in VARIANTS if (config := self._config(name))]
+        frame = pd.concat([earlier, pd.DataFrame(rows).assign(**self._origin)]).drop_duplicates("drafter", keep="last")
         order = {name: i for i, name in enumerate(VARIANTS)}
         write_results(frame.sort_values("drafter", key=lambda names: names.map(order), ignore_index=True), records)
 
@@ -168,13 +168,6 @@ class Comparison:
         if wrong := [name for name, value in self._origin.items() if name not in frame or (frame[name] != value).any()]:
             raise ValueError(f"{path} does not hold drafters of the same {wrong[0]!r}: choose another --results, or delete it")
         return frame
-
-    def _row(self, name: str, config: dict) -> dict[str, object]:
-        training = config["training"]
-        shape = {"drafter": name, "layers": config["num_hidden_layers"], "block_size": config["block_size"]}
-        shape |= {"head": config["markov_head_type"], "rank": config["markov_rank"]}
-        held_out = {f"held_out_{key}": training["held_out"][key] for key in ("loss", "tau", "acceptance")}
-        return shape | {key: training[key] for key in ("steps", "revision", "machine")} | held_out | self._origin
 
     def decode(self, target: Target, variants: Sequence[Variant], plan: Plan) -> None:
         """Decode with each trained drafter by the plan: one results file per drafter. target: the same, laid out for decoding."""
@@ -202,6 +195,14 @@ class Comparison:
             return [columns[name] | {"repeat": repeat} | _times(target, drafters[name], context) for name in names]
 
         return Ledger(self.results / "drafters-time.parquet", configuration).run({str(i): i for i in range(repeats)}, measure)
+
+
+def _shape_and_loss(config: dict) -> dict[str, object]:
+    """Columns of the training records. config: config.json of a finished drafter."""
+    names = {"layers": "num_hidden_layers", "block_size": "block_size", "head": "markov_head_type", "rank": "markov_rank"}
+    training, held_out = config["training"], config["training"]["held_out"]
+    columns = {name: config[field] for name, field in names.items()} | {name: training[name] for name in ("steps", "revision", "machine")}
+    return columns | {f"held_out_{name}": held_out[name] for name in ("loss", "tau", "acceptance")}
 
 
 def _times(target: Target, drafter: Drafter, context: int) -> dict[str, float]:

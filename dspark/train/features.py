@@ -52,6 +52,7 @@ class FeatureStore:
             raise ValueError(f"the corpus holds token {highest}, but {target.name} has {target.vocab_size}: choose text of this target")
         self.target, self.corpus, self.taps, self.folder = target, corpus, tuple(taps), folder
         self.shard_rows = shard_rows
+        self._about = json.dumps({"target": target.digest, "taps": self.taps})
         self._check_head()
 
     @torch.inference_mode()
@@ -63,10 +64,8 @@ class FeatureStore:
         logits = self.target.model(input_ids=token_ids, use_cache=False).logits.float()
         head = self.target.head(self.target.decoder(input_ids=token_ids, use_cache=False).last_hidden_state).float()
         if (logits - head).abs().max() > max(1e-3, 4 * torch.finfo(self.target.dtype).eps) * logits.abs().max():
-            raise ValueError(
-                f"{self.target.name} caps, scales or shifts its logits after the head, so a drafter would learn another distribution: "
-                "train for another target; ContextLookup(None, target=…) drafts for this one without training"
-            )
+            found = f"{self.target.name} caps, scales or shifts its logits after the head, so a drafter would learn another distribution"
+            raise ValueError(f"{found}: train for another target; ContextLookup(None, target=…) drafts for this one without training")
 
     def __len__(self) -> int:
         return -(-len(self.corpus) // self.shard_rows)
@@ -87,10 +86,6 @@ class FeatureStore:
     def text(self) -> str:
         """16 hex digits that change with the text and with which of its tokens are learnt from."""
         return digest(self.corpus.token_ids.numpy().tobytes(), self.corpus.assistant.numpy().tobytes())
-
-    @property
-    def _about(self) -> str:
-        return json.dumps({"target": self.target.digest, "taps": self.taps})
 
     def _read(self, path: Path, corpus: Corpus) -> dict[str, Tensor]:
         """A kept shard belongs to one target, one set of taps and these rows. Raises ValueError for anything else."""

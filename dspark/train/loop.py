@@ -77,15 +77,12 @@ class Trainer:
         self.t2d[drafter.d2t] = torch.arange(len(drafter.d2t), device=target.device)
         self.step, self.checkpoint = 0, folder / "checkpoint.safetensors"
         self._loaded: tuple[int, Shard] | None = None  # the shard of the last batch, and its index
+        shape = {"architecture": drafter.architecture} | drafter.config.to_dict()
+        # A checkpoint resumes only where all that the training depends on is the same.
+        self._about = {"train": asdict(config), "drafter": shape, "target": target.digest, "text": store.text}
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self.step = load_checkpoint(self.checkpoint, self.drafter, self.optimizer, self._about)
-
-    @property
-    def _about(self) -> dict[str, object]:
-        """What the training depends on: a checkpoint resumes only where all of it is the same."""
-        shape = {"architecture": self.drafter.architecture} | self.drafter.config.to_dict()
-        return {"train": asdict(self.config), "drafter": shape, "target": self.target.digest, "text": self.store.text}
 
     def run(self) -> Iterator[dict[str, object]]:
         """Train from the current step to the end and yield one record a step. Saves now and then, at the end and when interrupted."""

@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,8 +47,7 @@ class Subject:
     def starts(self) -> list[tuple[float, str | None, str]]:
         """Every way to start a row: (weight, system prompt, opening). The weights sum to ``share``."""
         opened = [(self.share * OPENED_SHARE / len(self.openings), None, opening) for opening in self.openings]
-        free = [(self.share * (1 - OPENED_SHARE) / len(self.systems), system, "") for system in self.systems]
-        return opened + free
+        return opened + [(self.share * (1 - OPENED_SHARE) / len(self.systems), system, "") for system in self.systems]
 
 
 def load_subjects() -> tuple[Subject, ...]:
@@ -86,9 +86,8 @@ def encoded_starts(target: Target, subjects: Sequence[Subject]) -> list[tuple[li
     """Every way to start a row: (token ids up to and including the opening, weight)."""
     starts = [start for subject in subjects for start in subject.starts()]
     heads = {system: pieces(target.tokenizer, system)[0] for _, system, _ in starts}
-    return [
-        (target.tokenizer(heads[system] + opening, add_special_tokens=False)["input_ids"], weight) for weight, system, opening in starts
-    ]
+    encode = partial(target.tokenizer, add_special_tokens=False)
+    return [(encode(heads[system] + opening)["input_ids"], weight) for weight, system, opening in starts]
 
 
 def pieces(tokenizer: object | None, system: str | None) -> tuple[str, str, str]:

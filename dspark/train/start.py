@@ -34,9 +34,7 @@ def spread_taps(layers: int) -> tuple[int, ...]:
 
     A shallow target gives fewer; one of a single layer gives −1, its embedding.
     """
-    last = layers - 2
-    first = min(1, last)
-    return spread(min(TAPS, last - first + 1), last, first)
+    return spread(min(TAPS, max(1, layers - 2)), layers - 2, min(1, layers - 2))
 
 
 def unused_token(target: Target, corpus: Corpus) -> int:
