@@ -13,10 +13,9 @@ import pandas as pd
 from dspark.bench.policies import ORACLE, pooled, replayed, windows
 from dspark.bench.results import read_rows
 from dspark.bench.rollouts import FIT, judged, rollouts_of
-from dspark.bench.speed import read_speed
 from dspark.bench.stats import ALL, summarise
 from dspark.bench.table import caption, place
-from dspark.bench.trace_file import traces_of
+from dspark.bench.traces import traces_of
 from dspark.cli import run_main
 from dspark.files import write_atomically
 from dspark.tune.calibrate import calibrate
@@ -77,7 +76,7 @@ def _each(folder: Path, pattern: str, make: Callable[[pd.DataFrame], str], comma
 
 def headline_table(data: Path) -> str:
     """The one table of README.md. Raises ValueError if its file or one of its arms is missing."""
-    frame = read_speed(data / "results" / HEADLINE)
+    frame = read_rows(data / "results" / HEADLINE)
     if missing := [arm for arm in HEADLINE_ARMS if arm not in set(frame["arm"])]:
         raise ValueError(f"{HEADLINE} has no arm {', '.join(missing)}: measure it again with python -m dspark.bench")
     return speed_table(frame[frame["arm"].isin([frame.iloc[0]["baseline"], *HEADLINE_ARMS])], remarks=False)
@@ -212,7 +211,7 @@ def _exactness(path: Path) -> str:
 
 def _decoded(folder: Path) -> str:
     """τ of the drafters of ``python -m dspark.train compare`` in real decoding, by domain."""
-    frames = {path.stem.rsplit("-", 1)[1]: read_speed(path) for path in sorted(folder.glob("drafters-t1-*.parquet"))}
+    frames = {path.stem.rsplit("-", 1)[1]: read_rows(path) for path in sorted(folder.glob("drafters-t1-*.parquet"))}
     if not frames:
         return ""
     rows = []

@@ -22,7 +22,7 @@ from dspark.bench.results import read_rows
 from dspark.bench.rollouts import FIT, JUDGE, judged, ranked, rollouts_of
 from dspark.bench.sps import curve_of
 from dspark.bench.stats import ALL, summarise
-from dspark.bench.trace_file import traces_of
+from dspark.bench.traces import traces_of
 from dspark.cli import run_main
 from dspark.files import write_atomically
 from dspark.lab.drafters import joined, pooled_positions, tau_gains

@@ -26,16 +26,21 @@ from dspark.tune.calibrate import (
 )
 
 
+def blocks(logits: torch.Tensor, survived: torch.Tensor, checked: torch.Tensor) -> Rollouts:
+    """Their acceptance is unknown."""
+    return Rollouts(logits, survived, checked, torch.full(logits.shape, math.nan))
+
+
 def calibrated(n: int = 20_000, block_size: int = 3, seed: int = 0) -> Rollouts:
     """Blocks whose tokens survive with exactly the probability that the head states."""
     generator = torch.Generator().manual_seed(seed)
     logits = 1 + torch.randn(n, block_size, generator=generator)  # around 0 even a constant 0.5 would be calibrated
     survived = (torch.rand(n, block_size, generator=generator) < logits.sigmoid()).int().cumprod(-1).bool()
-    return Rollouts(logits, survived, torch.ones_like(survived))
+    return blocks(logits, survived, torch.ones_like(survived))
 
 
 def distorted(data: Rollouts, factors: list[float]) -> Rollouts:
-    return Rollouts(data.logits * torch.tensor(factors), data.survived, data.checked)
+    return blocks(data.logits * torch.tensor(factors), data.survived, data.checked)
 
 
 def test_the_error_is_the_gap_between_confidence_and_frequency() -> None:
@@ -50,7 +55,7 @@ def test_too_high_in_one_bin_does_not_make_up_for_too_low_in_another() -> None:
     assert calibration_error(confidence, outcome) == pytest.approx(0.4)
 
 
-def test_an_calibrated_head_has_next_to_no_error() -> None:
+def test_a_calibrated_head_has_next_to_no_error() -> None:
     data = calibrated(80_000)
     assert all(calibration_error(*data.at(k)) < 0.01 for k in range(3))
 
@@ -77,25 +82,6 @@ def test_all_positions_are_ranked_together_over_their_checked_drafts() -> None:
     assert math.isnan(constant["auc_best"])
 
 
-def test_probabilities_separate_an_calibrated_head_from_a_wrong_one_with_less_noise_than_outcomes() -> None:
-    """c_k is the acceptance itself, so at position 1 nothing is left; after it, only the luck of the drafts before."""
-    data = calibrated(400)
-    data = replace(data, acceptance=data.logits.sigmoid())
-    report = calibration_report(data, AS_TRAINED)
-    assert report[0]["ece_known"] < 1e-6
-    assert all(row["ece_known"] < row["ece_after"] for row in report)
-    wrong = calibration_report(replace(data, logits=data.logits + 1), AS_TRAINED)
-    assert all(row["ece_known"] > 0.05 for row in wrong)
-    assert all(math.isnan(row["ece_known"]) for row in calibration_report(replace(data, acceptance=None), AS_TRAINED))
-
-
-def test_where_the_outcome_is_certain_its_probability_says_the_same() -> None:
-    """As greedy: a draft is the target's choice or it is not."""
-    data = calibrated(300)
-    certain = replace(data, acceptance=data.survived.float())
-    assert all(row["ece_known"] == row["ece_after"] for row in calibration_report(certain, AS_TRAINED))
-
-
 def test_scaling_finds_the_temperature_of_every_position() -> None:
     found = fit_sts(distorted(calibrated(), [3.0, 0.5, 2.0]))
     assert found == pytest.approx([3.0, 0.5, 2.0], rel=0.2)
@@ -113,7 +99,7 @@ def test_scaling_never_raises_the_error_on_its_own_data() -> None:
 def test_a_head_that_is_too_confident_is_corrected_by_an_offset_and_temperatures() -> None:
     """No temperature alone can: it moves high and low confidences to opposite sides."""
     right = calibrated(40_000)
-    data = Rollouts(1.5 * right.logits + 0.8, right.survived, right.checked)
+    data = blocks(1.5 * right.logits + 0.8, right.survived, right.checked)
     scaled, found = Calibration(0.0, fit_sts(data)), calibrate(data)
     assert calibration_error(*data.at(0, scaled)) > 0.03
     assert all(calibration_error(*data.at(k, found)) < 0.012 for k in range(3))
@@ -122,24 +108,24 @@ def test_a_head_that_is_too_confident_is_corrected_by_an_offset_and_temperatures
 @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
 def test_the_offset_is_found_whatever_the_temperature(factor: float) -> None:
     right = calibrated(40_000)
-    assert fit_offset(Rollouts(factor * right.logits - 0.7, right.survived, right.checked)) == pytest.approx(0.7, abs=0.05)
+    assert fit_offset(blocks(factor * right.logits - 0.7, right.survived, right.checked)) == pytest.approx(0.7, abs=0.05)
 
 
-def test_an_calibrated_head_gets_no_offset_and_an_unchecked_one_neither() -> None:
+def test_a_calibrated_head_gets_no_offset_and_an_unchecked_one_neither() -> None:
     data = calibrated(80_000)
     assert fit_offset(data) == pytest.approx(0, abs=0.03)
-    assert fit_offset(Rollouts(data.logits, data.survived, torch.zeros_like(data.checked))) == 0
+    assert fit_offset(blocks(data.logits, data.survived, torch.zeros_like(data.checked))) == 0
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_offset_stays_finite_where_all_drafts_have_the_same_outcome(kept: bool) -> None:
-    data = Rollouts(torch.zeros(50, 1), torch.full((50, 1), kept), torch.ones(50, 1, dtype=torch.bool))
+    data = blocks(torch.zeros(50, 1), torch.full((50, 1), kept), torch.ones(50, 1, dtype=torch.bool))
     assert 1 < fit_offset(data) * (1 if kept else -1) < 4
 
 
 def test_a_constant_head_is_left_alone_when_it_is_right() -> None:
     n = 1000
-    data = Rollouts(torch.zeros(n, 1), (torch.arange(n) % 2 == 0)[:, None], torch.ones(n, 1, dtype=torch.bool))
+    data = blocks(torch.zeros(n, 1), (torch.arange(n) % 2 == 0)[:, None], torch.ones(n, 1, dtype=torch.bool))
     assert fit_sts(data) == (1.0,)
 
 
@@ -147,12 +133,12 @@ def test_unchecked_positions_say_nothing() -> None:
     data = calibrated()
     checked = torch.zeros_like(data.checked)
     checked[:, 0] = True
-    assert fit_sts(Rollouts(data.logits, data.survived, checked))[1:] == (1.0, 1.0)
+    assert fit_sts(blocks(data.logits, data.survived, checked))[1:] == (1.0, 1.0)
 
 
 def test_each_position_counts_the_blocks_that_reached_it() -> None:
     checked = torch.tensor([[True, True], [True, False], [True, True]])
-    data = Rollouts(torch.zeros(3, 2), torch.tensor([[True, False], [False, False], [True, True]]), checked)
+    data = blocks(torch.zeros(3, 2), torch.tensor([[True, False], [False, False], [True, True]]), checked)
     assert data.at(0)[1].tolist() == [True, False, True]
     assert data.at(1)[1].tolist() == [False, True]
 
@@ -166,17 +152,13 @@ def test_ranking_quality_is_the_share_of_pairs_in_order() -> None:
     assert math.isnan(ranking_quality(torch.rand(2), torch.tensor([True, True])))
 
 
-@pytest.mark.parametrize("temperatures", [(), (2.0, 0.5, 1.5, 1.0)])
-def test_rollouts_give_back_the_logits_whatever_temperatures_the_drafter_carried(temperatures: tuple[float, ...]) -> None:
+def test_rollouts_give_back_the_logits_and_leave_unchecked_positions_out() -> None:
     target = tiny_target(eos_token_id=None)
-    drafter = tiny_drafter(target)
-    options = {"max_new_tokens": 40, "temperature": 1.0}
-    bare = rollouts(dspark.generate(target, drafter, [5, 6, 7], **options).rounds, 4)
-    drafter.sts_temperatures = temperatures
-    scaled = rollouts(dspark.generate(target, drafter, [5, 6, 7], **options).rounds, 4, temperatures)
-    assert torch.equal(bare.survived, scaled.survived)
-    assert torch.allclose(bare.logits[bare.checked], scaled.logits[scaled.checked], atol=1e-3)
-    assert not (bare.survived & ~bare.checked).any()
+    rounds = dspark.generate(target, tiny_drafter(target), [5, 6, 7], max_new_tokens=40, temperature=1.0).rounds
+    data, drafted = rollouts(rounds, 4), [r for r in rounds if r.source]
+    for row, r in zip(data.logits, drafted, strict=True):
+        assert torch.allclose(row[: len(r.confidence)].sigmoid(), torch.tensor(r.confidence), atol=1e-6)
+    assert data.checked.sum(-1).tolist() == [r.verify_length for r in drafted] and not (data.survived & ~data.checked).any()
 
 
 def test_a_block_that_ended_the_text_is_left_out() -> None:

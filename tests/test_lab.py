@@ -244,7 +244,7 @@ def test_figures_of_speed_have_units_and_say_how_many():
 
 
 def test_the_needed_tau_rises_with_the_window_and_the_speed_up():
-    points = list(break_even(SPSCurve((1, 8), (0.030, 0.044)), range(1, 6), 0.006, [1.0, 1.5]))
+    points = break_even(SPSCurve((1, 8), (0.030, 0.044)), range(1, 6), 0.006, [1.0, 1.5])
     *lines, ceiling = speed.needed(points, "tiny").data
     assert list(ceiling.y) == [2, 3, 4, 5, 6] and len(lines) == 4
     slow, _, fast, free = (list(line.y) for line in lines)

@@ -21,7 +21,7 @@ import dspark
 from dspark.bench.replay import replay
 from dspark.bench.results import write_results
 from dspark.bench.trace import StepTimes, record
-from dspark.bench.trace_file import save_trace, trace_row, traces_frame
+from dspark.bench.traces import save_trace, trace_row, traces_frame
 from dspark.lab import figures, strips, text
 from dspark.lab.live import LivePanel
 from dspark.lab.replaying import SAMPLE, ReplayPanel, trace_decode

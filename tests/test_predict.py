@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dspark import predict_speedup
-from dspark.tune.predict import expected_tokens_per_round, required_tokens_per_round
+from dspark.tune.predict import expected_tokens_per_round, predict_speedup, required_tokens_per_round
 from dspark.tune.profile import SPSCurve
 
 FLAT = SPSCurve((1, 8), (0.04, 0.04))

@@ -19,17 +19,18 @@ from dspark.tune.profile import SPSCurve, profile_draft
 
 def test_break_even_is_the_formula_solved_for_tau():
     curve = SPSCurve((1, 8), (0.030, 0.044))
-    points = {(p.window, p.speedup): p for p in break_even(curve, (1, 7), 0.006, (1.0, 1.57))}
+    points = {(p.window, p.speedup): p for p in break_even(curve, (1, 7), 0.006, (1.0, 1.57)).itertuples()}
     assert points[7, 1.0].required == pytest.approx(50 / 30) and points[7, 1.0].free == pytest.approx(44 / 30)
     assert points[7, 1.57].required == pytest.approx(1.57 * 50 / 30) and points[7, 1.57].reachable
-    assert points[1, 1.57].required == pytest.approx(1.57 * 38 / 30) and points[1, 1.57].reachable is (1.57 * 38 / 30 <= 2)
+    assert points[1, 1.57].required == pytest.approx(1.57 * 38 / 30) and points[1, 1.57].reachable == (1.57 * 38 / 30 <= 2)
 
 
 def test_drafting_is_timed_at_the_context_asked_for(monkeypatch):
     target = tiny_target()
-    drafter, seen = tiny_drafter(target), []
-    draft = drafter.draft
-    monkeypatch.setattr(drafter, "draft", lambda state, *rest: (seen.append(state.length), draft(state, *rest))[1])
+    drafter, known, seen = tiny_drafter(target), [], []
+    draft, extend = drafter.draft, drafter.extend
+    monkeypatch.setattr(drafter, "extend", lambda state, ids, taps: (known.extend(ids), extend(state, ids, taps))[1])
+    monkeypatch.setattr(drafter, "draft", lambda *arguments: (seen.append(len(known)), draft(*arguments))[1])
     assert profile_draft(target, drafter, context=20, repeats=3) > 0
     assert seen == [20, 21, 22, 23]
 

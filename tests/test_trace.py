@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -15,9 +14,8 @@ import dspark
 from dspark.bench.prompts import data_dir
 from dspark.bench.replay import Oracle, replay
 from dspark.bench.results import read_results, write_results
-from dspark.bench.trace import StepTimes, Trace, from_rounds, record
-from dspark.bench.trace_file import load_trace, load_traces, row_trace, save_trace, trace_row
-from dspark.bench.traces import read_traces
+from dspark.bench.trace import StepTimes, Trace, record, texts_of
+from dspark.bench.traces import load_traces, row_trace, save_trace, trace_row
 from dspark.draft.lookup import ContextLookup
 from dspark.lab.replaying import trace_decode
 from dspark.round import Round
@@ -48,7 +46,7 @@ def all_policies(block_size: int) -> list[Policy]:
 @pytest.mark.parametrize("source", ["drafter", "copying", "wavering"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_replay_gives_the_rounds_of_decoding_whatever_the_policy(source: str, seed: int) -> None:
-    """Random drafts, copies of a text that repeats itself, and drafts that are mostly right; every limit, and one inside the trace."""
+    """Random drafts, copies of a text that repeats itself, and drafts that are mostly right; several limits."""
     target = tiny_target(seed=seed, eos_token_id=None)
     prompt = random_prompt(seed, 6) * (3 if source == "copying" else 1)
     drafter = tiny_drafter(target, seed=seed)
@@ -56,12 +54,12 @@ def test_a_replay_gives_the_rounds_of_decoding_whatever_the_policy(source: str, 
         drafter = dspark.ContextLookup(drafter, 1, max_copy=6)
     if source == "wavering":
         drafter = Wavering(target, greedy_reference(target, prompt, 60), 4, seed=seed)
-    trace = record(target, drafter, prompt, max_new_tokens=24, times=TIMES)
     seen = set()
     for limit in (24, 7, 1):
+        trace = record(target, drafter, prompt, max_new_tokens=limit, times=TIMES)
         for policy in all_policies(drafter.block_size):
             expected = dspark.generate(target, drafter, prompt, max_new_tokens=limit, policy=policy).rounds
-            assert_same(replay(trace, policy, limit=limit), expected, policy, limit)
+            assert_same(replay(trace, policy), expected, policy, limit)
             seen |= {(r.source, r.verify_length, r.accepted) for r in expected}
     assert len(seen) > 4
 
@@ -142,18 +140,16 @@ def test_lookups_without_a_drafter_are_recorded_and_the_prompt_is_kept(prompt: o
 def test_a_file_gives_back_the_trace(tmp_path) -> None:
     target = tiny_target()
     drafter = tiny_drafter(target)
-    complete = record(target, drafter, PROMPT, max_new_tokens=9, times=TIMES)
-    live = dspark.generate(target, drafter, PROMPT, max_new_tokens=30, temperature=1.0).rounds
-    for trace in (complete, from_rounds(live, target, drafter, PROMPT, max_new_tokens=30, temperature=1.0)):
-        save_trace(trace, tmp_path / "trace.parquet")
-        found = load_trace(tmp_path / "trace.parquet")
-        assert found.about == trace.about
-        for kept, made in zip(found.rounds, trace.rounds, strict=True):
-            seconds = {name: pytest.approx(getattr(made, name), rel=1e-6) for name in ("draft_seconds", "verify_seconds", "seconds")}
-            assert {name: getattr(kept, name) for name in seconds} == seconds
-        assert untimed(found.rounds) == untimed(trace.rounds)
-        types = {type(value) for r in found.rounds for value in (r.accepted, r.anchor, *r.committed, *r.confidence)}
-        assert types <= {int, float, type(None)}
+    trace = record(target, drafter, PROMPT, max_new_tokens=9, times=TIMES)
+    save_trace(trace, tmp_path / "trace.parquet")
+    found = load_traces(tmp_path / "trace.parquet")[0][1]
+    assert found.about == trace.about
+    for kept, made in zip(found.rounds, trace.rounds, strict=True):
+        seconds = {name: pytest.approx(getattr(made, name), rel=1e-6) for name in ("draft_seconds", "verify_seconds", "seconds")}
+        assert {name: getattr(kept, name) for name in seconds} == seconds
+    assert untimed(found.rounds) == untimed(trace.rounds)
+    types = {type(value) for r in found.rounds for value in (r.accepted, r.anchor, *r.committed, *r.confidence)}
+    assert types <= {int, float, type(None)}
     assert replay(found, dspark.FixedWindow())  # and what was loaded can be replayed
 
 
@@ -167,50 +163,12 @@ def test_characters_of_several_tokens_are_read_from_a_file_as_they_were_written(
     for i, committed in enumerate((first, rest), 1):
         about = {"anchor": 7, "window": 4, "draft_tokens": drafts, "verify_length": 4, "source": "drafter"}
         rounds.append(Round(index=i, committed=tuple(committed), **about, **some))
-    save_trace(from_rounds(rounds, target, dspark.ContextLookup(None, target=target), [1]), tmp_path / "t.parquet")
-    decode = trace_decode(load_trace(tmp_path / "t.parquet"))
+    empty = record(target, dspark.ContextLookup(None, target=target), [1], max_new_tokens=1, times=TIMES)
+    trace = Trace(tuple(rounds), empty.about)
+    save_trace(replace(trace, about=trace.about | texts_of(target, trace)), tmp_path / "t.parquet")
+    decode = trace_decode(load_traces(tmp_path / "t.parquet")[0][1])
     assert decode(list(text.encode())) == text and decode(list(drafts)) == "🙂" and decode(list(drafts[:2])) == "\ufffd\ufffd"
     assert decode([3]) == "⟨3⟩"
-
-
-def test_a_live_run_can_be_asked_only_what_it_knows() -> None:
-    target = tiny_target(eos_token_id=None)
-    drafter = tiny_drafter(target)
-
-    def live(policy: Policy | None = None) -> Trace:
-        options = {"max_new_tokens": 40, "temperature": 1.0}
-        return from_rounds(dspark.generate(target, drafter, PROMPT, policy=policy, **options).rounds, target, drafter, PROMPT, **options)
-
-    trace = live()
-    same = replay(trace, dspark.FixedWindow())
-    assert_same(same, list(trace.rounds))
-    shorter = replay(trace, dspark.FixedWindow(2))
-    assert [r.accepted for r in shorter] == [min(r.accepted, 2) for r in trace.rounds]
-    assert all(len(r.committed) == r.accepted + 1 for r in shorter)
-    with pytest.raises(ValueError, match="reads past rounds"):
-        replay(trace, dspark.AdaptiveWindow())
-    with pytest.raises(ValueError, match="complete trace"):
-        replay(trace, Oracle())
-    with pytest.raises(ValueError, match="FixedWindow"):
-        replay(live(dspark.FixedWindow(1)), dspark.FixedWindow(3))
-    with pytest.raises(ValueError, match="FixedWindow"):
-        replay(live(dspark.ConfidenceThreshold(0.6)), dspark.FixedWindow(4))
-
-
-@pytest.mark.parametrize("threshold", [0.3, 1.0])
-def test_a_run_that_checked_less_than_it_drafted_can_be_asked_for_less_and_not_for_more(threshold: float, tmp_path: Path) -> None:
-    """Even where nothing was checked at all."""
-    target = tiny_target(eos_token_id=None)
-    drafter, policy = tiny_drafter(target), dspark.ConfidenceThreshold(threshold)
-    out = dspark.generate(target, drafter, PROMPT, max_new_tokens=40, policy=policy)
-    save_trace(from_rounds(out.rounds, target, drafter, PROMPT, max_new_tokens=40), tmp_path / "trace.parquet")
-    trace = load_trace(tmp_path / "trace.parquet")
-    assert all(len(r.confidence) == len(r.draft_tokens) for r in trace.rounds)
-    assert_same(replay(trace, policy), out.rounds)
-    stricter = replay(trace, dspark.ConfidenceThreshold(min(1.0, threshold + 0.2)))
-    assert sum(r.verify_length for r in stricter) <= sum(r.verify_length for r in out.rounds)
-    with pytest.raises(ValueError, match="FixedWindow"):
-        replay(trace, dspark.ConfidenceThreshold(0.1))
 
 
 def test_a_file_of_a_version_that_could_stop_within_a_block_is_read() -> None:
@@ -224,7 +182,10 @@ def test_a_file_of_a_version_that_could_stop_within_a_block_is_read() -> None:
 
 def test_the_traces_in_data_load_and_replay_over_their_own_greedy_text() -> None:
     results = data_dir() / "results"
-    traces = [load_trace(results / "traces" / "sample.parquet"), *(trace for _, trace in read_traces(results / "traces-test.parquet")[:4])]
+    traces = [
+        load_traces(results / "traces" / "sample.parquet")[0][1],
+        *(trace for _, trace in load_traces(results / "traces-test.parquet")[:4]),
+    ]
     for trace in traces:
         policies = (dspark.FixedWindow(), dspark.MTP1(), dspark.ConfidenceThreshold(0.3), dspark.PrefixScheduler(trace.times.sps), Oracle())
         for policy in policies:
@@ -233,11 +194,11 @@ def test_the_traces_in_data_load_and_replay_over_their_own_greedy_text() -> None
             assert all(r.accepted <= r.verify_length <= len(r.draft_tokens) == len(r.survival) for r in rounds)
 
 
-@pytest.mark.parametrize(("limit", "named"), [(0, r"1\.\.5"), (6, "got 6")])
-def test_a_limit_outside_the_trace_is_refused(limit: int, named: str) -> None:
+def test_a_live_run_of_an_older_version_is_refused() -> None:
     target = tiny_target()
-    with pytest.raises(ValueError, match=named):
-        replay(record(target, tiny_drafter(target), PROMPT, max_new_tokens=5, times=TIMES), dspark.FixedWindow(), limit=limit)
+    trace = record(target, tiny_drafter(target), PROMPT, max_new_tokens=5, times=TIMES)
+    with pytest.raises(ValueError, match="record it again"):
+        replay(replace(trace, about=trace.about | {"complete": False}), dspark.FixedWindow())
 
 
 def test_a_policy_that_the_drafter_cannot_serve_is_refused() -> None:
@@ -251,25 +212,23 @@ def test_a_foreign_or_damaged_file_is_one_clear_error(tmp_path) -> None:
     path = tmp_path / "trace.parquet"
     trace = record(target, tiny_drafter(target), PROMPT, max_new_tokens=5, times=TIMES)
     with pytest.raises(ValueError, match="no results"):
-        load_trace(path)
+        load_traces(path)[0][1]
     save_trace(trace, path)
     frame = read_results(path)
     write_results(frame.assign(schema_version=99), path)
-    with pytest.raises(ValueError, match=r"trace\.parquet: .*schema version 99.*record it again"):
-        load_trace(path)
+    with pytest.raises(ValueError, match=r"trace\.parquet has schema version 99.*make it again"):
+        load_traces(path)[0][1]
     write_results(pd.DataFrame({"schema_version": [1], "arm": ["plain"]}), path)
-    with pytest.raises(ValueError, match="no trace"):
-        load_trace(path)
+    with pytest.raises(ValueError, match="holds no traces"):
+        load_traces(path)[0][1]
     write_results(frame[:0], path)
     with pytest.raises(ValueError, match="no rows"):
-        load_trace(path)
+        load_traces(path)[0][1]
     write_results(pd.concat([frame, frame]), path)
     assert len(load_traces(path)) == 2
-    with pytest.raises(ValueError, match="2 traces"):
-        load_trace(path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="not a Parquet"):
-        load_trace(path)
+        load_traces(path)[0][1]
 
 
 def test_a_full_disk_leaves_the_old_trace(tmp_path) -> None:
@@ -287,4 +246,6 @@ def test_rollouts_for_calibration_come_from_a_loaded_trace(tmp_path) -> None:
     target = tiny_target(eos_token_id=None)
     trace = record(target, tiny_drafter(target), PROMPT, max_new_tokens=12, times=TIMES)
     save_trace(trace, tmp_path / "trace.parquet")
-    assert rollouts(load_trace(tmp_path / "trace.parquet").rounds, 4).survived.tolist() == rollouts(trace.rounds, 4).survived.tolist()
+    assert (
+        rollouts(load_traces(tmp_path / "trace.parquet")[0][1].rounds, 4).survived.tolist() == rollouts(trace.rounds, 4).survived.tolist()
+    )

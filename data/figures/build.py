@@ -20,11 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dspark.bench.replay import replay
-from dspark.bench.speed import read_speed
+from dspark.bench.results import read_rows
 from dspark.bench.stats import ALL, summarise
 from dspark.bench.table import caption
 from dspark.bench.trace import Trace, record
-from dspark.bench.trace_file import load_trace, save_trace
+from dspark.bench.traces import load_traces, save_trace
 from dspark.cli import run_main
 from dspark.draft.lookup import ContextLookup
 from dspark.files import data_dir
@@ -132,7 +132,7 @@ def draw(options: argparse.Namespace) -> None:
     if options.record:
         target = load_target("default")
         save_trace(record(target, ContextLookup(load_drafter("default", target)), PROMPT, max_new_tokens=128), SAMPLE)
-    panel, figure = still(load_trace(SAMPLE)), headline(read_speed(HEADLINE))
+    panel, figure = still(load_traces(SAMPLE)[0][1]), headline(read_rows(HEADLINE))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "live.svg").write_text(panel, encoding="utf-8")
     with matplotlib.rc_context({"svg.hashsalt": "dspark"}):

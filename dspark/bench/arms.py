@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from dspark.bench.measure import Decoder, Settings, by_dspark
-from dspark.bench.stock import by_early_exit, by_prompt_lookup, by_transformers
+from dspark.bench.stock import by_early_exit, by_transformers
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
@@ -18,7 +19,7 @@ from dspark.tune.profile import sps_curve
 HEADLINE = "plain,generate,mtp1,fixed:5,fixed+copy,prefix+copy"
 PEERS: dict[str, Callable[[Target, Settings], Decoder]] = {
     "generate": by_transformers,
-    "lookup": by_prompt_lookup,
+    "lookup": partial(by_transformers, prompt_lookup_num_tokens=10),  # as in transformers' own documentation (Saxena, 2023)
     "assisted": by_early_exit,
 }
 CHOICES = (
@@ -45,11 +46,6 @@ class Arm:
     trained: bool = False
     peer: Callable[[Target, Settings], Decoder] | None = None
 
-    @property
-    def drafts(self) -> bool:
-        """Whether it drafts in our loop."""
-        return bool(self.spec)
-
     def policy(self, target: Target) -> Policy:
         """The policy on this target; ``prefix`` measures its step times if they are not in the cache."""
         return parse_policy(self.spec, lambda: sps_curve(target))
@@ -63,7 +59,7 @@ class Arm:
         """Ready to run. Raises ValueError if the drafter cannot serve the policy, or a peer lacks the stock target."""
         if self.peer:
             return self.peer(stock or target, settings)
-        if not self.drafts:
+        if not self.spec:
             return by_dspark(target, None, None, settings)
         source, policy = self.source(drafter, target), self.policy(target)
         try:
@@ -97,19 +93,16 @@ def separated(names: str) -> list[str]:
 
 def parse_arms(names: str) -> tuple[Arm, ...]:
     """``"plain,fixed:5,adaptive:0.6,0.3,0.05+copy"`` → arms. Raises ValueError naming the wrong one and the choices."""
-    arms = tuple(parse_arm(name) for name in separated(names))
-    twice = {arm.name for arm in arms if sum(other.name == arm.name for other in arms) > 1}
-    if twice:
+    single = separated(names)
+    if twice := {name for name in single if single.count(name) > 1}:
         raise ValueError(f"arm {min(twice)!r} is named twice: name each arm once")
-    return arms
+    return tuple(map(parse_arm, single))
 
 
 def parse_arm(name: str) -> Arm:
     """One arm by its name. Raises ValueError for a misspelled one."""
-    if name in PEERS:
-        return Arm(name, peer=PEERS[name])
-    if name == "plain":
-        return Arm(name)
+    if name == "plain" or name in PEERS:
+        return Arm(name, peer=PEERS.get(name))
     copying = re.search(r"(^|\+)copy(?::([1-9]\d*))?(?=\+|$)", name)
     alone = bool(copying) and not copying[1]
     spec = "fixed" * alone + (name.replace(copying[0], "", 1) if copying else name)

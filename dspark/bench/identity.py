@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -17,50 +16,39 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dspark.bench.arms import Models
-from dspark.bench.measure import Decoder, Settings, Trial, first_divergence
+from dspark.bench.measure import Trial, first_divergence
 from dspark.bench.plan import Plan, Unit
+from dspark.bench.provenance import utc
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
 from dspark.bench.stock import by_transformers
-from dspark.round import Round
 from dspark.target.target import Target
-
-Pass = tuple[Sequence[int], int]  # tokens that run together, and how many of them stay in the cache
 
 
 def check_identity(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
-    """One row per prompt and arm, with the columns of :func:`compare`. Resumes."""
-    plan.check("identity")
-    decoders = {arm.name: models.decoder(arm, plan.settings) for arm in plan.parsed_arms}
-    constant = constant_columns(plan, models)
-
-    def measure(unit: Unit) -> list[Row]:
-        rows = compare(models, decoders, models.target.encode(unit.item.messages), plan.settings)
-        return [unit.columns() | row | constant[row["arm"]] for row in rows]
-
-    ledger = Ledger(out, plan.configuration("identity", models.target.digest, models.drafter))
-    return ledger.run({unit.key: unit for unit in plan.units}, measure)
-
-
-def compare(models: Models, decoders: dict[str, Decoder], prompt: list[int], settings: Settings) -> list[Row]:
-    """Decode one prompt in every way and by ``model.generate`` of the stock target, greedily. One row per decoder.
+    """Decode every prompt greedily with every arm and by ``model.generate`` of the stock target. One row per prompt and arm. Resumes.
 
     tokens: of the reference.
     equal: whether all tokens are the reference's.
     first_divergence: index of the first new token that differs, −1 for none.
     margin, noise: see :func:`weigh`; NaN for none.
     """
-    expected = by_transformers(models.stock, settings)(prompt, 0).token_ids
-    rows = []
-    for name, decoder in decoders.items():
-        trial = decoder(prompt, 0)
-        i = first_divergence(trial.token_ids, expected)
-        margin, noise = weigh(models, prompt, expected, trial, i) if i >= 0 else (math.nan, math.nan)
-        rows.append(
-            {"arm": name, "tokens": len(expected), "equal": i < 0, "first_divergence": i, "margin": margin, "noise": noise}
-            | {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
-        )
-    return rows
+    decoders = {arm.name: models.decoder(arm, plan.settings) for arm in plan.parsed_arms}
+    reference, constant = by_transformers(models.stock, plan.settings), constant_columns(plan, models)
+
+    def measure(unit: Unit) -> list[Row]:
+        prompt, rows = models.target.encode(unit.item.messages), []
+        expected = reference(prompt, 0).token_ids
+        for name, decoder in decoders.items():
+            trial = decoder(prompt, 0)
+            i = first_divergence(trial.token_ids, expected)
+            margin, noise = weigh(models, prompt, expected, trial, i) if i >= 0 else (math.nan, math.nan)
+            row = {"arm": name, "tokens": len(expected), "equal": i < 0, "first_divergence": i, "margin": margin, "noise": noise}
+            rows.append(unit.columns() | row | {"utc": utc()} | constant[name])
+        return rows
+
+    ledger = Ledger(out, plan.configuration("identity", models.target.digest, models.drafter))
+    return ledger.run({unit.key: unit for unit in plan.units}, measure)
 
 
 def weigh(models: Models, prompt: list[int], expected: list[int], trial: Trial, i: int) -> tuple[float, float]:
@@ -75,18 +63,17 @@ def weigh(models: Models, prompt: list[int], expected: list[int], trial: Trial, 
     if i >= min(len(expected), len(trial.token_ids)):
         return math.inf, 0.0
     alone = logits_of(models.stock, prompt, (([token], 1) for token in expected), i)
-    together = logits_of(models.target, prompt, map(pass_of, trial.rounds), i)
+    passes = (([r.anchor, *r.draft_tokens[: r.verify_length]], 1 + r.accepted) for r in trial.rounds)
+    together = logits_of(models.target, prompt, passes, i)
     lead, left = (float(row[expected[i]] - row[trial.token_ids[i]]) for row in (alone, together))
     return abs(lead), max(0.0, lead - left)
 
 
-def pass_of(r: Round) -> Pass:
-    """The pass that checked the round's drafts."""
-    return [r.anchor, *r.draft_tokens[: r.verify_length]], 1 + r.accepted
+def logits_of(target: Target, prompt: list[int], passes: Iterable[tuple[Sequence[int], int]], i: int) -> Tensor:
+    """The logits [vocab] float32 that choose new token ``i`` after ``prompt``.
 
-
-def logits_of(target: Target, prompt: list[int], passes: Iterable[Pass], i: int) -> Tensor:
-    """The logits [vocab] float32 that choose new token ``i`` after ``prompt``, when the text runs in these passes."""
+    passes: the text as it runs: tokens of a pass, and how many of them stay in the cache.
+    """
     cache, passes = DynamicCache(), iter(passes)
     logits, _ = target.forward(torch.tensor([prompt], device=target.device), cache, logits_to_keep=1)
     first, rows = 0, logits[0]  # rows[k] chooses new token first + k

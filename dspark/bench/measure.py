@@ -10,7 +10,7 @@ from statistics import median
 
 from dspark.clock import Clock
 from dspark.decode import decode
-from dspark.draft.source import COPY, DraftSource
+from dspark.draft.source import DraftSource
 from dspark.round import Round
 from dspark.schedule import Policy
 from dspark.target.target import Target
@@ -63,27 +63,22 @@ def summary(trial: Trial) -> dict[str, object]:
     rounds = trial.rounds
     tokens = sum(len(r.committed) for r in rounds)
     reached, accepted = positions(rounds)
-    model = math.fsum(r.draft_seconds + r.verify_seconds for r in rounds)
     return {
         "tokens": len(trial.token_ids),
         "decoded_tokens": tokens,
         "rounds": len(rounds),
-        "tokens_per_round": _ratio(tokens, len(rounds)),
+        "tokens_per_round": tokens / len(rounds) if rounds else math.nan,
         "prefill_seconds": trial.prefill_seconds,
         "seconds": trial.seconds,
-        "latency_ms": 1e3 * _ratio(trial.seconds, tokens),
-        "draft_ms": 1e3 * _median([r.draft_seconds for r in rounds if r.source]),
-        "verify_ms": 1e3 * _median([r.verify_seconds for r in rounds]),
-        "round_ms": 1e3 * _median([r.seconds for r in rounds]),
-        "model_seconds": model,
-        "other_share": 1 - _ratio(model, trial.seconds) if rounds else math.nan,
+        "latency_ms": 1e3 * trial.seconds / tokens if rounds else math.nan,
+        "draft_ms": 1e3 * median([r.draft_seconds for r in rounds if r.source] or [math.nan]),
+        "verify_ms": 1e3 * median([r.verify_seconds for r in rounds] or [math.nan]),
+        "round_ms": 1e3 * median([r.seconds for r in rounds] or [math.nan]),
         "drafted": sum(len(r.draft_tokens) for r in rounds),
         "checked": sum(r.verify_length for r in rounds),
         "accepted": sum(accepted),
-        "copied_rounds": sum(r.source == COPY for r in rounds),
         "reached_at": reached,
         "accepted_at": accepted,
-        "acceptance_at": [_ratio(a, r) for a, r in zip(accepted, reached, strict=True)],
     }
 
 
@@ -101,11 +96,3 @@ def positions(rounds: Sequence[Round]) -> tuple[list[int], list[int]]:
 def first_divergence(a: Sequence[int], b: Sequence[int]) -> int:
     """Index of the first token that differs (or that only one has); −1 if the sequences are equal."""
     return next((i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y), -1)
-
-
-def _ratio(a: float, b: float) -> float:
-    return a / b if b else math.nan
-
-
-def _median(values: Sequence[float]) -> float:
-    return median(values) if values else math.nan

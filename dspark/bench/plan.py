@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
 
 from dspark.bench.arms import HEADLINE, Arm, Models, parse_arms
 from dspark.bench.measure import Settings
 from dspark.bench.prompts import DOMAINS, PromptItem, load_prompts
-from dspark.bench.provenance import cores, drafter_columns
+from dspark.bench.provenance import cores, drafter_columns, environment
 from dspark.bench.results import SCHEMA_VERSION
 from dspark.cli import add_fields, from_fields, option
 from dspark.cpu import is_packed
@@ -22,8 +21,6 @@ from dspark.draft.drafter import Drafter
 from dspark.load import DTYPES, load_drafter, load_target
 from dspark.tune.profile import cpu_name
 from dspark.verify.sampling import Sampling
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,9 @@ class Plan:
 
     def check(self, mode: str) -> None:
         """Raises ValueError if this plan cannot be run as "speed", "memory" or "identity"."""
-        if mode == "identity":
-            if self.temperature != 0:
-                raise ValueError(f"identity compares greedy text, but temperature is {self.temperature}: leave it at 0")
-        elif self.baseline not in [arm.name for arm in self.parsed_arms]:
+        if mode == "identity" and self.temperature:
+            raise ValueError(f"identity compares greedy text, but temperature is {self.temperature}: leave it at 0")
+        if mode != "identity" and self.baseline not in [arm.name for arm in self.parsed_arms]:
             raise ValueError(f"the baseline {self.baseline!r} is not among the arms {self.arms}: add it, or choose --baseline from them")
 
     def load(self, stock: bool = False) -> Models:
@@ -102,14 +98,14 @@ class Plan:
         options = hashlib.sha256(repr(self).encode()).hexdigest()[:6]
         return Path("runs") / "bench" / f"{name}-{options}.parquet"
 
-    @property
-    def drafter_name(self) -> str:
-        """Without the path of a folder."""
-        return _without_path(self.drafter)
+    def provenance(self, models: Models) -> dict[str, object]:
+        """Columns that all rows of a run with these models share."""
+        name = _without_path(self.drafter) if models.drafter else ""
+        return environment(models.target) | {"drafter": name} | drafter_columns(models.drafter)
 
     def configuration(self, mode: str, target_digest: str, drafter: Drafter | None) -> dict[str, object]:
         """All that must be equal for two runs to share a file. Folders by name and digest: paths mean nothing elsewhere."""
-        names = {"target": _without_path(self.target), "drafter": self.drafter_name}
+        names = {"target": _without_path(self.target), "drafter": _without_path(self.drafter)}
         digests = {"target_digest": target_digest, "drafter_digest": drafter_columns(drafter)["drafter_digest"]}
         machine = {"machine": cpu_name(), "cores": cores()}
         return {"mode": mode, "schema_version": SCHEMA_VERSION} | asdict(self) | names | digests | machine
@@ -147,7 +143,7 @@ def _without_path(name: str) -> str:
     return path.resolve().name if path.exists() else name
 
 
-def rotated(names: Sequence[T], turn: int) -> list[T]:
+def rotated(names: Sequence[str], turn: int) -> list[str]:
     """A B C, B C A, C A B, …"""
     first = turn % len(names)
     return [*names[first:], *names[:first]]

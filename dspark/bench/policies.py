@@ -4,60 +4,47 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 
 from dspark.bench.replay import Oracle, replay
-from dspark.bench.results import Row
 from dspark.bench.stats import ALL, RESAMPLES, interval
-from dspark.bench.trace import StepTimes, Trace
+from dspark.bench.trace import StepTimes
+from dspark.bench.traces import Traces
 from dspark.schedule import POLICIES, Policy, parse_policy
 
-Traces = Sequence[tuple[Row, Trace]]  # as dspark.bench.trace_file.load_traces returns them
 ORACLE = "oracle"
+UNMEASURED = StepTimes({1: 1.0}, {1: 1.0})
 
 
-def policy_of(name: str) -> Callable[[StepTimes], Policy]:
-    """A policy's name → the policy, given the step times of a trace.
+def policy_of(name: str, times: StepTimes = UNMEASURED) -> Policy:
+    """The policy of this name (:func:`dspark.schedule.parse_policy`, or "oracle"), given the step times of a trace.
 
-    name: a spec for :func:`dspark.schedule.parse_policy`, or "oracle".
     Raises ValueError for a misspelled name, and for +copy: copying is decided when the trace is recorded.
     """
-    if name == ORACLE:
-        return lambda times: Oracle()
     try:
-        parse_policy(name, lambda: lambda tokens: 1.0)
+        return Oracle() if name == ORACLE else parse_policy(name, lambda: times.sps)
     except ValueError as error:
         choices = ", ".join([*POLICIES, ORACLE])
         raise ValueError(f"policy {name!r} cannot be replayed ({error}): choose from {choices}, without +copy") from error
-    return lambda times: parse_policy(name, lambda: times.sps)
 
 
 def replayed(traces: Traces, names: Iterable[str]) -> pd.DataFrame:
-    """Every policy on every trace: domain, prompt_id, policy and the numbers of :func:`_counts`."""
-    policies = {name: policy_of(name) for name in names}
-    return pd.DataFrame(
-        [
-            {"domain": about["domain"], "prompt_id": about["prompt_id"], "policy": name} | _counts(trace, made(trace.times))
-            for about, trace in traces
-            for name, made in policies.items()
-        ]
-    )
+    """Every policy on every trace, without the prefill.
 
-
-def _counts(trace: Trace, policy: Policy) -> Row:
-    """Without the prefill: tokens, rounds, seconds, drafts (rounds that drafted), and checked and accepted tokens."""
-    rounds = replay(trace, policy)[1:]
-    return {
-        "tokens": sum(len(r.committed) for r in rounds),
-        "rounds": len(rounds),
-        "seconds": math.fsum(r.seconds for r in rounds),
-        "drafts": sum(bool(r.source) for r in rounds),
-        "checked": sum(r.verify_length for r in rounds),
-        "accepted": sum(r.accepted for r in rounds),
-    }
+    Columns: domain, prompt_id, policy, tokens, rounds, seconds, drafts (rounds that drafted), checked and accepted (drafts).
+    """
+    names, rows = list(names), []
+    for about, trace in traces:
+        for name in names:
+            rounds = replay(trace, policy_of(name, trace.times))[1:]
+            row = {"domain": about["domain"], "prompt_id": about["prompt_id"], "policy": name, "rounds": len(rounds)}
+            row |= {"tokens": sum(len(r.committed) for r in rounds), "seconds": math.fsum(r.seconds for r in rounds)}
+            row |= {"drafts": sum(bool(r.source) for r in rounds), "checked": sum(r.verify_length for r in rounds)}
+            rows.append(row | {"accepted": sum(r.accepted for r in rounds)})
+    return pd.DataFrame(rows)
 
 
 def pooled(frame: pd.DataFrame) -> pd.DataFrame:

@@ -30,15 +30,13 @@ def load_prompts(domain: str, split: str = "test", n: int | None = None) -> list
 
     Raises ValueError for an unknown domain or split, n < 1, n above what the split holds, or a missing file.
     """
-    if domain not in DOMAINS:
-        raise ValueError(f"domain {domain!r} is unknown: choose one of {', '.join(DOMAINS)}")
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown: choose one of {', '.join(SPLITS)}")
+    for name, value, choices in (("domain", domain, DOMAINS), ("split", split, SPLITS)):
+        if value not in choices:
+            raise ValueError(f"{name} {value!r} is unknown: choose one of {', '.join(choices)}")
     path = data_dir() / "prompts" / f"{domain}.jsonl"
     if not path.is_file():
         raise ValueError(f"no prompt file at {path}: restore it from the repository or set DSPARK_DATA to the repository's data folder")
-    with path.open(encoding="utf-8") as lines:
-        items = [PromptItem(domain=domain, **json.loads(line)) for line in lines]
+    items = [PromptItem(domain=domain, **json.loads(line)) for line in path.read_text(encoding="utf-8").strip().split("\n")]
     items = [item for item in items if item.split == split]
     if n is not None and not 1 <= n <= len(items):
         raise ValueError(f"n is {n}, but {domain}/{split} holds {len(items)} prompts: choose 1 to {len(items)}, or None for all")

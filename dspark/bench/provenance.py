@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 
@@ -43,12 +44,11 @@ def environment(target: Target) -> dict[str, object]:
 
 def drafter_columns(drafter: Drafter | None) -> dict[str, object]:
     """Columns that describe the drafter; empty ones for arms without it."""
-    names = [f"drafter_{name}" for name in ("digest", "block_size", "layers", "head", "vocab")]
-    if drafter is None:
-        return dict(zip(names, ("", 0, 0, "", 0), strict=True))
-    c = drafter.config
-    head = f"{c.markov_head_type}-{c.markov_rank}"
-    return dict(zip(names, (drafter_digest(drafter), c.block_size, c.num_hidden_layers, head, c.draft_vocab_size), strict=True))
+    values = ("", 0, 0, "", 0)
+    if drafter is not None:
+        c = drafter.config
+        values = (drafter_digest(drafter), c.block_size, c.num_hidden_layers, f"{c.markov_head_type}-{c.markov_rank}", c.draft_vocab_size)
+    return dict(zip((f"drafter_{name}" for name in ("digest", "block_size", "layers", "head", "vocab")), values, strict=True))
 
 
 def drafter_digest(drafter: Drafter) -> str:
@@ -77,6 +77,11 @@ def revision() -> str:
         return run([*git, "describe", "--always", "--dirty", "--exclude=*"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def utc() -> str:
+    """Now, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def peak_rss_mib() -> float:

@@ -32,15 +32,19 @@ class Ledger:
 
     def __init__(self, out: Path, configuration: Row) -> None:
         self.out, self.configuration = out, configuration
-        self.partial = partial_of(out)
+        self.partial = out.with_name(out.name + ".partial.jsonl")
         self.done: dict[str, list[Row]] = {}
         self.complete = out.exists()
         if self.complete:
             _check_same(out, read_results(out).attrs.get("configuration", {}), configuration)
             self.partial.unlink(missing_ok=True)
+        elif lines := _whole_lines(self.partial):
+            _check_same(self.partial, lines[0]["configuration"], configuration)
+            self.done = {line["unit"]: line["rows"] for line in lines[1:]}
         else:
             out.parent.mkdir(parents=True, exist_ok=True)
-            self._resume()
+            self.partial.unlink(missing_ok=True)
+            self._append({"configuration": configuration})
 
     def run(self, units: Mapping[str, T], measure: Callable[[T], list[Row]], shaped: Callable = pd.DataFrame) -> pd.DataFrame:
         """Measure every unit that is not done; all rows, in the file and returned. shaped: see :meth:`finish`."""
@@ -64,16 +68,6 @@ class Ledger:
             self.complete = True
         return read_results(self.out)
 
-    def _resume(self) -> None:
-        lines, whole = _whole_lines(self.partial)
-        if not lines:
-            self.partial.unlink(missing_ok=True)
-            self._append({"configuration": self.configuration})
-            return
-        _check_same(self.partial, lines[0]["configuration"], self.configuration)
-        os.truncate(self.partial, whole)  # a kill may have cut the last line
-        self.done = {line["unit"]: line["rows"] for line in lines[1:]}
-
     def _append(self, entry: Row) -> None:
         with self.partial.open("ab") as file:
             file.write(json.dumps(entry).encode() + b"\n")
@@ -81,25 +75,18 @@ class Ledger:
             os.fsync(file.fileno())
 
 
-def partial_of(out: Path) -> Path:
-    """Where the rows of a run are kept until it ends."""
-    return out.with_name(out.name + ".partial.jsonl")
-
-
-def _whole_lines(path: Path) -> tuple[list[Row], int]:
-    """All complete lines, and how many bytes they take."""
-    entries, whole = [], 0
-    if path.exists():
-        with path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    entries.append(json.loads(line))
-                except ValueError:
-                    raise ValueError(f"{path} is damaged in line {len(entries) + 1}: delete it and measure again") from None
-                whole += len(line)
-    return entries, whole
+def _whole_lines(path: Path) -> list[Row]:
+    """All complete lines; one that a kill cut short is removed from the file. Raises ValueError for a damaged one."""
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    entries = []
+    for line in whole.splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path} is damaged in line {len(entries) + 1}: delete it and measure again") from None
+    if entries:
+        os.truncate(path, len(whole) + 1)
+    return entries
 
 
 def _check_same(path: Path, theirs: Row, ours: Row) -> None:
@@ -113,20 +100,15 @@ def _check_same(path: Path, theirs: Row, ours: Row) -> None:
 def write_results(frame: pd.DataFrame, path: Path) -> None:
     """Parquet, whole or not at all. Keeps ``frame.attrs``. Raises ValueError if the file cannot be written; the old one stays then."""
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    for i, column in enumerate(table.schema):  # lists that are empty in every row have no type of their own
-        if pa.types.is_list(column.type) and pa.types.is_null(column.type.value_type):
-            table = table.set_column(i, column.name, table[column.name].cast(pa.list_(pa.float64())))
-    write_atomically(path, lambda part: pq.write_table(table, part, **_compression(table.schema)))
-
-
-def _compression(schema: pa.Schema) -> dict[str, object]:
-    """Options that make a file small: measured numbers hardly repeat, so a dictionary of them would only add to their size."""
-    numbers, others = [], []
-    for column in schema:
+    numbers, others = [], []  # measured numbers hardly repeat, so a dictionary of them would only add to the size
+    for i, column in enumerate(table.schema):
         is_list = pa.types.is_list(column.type)
         kind = column.type.value_type if is_list else column.type
         (numbers if pa.types.is_floating(kind) else others).append(column.name + ".list.element" * is_list)
-    return {"compression": "zstd", "compression_level": 19, "use_byte_stream_split": numbers, "use_dictionary": others}
+        if is_list and pa.types.is_null(kind):  # lists that are empty in every row have no type of their own
+            table = table.set_column(i, column.name, table[column.name].cast(pa.list_(pa.float64())))
+    options = {"compression": "zstd", "compression_level": 19, "use_byte_stream_split": numbers, "use_dictionary": others}
+    write_atomically(path, lambda part: pq.write_table(table, part, **options))
 
 
 def read_results(path: Path, remedy: str = COMMAND) -> pd.DataFrame:

@@ -9,11 +9,9 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -22,8 +20,8 @@ from torch import Tensor
 
 from dspark.bench.arms import Models
 from dspark.bench.plan import Plan, Unit, add_options, plan_of
-from dspark.bench.provenance import drafter_columns, environment
-from dspark.bench.results import Ledger, Row, read_rows
+from dspark.bench.provenance import utc
+from dspark.bench.results import Ledger, Row
 from dspark.cli import run_main
 from dspark.decode import generate
 from dspark.draft.drafter import Drafter
@@ -39,13 +37,12 @@ from dspark.verify.passes import pass_of
 from dspark.verify.sampling import Sampling
 
 COMMAND = "python -m dspark.bench.rollouts"
-TEMPERATURES = (0.0, 1.0)
+TEMPERATURES, FITTED = (0.0, 1.0), 1.0
 FIT, JUDGE = "fit", "judge"
+FLOATS, COUNTS = ("logits", "acceptance"), ("checked", "survived")  # columns of lists: γ numbers a block, one number a block
 
 
-def measure_rollouts(
-    plan: Plan, models: Models, out: Path, temperatures: Sequence[float] = TEMPERATURES, fit_repeats: int | None = None
-) -> pd.DataFrame:
+def measure_rollouts(plan: Plan, models: Models, out: Path, fit_repeats: int | None = None) -> pd.DataFrame:
     """One row per run of a prompt. Resumes.
 
     logits, acceptance: γ numbers a block, concatenated: the logit of c_k as the head gives it, and the probability with which x_k
@@ -58,33 +55,26 @@ def measure_rollouts(
     if not drafter.has_confidence:
         raise ValueError("the drafter has no confidence head, so there is nothing to calibrate: train one with it")
     drafter.sts_temperatures = ()  # the head's own logits are wanted
-    about = plan.configuration("rollouts", target.digest, drafter) | {"temperatures": list(temperatures), "acceptance": True}
-    about |= {"fit_repeats": fit_repeats or plan.repeats}
-    constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(drafter)
-    halves, most = _halves(plan.units), {FIT: fit_repeats or plan.repeats, JUDGE: plan.repeats}
+    most = {FIT: fit_repeats or plan.repeats, JUDGE: plan.repeats}
+    about = plan.configuration("rollouts", target.digest, drafter) | {"temperatures": list(TEMPERATURES), "fit_repeats": most[FIT]}
+    constant, halves = plan.provenance(models), _halves(plan.units)
 
     def measure(run: tuple[float, Unit]) -> list[Row]:
         t, unit = run
-        found = _run(target, drafter, unit, t, plan.tokens)
-        when = {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
-        return [unit.columns() | {"temperature": t, "half": halves[unit.item.id], "max_new_tokens": plan.tokens} | found | when | constant]
+        row = unit.columns() | {"temperature": t, "half": halves[unit.item.id], "max_new_tokens": plan.tokens}
+        return [row | _run(target, drafter, unit, t, plan.tokens) | {"utc": utc()} | constant]
 
-    runs = {
-        f"{t:g}/{unit.key}": (t, unit)
-        for t in temperatures
-        for unit in plan.units
-        if unit.repeat < (most[halves[unit.item.id]] if t else 1)
-    }
+    units = ((t, unit) for t in TEMPERATURES for unit in plan.units if unit.repeat < (most[halves[unit.item.id]] if t else 1))
+    runs = {f"{t:g}/{unit.key}": (t, unit) for t, unit in units}
     return Ledger(out, about).run(runs, measure, _narrow)
 
 
 def _narrow(rows: list[Row]) -> pd.DataFrame:
     """Three digits take half the space of seven, and no number of blocks here could distinguish more."""
     frame = pd.DataFrame(rows)
-    for name in ("logits", "acceptance"):
-        frame[name] = [np.array(values, dtype="float16").astype("float32") for values in frame[name]]
-    for name in ("checked", "survived"):
-        frame[name] = [np.array(values, dtype="int32") for values in frame[name]]
+    for names, narrow, kind in ((FLOATS, "float16", "float32"), (COUNTS, "int32", "int32")):
+        for name in names:
+            frame[name] = [np.array(values, dtype=narrow).astype(kind) for values in frame[name]]
     return frame
 
 
@@ -95,9 +85,10 @@ def _run(target: Target, drafter: Drafter, unit: Unit, temperature: float, token
     try:
         data = rollouts(stream[1:], drafter.block_size, acceptances=acceptances[1:])
     except ValueError:  # the text ended before a block could be checked
-        return {"blocks": 0, "logits": [], "acceptance": [], "checked": [], "survived": []}
-    counts = {"checked": data.checked.sum(-1).tolist(), "survived": data.survived.sum(-1).tolist()}
-    return {"blocks": len(data.logits), "logits": data.logits.flatten().tolist(), "acceptance": data.acceptance.flatten().tolist()} | counts
+        return {"blocks": 0} | {name: [] for name in (*FLOATS, *COUNTS)}
+    numbers = {"logits": data.logits.flatten(), "acceptance": data.acceptance.flatten()}
+    numbers |= {"checked": data.checked.sum(-1), "survived": data.survived.sum(-1)}
+    return {"blocks": len(data.logits)} | {name: values.tolist() for name, values in numbers.items()}
 
 
 def observed(target: Target, drafter: DraftSource, sampling: Sampling) -> tuple[Target, DraftSource, list[list[float]]]:
@@ -128,26 +119,9 @@ def observed(target: Target, drafter: DraftSource, sampling: Sampling) -> tuple[
 
 def _halves(units: Iterable[Unit]) -> dict[str, str]:
     """Prompt → its half: every other prompt of each domain."""
-    prompts = dict.fromkeys((unit.item.domain, unit.item.id) for unit in units)
-    turns = {domain: cycle((FIT, JUDGE)) for domain, _ in prompts}
-    return {prompt: next(turns[domain]) for domain, prompt in prompts}
-
-
-def read_rollouts(path: Path) -> pd.DataFrame:
-    """The rows of a rollouts file; see :func:`dspark.bench.results.read_rows`."""
-    return read_rows(path, COMMAND)
-
-
-def roll_out_here(prompts: int, tokens: int) -> pd.DataFrame:
-    """Rollouts of a few dev prompts of each domain on the default models, in memory: for a notebook.
-
-    Raises ValueError for fewer than two, as half of them judge what the others fit.
-    """
-    if prompts < 2:
-        raise ValueError(f"rolling out takes at least 2 prompts of each domain, one to fit and one to judge, got {prompts}")
-    plan = Plan(arms="fixed", baseline="fixed", split="dev", prompts=prompts, tokens=tokens)
-    with TemporaryDirectory() as folder:
-        return measure_rollouts(plan, plan.load(), Path(folder) / "rollouts.parquet")
+    items = {unit.item.id: unit.item for unit in units}.values()
+    turns = {item.domain: cycle((FIT, JUDGE)) for item in items}
+    return {item.id: next(turns[item.domain]) for item in items}
 
 
 def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
@@ -159,26 +133,24 @@ def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
         raise ValueError(f"the rollouts are of an older version, without acceptances: measure them again with {COMMAND}")
     if frame.empty:
         raise ValueError(f"no blocks with {chosen}: roll out more prompts with {COMMAND}")
-    block_size = int(frame["drafter_block_size"].iloc[0])
-    width = {"logits": block_size, "survived": 1, "checked": 1, "acceptance": block_size}  # numbers per block
-    values = {name: torch.from_numpy(np.concatenate(frame[name].to_list())).reshape(-1, n) for name, n in width.items()}
-    position = torch.arange(block_size)
+    blocks = int(frame["blocks"].sum())
+    values = {name: torch.from_numpy(np.concatenate(frame[name].to_list())).reshape(blocks, -1) for name in (*FLOATS, *COUNTS)}
+    position = torch.arange(values["logits"].shape[1])
     return Rollouts(values["logits"], position < values["survived"], position < values["checked"], values["acceptance"])
 
 
 def judged(frame: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
     """Confidence before and after calibration, on the half that was not fitted: one row per sampling temperature and position."""
-    return _on_judging_half(frame, lambda data: calibration_report(data, calibration))
+    return pd.DataFrame([{"temperature": t} | row for t, data in _judging(frame) for row in calibration_report(data, calibration)])
 
 
 def ranked(frame: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
     """How the confidence ranks the drafts of all positions together, on the half that was not fitted: one row per temperature."""
-    return _on_judging_half(frame, lambda data: [ranking_together(data, calibration)])
+    return pd.DataFrame([{"temperature": t} | ranking_together(data, calibration) for t, data in _judging(frame)])
 
 
-def _on_judging_half(frame: pd.DataFrame, report: Callable[[Rollouts], list[Row]]) -> pd.DataFrame:
-    temperatures = sorted(set(frame["temperature"]))
-    return pd.DataFrame([{"temperature": t} | row for t in temperatures for row in report(rollouts_of(frame, half=JUDGE, temperature=t))])
+def _judging(frame: pd.DataFrame) -> list[tuple[float, Rollouts]]:
+    return [(t, rollouts_of(frame, half=JUDGE, temperature=t)) for t in sorted(set(frame["temperature"]))]
 
 
 def store(calibration: Calibration, name: str, target: Target) -> Path:
@@ -201,7 +173,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see :func:`dspark.cli.run_main`."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, ("arms", "baseline", "split", "temperature", "top_p", "top_k"), prompts=16, repeats=3)
-    parser.add_argument("--fit", type=float, default=1.0, help="sampling temperature whose rollouts are fitted; default 1")
     parser.add_argument("--fit-repeats", type=int, help="repeats of the half that is fitted; default as many as of the one that judges")
     parser.add_argument("--store", action="store_true", help="write the calibration into the drafter's folder")
     return run_main(parser, _fit, arguments, kept="finished runs")
@@ -209,14 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fit(options: argparse.Namespace) -> None:
     plan = plan_of(options, arms="fixed", baseline="fixed", split="dev")
-    if options.fit not in TEMPERATURES:
-        raise ValueError(f"fit must be one of {', '.join(f'{t:g}' for t in TEMPERATURES)}, got {options.fit:g}")
     if options.fit_repeats is not None and not 1 <= options.fit_repeats <= plan.repeats:
         raise ValueError(f"fit-repeats must be 1 to {plan.repeats}, as many as repeats, got {options.fit_repeats}")
     torch.set_num_threads(plan.threads)
     models, out = plan.load(), options.out or plan.default_out("rollouts-dev")
     frame = measure_rollouts(plan, models, out, fit_repeats=options.fit_repeats)
-    calibration = calibrate(rollouts_of(frame, half=FIT, temperature=options.fit))
+    calibration = calibrate(rollouts_of(frame, half=FIT, temperature=FITTED))
     for table in (judged(frame, calibration), ranked(frame, calibration)):
         print(table.round(4).to_string(index=False))
     print(f"{calibration} · {len(frame)} runs in {out}")

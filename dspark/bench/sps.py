@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -17,60 +16,48 @@ import torch
 from tqdm.auto import trange
 
 from dspark.bench.arms import Models
+from dspark.bench.memory import in_new_process
 from dspark.bench.plan import Plan, add_options, plan_of
-from dspark.bench.process import in_new_process
-from dspark.bench.provenance import drafter_columns, environment
+from dspark.bench.provenance import utc
 from dspark.bench.results import write_results
 from dspark.cli import run_main
 from dspark.tune.profile import WIDTHS, SPSCurve, draft_times, median_steps
 
-COMMAND = "python -m dspark.bench.sps"
 CONTEXTS = (128, 512, 1536)  # tokens in the cache
 
 
-def measure_here(plan: Plan, models: Models, repeats: int = 15) -> pd.DataFrame:
+def measure_here(plan: Plan, models: Models | None = None, repeats: int = 15) -> pd.DataFrame:
     """Medians of ``repeats`` steps of every width in this process, as measured; :func:`curve_of` makes a curve of them.
 
-    Raises ValueError if no context length fits the target.
+    models: None loads those of the plan. Raises ValueError if no context length fits the target.
     """
+    torch.set_num_threads(plan.threads)
+    models = models or plan.load()
     target, rows = models.target, []
     contexts = [n for n in CONTEXTS if n <= target.max_context - WIDTHS[-1]]
     if not contexts:
         raise ValueError(f"{target.name} takes {target.max_context} tokens, less than the shortest context measured here ({CONTEXTS[0]})")
     for context in contexts:
         passes = median_steps(target, context=context, repeats=repeats)
-        prompt = torch.randint(target.vocab_size, (context,), generator=torch.Generator().manual_seed(plan.seed)).tolist()
-        drafts = draft_times(target, models.drafter, prompt, repeats)
-        for kind, times in (("verify", passes), ("draft", drafts)):
+        for kind, times in (("verify", passes), ("draft", draft_times(target, models.drafter, context=context, repeats=repeats))):
             rows += [{"context": context, "kind": kind, "tokens": n, "seconds": times[n], "repeats": repeats} for n in times]
-    constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(models.drafter)
-    frame = pd.DataFrame(rows).assign(**constant, utc=datetime.now(UTC).isoformat(timespec="seconds"))
+    frame = pd.DataFrame(rows).assign(**plan.provenance(models), utc=utc())
     frame.attrs["configuration"] = plan.configuration("sps", target.digest, models.drafter)
     return frame
 
 
 def measure_sps(plan: Plan, out: Path, repeats: int = 15, processes: int = 5) -> pd.DataFrame:
-    """:func:`measure_here` in several new processes, one after another; their :func:`joined` frame, in ``out`` and returned.
+    """:func:`measure_here` in several new processes, one after another; the medians over them, in ``out`` and returned.
 
     Raises ValueError for fewer than one process, for one that was killed, and what a process raises.
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
-    frames = [in_new_process(_loaded, plan, repeats) for _ in trange(processes, desc="processes", unit="process")]
-    frame = joined(frames)
+    frames = [in_new_process(measure_here, plan, None, repeats) for _ in trange(processes, desc="processes", unit="process")]
+    seconds = pd.concat([frame["seconds"] for frame in frames], axis=1).median(axis=1)
+    frame = frames[0].assign(seconds=seconds, processes=processes)
     write_results(frame, out)
     return frame
-
-
-def _loaded(plan: Plan, repeats: int) -> pd.DataFrame:
-    torch.set_num_threads(plan.threads)
-    return measure_here(plan, plan.load(), repeats)
-
-
-def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Frames of :func:`measure_here` as one. seconds: median over processes; fastest, slowest: the ends."""
-    by = pd.concat([frame["seconds"] for frame in frames], axis=1)
-    return frames[0].assign(seconds=by.median(axis=1), fastest=by.min(axis=1), slowest=by.max(axis=1), processes=len(frames))
 
 
 def curve_of(frame: pd.DataFrame, context: int) -> SPSCurve:
@@ -83,7 +70,7 @@ def curve_of(frame: pd.DataFrame, context: int) -> SPSCurve:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see :func:`dspark.cli.run_main`."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m dspark.bench.sps", description=__doc__.splitlines()[0])
     unused = ("arms", "baseline", "domains", "split", "prompts", "tokens", "temperature", "top_p", "top_k")
     add_options(parser, unused, repeats=15)
     parser.add_argument("--processes", type=int, default=5, help="new processes that measure, one after another; default 5")
@@ -94,9 +81,8 @@ def _measure(options: argparse.Namespace) -> None:
     plan = plan_of(options, arms="fixed", baseline="fixed", prompts=1)
     out = options.out or plan.default_out(f"sps-{plan.dtype}")
     frame = measure_sps(plan, out, plan.repeats, options.processes)
-    shown = frame.assign(ms=1e3 * frame["seconds"]).pivot_table(index=["context", "kind"], columns="tokens", values="ms")
-    about = f"milliseconds, medians of {plan.repeats} in each of {options.processes} processes"
-    print(f"{shown.round(2).to_string()}\n{about} · {len(frame)} rows in {out}")
+    shown = 1e3 * frame.pivot(index=["context", "kind"], columns="tokens", values="seconds")
+    print(f"{shown.round(2).to_string()}\nmilliseconds, medians of {plan.repeats} in each of {options.processes} processes, in {out}")
 
 
 if __name__ == "__main__":

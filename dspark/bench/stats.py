@@ -50,65 +50,41 @@ def summarise(frame: pd.DataFrame, baseline: str, *, resamples: int = RESAMPLES,
     tokens_per_round: τ, all tokens after the first over all rounds.
     draft_ms, verify_ms, round_ms: medians over prompts.
     plain_ms: T_plain, the plain arm's verify_ms; NaN if it was not measured.
-    other_share: share of the time outside the models.
     equal: share of texts that equal the baseline's.
     """
-    paired = speedups(frame, baseline)
-    domains = list(dict.fromkeys(frame["domain"]))
-    plain = frame[frame["arm"] == "plain"]
-    result = []
-    for arm in dict.fromkeys(frame["arm"]):
-        points, draws = [], []
-        for domain in domains:
-            values = paired.loc[(paired["arm"] == arm) & (paired["domain"] == domain), "speedup"].to_numpy()
-            if len(values):
-                points.append(float(np.median(values)))
-                draws.append(resampled_medians(values, domain, resamples, seed))
-            low_high = interval(draws[-1]) if len(values) else (math.nan, math.nan)
-            part = frame[(frame["arm"] == arm) & (frame["domain"] == domain)]
-            speed = (len(values), points[-1] if len(values) else math.nan, *low_high)
-            result.append(_line(arm, domain, speed, part, plain[plain["domain"] == domain]))
-        whole = (0, math.nan, math.nan, math.nan)
-        if len(points) == len(domains):  # a mean over only some domains would be another quantity
-            overall = np.exp(np.log(np.stack(draws)).mean(axis=0))
-            whole = (int((paired["arm"] == arm).sum()), math.exp(np.log(points).mean()), *interval(overall))
-        result.append(_line(arm, ALL, whole, frame[frame["arm"] == arm], plain))
-    return pd.DataFrame(result)
-
-
-def _line(arm: str, domain: str, speed: tuple[int, float, float, float], part: pd.DataFrame, plain: pd.DataFrame) -> dict[str, object]:
-    n, speedup, low, high = speed
-    tokens, seconds, rounds = (float(part[name].sum()) for name in ("decoded_tokens", "seconds", "rounds"))
-    return {
-        "arm": arm,
-        "domain": domain,
-        "n": n,
-        "speedup": speedup,
-        "low": low,
-        "high": high,
-        "tokens_per_round": tokens / rounds if rounds else math.nan,
-        "tokens_per_second": tokens / seconds if rounds else math.nan,
-        "draft_ms": part["draft_ms"].median(),
-        "verify_ms": part["verify_ms"].median(),
-        "round_ms": part["round_ms"].median(),
-        "plain_ms": plain["verify_ms"].median(),
-        "other_share": 1 - part["model_seconds"].sum(skipna=False) / seconds if rounds else math.nan,
-        "equal": part["equals_baseline"].mean(),
-    }
+    arms, domains = list(dict.fromkeys(frame["arm"])), list(dict.fromkeys(frame["domain"]))
+    by = pd.concat([frame, frame.assign(domain=ALL)]).groupby(["arm", "domain"], sort=False)
+    total = by[["decoded_tokens", "seconds", "rounds"]].sum().query("rounds > 0")
+    lines = pd.DataFrame(
+        {
+            **dict.fromkeys(("n", "speedup", "low", "high"), math.nan),
+            "tokens_per_round": total["decoded_tokens"] / total["rounds"],
+            "tokens_per_second": total["decoded_tokens"] / total["seconds"],
+            **{name: by[name].median() for name in ("draft_ms", "verify_ms", "round_ms")},
+            "equal": by["equals_baseline"].mean(),
+        }
+    ).reindex(pd.MultiIndex.from_product([arms, [*domains, ALL]], names=["arm", "domain"]))
+    paired = speedups(frame, baseline).groupby(["arm", "domain"], sort=False)["speedup"]
+    points = {key: values.to_numpy() for key, values in paired}
+    draws = {(arm, domain): resampled_medians(values, domain, resamples, seed) for (arm, domain), values in points.items()}
+    for key, values in points.items():
+        lines.loc[key, "n":"high"] = len(values), np.median(values), *interval(draws[key])
+    for arm in arms:
+        keys = [(arm, domain) for domain in domains]
+        if points.keys() >= set(keys):  # a mean over only some domains would be another quantity
+            overall = np.exp(np.log([draws[key] for key in keys]).mean(axis=0))
+            speedup = np.exp(np.log([np.median(points[key]) for key in keys]).mean())
+            lines.loc[(arm, ALL), "n":"high"] = sum(len(points[key]) for key in keys), speedup, *interval(overall)
+    plain = lines.xs("plain")["verify_ms"] if "plain" in arms else pd.Series(dtype=float)
+    lines["plain_ms"] = lines.index.get_level_values("domain").map(plain)
+    return lines.fillna({"n": 0}).astype({"n": int}).reset_index()
 
 
 def acceptance_by_position(frame: pd.DataFrame) -> pd.DataFrame:
     """Conditional acceptance: columns arm, domain, position (1, 2, …), reached, accepted, acceptance; counts pooled over prompts."""
     result = []
     for (arm, domain), part in frame.groupby(["arm", "domain"], sort=False):
-        reached, accepted = (_pooled(part[name]) for name in ("reached_at", "accepted_at"))
+        reached, accepted = (pd.DataFrame(part[name].tolist()).sum() for name in ("reached_at", "accepted_at"))
         for k, (r, a) in enumerate(zip(reached, accepted, strict=True), 1):
             result.append({"arm": arm, "domain": domain, "position": k, "reached": int(r), "accepted": int(a), "acceptance": a / r})
     return pd.DataFrame(result, columns=["arm", "domain", "position", "reached", "accepted", "acceptance"])
-
-
-def _pooled(lists: pd.Series) -> np.ndarray:
-    total = np.zeros(max((len(counts) for counts in lists), default=0))
-    for counts in lists:
-        total[: len(counts)] += counts
-    return total

@@ -14,8 +14,6 @@ from dspark.cpu import is_packed
 from dspark.round import Round
 from dspark.target.target import Target
 
-LOOKUP_TOKENS = 10  # what transformers' own documentation uses
-
 
 def by_transformers(target: Target, settings: Settings, **options: object) -> Decoder:
     """``model.generate`` as a user has it: its own cache and loop, the same distribution, length and end-of-text tokens.
@@ -27,28 +25,18 @@ def by_transformers(target: Target, settings: Settings, **options: object) -> De
     if is_packed(target.model):
         raise ValueError(f"{target.name} is packed, but generate measures transformers alone: use load_target(…, pack=False)")
     eos = sorted(target.eos_token_ids)
-    greedy = settings.temperature == 0
-    sampling = {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    fixed = {"eos_token_id": eos or None, "pad_token_id": eos[0] if eos else 0, "repetition_penalty": 1.0, "use_cache": True}
+    fixed |= {"do_sample": settings.temperature > 0}
+    if settings.temperature:
+        fixed |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
 
     def decoder(prompt_ids: list[int], seed: int) -> Trial:
         ids = torch.tensor([prompt_ids], device=target.device)
-        steps = _Steps()
+        steps, limit = _Steps(), min(settings.max_new_tokens, target.max_context - len(prompt_ids))
         with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
             torch.manual_seed(seed)
             start = time.perf_counter()
-            target.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=not greedy,
-                repetition_penalty=1.0,
-                max_new_tokens=min(settings.max_new_tokens, target.max_context - len(prompt_ids)),
-                eos_token_id=eos or None,
-                pad_token_id=eos[0] if eos else 0,
-                use_cache=True,
-                streamer=steps,
-                **sampling,
-                **options,
-            )
+            target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, streamer=steps, **fixed, **options)
             end = time.perf_counter()
         _prompt, first, *_ = steps.times
         rounds = [
@@ -60,16 +48,11 @@ def by_transformers(target: Target, settings: Settings, **options: object) -> De
     return decoder
 
 
-def by_prompt_lookup(target: Target, settings: Settings) -> Decoder:
-    """Transformers' prompt lookup: copies what followed an earlier occurrence of the last two tokens (Saxena, 2023)."""
-    return by_transformers(target, settings, prompt_lookup_num_tokens=LOOKUP_TOKENS)
-
-
 def by_early_exit(target: Target, settings: Settings) -> Decoder:
     """Transformers' assisted generation; the assistant is the first third of the target's own layers.
 
-    No smaller model shares the default target's vocabulary, so this is the smallest assistant there is. It costs no memory, but the
-    layers were not trained to be read early. Transformers chooses the draft length: until confidence falls below 0.4, 20 at most.
+    No smaller model shares the default target's vocabulary. The layers cost no memory, but were not trained to be read early.
+    Transformers chooses the draft length: until confidence falls below 0.4, 20 at most.
     """
     return by_transformers(target, settings, assistant_early_exit=max(1, target.num_layers // 3))
 

@@ -1,15 +1,17 @@
 """Traces: what happened at every position of a text, so that panels and policies can run without a model.
 
-A complete trace holds the whole block, drafted and checked by the target, at EVERY position of the greedy text. Any policy's run visits
-some of these positions, so :mod:`dspark.bench.replay` gives exactly the rounds that the policy would have made.
+A trace holds the whole block, drafted and checked by the target, at EVERY position of the greedy text. Any policy's run visits some of
+these positions, so :mod:`dspark.bench.replay` gives exactly the rounds that the policy would have made.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import accumulate
+from operator import and_
 from statistics import median
 
 import torch
@@ -21,7 +23,7 @@ from dspark.draft.source import COPY, DraftSource
 from dspark.round import Round
 from dspark.schedule import FixedWindow
 from dspark.target.target import Prompt, Target
-from dspark.tune.profile import SPSCurve, draft_times, profile_sps
+from dspark.tune.profile import SPSCurve, draft_times, median_steps
 from dspark.verify.sampling import Rng, Sampling
 
 BROKEN = "\ufffd"  # what decoding returns where bytes of a character are missing
@@ -51,7 +53,7 @@ class StepTimes:
 
     @cached_property
     def _drafts(self) -> SPSCurve:
-        return _curve({tokens: seconds for tokens, seconds in self.draft.items() if tokens})  # older files have empty blocks as well
+        return _curve(self.draft)
 
     @cached_property
     def sps(self) -> SPSCurve:
@@ -62,15 +64,16 @@ class StepTimes:
 def _curve(seconds: dict[int, float]) -> SPSCurve:
     if not seconds:
         raise ValueError("the trace has no step times: record it with dspark.bench.trace.record, or give it times=StepTimes(…)")
-    return SPSCurve(tuple(sorted(seconds)), tuple(max(seconds[width], 1e-9) for width in sorted(seconds)))
+    widths = sorted(width for width in seconds if width)  # older files have empty blocks as well
+    return SPSCurve(tuple(widths), tuple(max(seconds[width], 1e-9) for width in widths))
 
 
 @dataclass(frozen=True)
 class Trace:
     """The rounds of one prompt and their provenance.
 
-    rounds: round 0 is the prefill. In a complete trace the anchor of round i is the i-th new token, all γ drafts are checked, and
-        ``accepted`` counts those that agree with the greedy text. Otherwise they are the rounds of a live run.
+    rounds: round 0 is the prefill. The anchor of round i is the i-th new token, all γ drafts are checked, and ``accepted`` counts those
+        that agree with the greedy text.
     about: prompt, target, target_digest, drafter, temperature, block_size, has_confidence, complete, max_new_tokens (shortened to the
         target's context), draft_seconds and verify_seconds (tokens → seconds), copy_seconds, other_seconds, pieces (token id → its
         text), characters ([token ids, text] of those that several tokens write together; older files have none).
@@ -80,22 +83,15 @@ class Trace:
     about: dict[str, object]
 
     @property
-    def complete(self) -> bool:
-        return bool(self.about["complete"])
-
-    @property
     def token_ids(self) -> list[int]:
         """The text's new tokens."""
-        if not self.complete:
-            return [token for r in self.rounds for token in r.committed]
         *before, last = self.rounds
         # Round i starts at the i-th token; after the last round's anchor only its greedy successor belongs to the text.
         return [*(r.anchor for r in self.rounds[1:]), *last.committed[:1]] if before else list(last.committed)
 
     @cached_property
     def times(self) -> StepTimes:
-        a = self.about
-        return StepTimes(a["draft_seconds"], a["verify_seconds"], a["copy_seconds"], a["other_seconds"])
+        return StepTimes(**{name: self.about[f"{name}_seconds"] for name in ("draft", "verify", "copy", "other")})
 
 
 class _RejectAll(Rng):
@@ -112,11 +108,12 @@ def record(
     *,
     max_new_tokens: int = 128,
     times: StepTimes | None = None,
+    repeats: int = 3,
     pieces: bool = True,
 ) -> Trace:
-    """A complete greedy trace: at every position of the text the whole block is drafted and checked. Costs one round per token.
+    """A greedy trace: at every position of the text the whole block is drafted and checked. Costs one round per token.
 
-    times: step times measured before; None measures them here, which takes about a second.
+    times: step times measured before; None measures them here, ``repeats`` times each, which takes about a second.
     pieces: keep the text of every token.
     Raises ValueError for what :func:`dspark.decode.decode` refuses.
     """
@@ -140,60 +137,29 @@ def record(
         if len(text) <= limit and end == limit and text[-1] in target.eos_token_ids:
             end = len(text)
     kept = tuple(_judged(r, text, target.eos_token_ids) for r in found[: end - 1])
-    about = _about(target, drafter, prompt, limit, 0.0) | {"complete": True}
-    times = times or measured_times(target, drafter, prompt_ids, kept)
-    trace = Trace((prefill, *kept), about | _times_about(times))
-    return Trace(trace.rounds, trace.about | (_texts(target, trace) if pieces else {"pieces": {}}))
+    times = times or _measured_times(target, drafter, prompt_ids, kept, repeats)
+    trace = Trace((prefill, *kept), _about(target, drafter, prompt, limit, times))
+    return replace(trace, about=trace.about | texts_of(target, trace)) if pieces else trace
 
 
 def _judged(r: Round, text: Sequence[int], eos_token_ids: frozenset[int]) -> Round:
     """The round as a fixed window makes it: drafts are accepted while they agree with ``text``, which extends beyond its end."""
     coming = text[r.index :]
-    accepted = 0
-    while accepted < min(len(r.draft_tokens), len(coming)) and r.draft_tokens[accepted] == coming[accepted]:
-        accepted += 1
+    accepted = sum(accumulate((a == b for a, b in zip(r.draft_tokens, coming, strict=False)), and_))
     committed = coming[: accepted + 1]
-    ends = [i + 1 for i, token in enumerate(committed) if token in eos_token_ids]
-    return replace(r, accepted=accepted, committed=tuple(committed[: ends[0]] if ends else committed))
+    end = next((i + 1 for i, token in enumerate(committed) if token in eos_token_ids), len(committed))
+    return replace(r, accepted=accepted, committed=tuple(committed[:end]))
 
 
-def measured_times(
-    target: Target, drafter: DraftSource, prompt_ids: Sequence[int], kept: Iterable[Round] = (), *, repeats: int = 3
-) -> StepTimes:
-    """Medians of drafts and target passes of every width after this prompt. kept: rounds whose copies and overhead are averaged."""
-    kept = list(kept)
+def _measured_times(target: Target, drafter: DraftSource, prompt_ids: Sequence[int], kept: Sequence[Round], repeats: int) -> StepTimes:
+    """Medians of drafts and target passes of every width after this prompt, and of copies and overhead in the rounds ``kept``."""
     widths = range(1, drafter.block_size + 2)
-    context = min(len(prompt_ids), target.max_context - widths[-1])
-    curve = profile_sps(target, context=max(context, 1), widths=widths, repeats=repeats)
-    draft = draft_times(target, _inner(drafter), prompt_ids, repeats)  # copying itself costs next to nothing
-    return StepTimes(draft, dict(zip(curve.widths, curve.seconds, strict=True)), *_overhead(kept))
-
-
-def from_rounds(
-    stream: Iterable[Round], target: Target, drafter: DraftSource, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float = 0.0
-) -> Trace:
-    """A live run as a trace that is not complete. Its step times are medians of the widths that occurred."""
-    stream = tuple(stream)
-    drafted = _by_width((len(r.draft_tokens), r.draft_seconds) for r in stream if r.draft_tokens and r.source != COPY)
-    verified = _by_width((1 + r.verify_length, r.verify_seconds) for r in stream[1:])
-    limit = min(max_new_tokens, target.max_context - len(target.encode(prompt)))
-    times = _times_about(StepTimes(drafted, verified, *_overhead(stream[1:])))
-    about = _about(target, drafter, prompt, limit, temperature) | {"complete": False} | times
-    return Trace(stream, about | _texts(target, Trace(stream, about)))
-
-
-def _overhead(stream: Sequence[Round]) -> tuple[float, float]:
-    """Median seconds of a copied draft, and of a round outside both models; 0.0 where there are none."""
-    copied = [r.draft_seconds for r in stream if r.source == COPY]
-    other = [r.seconds - r.draft_seconds - r.verify_seconds for r in stream]
-    return median(copied or [0.0]), median(other or [0.0])
-
-
-def _by_width(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
-    seconds: dict[int, list[float]] = {}
-    for width, taken in pairs:
-        seconds.setdefault(width, []).append(taken)
-    return {width: median(seconds[width]) for width in sorted(seconds)}
+    context = max(min(len(prompt_ids), target.max_context - widths[-1]), 1)
+    draft = draft_times(target, _inner(drafter), context=context, repeats=repeats)
+    verify = median_steps(target, context=context, widths=widths, repeats=repeats)
+    copied = [r.draft_seconds for r in kept if r.source == COPY]
+    other = [r.seconds - r.draft_seconds - r.verify_seconds for r in kept]
+    return StepTimes(draft, verify, median(copied or [0.0]), median(other or [0.0]))
 
 
 def _inner(source: DraftSource) -> DraftSource:
@@ -201,7 +167,7 @@ def _inner(source: DraftSource) -> DraftSource:
     return getattr(source, "drafter", None) or source
 
 
-def _about(target: Target, drafter: DraftSource, prompt: Prompt, limit: int, temperature: float) -> dict[str, object]:
+def _about(target: Target, drafter: DraftSource, prompt: Prompt, limit: int, times: StepTimes) -> dict[str, object]:
     inner = _inner(drafter)
     name = drafter_digest(inner) if isinstance(inner, nn.Module) else type(inner).__name__
     prompt = prompt.flatten().tolist() if isinstance(prompt, Tensor) else prompt
@@ -210,18 +176,16 @@ def _about(target: Target, drafter: DraftSource, prompt: Prompt, limit: int, tem
         "target": target.name,
         "target_digest": target.digest,
         "drafter": name + ("+copy" if inner is not drafter else ""),
-        "temperature": temperature,
+        "temperature": 0.0,
+        "complete": True,  # files of older versions may hold live runs
+        "pieces": {},
         "block_size": drafter.block_size,
         "has_confidence": drafter.has_confidence,
         "max_new_tokens": limit,
-    }
+    } | {f"{name}_seconds": value for name, value in asdict(times).items()}
 
 
-def _times_about(times: StepTimes) -> dict[str, object]:
-    return {"draft_seconds": times.draft, "verify_seconds": times.verify, "copy_seconds": times.copy, "other_seconds": times.other}
-
-
-def _texts(target: Target, trace: Trace) -> dict[str, object]:
+def texts_of(target: Target, trace: Trace) -> dict[str, object]:
     """The text of a trace's tokens, one by one and, where a character takes several of them, together."""
     sequences = [trace.token_ids, *(r.committed for r in trace.rounds), *(r.draft_tokens for r in trace.rounds)]
     pieces = {token: target.decode([token]) for token in sorted({token for ids in sequences for token in ids})}

@@ -1,27 +1,94 @@
-"""``python -m dspark.bench.traces``: complete greedy traces of the benchmark prompts, over which every policy can be replayed."""
+"""``python -m dspark.bench.traces``: complete greedy traces of the benchmark prompts, over which every policy can be replayed.
+
+A results file holds one trace per row, in float32, which keeps confidences and probabilities exactly.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+import numpy as np
 import pandas as pd
 import torch
 
 from dspark.bench.arms import Models
 from dspark.bench.plan import Plan, Unit, add_options, plan_of
-from dspark.bench.provenance import drafter_columns, environment
-from dspark.bench.results import Ledger, Row, read_rows
-from dspark.bench.trace import StepTimes, Trace, measured_times, record
-from dspark.bench.trace_file import COMMAND, SCHEMA_VERSION, row_trace, trace_row, traces_frame, traces_of
+from dspark.bench.provenance import utc
+from dspark.bench.results import Ledger, Row, read_rows, write_results
+from dspark.bench.trace import StepTimes, Trace, record
 from dspark.cli import run_main
 from dspark.draft.source import DraftSource
+from dspark.round import Round
 
+SCHEMA_VERSION = 1  # of the trace in a row
+COMMAND = "python -m dspark.bench.traces"
 Traces = list[tuple[Row, Trace]]
+
+# Fields of a Round: one number a round, or a list a round (concatenated). The value is the column's type.
+NUMBERS = dict.fromkeys(("anchor", "window", "verify_length", "accepted"), "int32") | {"source": "str"}
+NUMBERS |= dict.fromkeys(("draft_seconds", "verify_seconds", "seconds"), "float32")
+LISTS = dict.fromkeys(("draft_tokens", "committed"), "int32")
+LISTS |= dict.fromkeys(("confidence", "target_probs_of_drafts", "draft_probs_of_drafts"), "float32")
+LENGTHS = {"draft_tokens_lengths": "int32", "committed_lengths": "int32"}
+
+
+def trace_row(trace: Trace) -> Row:
+    """A trace as one row of a results file."""
+    row: Row = {"schema_version": SCHEMA_VERSION, "about": json.dumps(trace.about)}
+    row |= {name: [getattr(r, name) for r in trace.rounds] for name in NUMBERS}
+    row["anchor"] = [-1 if anchor is None else anchor for anchor in row["anchor"]]  # the prefill has none
+    row |= {name: [value for r in trace.rounds for value in getattr(r, name)] for name in LISTS}
+    return row | {name: [len(getattr(r, name.removesuffix("_lengths"))) for r in trace.rounds] for name in LENGTHS}
+
+
+def row_trace(row: Row) -> Trace:
+    """The trace in a row."""
+    drafted = row["draft_tokens_lengths"]
+    # Files of versions that could stop within a block hold the confidence at which they stopped as well.
+    lengths = dict.fromkeys(LISTS, drafted) | {"confidence": row.get("confidence_lengths", drafted)}
+    lengths |= {"committed": row["committed_lengths"], "target_probs_of_drafts": row["verify_length"]}
+    columns = {name: np.asarray(row[name]).tolist() for name in NUMBERS}
+    columns["anchor"] = [None if anchor < 0 else anchor for anchor in columns["anchor"]]
+    for name in LISTS:
+        columns[name] = [tuple(part.tolist()) for part in np.split(np.asarray(row[name]), np.cumsum(lengths[name])[:-1])]
+    columns["confidence"] = [c[:n] for c, n in zip(columns["confidence"], drafted, strict=True)]
+    about = json.loads(row["about"])
+    for name in ("draft_seconds", "verify_seconds", "pieces"):  # JSON has only string keys
+        about[name] = {int(key): value for key, value in about[name].items()}
+    rows = zip(*columns.values(), strict=True)
+    return Trace(tuple(Round(index=i, **dict(zip(columns, values, strict=True))) for i, values in enumerate(rows)), about)
+
+
+def traces_frame(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows of traces with the narrow column types of the file."""
+    frame = pd.DataFrame(rows)
+    for name, kind in (NUMBERS | LISTS | LENGTHS).items():
+        if kind != "str":
+            frame[name] = [np.array(values, dtype=kind) for values in frame[name]]
+    return frame
+
+
+def save_trace(trace: Trace, path: str | Path) -> None:
+    """One trace in a Parquet file, whole or not at all."""
+    write_results(traces_frame([trace_row(trace)]), Path(path))
+
+
+def load_traces(path: str | Path) -> Traces:
+    """Every trace of a file. Raises ValueError for a file that is missing, foreign, empty or of another schema version."""
+    frame = read_rows(Path(path), COMMAND, SCHEMA_VERSION)
+    if missing := {"about", *NUMBERS, *LISTS, *LENGTHS} - set(frame.columns):
+        raise ValueError(f"{path} holds no traces, it lacks {min(missing)}: pass a file of {COMMAND}")
+    return traces_of(frame)
+
+
+def traces_of(frame: pd.DataFrame) -> Traces:
+    """Every trace in the rows of a file, with the row's other columns (domain, prompt_id, …)."""
+    kept = [name for name in frame.columns if name not in {*NUMBERS, *LISTS, "about"}]
+    return [({name: row[name] for name in kept}, row_trace(row)) for row in frame.to_dict("records")]
 
 
 def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
@@ -31,46 +98,29 @@ def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     """
     target, (arm,) = models.target, plan.parsed_arms
     source = arm.source(models.drafter)
-    constant = environment(target) | {"drafter": plan.drafter_name} | drafter_columns(models.drafter) | {"arm": arm.name}
-    constant |= {"schema_version": SCHEMA_VERSION}  # of the trace, which is what these rows are
-    ledger = Ledger(out, plan.configuration("traces", target.digest, models.drafter) | {"trace_schema_version": SCHEMA_VERSION})
-    if ledger.complete:
-        return ledger.finish()
-    times = _times(ledger, plan, models, source)
+    constant = plan.provenance(models) | {"arm": arm.name, "split": plan.split, "schema_version": SCHEMA_VERSION}
+    about = plan.configuration("traces", target.digest, models.drafter) | {"trace_schema_version": SCHEMA_VERSION}
+    ledger = Ledger(out, about)
+    times = None if ledger.complete else _times(ledger, plan, models, source)
 
     def measure(unit: Unit) -> list[Row]:
         trace = record(target, source, unit.item.messages, max_new_tokens=plan.tokens, times=times, pieces=False)
-        when = {"utc": datetime.now(UTC).isoformat(timespec="seconds")}
-        return [unit.columns() | {"split": plan.split} | trace_row(trace) | when | constant]
+        return [unit.columns() | trace_row(trace) | {"utc": utc()} | constant]
 
     return ledger.run({unit.key: unit for unit in plan.units}, measure, traces_frame)
-
-
-def read_traces(path: Path) -> Traces:
-    """Every trace of a file with the columns of its prompt. Raises ValueError for a file that is missing, foreign, empty or too old."""
-    return traces_of(read_rows(path, COMMAND, SCHEMA_VERSION))
-
-
-def record_here(prompts: int, tokens: int) -> Traces:
-    """Traces of a few dev prompts of each domain on the default models, in memory: for a notebook."""
-    plan = Plan(arms="fixed", baseline="fixed", split="dev", prompts=prompts, tokens=tokens)
-    with TemporaryDirectory() as folder:
-        return traces_of(record_traces(plan, plan.load(), Path(folder) / "traces.parquet"))
 
 
 def _times(ledger: Ledger, plan: Plan, models: Models, source: DraftSource) -> StepTimes:
     """Those of the finished rows, else measured on the warm-up prompt."""
     for (row,) in ledger.done.values():
         return row_trace(row).times
-    prompt = models.target.encode(plan.warm_up_prompt().messages)
-    placeholder = StepTimes({1: 1.0}, {1: 1.0})
-    warm_up = record(models.target, source, prompt, max_new_tokens=min(plan.tokens, 32), times=placeholder, pieces=False)
-    return measured_times(models.target, source, prompt, warm_up.rounds[1:], repeats=9)
+    prompt = plan.warm_up_prompt().messages
+    return record(models.target, source, prompt, max_new_tokens=min(plan.tokens, 32), repeats=9, pieces=False).times
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see :func:`dspark.cli.run_main`."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     add_options(parser, ("arms", "baseline", "temperature", "top_p", "top_k", "repeats", "seed"), prompts=10, tokens=96)
     parser.add_argument("--copy", action="store_true", help="also draft by copying where the text repeats itself")
     return run_main(parser, _record, arguments, kept="finished prompts")
@@ -82,7 +132,7 @@ def _record(options: argparse.Namespace) -> None:
     torch.set_num_threads(plan.threads)
     out = options.out or plan.default_out(f"traces-{plan.split}{'-copy' * options.copy}")
     frame = record_traces(plan, plan.load(), out)
-    print(f"{len(frame)} traces, {sum(map(len, frame['accepted'])) - len(frame)} rounds in {out}, {out.stat().st_size / 1e3:.0f} kB")
+    print(f"{len(frame)} traces, {sum(map(len, frame['accepted'])) - len(frame)} rounds in {out}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import plotly.express as px
 import plotly.graph_objects as go
 
 from dspark.bench import published
-from dspark.bench.speed import read_speed
+from dspark.bench.results import read_rows
 from dspark.bench.stats import acceptance_by_position, interval
 from dspark.lab.figures import FATES, dressed
 
@@ -35,7 +35,7 @@ def read_drafters(folder: Path, temperature: float) -> pd.DataFrame:
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: leave results empty for the committed ones")
-    frames = [read_speed(path, "python -m dspark.train compare") for path in sorted(folder.glob(f"drafters-t{temperature:g}-*.parquet"))]
+    frames = [read_rows(path, "python -m dspark.train compare") for path in sorted(folder.glob(f"drafters-t{temperature:g}-*.parquet"))]
     return joined(frames, folder) if frames else pd.DataFrame()
 
 

@@ -11,7 +11,7 @@ import ipywidgets as w
 
 from dspark.bench.replay import replay
 from dspark.bench.trace import LONGEST_CHARACTER, Trace
-from dspark.bench.trace_file import load_traces, save_trace
+from dspark.bench.traces import load_traces, save_trace
 from dspark.draft.source import COPY
 from dspark.files import data_dir, one_line
 from dspark.lab.figures import Decode

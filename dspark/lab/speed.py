@@ -14,7 +14,6 @@ from dspark.bench.measure import Trial, first_divergence, summary
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.figures import GREY, arm_colours, dressed
 from dspark.schedule import policy_label
-from dspark.tune.predict import BreakEven
 
 PLAIN, MTP1 = "plain", "mtp1"
 
@@ -32,7 +31,7 @@ def arms_of(policy: str, block_size: int, confidence: float, adaptive: Sequence[
     for word in separated(policy):
         kind, plus, suffixes = word.partition("+")
         name = kind + numbers.get(kind, "") + plus + suffixes
-        limited = parse_arm(name).drafts and block_size and "+block" not in name
+        limited = parse_arm(name).spec and block_size and "+block" not in name
         names.append(f"{name}+block:{block_size}" if limited else name)
     return list(dict.fromkeys(names))
 
@@ -66,9 +65,12 @@ def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> go.Figure:
     return dressed(figure, f"Speed-up over {policy_label(baseline)} ({conditions(frame)})", 480)
 
 
-def needed(points: Sequence[BreakEven], name: str) -> go.Figure:
-    """τ that each window needs for each speed-up (solid; dotted if drafting were free), below the τ of a drafter that is always right."""
-    lines = pd.DataFrame(points).melt(["window", "speedup"], ["required", "free"], "drafting", "tau")
+def needed(points: pd.DataFrame, name: str) -> go.Figure:
+    """τ that each window needs for each speed-up (solid; dotted if drafting were free), below the τ of a drafter that is always right.
+
+    points: from :func:`dspark.tune.predict.break_even`.
+    """
+    lines = points.melt(["window", "speedup"], ["required", "free"], "drafting", "tau")
     speedup = lines["speedup"].map("{:g}×".format)
     look = {"line_dash": "drafting", "line_dash_map": {"required": "solid", "free": "dot"}, "markers": True}
     figure = px.line(lines, x="window", y="tau", color=speedup, **look)

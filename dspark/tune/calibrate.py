@@ -1,9 +1,8 @@
 """Is a confidence of 0.8 right in 80 of 100 cases? Calibration error, ranking quality, and the fit that corrects a head.
 
-A head learns from text that the drafter learned from as well, so on other text it is too confident. No temperature corrects that, as
-it moves high and low confidences to opposite sides: an offset does, and it joins the head's bias. Then sequential temperature
-scaling (STS, the paper's §4): position by position, the logit of c_k is divided by the temperature with the smallest calibration
-error of the cumulative product a_k = Π_{i≤k} c_i, with the earlier temperatures fixed. Both are fitted on held-out rollouts.
+A head learns from the drafter's own training text, so on other text it is too confident. An offset corrects that and joins the head's
+bias. Then sequential temperature scaling (STS, the paper's §4): position by position, the logit of c_k is divided by the temperature
+with the smallest calibration error of the product a_k = Π_{i≤k} c_i, the earlier ones fixed. Both are fitted on held-out rollouts.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ class Rollouts:
     logits: [n, γ] float32, of c_k as the head gives them.
     survived: [n, γ] bool, x_1..x_k were all accepted.
     checked: [n, γ] bool, position k was sent to the target; the others are ignored.
-    acceptance: [n, γ] float32, Σ min(p_d, p_t), which a head that knew both distributions would state; None if unknown.
+    acceptance: [n, γ] float32, Σ min(p_d, p_t), which a head that knew both distributions would state; NaN where unknown.
     """
 
     logits: Tensor
     survived: Tensor
     checked: Tensor
-    acceptance: Tensor | None = None
+    acceptance: Tensor
 
     @property
     def block_size(self) -> int:
@@ -58,56 +57,32 @@ class Rollouts:
     def survival(self, calibration: Calibration = AS_TRAINED) -> Tensor:
         """a_k after calibration. [n, γ] float32."""
         logits = self.logits + calibration.offset
-        return torch.sigmoid(logits / _scale(calibration.temperatures, self.block_size)).cumprod(-1)
+        return torch.sigmoid(logits / _padded(calibration.temperatures, self.block_size, 1.0)).cumprod(-1)
 
     def at(self, k: int, calibration: Calibration = AS_TRAINED) -> tuple[Tensor, Tensor]:
         """Confidence and outcome at 0-based position k, checked blocks only: [m] float32 in 0..1 and [m] bool."""
         chosen = self.checked[:, k]
         return self.survival(calibration)[chosen, k], self.survived[chosen, k]
 
-    def known(self, k: int, calibration: Calibration = AS_TRAINED) -> tuple[Tensor, Tensor]:
-        """As :meth:`at`, with the outcome replaced by its probability given x_1..x_{k−1}, [m] float32: without the luck of x_k's draw."""
-        chosen = self.checked[:, k]
-        alive = self.survived[chosen, k - 1] if k else torch.ones(int(chosen.sum()))
-        return self.survival(calibration)[chosen, k], alive * self.acceptance[chosen, k]
 
-    def best(self, k: int) -> tuple[Tensor, Tensor]:
-        """As :meth:`at`, with the confidence of a head that knew both distributions."""
-        chosen = self.checked[:, k]
-        return self.acceptance[chosen, : k + 1].prod(-1), self.survived[chosen, k]
+def rollouts(rounds: Iterable[Round], block_size: int, acceptances: Sequence[Sequence[float]] = ()) -> Rollouts:
+    """Collect the blocks of a drafter that carries no temperatures.
 
-
-def _scale(temperatures: Sequence[float], block_size: int) -> Tensor:
-    """[γ]: a temperature for each position, 1 where none is given."""
-    return torch.tensor([*temperatures, *[1.0] * (block_size - len(temperatures))])
-
-
-def rollouts(
-    rounds: Iterable[Round],
-    block_size: int,
-    temperatures: tuple[float, ...] = (),
-    acceptances: Iterable[Sequence[float]] | None = None,
-) -> Rollouts:
-    """Collect the drafter's blocks.
-
-    temperatures: those that the drafter carried while it drafted, undone here.
     acceptances: of each round's checked drafts, if they are known (:func:`dspark.bench.rollouts.observed`).
     Copied blocks and rounds that ended the text inside the block are left out: their outcomes do not depend on the head.
     Raises ValueError if nothing is left.
     """
     rounds, position = list(rounds), torch.arange(block_size)
-    known = [()] * len(rounds) if acceptances is None else list(acceptances)
-    kept = [
-        (r, a) for r, a in zip(rounds, known, strict=True) if r.source == "drafter" and r.verify_length and len(r.committed) > r.accepted
-    ]
+    pairs = zip(rounds, acceptances or [()] * len(rounds), strict=True)
+    kept = [(r, a) for r, a in pairs if r.source == "drafter" and r.verify_length and len(r.committed) > r.accepted]
     if not kept:
         raise ValueError("no round of the drafter was checked: roll out with FixedWindow() and a drafter that has a confidence head")
     confidence = torch.stack([_padded(r.confidence, block_size, 0.5) for r, _ in kept]).double()
     return Rollouts(
-        torch.logit(confidence, eps=1e-12).float() * _scale(temperatures, block_size),
+        torch.logit(confidence, eps=1e-12).float(),
         torch.stack([position < r.accepted for r, _ in kept]),
         torch.stack([position < r.verify_length for r, _ in kept]),
-        None if acceptances is None else torch.stack([_padded(a, block_size, math.nan) for _, a in kept]),
+        torch.stack([_padded(a, block_size, math.nan) for _, a in kept]),
     )
 
 
@@ -118,7 +93,7 @@ def _padded(values: Sequence[float], block_size: int, filler: float) -> Tensor:
 def calibration_error(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> float:
     """ECE: |mean confidence − frequency of the outcome|, averaged over equally wide bins by the share of cases in them.
 
-    confidence: [m] in 0..1, outcome: [m] bool, or its probability where that is known. Raises ValueError if there is no case.
+    confidence: [m] in 0..1, outcome: [m] bool. Raises ValueError if there is no case.
     """
     if not len(confidence):
         raise ValueError("the calibration error of no cases is undefined: roll out more rounds")
@@ -132,15 +107,16 @@ def _bins(confidence: Tensor, bins: int) -> Tensor:
 
 
 def ranking_quality(confidence: Tensor, outcome: Tensor) -> float:
-    """AUC: how often a case that survived has the higher confidence of a random pair; ties count half. NaN with one outcome only."""
-    order = confidence.sort().values
-    below = torch.searchsorted(order, confidence, right=False).double()
-    upto = torch.searchsorted(order, confidence, right=True).double()
-    rank = (below + upto + 1) / 2  # mid-rank, 1-based
-    positive = int(outcome.sum())
+    """AUC: how often a case that survived has the higher confidence of a random pair; ties count half.
+
+    NaN where only one outcome occurred, or a confidence is NaN.
+    """
+    positive, order = int(outcome.sum()), confidence.sort().values
     negative = len(outcome) - positive
-    if not positive or not negative:
-        return float("nan")
+    if not positive or not negative or confidence.isnan().any():
+        return math.nan
+    below, upto = (torch.searchsorted(order, confidence, right=right).double() for right in (False, True))
+    rank = (below + upto + 1) / 2  # mid-rank, 1-based
     return float((rank[outcome].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
@@ -159,8 +135,8 @@ def reliability(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> list[d
     index, rows = _bins(confidence, bins), []
     for i in index.unique().tolist():
         inside = index == i
-        found = (int(inside.sum()), float(confidence[inside].double().mean()), float(outcome[inside].double().mean()))
-        rows.append(dict(zip(("n", "confidence", "frequency"), found, strict=True)))
+        means = {name: float(values[inside].double().mean()) for name, values in (("confidence", confidence), ("frequency", outcome))}
+        rows.append({"n": int(inside.sum())} | means)
     return rows
 
 
@@ -168,45 +144,39 @@ def calibration_report(data: Rollouts, calibration: Calibration) -> list[dict[st
     """One row per position with checked blocks: a_k as the head was trained, and after calibration.
 
     position: 1, 2, …
-    n: checked blocks.
-    survival: share that survived.
-    ece_before, ece_after: calibration error.
-    noise: :func:`calibration_noise` of the calibrated a_k.
-    ece_known: after calibration, against probabilities instead of outcomes (:meth:`Rollouts.known`).
+    n, survival: checked blocks, and the share that survived.
+    ece_before, ece_after, noise: :func:`calibration_error`, and :func:`calibration_noise` of the calibrated a_k.
     auc_before, auc_after: :func:`ranking_quality`.
-    auc_best: of a head that knew both distributions. It and ece_known are NaN if the acceptance is unknown.
+    auc_best: of a head that knew both distributions. NaN if the acceptance is unknown.
     """
     rows = []
     for k in range(data.block_size):
         before, outcome = data.at(k)
         if not len(outcome):
             continue
-        after, unknown = data.at(k, calibration)[0], data.acceptance is None
+        after, best = data.at(k, calibration)[0], data.acceptance[data.checked[:, k], : k + 1].prod(-1)
         row = {"position": k + 1, "n": len(outcome), "survival": float(outcome.double().mean())}
         row |= {"ece_before": calibration_error(before, outcome), "ece_after": calibration_error(after, outcome)}
-        row |= {"noise": calibration_noise(after), "ece_known": math.nan if unknown else calibration_error(*data.known(k, calibration))}
-        row |= {"auc_before": ranking_quality(before, outcome), "auc_after": ranking_quality(after, outcome)}
-        rows.append(row | {"auc_best": math.nan if unknown else ranking_quality(*data.best(k))})
+        row |= {"noise": calibration_noise(after), "auc_before": ranking_quality(before, outcome)}
+        rows.append(row | {"auc_after": ranking_quality(after, outcome), "auc_best": ranking_quality(best, outcome)})
     return rows
 
 
 def ranking_together(data: Rollouts, calibration: Calibration) -> dict[str, float]:
     """How well a_k ranks the checked drafts of all positions together, as Algorithm 1 sorts the drafts of all requests.
 
-    n: checked drafts.
-    auc: of the calibrated a_k.
+    n, auc: checked drafts, and :func:`ranking_quality` of the calibrated a_k.
     auc_position: of a head that knew only the position.
     auc_best: of a head that knew both distributions; NaN if the acceptance is unknown.
     """
     chosen, position = data.checked, torch.arange(data.block_size).expand_as(data.checked)
     outcome = data.survived[chosen]
-    best = math.nan if data.acceptance is None else ranking_quality(data.acceptance.cumprod(-1)[chosen], outcome)
-    auc, by_position = (ranking_quality(a[chosen], outcome) for a in (data.survival(calibration), -position.float()))
-    return {"n": len(outcome), "auc": auc, "auc_position": by_position, "auc_best": best}
+    ranks = {"auc": data.survival(calibration), "auc_position": -position.float(), "auc_best": data.acceptance.cumprod(-1)}
+    return {"n": len(outcome)} | {name: ranking_quality(rank[chosen], outcome) for name, rank in ranks.items()}
 
 
 def calibrate(data: Rollouts) -> Calibration:
-    """Fit the offset, then the temperatures."""
+    """Fit the offset, then the temperatures given the offset."""
     offset = fit_offset(data)
     return Calibration(offset, fit_sts(data, offset))
 
@@ -237,14 +207,13 @@ def fit_offset(data: Rollouts) -> float:
     return height / max(slope, 1 / max(GRID))
 
 
-def fit_sts(data: Rollouts, offset: float = 0.0, grid: Iterable[float] = GRID) -> tuple[float, ...]:
+def fit_sts(data: Rollouts, offset: float = 0.0) -> tuple[float, ...]:
     """One temperature per position, in order, each with the smallest ECE of a_k given the ones before it; 1 where nothing was checked."""
     temperatures: list[float] = []
+    candidates = sorted(GRID, key=lambda t: abs(math.log(t)))  # among equals the one nearest to 1: no scaling without evidence
     for k in range(data.block_size):
         if not data.checked[:, k].any():
             temperatures.append(1.0)
             continue
-        # Among equals the one nearest to 1: no scaling without evidence.
-        candidates = sorted(grid, key=lambda t: abs(math.log(t)))
         temperatures.append(min(candidates, key=lambda t: calibration_error(*data.at(k, Calibration(offset, (*temperatures, t))))))
     return tuple(temperatures)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import product
+
+import pandas as pd
 
 from dspark.schedule import SPS
 
@@ -42,35 +44,13 @@ def required_tokens_per_round(sps: SPS, window: int, draft_seconds: float, speed
     return speedup * (draft_seconds + 1 / sps(1 + window)) * sps(1)
 
 
-@dataclass(frozen=True)
-class BreakEven:
-    """What one window needs for one speed-up.
+def break_even(sps: SPS, windows: Sequence[int], draft_seconds: float, speedups: Sequence[float]) -> pd.DataFrame:
+    """The τ that every window needs for every speed-up. T_draft is taken as equal for every window: the backbone runs once a block.
 
-    required: τ with the drafter's time.
-    free: τ if drafting cost nothing.
-    ceiling: window + 1, the τ of a drafter that is always right.
+    Columns: window, speedup; required, with the drafter's time; free, if drafting cost nothing; reachable, whether a drafter that is
+    always right has the τ that is required.
     """
-
-    window: int
-    speedup: float
-    required: float
-    free: float
-
-    @property
-    def ceiling(self) -> int:
-        return self.window + 1
-
-    @property
-    def reachable(self) -> bool:
-        return self.required <= self.ceiling
-
-
-def break_even(sps: SPS, windows: Sequence[int], draft_seconds: float, speedups: Sequence[float]) -> Iterator[BreakEven]:
-    """The τ that every window needs for every speed-up.
-
-    draft_seconds: T_draft, assumed equal for every window, as the backbone runs once for the whole block.
-    """
-    for speedup in speedups:
-        for window in windows:
-            required, free = (required_tokens_per_round(sps, window, seconds, speedup) for seconds in (draft_seconds, 0.0))
-            yield BreakEven(window, speedup, required, free)
+    frame = pd.DataFrame(product(windows, speedups), columns=["window", "speedup"])
+    for name, seconds in (("required", draft_seconds), ("free", 0.0)):
+        frame[name] = [required_tokens_per_round(sps, window, seconds, speedup) for window, speedup in product(windows, speedups)]
+    return frame.assign(reachable=frame["required"] <= frame["window"] + 1)

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +25,7 @@ from dspark.verify.sampling import Rng, Sampling
 log = logging.getLogger(__name__)
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+CONTEXT = 256  # cached tokens before the steps that are measured
 FORMAT = 3  # of the cached files; a new number makes old ones be measured again
 
 
@@ -69,28 +70,23 @@ class SPSCurve:
         return (self.seconds[j] - self.seconds[i]) / (self.widths[j] - self.widths[i])
 
 
-def profile_sps(target: Target, *, context: int = 256, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> SPSCurve:
+def profile_sps(target: Target, *, context: int = CONTEXT, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> SPSCurve:
     """The curve of :func:`median_steps` on this machine. Raises ValueError as it does."""
     measured = median_steps(target, context=context, widths=widths, repeats=repeats)
     return SPSCurve(tuple(measured), tuple(measured.values()))
 
 
-def median_steps(target: Target, *, context: int = 256, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> dict[int, float]:
+def median_steps(target: Target, *, context: int = CONTEXT, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> dict[int, float]:
     """Width, ascending → median seconds of a step over so many tokens after ``context`` cached ones, as measured.
 
-    The widths take turns, starting with another one each time, so a slow period of the machine affects all of them.
     Raises ValueError for a context that is empty or does not fit the target, or fewer than one repeat.
     """
     widths = tuple(sorted(set(widths)))
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    if not widths or widths[0] < 1:
-        raise ValueError(f"widths must be at least 1 token, got {widths}")
-    if not 1 <= context <= target.max_context - widths[-1]:
-        raise ValueError(
-            f"context must lie in 1..{target.max_context - widths[-1]} ({target.name} takes {target.max_context} tokens, "
-            f"the widest step {widths[-1]} of them), got {context}"
-        )
+    if repeats < 1 or not widths or widths[0] < 1:
+        raise ValueError(f"repeats and widths must be at least 1, got {repeats} repeats of widths {widths}")
+    longest = target.max_context - widths[-1]
+    if not 1 <= context <= longest:
+        raise ValueError(f"context must lie in 1..{longest}, so that {widths[-1]} more tokens fit into {target.name}, got {context}")
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(target.vocab_size, (context + widths[-1],), generator=generator).tolist()
     run = pass_of(target)
@@ -105,51 +101,59 @@ def median_steps(target: Target, *, context: int = 256, widths: Sequence[int] = 
         slot.rewind(context)
         return taken
 
-    for width in widths:  # the first step of a width allocates buffers that later ones reuse
-        step(width)
-    times: dict[int, list[float]] = {width: [] for width in widths}
-    for turn in range(repeats):
-        first = turn % len(widths)
-        for width in widths[first:] + widths[:first]:
-            times[width].append(step(width))
-    return {width: median(times[width]) for width in widths}
+    return _medians(step, widths, repeats)
 
 
-def profile_draft(target: Target, drafter: DraftSource, *, context: int = 256, repeats: int = 9) -> float:
-    """T_draft on this machine: median seconds of one greedy block after ``context`` tokens.
+def _medians(step: Callable[[int], float], widths: Sequence[int], repeats: int) -> dict[int, float]:
+    """Width → median of ``step(width)``. The first of each width is left out: it allocates buffers or absorbs the prompt.
 
-    The time depends on shapes alone, so an untrained drafter will do. Raises ValueError for fewer than one repeat.
+    The widths take turns, starting with another one each time, so a slow period of the machine affects all of them.
     """
-    prompt = torch.randint(target.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
-    return draft_times(target, drafter, prompt, repeats, [drafter.block_size])[drafter.block_size]
+    times: dict[int, list[float]] = {width: [] for width in widths}
+    for turn in range(1 + repeats):
+        for i in range(len(widths)):
+            width = widths[(turn + i) % len(widths)]
+            times[width].append(step(width))
+    return {width: median(times[width][1:]) for width in widths}
+
+
+def profile_draft(target: Target, drafter: DraftSource, *, context: int = CONTEXT, repeats: int = 9) -> float:
+    """T_draft on this machine: median seconds of one greedy block; see :func:`draft_times`."""
+    return draft_times(target, drafter, context=context, widths=[drafter.block_size], repeats=repeats)[drafter.block_size]
 
 
 def draft_times(
-    target: Target, drafter: DraftSource, prompt_ids: Sequence[int], repeats: int, widths: Sequence[int] | None = None
+    target: Target, drafter: DraftSource, *, context: int = CONTEXT, widths: Sequence[int] = (), repeats: int = 9
 ) -> dict[int, float]:
-    """Width → median seconds of a greedy draft of so many tokens after this prompt. widths: default 1, 2, … γ."""
+    """Width → median seconds of a greedy draft of so many tokens after ``context`` tokens.
+
+    The times depend on shapes alone, so an untrained drafter will do. widths: default 1, 2, … γ. Raises ValueError for fewer than one
+    repeat.
+    """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    prompt_ids = torch.randint(target.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
     _, taps = target.forward(torch.tensor([prompt_ids], device=target.device), target.new_cache(), drafter.target_layer_ids)
     last = None if taps is None else taps[:, -1:]  # lookups read none
     state, rng = drafter.new_state(prompt_ids), Rng(torch.Generator(target.device).manual_seed(0))
     drafter.extend(state, prompt_ids, taps)
-    times: dict[int, list[float]] = {width: [] for width in widths or range(1, drafter.block_size + 1)}
-    for _ in range(1 + repeats):
-        for width in times:
-            start = now(target.device)
-            drafter.draft(state, prompt_ids[-1], width, Sampling(), rng)
-            times[width].append(now(target.device) - start)
-            drafter.extend(state, prompt_ids[-1:], last)  # as after a round: the next draft has context to absorb
-    return {width: median(times[width][1:]) for width in times}  # the first draft of each absorbs the prompt or allocates buffers
+
+    def draft(width: int) -> float:
+        start = now(target.device)
+        drafter.draft(state, prompt_ids[-1], width, Sampling(), rng)
+        taken = now(target.device) - start
+        drafter.extend(state, prompt_ids[-1:], last)  # as after a round: the next draft has context to absorb
+        return taken
+
+    return _medians(draft, widths or range(1, drafter.block_size + 1), repeats)
 
 
-def sps_curve(target: Target, *, context: int = 256) -> SPSCurve:
+def sps_curve(target: Target) -> SPSCurve:
     """The curve of this target on this machine: from the cache, else measured (seconds) and kept there.
 
     One file per machine, device, target digest, dtype, weight layout, thread count and torch version, in ``cache_dir()/profiles``.
     """
-    context = min(context, target.max_context - WIDTHS[-1])
+    context = min(CONTEXT, target.max_context - WIDTHS[-1])
     key = {
         "format": FORMAT,
         "machine": cpu_name(),
@@ -163,32 +167,25 @@ def sps_curve(target: Target, *, context: int = 256) -> SPSCurve:
         "context": context,
     }
     path = cache_dir() / "profiles" / f"{digest(json.dumps(key, sort_keys=True))}.json"
-    if (curve := _read(path, key)) is None:
-        curve = profile_sps(target, context=context)
-        try:
-            write_atomically(path, json.dumps({"key": key, "curve": asdict(curve)}, indent=1).encode())
-        except ValueError as error:
-            log.warning("the profile could not be kept and will be measured again: %s", error)
-    return curve
-
-
-def _read(path: Path, key: dict[str, object]) -> SPSCurve | None:
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return SPSCurve(tuple(kept["curve"]["widths"]), tuple(kept["curve"]["seconds"])) if kept["key"] == key else None
+        kept = json.loads(path.read_text(encoding="utf-8"))["curve"]
+        return SPSCurve(tuple(kept["widths"]), tuple(kept["seconds"]))
     except FileNotFoundError:
-        return None
+        pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the profile %s cannot be read and is measured again (%s)", path.name, error)
-        return None
+    curve = profile_sps(target, context=context)
+    try:
+        write_atomically(path, json.dumps({"key": key, "curve": asdict(curve)}, indent=1).encode())
+    except ValueError as error:
+        log.warning("the profile could not be kept and will be measured again: %s", error)
+    return curve
 
 
 def cpu_name() -> str:
     """The processor's model name and PyTorch's instruction set: clouds give several generations one name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
