@@ -84,7 +84,7 @@ def acceptance_by_position(frame: pd.DataFrame) -> pd.DataFrame:
     """Conditional acceptance: columns arm, domain, position (1, 2, …), reached, accepted, acceptance; counts pooled over prompts."""
     result = []
     for (arm, domain), part in frame.groupby(["arm", "domain"], sort=False):
-        reached, accepted = (pd.DataFrame(part[name].tolist()).sum() for name in ("reached_at", "accepted_at"))
+        reached, accepted = (pd.DataFrame(map(dict, map(enumerate, part[name]))).sum() for name in ("reached_at", "accepted_at"))
         for k, (r, a) in enumerate(zip(reached, accepted, strict=True), 1):
             result.append({"arm": arm, "domain": domain, "position": k, "reached": int(r), "accepted": int(a), "acceptance": a / r})
     return pd.DataFrame(result, columns=["arm", "domain", "position", "reached", "accepted", "acceptance"])
