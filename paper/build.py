@@ -17,6 +17,7 @@ import pandas as pd
 from tex import Values, check_complete, code, escaped, integer, listed, milliseconds, number, percent, signed, styled, table, times
 
 from dspark.bench import published
+from dspark.bench.arms import arm_label
 from dspark.bench.policies import Traces, against_windows, pooled, replayed, windows
 from dspark.bench.results import read_rows
 from dspark.bench.rollouts import FIT, JUDGE, judged, ranked, rollouts_of
@@ -26,7 +27,6 @@ from dspark.bench.traces import traces_of
 from dspark.cli import run_main
 from dspark.files import write_atomically
 from dspark.lab.drafters import joined, pooled_positions, tau_gains
-from dspark.schedule import policy_label
 from dspark.tune.calibrate import Calibration, calibrate
 from dspark.tune.predict import required_tokens_per_round
 
@@ -136,7 +136,7 @@ def speed_table(frames: Frames) -> str:
             tau = number(whole["tokens_per_round"]) if whole["tokens_per_round"] > 1 else "--"
             total = f"{times(whole['speedup'])} [{number(whole['low'])}, {number(whole['high'])}]"
             cells = [tau, total, *(times(lines.loc[(arm, domain), "speedup"]) for domain in domains)]
-            rows.append([escaped(policy_label(arm)), *(styled("Measured", cell) for cell in cells)])
+            rows.append([escaped(arm_label(arm)), *(styled("Measured", cell) for cell in cells)])
     caption = r"Tokens per round, and speed-up over plain decoding: the geometric mean over the domains with its \SettingLevel interval."
     heads = ["", r"$\tau$", "speed-up", *map(escaped, domains)]
     return table("speed", caption, "lrr" + "r" * len(domains), heads, rows)
@@ -170,7 +170,7 @@ def policies(values: Values, traces: Traces, peers: pd.DataFrame) -> str:
     for policy, line in lines[lines["domain"] == ALL].set_index("policy").drop("plain").iterrows():
         cells = [number(line["tokens_per_round"]), number(line["checked"]), percent(line["acceptance"]), times(line["speedup"])]
         cells.append(percent(against_windows(found, policy)["single"][0], 1))
-        rows.append([escaped(policy_label(policy)), *(styled("Simulated", cell) for cell in cells)])
+        rows.append([escaped(arm_label(policy)), *(styled("Simulated", cell) for cell in cells)])
     caption = (
         r"Policies replayed over the same \SettingPolicyTexts greedy texts with the same step times: tokens and checked drafts per round, "
         r"share of those accepted, speed-up over plain decoding, and tokens per second relative to the best single window. The oracle "

@@ -13,12 +13,13 @@ import pytest
 import torch
 from rounds import ROUNDS, TEXT, decode, ids, round_of
 
+from dspark.bench.arms import arm_colour, arm_label
 from dspark.bench.measure import Trial, summary
 from dspark.bench.results import SCHEMA_VERSION, read_rows, write_results
 from dspark.files import data_dir
 from dspark.lab import drafters, figures, scheduling, speed
 from dspark.round import Round
-from dspark.schedule import PrefixScheduler, policy_colour, policy_label
+from dspark.schedule import PrefixScheduler
 from dspark.tune.predict import break_even
 from dspark.tune.profile import SPSCurve
 
@@ -227,8 +228,8 @@ def test_a_file_of_another_version_or_without_rows_is_refused(tmp_path):
 
 def test_an_arm_has_one_colour_and_one_label_in_every_figure():
     frame, arm = results(), "fixed:5"
-    mine = [trace for trace in speed.over(frame, "plain").data if trace.name == policy_label(arm)]
-    assert [trace.marker.color for trace in mine] == [policy_colour(arm)]
+    mine = [trace for trace in speed.over(frame, "plain").data if trace.name == arm_label(arm)]
+    assert [trace.marker.color for trace in mine] == [arm_colour(arm)]
 
 
 def test_measured_speed_ups_have_intervals_and_the_domains_their_mean():

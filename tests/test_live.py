@@ -18,6 +18,7 @@ from rounds import ROUNDS, TEXT, decode, ids, round_of
 from tiny import tiny_drafter, tiny_target
 
 import dspark
+from dspark.bench.arms import arm_colour, arm_label
 from dspark.bench.replay import replay
 from dspark.bench.results import write_results
 from dspark.bench.trace import StepTimes, record
@@ -28,7 +29,7 @@ from dspark.lab.replaying import SAMPLE, ReplayPanel, trace_decode
 from dspark.lab.session import Request, Session
 from dspark.lab.widgets import PolicyControls, family
 from dspark.round import Round
-from dspark.schedule import POLICIES, FixedWindow, Parameter, PolicyRow, make_policy, policy_colour, policy_label
+from dspark.schedule import POLICIES, FixedWindow, Parameter, PolicyRow, make_policy
 from dspark.target.target import Target
 from dspark.tune.profile import SPSCurve
 
@@ -190,11 +191,11 @@ def test_race_shows_only_what_was_there_at_that_time():
     assert [len(strips.reached(ROUNDS, t)) for t in (0, 0.1, 0.29, 0.3, 9)] == [1, 2, 3, 4, 6]
     plain = plain_rounds([120] * 12, 0.2)
     early = strips.race([("plain", plain), ("fixed:4+copy", ROUNDS[:3])], 13)
-    names = [policy_label("plain"), policy_label("fixed:4+copy")]
+    names = [arm_label("plain"), arm_label("fixed:4+copy")]
     assert early.label == f"{names[0]}: 2 tokens in 0.20 s, 5.0 tokens/s; {names[1]}: 9 tokens in 0.20 s, 40.0 tokens/s"
     slow = strips.race([("plain", plain_rounds([120] * 3, 0.01)), ("fixed:4+copy", ROUNDS)], 13)
     assert slow.label.startswith(f"{names[0]}: 4 tokens in 0.03 s, 100.0 tokens/s; {names[1]}: 13 tokens in 0.50 s")
-    assert all(policy_colour(arm) in slow.body for arm in ("plain", "fixed:4+copy"))
+    assert all(arm_colour(arm) in slow.body for arm in ("plain", "fixed:4+copy"))
 
 
 # ---- sessions
@@ -525,7 +526,7 @@ def test_a_policy_added_to_the_registry_is_in_the_menu_with_its_sliders(monkeypa
         sliders["length"].value = 1
         rounds = panel.run_to_end().rounds if isinstance(panel, LivePanel) else panel.rounds
         assert max(len(r.draft_tokens) for r in rounds) == 1 and "my policy" in panel.lanes.value
-        assert any(policy_colour(arm) in panel.lanes.value for arm in ("mine", "mine+copy"))
+        assert any(arm_colour(arm) in panel.lanes.value for arm in ("mine", "mine+copy"))
         panel.close()
 
 

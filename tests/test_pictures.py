@@ -11,10 +11,10 @@ import pytest
 from test_lab import results
 from tiny import tiny_drafter, tiny_target
 
+from dspark.bench.arms import arm_label
 from dspark.bench.results import write_results
 from dspark.bench.trace import StepTimes, record
 from dspark.lab.replaying import SAMPLE
-from dspark.schedule import policy_label
 
 FIGURES = Path(__file__).resolve().parents[1] / "data" / "figures"
 spec = importlib.util.spec_from_file_location("pictures", FIGURES / "build.py")  # data/ is no package
@@ -46,7 +46,7 @@ def test_the_headline_shows_every_arm_with_units_and_n():
     figure = pictures.headline(results())
     speed, tau = figure.axes
     assert "(×)" in speed.get_ylabel() and "tokens per round" in tau.get_ylabel()
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == [policy_label("generate"), policy_label("fixed:5")]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [arm_label("generate"), arm_label("fixed:5")]
     assert "n = 8 test prompts per domain" in figure.get_supxlabel()
 
 

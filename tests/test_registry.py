@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dspark.schedule import POLICIES, FixedWindow, Parameter, PolicyRow, Shortened, make_policy, parse_policy, policy_colour, policy_label
+from dspark.bench.arms import arm_colour, arm_label
+from dspark.schedule import POLICIES, FixedWindow, Parameter, PolicyRow, Shortened, make_policy, parse_policy
 
 
 def curve() -> object:
@@ -57,9 +58,9 @@ def test_an_unknown_parameter_names_the_closest() -> None:
 
 def test_colours_of_policies_differ_and_copying_darkens_them() -> None:
     arms = [*POLICIES, *(f"{name}+copy" for name in POLICIES), "generate", "lookup", "copy"]
-    assert len({policy_colour(arm) for arm in arms}) == len(arms)
-    assert policy_colour("fixed:5") == policy_colour("fixed:2") != policy_colour("fixed:5+copy")
-    assert policy_label("fixed:5+copy") == "fixed window 5, copying"
+    assert len({arm_colour(arm) for arm in arms}) == len(arms)
+    assert arm_colour("fixed:5") == arm_colour("fixed:2") != arm_colour("fixed:5+copy")
+    assert arm_label("fixed:5+copy") == "fixed window 5, copying"
 
 
 def test_a_new_policy_is_one_class_and_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,4 +70,4 @@ def test_a_new_policy_is_one_class_and_one_row(monkeypatch: pytest.MonkeyPatch) 
 
     reach = Parameter("reach", "reach", "Tokens drafted every other round", 2, 1, 16, 1)
     monkeypatch.setitem(POLICIES, "toy", PolicyRow("toy", "toy", "#123456", lambda v, sps: EveryOther(v["reach"]), (reach,)))
-    assert parse_policy("toy:3").window(None, 5) == 3 and policy_colour("toy:3+copy") != policy_colour("toy")
+    assert parse_policy("toy:3").window(None, 5) == 3 and arm_colour("toy:3+copy") != arm_colour("toy")

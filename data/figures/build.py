@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dspark.bench.arms import arm_colour, arm_label
 from dspark.bench.replay import replay
 from dspark.bench.results import read_rows
 from dspark.bench.stats import ALL, summarise
@@ -34,7 +35,7 @@ from dspark.lab.replaying import SAMPLE, arm_of, prompt_of, trace_decode
 from dspark.lab.text import tally
 from dspark.load import load_drafter, load_target
 from dspark.round import Round
-from dspark.schedule import Autoregressive, make_policy, policy_colour, policy_label
+from dspark.schedule import Autoregressive, make_policy
 
 HEADLINE = data_dir() / "results" / "speed-bfloat16-t0.parquet"
 PROMPT = "Write a Python class for a bank account with deposit, withdraw and balance methods."
@@ -54,11 +55,11 @@ def headline(frame: pd.DataFrame) -> Figure:
         for i, arm in enumerate(arms):
             rows = lines[lines["arm"] == arm].set_index("domain").loc[domains]
             x = [at + 0.7 * ((i + 0.5) / len(arms) - 0.5) for at in range(len(domains))]
-            look = {"color": policy_colour(arm), "marker": "D" if "copy" in arm else "o", "linestyle": "none", "label": policy_label(arm)}
+            look = {"color": arm_colour(arm), "marker": "D" if "copy" in arm else "o", "linestyle": "none", "label": arm_label(arm)}
             speed.errorbar(x, rows["speedup"], yerr=[rows["speedup"] - rows["low"], rows["high"] - rows["speedup"]], capsize=3, **look)
             if (rows["tokens_per_round"] > 1).any():
                 tau.plot(x, rows["tokens_per_round"], **look)
-        _dress(speed, ["all (geom.\nmean)" if d == ALL else d for d in domains], f"speed-up over {policy_label(baseline)} (×)")
+        _dress(speed, ["all (geom.\nmean)" if d == ALL else d for d in domains], f"speed-up over {arm_label(baseline)} (×)")
         _dress(tau, domains, "τ (tokens per round)")
         figure.legend(*speed.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9, columnspacing=1.5)
         figure.supxlabel(caption(frame), fontsize=8, color=GREY)

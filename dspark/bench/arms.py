@@ -113,3 +113,35 @@ def parse_arm(name: str) -> Arm:
     except ValueError as error:
         raise ValueError(f"arm {name!r} cannot be read ({error}): choose from {CHOICES}") from None
     return Arm(name, spec, int(copying[2] or 2) if copying else 0, trained=not alone)
+
+
+# ---- how figures and tables show an arm
+
+OTHER_ARMS = {  # what figures show beside our policies: label and colour
+    "generate": ("transformers' generate", "#4d4d4d"),
+    "lookup": ("transformers' prompt lookup", "#a6761d"),
+    "assisted": ("transformers' assisted", "#b2abd2"),
+    "copy": ("copying alone", "#117733"),
+    "oracle": ("oracle", "#8c8c8c"),
+}
+COPYING_SHADE = 0.6  # how much of a policy's colour stays when it also copies
+
+
+def arm_colour(arm: str) -> str:
+    """The colour of an arm such as ``"fixed:5+copy"`` or ``"generate"``, as hex; the same in every figure."""
+    kind, *suffixes = arm.split("+")
+    kind = kind.partition(":")[0]
+    colour = POLICIES[kind].colour if kind in POLICIES else OTHER_ARMS.get(kind, ("", "#999999"))[1]
+    if not any(suffix.startswith("copy") for suffix in suffixes):
+        return colour
+    return "#" + "".join(f"{round(COPYING_SHADE * int(colour[i : i + 2], 16)):02x}" for i in (1, 3, 5))
+
+
+def arm_label(arm: str) -> str:
+    """What figures call an arm: ``"fixed:5+copy"`` → "fixed window 5, copying"."""
+    kind, *suffixes = arm.split("+")
+    name, _, numbers = kind.partition(":")
+    label = POLICIES[name].label if name in POLICIES else OTHER_ARMS.get(name, (name,))[0]
+    block = [f"blocks of {s.partition(':')[2]}" for s in suffixes if s.startswith("block:")]
+    copying = ["copying"] * any(s.startswith("copy") for s in suffixes)
+    return ", ".join([f"{label} {numbers}".strip(), *block, *copying])

@@ -15,9 +15,9 @@ from html import escape
 import pandas as pd
 import plotly.graph_objects as go
 
+from dspark.bench.arms import arm_colour, arm_label
 from dspark.draft.source import COPY
 from dspark.round import Round
-from dspark.schedule import policy_colour, policy_label
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -183,7 +183,7 @@ def distributions(named: Mapping[str, Sequence[float]], tokens: Sequence[str], t
 
 def arm_colours(arms: pd.Series) -> dict[str, object]:
     """Arguments of a plotly.express figure that draws every arm with its own name and colour."""
-    return {"color": arms.map(policy_label), "color_discrete_map": {policy_label(arm): policy_colour(arm) for arm in arms.unique()}}
+    return {"color": arms.map(arm_label), "color_discrete_map": {arm_label(arm): arm_colour(arm) for arm in arms.unique()}}
 
 
 def dressed(figure: go.Figure, title: str, height: int) -> go.Figure:

@@ -10,8 +10,8 @@ import plotly.express as px
 import plotly.graph_objects as go
 from pandas.io.formats.style import Styler
 
+from dspark.bench.arms import arm_label
 from dspark.lab.figures import GREY, arm_colours, dressed
-from dspark.schedule import policy_label
 
 PARTS = ("enumeration", "appendix_a", "greedy", "draws", "planted")
 Result = dict[str, object]
@@ -36,7 +36,7 @@ def origin(result: Result) -> str:
 def greedy_table(result: Result) -> pd.DataFrame:
     """Every way to decode: texts, how many are equal, drafts accepted and rejected."""
     frame = pd.DataFrame(result["ways"]).T.fillna(0).astype(int)
-    frame.index = [policy_label(name) for name in frame.index]
+    frame.index = [arm_label(name) for name in frame.index]
     return frame[["texts", "equal", "accepted", "rejected"]]
 
 
@@ -44,7 +44,7 @@ def p_values(result: Result) -> go.Figure:
     """One dot per χ² test. Under the exact distribution the dots spread evenly over 0 … 1."""
     frame = pd.DataFrame(result["tests"])
     hover = ["prompt", "temperature", "top_p", "n", "tv"]
-    figure = px.scatter(frame, x="p_value", y=frame["policy"].map(policy_label), hover_data=hover, **arm_colours(frame["policy"]))
+    figure = px.scatter(frame, x="p_value", y=frame["policy"].map(arm_label), hover_data=hover, **arm_colours(frame["policy"]))
     figure.update_traces(marker_size=9)
     figure.add_vline(x=result["significance"] / len(frame), line={"color": GREY, "dash": "dash"}, annotation_text="alarm")
     figure.update_xaxes(title="p-value of χ² against the target's distribution (no unit)", range=[-0.02, 1.02])

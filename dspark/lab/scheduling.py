@@ -8,9 +8,10 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 
+from dspark.bench.arms import arm_label
 from dspark.bench.policies import ALL
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, dressed
-from dspark.schedule import Admission, policy_label
+from dspark.schedule import Admission
 from dspark.tune.profile import SPSCurve
 
 
@@ -48,7 +49,7 @@ def policy_chart(lines: pd.DataFrame, about: str) -> go.Figure:
 
     lines: a frame of :func:`dspark.bench.policies.pooled` with "plain" among its policies. about: for the title.
     """
-    shown = lines[lines["policy"] != "plain"].assign(policy=lambda rows: rows["policy"].map(policy_label))
+    shown = lines[lines["policy"] != "plain"].assign(policy=lambda rows: rows["policy"].map(arm_label))
     order = shown[shown["domain"] == ALL].sort_values("speedup", ascending=False)["policy"]
     figure = px.scatter(shown, x="speedup", y="policy", color="domain", symbol="domain", category_orders={"policy": list(order)})
     figure.update_traces(marker_size=9).update_xaxes(title="speed-up over plain decoding, with the trace's step times (×)")
@@ -60,4 +61,4 @@ def policy_table(lines: pd.DataFrame) -> pd.DataFrame:
     """τ, verified drafts a round, acceptance and speed-up of every policy over all domains, the fastest first."""
     columns = {"tokens_per_round": "τ", "checked": "verified a round", "acceptance": "acceptance", "speedup": "speed-up"}
     whole = lines[lines["domain"] == ALL].sort_values("speedup", ascending=False).set_index("policy")
-    return whole[list(columns)].rename(columns=columns, index=policy_label).round(3)
+    return whole[list(columns)].rename(columns=columns, index=arm_label).round(3)

@@ -9,11 +9,10 @@ import plotly.express as px
 import plotly.graph_objects as go
 
 from dspark.bench import published
-from dspark.bench.arms import parse_arm, separated
+from dspark.bench.arms import arm_label, parse_arm, separated
 from dspark.bench.measure import Trial, first_divergence, summary
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.figures import GREY, arm_colours, dressed
-from dspark.schedule import policy_label
 
 PLAIN, MTP1 = "plain", "mtp1"
 
@@ -60,9 +59,9 @@ def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> go.Figure:
         note = f"quoted: {low:.2f}–{high:.2f}× over MTP-1"
         figure.add_hrect(low, high, fillcolor=GREY, opacity=0.18, line_width=0, annotation_text=note, annotation_position="top left")
     figure.update_xaxes(title="domain; all: their geometric mean")
-    figure.update_yaxes(title=f"speed-up over {policy_label(baseline)} (×)", rangemode="tozero")
+    figure.update_yaxes(title=f"speed-up over {arm_label(baseline)} (×)", rangemode="tozero")
     figure.update_layout(scattermode="group", scattergap=0.3)
-    return dressed(figure, f"Speed-up over {policy_label(baseline)} ({conditions(frame)})", 480)
+    return dressed(figure, f"Speed-up over {arm_label(baseline)} ({conditions(frame)})", 480)
 
 
 def needed(points: pd.DataFrame, name: str) -> go.Figure:

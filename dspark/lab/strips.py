@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
 
+from dspark.bench.arms import arm_colour, arm_label
 from dspark.draft.source import COPY
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, NO_CHARACTER, Decode, Look, draft_numbers, draft_states, fates
 from dspark.round import Round
-from dspark.schedule import policy_colour, policy_label
 
 COLOURS = {"fate": "what became of the draft", "confidence": "the drafter's confidence c", "target": "the target's probability p_target"}
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # in XML
@@ -141,9 +141,9 @@ def race(lanes: Sequence[tuple[str, Sequence[Round]]], tokens: int) -> Strip:
     for i, (arm, rounds) in enumerate(lanes):
         committed, spent = fates(reached(rounds, clock)), min(clock, sum(r.seconds for r in rounds[1:]))
         speed = f", {(len(committed) - 1) / spent:.1f} tokens/s" if spent > 0 and len(committed) > 1 else ""
-        labels.append(f"{policy_label(arm)}: {len(committed)} tokens in {spent:.2f} s{speed}")
+        labels.append(f"{arm_label(arm)}: {len(committed)} tokens in {spent:.2f} s{speed}")
         y = top + i * high
-        parts.append(f'<rect x="{LEFT - 16}" y="{y}" width="8" height="26" rx="2" fill="{policy_colour(arm)}"/>')
+        parts.append(f'<rect x="{LEFT - 16}" y="{y}" width="8" height="26" rx="2" fill="{arm_colour(arm)}"/>')
         parts.append(_text(LEFT, y + 9, labels[-1]))
         parts.append(f'<rect x="{LEFT}" y="{y + 14}" width="{tokens * unit:.1f}" height="12" rx="3" fill="rgba(128,128,128,.12)"/>')
         for j, token in enumerate(committed):

@@ -12,7 +12,7 @@ from dspark.schedule.policies import (
     Shortened,
 )
 from dspark.schedule.prefix import Admission, PrefixScheduler
-from dspark.schedule.registry import POLICIES, Parameter, PolicyRow, make_policy, parse_policy, policy_colour, policy_label
+from dspark.schedule.registry import POLICIES, Parameter, PolicyRow, make_policy, parse_policy
 
 __all__ = [
     "MTP1",
@@ -31,6 +31,4 @@ __all__ = [
     "Shortened",
     "make_policy",
     "parse_policy",
-    "policy_colour",
-    "policy_label",
 ]
