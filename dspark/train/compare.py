@@ -89,7 +89,8 @@ class Recipe:
 
     def text(self, corpus: Corpus) -> Corpus:
         """The rows to train on, the last shard of them held out."""
-        return corpus.shuffled(self.seed).rows(slice(self.skip_rows, None)).rows(slice(self.rows or None))
+        shuffled = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(self.seed))
+        return corpus.rows(shuffled[self.skip_rows :][: self.rows or None])
 
     def start(self, variant: Variant, target: Target, corpus: Corpus) -> Drafter:
         """A fresh drafter; its layers start as copies of the target's, from the first to the last. Drafts tokens of the whole corpus."""

@@ -30,9 +30,6 @@ class Corpus:
     def rows(self, index: Tensor | slice) -> Corpus:
         return Corpus(self.token_ids[index], self.assistant[index], self.temperature[index])
 
-    def shuffled(self, seed: int) -> Corpus:
-        return self.rows(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)))
-
 
 def load_corpus(path: str | Path) -> Corpus:
     """Read a corpus file. Raises ValueError if it is missing, damaged or has another layout."""

@@ -35,8 +35,7 @@ def choose_blocks(shard: Shard, count: int, block_size: int, mask_token_id: int,
     """``count`` random anchors a row. An anchor and its successor are tokens to learn from; rows with fewer get invalid blocks."""
     ids, assistant = shard.token_ids, shard.assistant
     rows, length = ids.shape
-    candidate = assistant.clone()
-    candidate[:, :-1] &= assistant[:, 1:]
+    candidate = assistant & assistant.roll(-1, 1)
     candidate[:, -1] = False
     score = torch.rand(rows, length, generator=generator).masked_fill(~candidate, -1.0)
     anchor = score.topk(min(count, length), dim=-1).indices.sort(-1).values  # [rows, anchors]

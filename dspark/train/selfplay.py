@@ -32,9 +32,6 @@ CPU_SLICE = 16  # rows sampled at a time on a CPU: their float32 probabilities f
 PLACEHOLDERS = ("PLACEHOLDERONE", "PLACEHOLDERTWO", "PLACEHOLDERTHREE")
 
 
-# ---- how a conversation starts, and what the chat template puts between its turns
-
-
 @dataclass(frozen=True)
 class Subject:
     """What a conversation is about."""
@@ -110,9 +107,6 @@ def pieces(tokenizer: object | None, system: str | None) -> tuple[str, str, str]
         raise ValueError(f"the chat template must print each message once, but gives {rendered!r}: set another tokenizer.chat_template")
     head, _, after_answer, after_question = re.split("|".join(PLACEHOLDERS), rendered)
     return head, after_answer, after_question
-
-
-# ---- sampling
 
 
 def sample(logits: Tensor, temperature: Tensor, generator: torch.Generator) -> Tensor:
