@@ -39,19 +39,17 @@ def generate(
     Takes what :func:`decode` takes. A list of strings, of chats or of token lists is several prompts; one chat or one list of token
     ids is one. Request i of several is seeded with ``seed + i``.
     """
-    if not _is_batch(prompt):
-        start = time.perf_counter()
-        stream = list(decode(target, drafter, prompt, policy=policy, **options))
-        token_ids = [token for r in stream for token in r.committed]
-        return Output(target.decode(token_ids), token_ids, stream, time.perf_counter() - start)
-    start, engine, seed = time.perf_counter(), Engine(target, drafter, policy, max_requests=len(prompt)), options.pop("seed", 0)
-    requests = [engine.submit(each, seed=seed + i, **options) for i, each in enumerate(prompt)]
+    several = _is_batch(prompt)
+    prompts, seed, start = prompt if several else [prompt], options.pop("seed", 0), time.perf_counter()
+    engine = Engine(target, drafter, policy, max_requests=len(prompts))
+    requests = [engine.submit(each, **options, seed=seed + i if several else seed) for i, each in enumerate(prompts)]
     for _ in engine.run():
         pass
     for request in requests:
         if request.error:
             raise request.error
-    return [Output(target.decode(r.token_ids), r.token_ids, r.rounds, time.perf_counter() - start) for r in requests]
+    outputs = [Output(target.decode(r.token_ids), r.token_ids, r.rounds, time.perf_counter() - start) for r in requests]
+    return outputs if several else outputs[0]
 
 
 def rounds(

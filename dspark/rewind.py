@@ -91,11 +91,7 @@ class _RewindLayer(CacheLayerMixin):
 
 
 class RewindCache(Cache):
-    """A transformers cache for any causal LM that can be rewound to any earlier length.
-
-    Pass it as ``past_key_values``; call ``rewind(n)`` to forget everything after the first n tokens. Cost: O(layers), the
-    same at 100 and at 8 000 tokens.
-    """
+    """A transformers cache for any causal LM. Pass it as ``past_key_values``; :meth:`rewind` costs O(layers), whatever the length."""
 
     def __init__(self, num_hidden_layers: int) -> None:
         super().__init__(layers=[_RewindLayer() for _ in range(num_hidden_layers)])

@@ -48,8 +48,9 @@ class Drafter(nn.Module):
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
-        self.config = config
-        h = config.hidden_size
+        self.config, h = config, config.hidden_size
+        self.block_size, self.target_layer_ids = config.block_size, config.target_layer_ids
+        self.has_confidence = config.enable_confidence_head
         self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
         self.hidden_norm = RMSNorm(h, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -60,18 +61,6 @@ class Drafter(nn.Module):
         self.register_buffer("head_weight", torch.empty(0), persistent=False)  # [draft_vocab, hidden], rows of the target's
         self.sts_temperatures: tuple[float, ...] = ()
         self.fused: Any = None
-
-    @property
-    def block_size(self) -> int:
-        return self.config.block_size
-
-    @property
-    def target_layer_ids(self) -> tuple[int, ...]:
-        return self.config.target_layer_ids
-
-    @property
-    def has_confidence(self) -> bool:
-        return self.confidence_head is not None
 
     @torch.no_grad()
     def start_context(self, norm_weight: Tensor) -> None:

@@ -62,19 +62,10 @@ class ContextLookup:
         if max_copy < 1:
             raise ValueError(f"max_copy must be at least 1, got {max_copy}")
         self.drafter, self.target, self.min_match, self.max_copy = drafter, target, min_match, max_copy
+        self.block_size = max(max_copy, drafter.block_size) if drafter else max_copy
+        self.target_layer_ids = drafter.target_layer_ids if drafter else ()
+        self.has_confidence = drafter.has_confidence if drafter else True
         self.lengths = range(max(min_match, LONGEST), min_match - 1, -1)  # of n-grams, the longest looked up first
-
-    @property
-    def block_size(self) -> int:
-        return max(self.max_copy, self.drafter.block_size) if self.drafter else self.max_copy
-
-    @property
-    def target_layer_ids(self) -> tuple[int, ...]:
-        return self.drafter.target_layer_ids if self.drafter else ()
-
-    @property
-    def has_confidence(self) -> bool:
-        return self.drafter.has_confidence if self.drafter else True
 
     def new_state(self, prompt: Sequence[int] = ()) -> LookupState:
         return LookupState(self.drafter.new_state(prompt) if self.drafter else None)
