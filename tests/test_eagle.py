@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact.enumeration import PROMPT, SEED, ExactSampling, ExactSource, small_target, target_distribution
+from exact.enumeration import SEED, ExactSampling, compared, small_target
 from test_train import corpus
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.decode import rounds
 from dspark.draft.drafter import Draft, Drafter
 from dspark.draft.eagle import EagleDrafter
 from dspark.formats.deepspec import export_deepspec
-from dspark.lab.branches import every_branch
 from dspark.target.target import Target
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer
@@ -206,18 +204,11 @@ def test_the_joint_law_of_sampled_text_is_the_targets_own(policy: dspark.FixedWi
         for weight in drafter.parameters():
             if weight.dim() == 2:
                 torch.nn.init.normal_(weight, std=0.5)
-    source = ExactSource(drafter.to(target.dtype).attach(target).eval().requires_grad_(False))
-    sampling, accepted = ExactSampling(1.0), set()
-
-    def run(rng: Rng) -> list[int]:
-        stream = list(rounds(target, source, PROMPT, 4, policy, sampling, rng))
-        accepted.update((r.accepted, r.verify_length) for r in stream[1:])
-        return [token for r in stream for token in r.committed]
-
-    distribution, _ = every_branch(run)
-    assert distribution == target_distribution(target, 4, sampling)
-    assert sum(distribution.values()) == Fraction(1)
-    assert any(a == n > 0 for a, n in accepted) and any(a < n for a, n in accepted)
+    drafter = drafter.to(target.dtype).attach(target).eval().requires_grad_(False)
+    proof = compared(target, drafter, policy, ExactSampling(1.0), (4,))
+    assert proof.distribution == proof.expected
+    assert sum(proof.distribution.values()) == Fraction(1)
+    assert any(r.accepted == r.verify_length > 0 for r in proof.met) and any(r.accepted < r.verify_length for r in proof.met)
 
 
 # ---- on disk

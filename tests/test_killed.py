@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -40,27 +40,32 @@ TRAINING += " --mask-token 3 --block-size 3 --markov-rank 4 --draft-vocab 60 --v
 BENCH = "--drafter drafter --arms plain,fixed:3,adaptive+copy --domains chat --threads 1 --prompts 4 --tokens 8 --temperature 1.0"
 
 
-@dataclass(frozen=True)
-class Job:
-    """A command that resumes. command: run in the models' folder, {out} stands for its results. written: its largest file.
-    finished: in the results' folder, what must never be lost, in order. result: what must not depend on kills."""
+class Job(NamedTuple):
+    """A command that resumes.
+
+    command: run in the models' folder; {out} stands for its results.
+    written: its largest file.
+    finished: in the results' folder, what must never be lost, in order.
+    result: what must not depend on kills.
+    """
 
     command: str
     written: str
     finished: Callable[[Path], list[object]]
     result: Callable[[Path], object]
 
-    def run(self, out: Path, seconds: float = 200.0, file_limit: int | None = None) -> int:
-        """Start in ``out``'s parent, kill after so many seconds; the exit code, negative if it was killed."""
-        out.mkdir(exist_ok=True)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)  # the heavy imports once, then a fork per start
-        process = context.Process(target=command, args=(self.command.format(out=out.name).split(), out, file_limit), daemon=True)
-        process.start()
-        process.join(seconds)
-        process.kill()
-        process.join()
-        return process.exitcode
+
+def run(job: Job, out: Path, seconds: float = 200.0, file_limit: int | None = None) -> int:
+    """Start in ``out``'s parent, kill after so many seconds; the exit code, negative if it was killed."""
+    out.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)  # the heavy imports once, then a fork per start
+    process = context.Process(target=command, args=(job.command.format(out=out.name).split(), out, file_limit), daemon=True)
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 def command(arguments: list[str], out: Path, file_limit: int | None) -> None:
@@ -138,17 +143,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", JOBS)
 def test_a_killed_job_loses_nothing_finished_and_ends_as_if_undisturbed(name: str, models: Path) -> None:
     job, dice = JOBS[name], random.Random(name)
-    whole, start = models / f"{name}-whole", time.monotonic()
-    assert job.run(models / f"{name}-first") == 0, (models / f"{name}-first.txt").read_text()  # this start pays for the imports
+    first, whole, out = (models / f"{name}-{what}" for what in ("first", "whole", "killed"))
+    assert run(job, first) == 0, first.with_suffix(".txt").read_text()  # this start pays for the imports
     start = time.monotonic()
-    assert job.run(whole) == 0
+    assert run(job, whole) == 0
     seconds, largest = time.monotonic() - start, (whole / job.written).stat().st_size
-    assert job.result(whole) == job.result(models / f"{name}-first")  # deterministic, so there is something to compare with
+    assert job.result(whole) == job.result(first)  # deterministic, so there is something to compare with
 
-    out, kept, kills = models / f"{name}-killed", [], 0
+    kept, kills = [], 0
     for cause in ("write", "moment", "moment", "write", "moment"):
         limit = dice.randrange(largest // 8, largest) if cause == "write" else None
-        code = job.run(out, 200.0 if limit else (0.3 + 0.5 * dice.random()) * seconds, limit)
+        code = run(job, out, 200.0 if limit else (0.3 + 0.5 * dice.random()) * seconds, limit)
         kills += code < 0
         finished = job.finished(out)
         assert finished[: len(kept)] == kept
@@ -156,6 +161,6 @@ def test_a_killed_job_loses_nothing_finished_and_ends_as_if_undisturbed(name: st
         if code >= 0:
             break
     assert kills > 1
-    assert job.run(out) == 0, out.with_suffix(".txt").read_text()
+    assert run(job, out) == 0, out.with_suffix(".txt").read_text()
     assert job.finished(out)[: len(kept)] == kept
     assert job.result(out) == job.result(whole)

@@ -1,9 +1,8 @@
-"""What holds for every input, searched for a counterexample: the rule, sampling, the policies, decoding, copying."""
+"""What holds for every input, searched for a counterexample: sampling, the policies, decoding, copying."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -20,15 +19,11 @@ from dspark.draft.source import DraftSource
 from dspark.round import Round
 from dspark.schedule import Policy
 from dspark.target.target import Target
-from dspark.verify.accept import accept
 from dspark.verify.sampling import Rng, Sampling
 
 VOCAB, BLOCK, TAPS = 100, 4, (-1, 0)
-WEIGHT = st.one_of(st.integers(0, 4).map(float), st.floats(2**-20, 1.0, width=32))  # with zeros and with equal ones
-UNIFORM = st.one_of(st.sampled_from([0.0, 0.5, 1 - 2**-53]), st.floats(0, 1, exclude_max=True))
 CONFIDENCE = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1, width=32))  # with ties
 SPEEDS = st.lists(st.floats(0.01, 10), min_size=25, max_size=25)
-PART = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=7)
 
 
 def examples(count: int) -> settings:
@@ -44,41 +39,6 @@ def models() -> tuple[Target, Drafter]:
 
 def source(copying: bool) -> DraftSource:
     return dspark.ContextLookup(models()[1], 1, max_copy=6) if copying else models()[1]
-
-
-@st.composite
-def rows(draw: st.DrawFn, count: int, vocab: int) -> Tensor:
-    """[count, vocab] float32 distributions."""
-    weights = st.lists(WEIGHT, min_size=vocab, max_size=vocab).filter(any)
-    found = torch.tensor(draw(st.lists(weights, min_size=count, max_size=count)), dtype=torch.float64)
-    return (found / found.sum(-1, keepdim=True)).float()
-
-
-# ---- the rule
-
-
-class Dealt(Rng):
-    """Draws the numbers it is dealt, in order, then ½ for ever."""
-
-    def __init__(self, uniforms: Sequence[float]) -> None:
-        self.uniforms = iter(uniforms)
-
-    def _uniform(self, device: torch.device) -> Tensor:
-        return torch.tensor(next(self.uniforms, 0.5), dtype=torch.float64)
-
-
-@examples(200)
-@given(st.data(), st.integers(2, 6), st.integers(0, BLOCK), st.lists(UNIFORM, max_size=2 * BLOCK))
-def test_a_verification_keeps_a_prefix_and_adds_a_token_that_the_target_allows(
-    data: st.DataObject, vocab: int, length: int, uniforms: list[float]
-) -> None:
-    p_draft, p_target = data.draw(rows(max(length, 1), vocab)), data.draw(rows(length + 1, vocab))
-    tokens = [data.draw(st.sampled_from(row.nonzero()[:, 0].tolist())) for row in p_draft[:length]]
-    accepted, token = accept(tokens, p_draft, p_target, Dealt(uniforms))
-    assert p_target[accepted, token] > 0
-    assert all(p_target[k, tokens[k]] > 0 for k in range(accepted))
-    assert accepted == length or p_target[accepted, tokens[accepted]] < p_draft[accepted, tokens[accepted]]
-    assert accept(tokens, p_draft, torch.cat([p_draft[:length], p_target[-1:]]), Dealt(uniforms))[0] == length  # its own drafts
 
 
 # ---- sampling
@@ -189,26 +149,6 @@ def test_the_text_is_the_sum_of_its_rounds_and_respects_every_limit(
         done, anchor = done + len(r.committed), r.committed[-1]
     if temperature == 0:
         assert out.token_ids == dspark.generate(target, None, prompt, max_new_tokens=limit).token_ids
-
-
-@examples(25)
-@given(st.data(), st.booleans(), st.sampled_from([0.0, 1.0]), policies(BLOCK))
-def test_requests_that_take_turns_get_the_text_they_would_get_alone(
-    data: st.DataObject, copying: bool, temperature: float, policy: Policy
-) -> None:
-    models()[0].eos_token_ids = frozenset()
-    prompts, shared = data.draw(st.lists(PART, min_size=2, max_size=3)), source(copying)
-    options = {"policy": policy, "max_new_tokens": 10, "temperature": temperature}
-    waiting = {i: dspark.decode(models()[0], shared, prompt, seed=i, **options) for i, prompt in enumerate(prompts)}
-    found: list[list[int]] = [[] for _ in prompts]
-    while waiting:
-        turn = data.draw(st.sampled_from(sorted(waiting)))
-        if (r := next(waiting[turn], None)) is None:
-            del waiting[turn]
-        else:
-            found[turn] += r.committed
-    for i, prompt in enumerate(prompts):
-        assert dspark.generate(models()[0], source(copying), prompt, seed=i, **options).token_ids == found[i]
 
 
 # ---- copying

@@ -1,21 +1,17 @@
-"""Shared by the tests: tiny random models, the text of `model.generate`, drafts that are partly wrong, a full disk, an interrupted run."""
+"""Shared by the tests: tiny random models, the text of `model.generate`, drafts that are partly wrong, a full disk."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
 
-import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dspark.bench.results import Ledger
-from dspark.draft.backbone import DrafterConfig
 from dspark.draft.drafter import Drafter
 from dspark.draft.source import Draft
 from dspark.target.target import Target
@@ -23,9 +19,6 @@ from dspark.train.start import drafter_for
 from dspark.verify.sampling import Rng, Sampling
 
 HEADS = ({"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}, {"markov_rank": 0})
-SHAPES = [  # grouped, single and as many key-value heads as query heads; head and embedding apart, and the same
-    {"num_key_value_heads": kv, "tie_word_embeddings": tied} for kv, tied in product((2, 1, 4), (False, True))
-]
 WINDOW = 8  # tokens that the sliding layers see
 LETTERS = "".join(map(chr, range(32, 127)))
 TEMPLATE = (
@@ -89,17 +82,6 @@ def sliding_target(attention: str) -> Target:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Target(Gemma3ForCausalLM(config), None, "tiny-gemma3")
-
-
-def drafter_of_its_own_shape(target: Target, block_size: int) -> Drafter:
-    """A random drafter for a target whose layers it does not resemble: only the hidden size and the vocabulary are shared."""
-    shape = {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    config = DrafterConfig(
-        target.vocab_size, target.hidden_size, target_layer_ids=(0, 2), mask_token_id=3, block_size=block_size, markov_rank=8, **shape
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(block_size)
-        return Drafter(config).attach(target).eval().requires_grad_(False)
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
@@ -167,19 +149,3 @@ def full_disk() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def interrupted(run: Callable[[], object], after: int) -> list[str]:
-    """Ctrl-C in a run that keeps a ledger, once it has finished so many pieces. Returns their keys."""
-    keep, kept = Ledger.add, []
-
-    def add(self: Ledger, key: str, rows: list) -> None:
-        if len(kept) == after:
-            raise KeyboardInterrupt
-        kept.append(key)
-        keep(self, key, rows)
-
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Ledger, "add", add)
-        run()
-    return kept

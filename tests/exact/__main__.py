@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,46 +25,48 @@ from dspark.schedule import PrefixScheduler
 from dspark.tune.profile import cpu_name
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where pytest finds these modules
-from exact import draws, enumeration, greedy, planted, requests
+from exact import draws, enumeration, greedy, planted, tables
 
 SIGNIFICANCE = 0.01  # of all tests together
 Result = dict[str, object]
 
 
 def enumerate_everything(options: argparse.Namespace) -> Result:
-    """Every branch of small models and of requests that are scheduled together."""
+    """Every branch of small models, of one request and of several served together."""
+    cases = enumeration.few_cases() if options.short else enumeration.every_case()
+    todo = [(case.policy + ", two requests" * (len(case.tokens) > 1), lambda case=case: enumeration.prove(case)) for case in cases]
+    todo += [(f"{name}, tables", lambda p=p: tables.served_together(tables.PAIR, p)) for name, p in tables.PAIR_POLICIES.items()]
     by_policy: dict[str, Counter[str]] = {}
     largest = 0.0
-    for case in tqdm(enumeration.every_case() if not options.short else enumeration.few_cases(), desc="enumeration", unit="case"):
-        proof = enumeration.prove(case)
-        largest = max(largest, proof.difference)
-        by_policy.setdefault(case.policy, Counter()).update(cases=1, branches=proof.branches)
-    for name, policy in requests.PAIR_POLICIES.items():
-        distribution, branches = requests.joint_distribution(requests.PAIR, policy)
-        largest = max(largest, enumeration.Proof(distribution, requests.independent_distribution(requests.PAIR), branches).difference)
-        by_policy[f"{name}, two requests"] = Counter(cases=1, branches=branches)
+    for name, prove in tqdm(todo, desc="enumeration", unit="case"):
+        proof = prove()
+        largest = max(largest, float(proof.difference))
+        by_policy.setdefault(name, Counter()).update(cases=1, branches=proof.branches)
     total = sum(by_policy.values(), Counter())
     return {"holds": largest == 0, **total, "largest_difference": largest, "by_policy": {k: dict(v) for k, v in by_policy.items()}}
 
 
 def appendix_a(options: argparse.Namespace) -> Result:
     """The counterexample: the first token's distribution under two schedules."""
-    first = {"target": requests.independent_distribution([requests.APPENDIX_A], 1)}
-    for name, policy in (("prefix scheduler", PrefixScheduler), ("global argmax", requests.GlobalArgmax)):
-        first[name] = requests.joint_distribution([requests.APPENDIX_A], policy(requests.APPENDIX_A_STEPS), 1)[0]
+    first = {name: tables.first_tokens(p(tables.APPENDIX_A_STEPS)) for name, p in SCHEDULES.items()}
+    first = {"target": tables.tenths(tables.APPENDIX_A.p_target, ()).tolist()} | first
     holds = first["target"] == first["prefix scheduler"] != first["global argmax"]
-    return {"holds": holds, "first_token": {name: [str(found[token,]) for token in (0, 1)] for name, found in first.items()}}
+    return {"holds": holds, "first_token": {name: list(map(str, p)) for name, p in first.items()}}
+
+
+SCHEDULES = {"prefix scheduler": PrefixScheduler, "global argmax": tables.GlobalArgmax}
 
 
 def greedy_texts(options: argparse.Namespace) -> Result:
     """Greedy float32 texts of tiny models against model.generate."""
     prompts, sizes = (1, [3]) if options.short else (3, list(greedy.BLOCK_SIZES))
     ways: dict[str, Counter[str]] = {}
-    total = prompts * len(greedy.SITUATIONS) * len(sizes) * len(greedy.WAYS)
-    for name, counts in tqdm(greedy.compared(prompts, lambda i: sizes), desc="greedy", unit="text", total=total):
-        ways.setdefault(name, Counter()).update(counts)
+    todo = list(product(greedy.SITUATIONS, range(prompts)))
+    for situation, i in tqdm(todo, desc="greedy", unit="prompt"):
+        for name, counts in greedy.compared(situation, i, sizes):
+            ways.setdefault(name, Counter()).update(counts)
     found = sum(ways.values(), Counter())
-    about = {"prompts": prompts * len(greedy.SITUATIONS), "block_sizes": sizes, "ways": {name: dict(c) for name, c in ways.items()}}
+    about = {"prompts": len(todo), "block_sizes": sizes, "ways": {name: dict(c) for name, c in ways.items()}}
     return {"holds": found["equal"] == found["texts"], **found, **about}
 
 
@@ -77,11 +79,10 @@ def sampled(options: argparse.Namespace) -> Result:
     for seed, (domain, sampling) in enumerate(tqdm(worlds, desc="draws", unit="distribution")):
         item = load_prompts(domain, "dev", 1)[0]
         found = draws.every_policy(target, drafter, target.encode(item.messages), sampling, options.draws, seed)
-        about = {"prompt": item.id, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        tests += [about | {"policy": name} | asdict(comparison) for name, comparison in found.items()]
+        about = {"prompt": item.id, "temperature": sampling.temperature, "top_p": sampling.top_p, "n": options.draws}
+        tests += [about | {"policy": name, "p_value": p} for name, p in found.items()]
     for test, adjusted in zip(tests, draws.holm([test["p_value"] for test in tests]), strict=True):
-        cells = test["cells"] - 1
-        test |= {"p_adjusted": adjusted, "detectable_tv": draws.detectable_tv(options.draws, cells, SIGNIFICANCE / len(tests))}
+        test["p_adjusted"] = adjusted
     smallest = min(test["p_adjusted"] for test in tests)
     about = {"tokens": draws.TOKENS, "draws": options.draws * len(tests), "smallest_p_adjusted": smallest}
     return {"holds": smallest > SIGNIFICANCE, **about, "significance": SIGNIFICANCE, "target": target.name, "tests": tests}
@@ -90,10 +91,7 @@ def sampled(options: argparse.Namespace) -> Result:
 def planted_bugs(options: argparse.Namespace) -> Result:
     """Every planted bug against the test that it names."""
     codes = planted.exit_codes(["clean", *planted.BUGS])
-    bugs = [
-        {"bug": name, "breaks": bug.planted.__doc__, "place": bug.place, "caught_by": bug.caught_by * (codes[name] == 1)}
-        for name, bug in planted.BUGS.items()
-    ]
+    bugs = [{"bug": n, "breaks": bug.breaks, "caught_by": bug.caught_by * (codes[n] == 1)} for n, bug in planted.BUGS.items()]
     caught = sum(bool(bug["caught_by"]) for bug in bugs)
     return {"holds": codes["clean"] == 0 and caught == len(bugs), "caught": caught, "of": len(bugs), "bugs": bugs}
 

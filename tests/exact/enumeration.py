@@ -1,4 +1,4 @@
-"""The output distribution of small models by enumeration: the product's own loop runs over every branch, in fractions.
+"""The output distribution of small models by enumeration: the product's own engine runs over every branch, in fractions.
 
 Replaced are only the source of randomness, which takes every branch (:mod:`dspark.lab.branches`), and the arithmetic on probabilities,
 which is exact. Drafting, scheduling, cache, rewinding and acceptance are the product's.
@@ -6,32 +6,35 @@ which is exact. Drafting, scheduling, cache, rewinding and acceptance are the pr
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
-from itertools import cycle
+from itertools import cycle, product
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dspark.decode import rounds
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
-from dspark.draft.source import Draft, DraftSource
+from dspark.draft.source import Ask, Draft, DraftSource, propose
+from dspark.engine import Engine
 from dspark.lab.branches import Branch, Distribution, every_branch, exact
+from dspark.request import Request
 from dspark.round import Round
 from dspark.schedule import POLICIES as REGISTRY
 from dspark.schedule import FixedWindow, Policy, PrefixScheduler, make_policy, parse_policy
 from dspark.target.target import Target
 from dspark.train.start import drafter_for
+from dspark.verify.lean import lean_pass
+from dspark.verify.passes import TargetPass, TransformersPass
 from dspark.verify.sampling import Sampling
 
-PROMPT = [0, 1, 0]
+PROMPTS = ([0, 1, 0], [1, 1])
 SEED = 1500
 
 
@@ -51,28 +54,36 @@ class ExactSource:
     """
 
     def __init__(self, source: DraftSource) -> None:
-        self.source, self.new_state, self.extend = source, source.new_state, source.extend
-        self.block_size, self.target_layer_ids, self.has_confidence = source.block_size, source.target_layer_ids, source.has_confidence
+        self.source = source
 
-    def draft(self, state: object, anchor: int, window: int, sampling: ExactSampling, rng: Branch) -> Draft:
-        floats = Sampling(sampling.temperature, sampling.top_k, sampling.top_p)
-        draft = self.source.draft(state, anchor, window, floats, rng)
-        return replace(draft, probs=exact(draft.probs)) if draft.tokens else draft
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.source, name)
+
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        floats = [ask._replace(sampling=Sampling(ask.sampling.temperature, ask.sampling.top_k, ask.sampling.top_p)) for ask in asks]
+        return [replace(draft, probs=exact(draft.probs)) if draft.tokens else draft for draft in propose(self.source, floats)]
 
 
-class RoundedTarget(Target):
-    """A target whose logits are multiples of ⅛.
+def eighths(logits: Tensor) -> Tensor:
+    """Logits as multiples of ⅛.
 
     A pass over a block and one over a single token differ in the last digits, so without this the target would have two distributions.
     A stale cache, a wrong position or a wrong row changes logits by far more than one step.
     """
+    steps = 8 * logits
+    assert ((steps - steps.floor() - 0.5).abs() > 1e-6).all(), "a logit lies between two multiples: choose another seed"
+    return steps.round() / 8
 
-    @torch.inference_mode()
-    def forward(self, *arguments: object, **options: object) -> tuple[Tensor, Tensor | None]:
-        logits, taps = super().forward(*arguments, **options)
-        eighths = 8 * logits
-        assert ((eighths - eighths.floor() - 0.5).abs() > 1e-6).all(), "a logit lies between two multiples: choose another seed"
-        return eighths.round() / 8, taps
+
+class RoundedPass:
+    """A target pass whose logits are multiples of ⅛."""
+
+    def __init__(self, real: TargetPass) -> None:
+        self.real, self.new_cache, self.bytes_per_token = real, real.new_cache, real.bytes_per_token
+
+    def __call__(self, *arguments: object, **options: object) -> tuple[list[Tensor], list[Tensor | None]]:
+        logits, taps = self.real(*arguments, **options)
+        return [eighths(rows) for rows in logits], taps
 
 
 @dataclass(frozen=True)
@@ -99,30 +110,62 @@ SAMPLINGS = (ExactSampling(0.5), ExactSampling(2.0), ExactSampling(0.0), TOP_TWO
 
 @dataclass(frozen=True)
 class Case:
-    """One small world. policy: key of POLICIES. source: of SOURCES. tokens: the length limit. eos: whether the last id ends the text."""
+    """One small world.
+
+    policy: key of POLICIES.
+    source: one of SOURCES.
+    tokens: the length limit of each request; several requests are decoded together, by the lean pass.
+    eos: whether the last token id ends the text.
+    """
 
     policy: str = "fixed:3"
     source: str = "vanilla"
     sampling: ExactSampling = ExactSampling(1.0)
     vocab: int = 2
     block_size: int = 3
-    tokens: int = 5
+    tokens: tuple[int, ...] = (4,)
     eos: bool = False
 
     def __str__(self) -> str:
         s = self.sampling
         kept = f"T{s.temperature:g}{f' k{s.top_k}' * (s.top_k > 0)}{f' p{s.top_p:g}' * (s.top_p < 1)}"
-        return f"{self.policy} {self.source} {kept} vocab{self.vocab} block{self.block_size} tokens{self.tokens}{' eos' * self.eos}"
+        tokens = "+".join(map(str, self.tokens))
+        return f"{self.policy} {self.source} {kept} vocab{self.vocab} block{self.block_size} tokens{tokens}{' eos' * self.eos}"
 
-    def models(self) -> tuple[Target, DraftSource]:
-        target = small_target(self.vocab, self.eos)
-        head = self.source if self.source in HEADS else "vanilla"
-        drafter = small_drafter(target, head, self.block_size, self.source == "reduced")
-        return target, ContextLookup(drafter, 2, max_copy=self.block_size) if self.source == "copying" else drafter
+
+def served(block_size: int) -> list[str]:
+    """The policies that a drafter with such blocks can serve."""
+    return [name for name, policy in POLICIES.items() if not isinstance(policy, FixedWindow) or (policy.n or 1) <= block_size]
+
+
+def few_cases() -> list[Case]:
+    """Every policy, source, sampling, vocabulary and block size at least once, with small trees."""
+    by_source = [Case(policy, source) for policy, source in zip(served(3), cycle(SOURCES), strict=False)]
+    by_sampling = [Case(policy, "gated", s, 3, 2, eos=True) for policy, s in zip(served(2), SAMPLINGS, strict=False)]
+    shapes = [
+        Case("prefix", "gated", TOP_TWO, 3, 2, eos=True),
+        Case("adaptive:0.6", block_size=4, tokens=(6,), eos=True),
+        Case("mtp1", vocab=4, block_size=1, tokens=(3,)),
+        Case("fixed:2", "reduced", TOP_TWO, 5, 2, tokens=(3,)),
+        Case("fixed:4", "copying", block_size=4, tokens=(6,), eos=True),
+        Case("fixed:2", "rnn", block_size=2, tokens=(3, 3)),
+        Case("prefix", "gated", tokens=(3, 2)),
+    ]
+    return list(dict.fromkeys(by_source + by_sampling + shapes))
+
+
+def every_case() -> list[Case]:
+    """Every policy with every source and every sampling, with and without an end of the text; block sizes 1 to 4, 2 to 6 tokens."""
+    by_source = [Case(policy, source) for policy in served(3) for source in SOURCES]
+    by_sampling = [Case(policy, "gated", s, 3, 2, eos=True) for policy in served(2) for s in SAMPLINGS]
+    deep = [Case(policy, head, TOP_TWO, 3, tokens=(5,), eos=True) for policy in served(3) for head in HEADS]
+    longest = [Case(policy, block_size=4, tokens=(6,), eos=True) for policy in served(4)]
+    together = [Case(policy, "rnn", tokens=(4, 3)) for policy in served(3)]
+    return list(dict.fromkeys(few_cases() + by_source + by_sampling + deep + longest + together))
 
 
 @cache
-def small_target(vocab: int, eos: bool) -> RoundedTarget:
+def small_target(vocab: int, eos: bool, lean: bool = False) -> Target:
     """A random Llama of two layers, in float64 so that no logit comes near the border between two roundings."""
     shape = {"vocab_size": vocab, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"bos_token_id": None, "eos_token_id": vocab - 1 if eos else None, "pad_token_id": None}
@@ -131,7 +174,9 @@ def small_target(vocab: int, eos: bool) -> RoundedTarget:
         config = LlamaConfig(**shape, **ends, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.4)
         model = LlamaForCausalLM(config).double()
     model.lm_head.weight.data *= 0.5  # even distributions: every token likely, drafts sometimes accepted
-    return RoundedTarget(model, None, "small random Llama")
+    target = Target(model, None, "small random Llama")
+    target.verifier = RoundedPass(lean_pass(target) if lean else TransformersPass(target))
+    return target
 
 
 @cache
@@ -154,81 +199,79 @@ def small_drafter(target: Target, head: str, block_size: int, reduced: bool) -> 
     return drafter.to(target.dtype).attach(target).eval().requires_grad_(False)
 
 
-def served(block_size: int) -> list[str]:
-    """The policies that a drafter with such blocks can serve."""
-    return [name for name, policy in POLICIES.items() if not isinstance(policy, FixedWindow) or (policy.n or 1) <= block_size]
-
-
-def few_cases() -> list[Case]:
-    """Every policy, source, sampling, vocabulary and block size at least once, with small trees."""
-    by_source = [Case(policy, source, tokens=4) for policy, source in zip(served(3), cycle(SOURCES), strict=False)]
-    by_sampling = [
-        Case(policy, "gated", s, vocab=3, block_size=2, tokens=4, eos=True) for policy, s in zip(served(2), SAMPLINGS, strict=False)
-    ]
-    shapes = [
-        Case(),
-        Case("prefix", "gated", TOP_TWO, vocab=3, block_size=2, tokens=4, eos=True),
-        Case("adaptive:0.6", block_size=4, tokens=6, eos=True),
-        Case("mtp1", vocab=4, block_size=1, tokens=3),
-        Case("fixed:2", "reduced", TOP_TWO, vocab=5, block_size=2, tokens=3),
-        Case("fixed:4", "copying", block_size=4, tokens=6, eos=True),
-    ]
-    return list(dict.fromkeys(by_source + by_sampling + shapes))
-
-
-def every_case() -> list[Case]:
-    """Every policy with every source and every sampling, with and without an end of the text; block sizes 1 to 4, 2 to 5 tokens."""
-    by_source = [Case(policy, source, tokens=4) for policy in served(3) for source in SOURCES]
-    by_sampling = [Case(policy, "gated", s, vocab=3, block_size=2, tokens=4, eos=True) for policy in served(2) for s in SAMPLINGS]
-    deep = [Case(policy, head, TOP_TWO, vocab=3, eos=True) for policy in served(3) for head in HEADS]
-    longest = [Case(policy, block_size=4, tokens=6, eos=True) for policy in served(4)]
-    return list(dict.fromkeys(few_cases() + by_source + by_sampling + deep + longest))
-
-
 @dataclass(frozen=True)
 class Proof:
-    """distribution: of the whole output. expected: the target's own. branches: of the tree. trips: rounds met, with how often."""
+    """distribution: of the texts of all requests. expected: the target's own. branches: of the tree. met: rounds, with how often."""
 
     distribution: Distribution
     expected: Distribution
     branches: int
-    trips: Counter[Round] = field(default_factory=Counter)
+    met: Counter[Round]
 
     @property
-    def difference(self) -> float:
-        """The largest difference in the probability of one text; 0.0 only if every fraction is equal."""
-        texts = {**self.distribution, **self.expected}
-        largest = max(abs(self.distribution.get(text, Fraction(0)) - self.expected.get(text, Fraction(0))) for text in texts)
-        return max(float(largest), sys.float_info.min) if largest else 0.0
+    def difference(self) -> Fraction:
+        """The largest difference in the probability of one outcome."""
+        found, expected = self.distribution, self.expected
+        return max(abs(found.get(texts, Fraction(0)) - expected.get(texts, Fraction(0))) for texts in found | expected)
 
 
-def prove(case: Case, policy: Policy | None = None) -> Proof:
-    """Enumerate one case. policy: another one than the case names, to see what a wrong one does."""
-    target, source = case.models()
-    policy = policy or POLICIES[case.policy]
-    policy.check(source.block_size, source.has_confidence)
-    trips: Counter[Round] = Counter()
+def prove(case: Case) -> Proof:
+    """Enumerate one case."""
+    target = small_target(case.vocab, case.eos, lean=len(case.tokens) > 1)
+    head = case.source if case.source in HEADS else "vanilla"
+    source: DraftSource = small_drafter(target, head, case.block_size, case.source == "reduced")
+    if case.source == "copying":
+        source = ContextLookup(source, 2, max_copy=case.block_size)
+    return compared(target, source, POLICIES[case.policy], case.sampling, case.tokens)
 
-    def run(branch: Branch) -> Sequence[int]:
-        stream = list(rounds(target, ExactSource(source), PROMPT, case.tokens, policy, case.sampling, branch))
-        trips.update(replace(r, index=0, draft_seconds=0, verify_seconds=0, seconds=0) for r in stream[1:])
-        return [token for r in stream for token in r.committed]
+
+def compared(target: Target, source: DraftSource, policy: Policy, sampling: ExactSampling, limits: Sequence[int]) -> Proof:
+    """The texts after PROMPTS, decoded together, against the target's: one fresh pass per prefix, no cache."""
+
+    def row(text: Sequence[int]) -> np.ndarray:
+        return sampling.probs(eighths(target.forward(torch.tensor([text]), None)[0][0, -1]))
+
+    return enumerated(target, ExactSource(source), policy, sampling, PROMPTS[: len(limits)], limits, row)
+
+
+def enumerated(
+    target: Target,
+    source: DraftSource,
+    policy: Policy,
+    sampling: Sampling,
+    prompts: Sequence[list[int]],
+    limits: Sequence[int],
+    row: Callable[[Sequence[int]], np.ndarray],
+) -> Proof:
+    """Every branch of an engine with these requests. row: prompt and text so far → the distribution [vocab] of the next token."""
+    met: Counter[Round] = Counter()
+
+    def run(branch: Branch) -> list[tuple[int, ...]]:
+        engine, ends = Engine(target, source, policy, max_requests=len(prompts)), target.eos_token_ids
+        requests = [
+            engine.enqueue(Request(id=None, prompt=prompt, limit=limit, sampling=sampling, rng=branch, end_ids=ends))
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
+        met.update(replace(r, draft_seconds=0, verify_seconds=0, seconds=0) for _, r in engine.run() if r.index)
+        for error in (request.error for request in requests if request.error):
+            raise error
+        return [tuple(request.token_ids) for request in requests]
 
     distribution, branches = every_branch(run)
-    return Proof(distribution, target_distribution(target, case.tokens, case.sampling), branches, trips)
+    alone = [text_distribution(row, prompt, limit, target.eos_token_ids) for prompt, limit in zip(prompts, limits, strict=True)]
+    texts = product(*(each.items() for each in alone))
+    return Proof(distribution, {tuple(text for text, _ in each): prod(p for _, p in each) for each in texts}, branches, met)
 
 
-@cache
-def target_distribution(target: Target, limit: int, sampling: ExactSampling) -> Distribution:
-    """Of the target's own text after PROMPT: one fresh pass per prefix, no cache. A text ends after eos or ``limit`` tokens."""
+def text_distribution(row: Callable[[Sequence[int]], np.ndarray], prompt: list[int], limit: int, ends: frozenset[int]) -> Distribution:
+    """Of one text, token by token. It ends after a token of ``ends`` or ``limit`` tokens."""
     ended: Distribution = {}
     growing: Distribution = {(): Fraction(1)}
     for _ in range(limit):
         grown: Distribution = {}
         for text, mass in growing.items():
-            logits, _ = target.forward(torch.tensor([[*PROMPT, *text]]), None)
-            for token, p in enumerate(sampling.probs(logits[0, -1])):
+            for token, p in enumerate(row([*prompt, *text])):
                 if p:
-                    (ended if token in target.eos_token_ids else grown)[(*text, token)] = mass * p
+                    (ended if token in ends else grown)[(*text, token)] = mass * p
         growing = grown
     return ended | growing
