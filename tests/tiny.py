@@ -48,7 +48,7 @@ def tiny_target(seed: int = 0, dtype: torch.dtype = torch.float32, **config: obj
     return Target(model.to(dtype), None, "tiny")
 
 
-def tiny_drafter(target: Target, *, seed: int = 1, **shape: object) -> Drafter:
+def tiny_drafter(target: Target, *, seed: int = 1, std: float = 0.3, **shape: object) -> Drafter:
     """A random drafter for that target: block 4, two layers, Markov rank 8, all weights far from zero."""
     settings = {"block_size": 4, "target_layer_ids": (0, 2), "mask_token_id": 3, "markov_rank": 8, "num_hidden_layers": 2}
     drafter = drafter_for(target, seed=seed, **(settings | shape))
@@ -56,7 +56,7 @@ def tiny_drafter(target: Target, *, seed: int = 1, **shape: object) -> Drafter:
         torch.manual_seed(seed)
         for weight in drafter.parameters():
             if weight.dim() == 2:
-                torch.nn.init.normal_(weight, std=0.3)
+                torch.nn.init.normal_(weight, std=std)
     return drafter.to(target.dtype).attach(target).eval().requires_grad_(False)
 
 

@@ -16,8 +16,8 @@ from math import prod
 
 import numpy as np
 import torch
+from tiny import tiny_drafter, tiny_target
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
@@ -29,7 +29,6 @@ from dspark.round import Round
 from dspark.schedule import POLICIES as REGISTRY
 from dspark.schedule import FixedWindow, Policy, PrefixScheduler, make_policy, parse_policy
 from dspark.target.target import Target
-from dspark.train.start import drafter_for
 from dspark.verify.lean import lean_pass
 from dspark.verify.passes import TargetPass, TransformersPass
 from dspark.verify.sampling import Sampling
@@ -167,14 +166,10 @@ def every_case() -> list[Case]:
 @cache
 def small_target(vocab: int, eos: bool, lean: bool = False) -> Target:
     """A random Llama of two layers, in float64 so that no logit comes near the border between two roundings."""
-    shape = {"vocab_size": vocab, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     ends = {"bos_token_id": None, "eos_token_id": vocab - 1 if eos else None, "pad_token_id": None}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED + vocab)
-        config = LlamaConfig(**shape, **ends, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.4)
-        model = LlamaForCausalLM(config).double()
-    model.lm_head.weight.data *= 0.5  # even distributions: every token likely, drafts sometimes accepted
-    target = Target(model, None, "small random Llama")
+    target = tiny_target(SEED + vocab, torch.float64, vocab_size=vocab, **shape, **ends)
+    target.model.lm_head.weight.data *= 0.5  # even distributions: every token likely, drafts sometimes accepted
     target.verifier = RoundedPass(lean_pass(target) if lean else TransformersPass(target))
     return target
 
@@ -182,21 +177,17 @@ def small_target(vocab: int, eos: bool, lean: bool = False) -> Target:
 @cache
 def small_drafter(target: Target, head: str, block_size: int, reduced: bool) -> Drafter:
     """A random drafter of one layer whose confidence differs from branch to branch."""
-    shape = {"num_hidden_layers": 1, "block_size": block_size, "target_layer_ids": (0,), "mask_token_id": 1}
     markov = {"markov_rank": 0} if head == "none" else {"markov_rank": 4, "markov_head_type": head}
-    drafter = drafter_for(target, d2t=torch.tensor([0, target.vocab_size - 1]) if reduced else None, **shape, **markov)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED + 10 * target.vocab_size + block_size)
-        for weight in drafter.parameters():
-            if weight.dim() == 2:
-                torch.nn.init.normal_(weight, std=0.5)
-        hidden, embedding = drafter.confidence_head.proj.weight.data.split([target.hidden_size, drafter.config.markov_rank], -1)
-        torch.nn.init.normal_(hidden, std=0.1 if drafter.markov_head else 0.4)
-        torch.nn.init.zeros_(drafter.confidence_head.proj.bias)
-        if drafter.markov_head:  # about .8 after the first token, .4 after the last
-            wanted = torch.linspace(1.5, -0.5, target.vocab_size)
-            embedding[0] = torch.linalg.pinv(drafter.markov_head.markov_w1.weight.data) @ wanted
-    return drafter.to(target.dtype).attach(target).eval().requires_grad_(False)
+    kept = {"d2t": torch.tensor([0, target.vocab_size - 1])} if reduced else {}
+    shape = {"num_hidden_layers": 1, "block_size": block_size, "target_layer_ids": (0,), "mask_token_id": 1}
+    drafter = tiny_drafter(target, seed=SEED + 10 * target.vocab_size + block_size, std=0.5, **shape, **markov, **kept)
+    hidden, embedding = drafter.confidence_head.proj.weight.data.split([target.hidden_size, drafter.config.markov_rank], -1)
+    hidden *= 0.2 if drafter.markov_head else 3.0
+    drafter.confidence_head.proj.bias.data.zero_()
+    if drafter.markov_head:  # about .8 after the first token, .4 after the last
+        wanted = torch.linspace(1.5, -0.5, target.vocab_size).to(target.dtype)
+        embedding[0] = torch.linalg.pinv(drafter.markov_head.markov_w1.weight.data) @ wanted
+    return drafter
 
 
 @dataclass(frozen=True)
