@@ -43,7 +43,7 @@ def greedy_table(result: Result) -> pd.DataFrame:
 def p_values(result: Result) -> go.Figure:
     """One dot per χ² test. Under the exact distribution the dots spread evenly over 0 … 1."""
     frame = pd.DataFrame(result["tests"])
-    hover = ["prompt", "temperature", "top_p", "n", "tv"]
+    hover = ["prompt", "temperature", "top_p", "n"]
     figure = px.scatter(frame, x="p_value", y=frame["policy"].map(arm_label), hover_data=hover, **arm_colours(frame["policy"]))
     figure.update_traces(marker_size=9)
     figure.add_vline(x=result["significance"] / len(frame), line={"color": GREY, "dash": "dash"}, annotation_text="alarm")

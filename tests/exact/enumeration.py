@@ -182,7 +182,7 @@ def small_drafter(target: Target, head: str, block_size: int, reduced: bool) -> 
     shape = {"num_hidden_layers": 1, "block_size": block_size, "target_layer_ids": (0,), "mask_token_id": 1}
     drafter = tiny_drafter(target, seed=SEED + 10 * target.vocab_size + block_size, std=0.5, **shape, **markov, **kept)
     hidden, embedding = drafter.confidence_head.proj.weight.data.split([target.hidden_size, drafter.config.markov_rank], -1)
-    hidden *= 0.2 if drafter.markov_head else 3.0
+    hidden *= 0.2 if drafter.markov_head else -2.0
     drafter.confidence_head.proj.bias.data.zero_()
     if drafter.markov_head:  # about .8 after the first token, .4 after the last
         wanted = torch.linspace(1.5, -0.5, target.vocab_size).to(target.dtype)

@@ -34,7 +34,7 @@ WINDOW = "test_exact.py::test_every_policy_gives_the_greedy_text_of_model_genera
 UNIFORM = "test_exact.py::test_every_draft_has_a_uniform_number_of_its_own"
 SMALL = "test_exact.py::test_no_residual_is_too_small_to_count"
 NEAR_TIE = "test_exact.py::test_greedy_tells_logits_apart_that_only_float32_tells_apart"
-NAIVE_COPY = "test_properties.py::test_copying_equals_a_naive_search_in_two_requests"
+COPY = "test_lookup.py::test_what_followed_the_last_occurrence_is_copied"
 STATE = "test_draft.py::test_drafting_leaves_only_context_in_the_drafters_cache"
 PARALLEL = "test_draft.py::test_step_by_step_drafting_equals_the_training_forward_pass"
 CACHE = "test_rewind.py::test_growing_keeps_what_was_written"
@@ -291,12 +291,12 @@ class Planted:
             self.old.follows = old.follows
         return self.old
 
-    @at("draft.lookup.ContextLookup.extend", NAIVE_COPY, "Copies begin with a token that is already there.")
+    @at("draft.lookup.ContextLookup.extend", COPY, "Copies begin with a token that is already there.")
     def copy_starts_one_early(real, self, state, token_ids, taps):
         real(self, state, token_ids, taps)
         state.follows = {gram: gram[-1] for gram in state.follows}
 
-    @at("draft.lookup.ContextLookup._one_hot", NAIVE_COPY, "A copied token is reported with the rate at which copies came true.")
+    @at("draft.lookup.ContextLookup._one_hot", COPY, "A copied token is reported with the rate at which copies came true.")
     def copies_reported_as_likely_as_they_proved(real, self, tokens, rates):
         draft = real(self, tokens, rates)
         return replace(draft, probs=draft.probs * torch.tensor(rates)[:, None])
