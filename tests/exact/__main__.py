@@ -48,13 +48,11 @@ def enumerate_everything(options: argparse.Namespace) -> Result:
 
 def appendix_a(options: argparse.Namespace) -> Result:
     """The counterexample: the first token's distribution under two schedules."""
-    first = {name: tables.first_tokens(p(tables.APPENDIX_A_STEPS)) for name, p in SCHEDULES.items()}
+    schedules = {"prefix scheduler": PrefixScheduler, "global argmax": tables.GlobalArgmax}
+    first = {name: tables.first_tokens(policy(tables.APPENDIX_A_STEPS)) for name, policy in schedules.items()}
     first = {"target": tables.tenths(tables.APPENDIX_A.p_target, ()).tolist()} | first
     holds = first["target"] == first["prefix scheduler"] != first["global argmax"]
     return {"holds": holds, "first_token": {name: list(map(str, p)) for name, p in first.items()}}
-
-
-SCHEDULES = {"prefix scheduler": PrefixScheduler, "global argmax": tables.GlobalArgmax}
 
 
 def greedy_texts(options: argparse.Namespace) -> Result:
