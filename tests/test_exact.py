@@ -102,6 +102,13 @@ def test_greedy_tells_logits_apart_that_only_float32_tells_apart() -> None:
     assert Sampling().probs(torch.tensor([1.0, 1.0 + 2**-20, 0.5])).tolist() == [0, 1, 0]
 
 
+def test_calibration_divides_the_logits_of_confidence() -> None:
+    drafter, hidden = tiny_drafter(tiny_target()), torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    plain = drafter._confidence(hidden, [5, 6, 7, 8]).logit()
+    drafter.sts_temperatures = (2.0, 0.5, 1.5, 1.0)
+    assert torch.allclose(drafter._confidence(hidden, [5, 6, 7, 8]).logit(), plain / torch.tensor(drafter.sts_temperatures), atol=1e-4)
+
+
 def test_every_branch_is_visited_once_and_impossible_outcomes_never() -> None:
     half, third, none = Fraction(1, 2), Fraction(1, 3), Fraction(0)
     rows = [np.array([half, none, half]), np.array([third, third, third]), np.array([none, Fraction(1), none])]

@@ -44,7 +44,7 @@ LEAN = "test_lean.py::test_logits_and_taps_are_those_of_transformers[llama]"
 NEIGHBOURS = "test_engine.py::test_a_requests_draws_are_its_own[0.7]"
 TAU = "test_rounds.py::test_tokens_after_the_end_of_the_text_count_towards_nothing"
 LONGROPE = "test_families.py::test_a_text_ends_where_longrope_would_move_the_positions"
-ROLLOUTS = "test_calibrate.py::test_rollouts_give_back_the_logits_whatever_temperatures_the_drafter_carried"
+COOLED = "test_exact.py::test_calibration_divides_the_logits_of_confidence"
 FUSED = "test_fused.py::test_the_fused_backbone_drafts_as_the_plain_one"
 EAGLE = "test_eagle.py::test_training_and_drafting_see_the_same_distributions"
 EAGLE_PIECES = "test_eagle.py::test_context_in_pieces_with_drafts_between_equals_context_at_once"
@@ -254,7 +254,7 @@ class Planted:
     def confidence_sees_the_token(real, self, hidden, previous):
         return real(self, hidden, [*previous[1:], previous[-1]])
 
-    @at("draft.drafter.Drafter._confidence", ROLLOUTS, "The confidence's logit is multiplied by its temperature.")
+    @at("draft.drafter.Drafter._confidence", COOLED, "The confidence's logit is multiplied by its temperature.")
     def calibration_upside_down(real, self, hidden, previous):
         kept = self.sts_temperatures
         self.sts_temperatures = tuple(1 / t for t in kept)
@@ -337,9 +337,9 @@ class Planted:
         ends = [i for i, token in enumerate(text) if token in eos_token_ids]
         return real(r, text[: ends[0] + 1] if ends else text, eos_token_ids)
 
-    @at("bench.replay._walk", REPLAY, "A replay drafts one token too many before the length limit.")
-    def replay_counts_the_limit_wrong(real, trace, policy, limit):
-        return real(trace, policy, limit + 1)
+    @at("bench.replay.replay", REPLAY, "A replay drafts one token too many before the length limit.")
+    def replay_counts_the_limit_wrong(real, trace, policy):
+        return real(replace(trace, about=trace.about | {"max_new_tokens": trace.about["max_new_tokens"] + 1}), policy)
 
     @at("formats.checkpoint._digest", DAMAGE, "Weights are not compared with the digest they were written with.")
     def damaged_weights_are_loaded(real, tensors):
