@@ -208,9 +208,9 @@ class Planted:
     def end_of_text_inside_a_block(real, tokens, end_ids):
         return tuple(tokens)
 
-    @at("decode.rounds", PLAIN, "A fully accepted block that reaches the length limit goes one token beyond it.")
-    def length_limit_off_by_one(real, target, drafter, prompt, limit, policy, sampling, rng):
-        return real(target, drafter, prompt, limit + 1, policy, sampling, rng)
+    @at("engine.Engine.enqueue", PLAIN, "A text goes one token beyond its length limit.")
+    def length_limit_off_by_one(real, self, request):
+        return real(self, replace(request, limit=request.limit + 1))
 
     @at("round.Output.tokens_per_round", TAU, "τ counts accepted drafts after an end-of-text token.")
     def tau_counts_after_the_end(real, self):
