@@ -28,6 +28,3 @@ def gain(over: str) -> float:
 
 
 HEAD_SHARE = (0.002, 0.013)  # Fig. 4: the sequential head's share of a round, lowest and highest over the block sizes
-
-# Fig. 5: share of checked drafts accepted, without a threshold and at the highest one.
-ACCEPTANCE = {"math": (0.769, 0.925), "code": (0.676, 0.920), "chat": (0.457, 0.957)}
