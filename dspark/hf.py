@@ -55,7 +55,7 @@ def dspark_generate(
     Raises ValueError for what cannot be kept exactly: more than one sequence, padding, beams, other logits processors, scores, a
     filled cache, inputs other than token ids, models that keep more than keys and values, texts too long for LongRoPE's short factors.
 
-    A bfloat16 model on a CPU verifies blocks slowly unless its weights are laid out first, in place:
+    A bfloat16 model on a CPU verifies blocks slowly unless it is given a faster pass first, which stays with the model:
     ``pack_target(Target(model, tokenizer, name))`` of :mod:`dspark.cpu`.
     """
     _check(model, input_ids, generation_config, model_kwargs)

@@ -79,6 +79,7 @@ def test_packing_changes_neither_logits_nor_the_digest_of_any_target_of_that_mod
     pack_target(packed)
     again = Target(packed.model, None, "the same model once more")
     assert isinstance((packed.verifier or packed).head, PackedLinear) and packed.digest == again.digest == plain.digest
+    assert again.verifier is packed.verifier and again.pass_name == packed.pass_name
     a, b = logits(plain), logits(packed)
     assert (a - b).abs().max() <= a.abs().max() * 2**-5
 

@@ -22,11 +22,11 @@ def pack_target(target: Target) -> Target:
     """Give the target the fastest pass that this machine has for it. Returns the target.
 
     A family that the lean pass knows gets it, with packed products where this CPU has kernels for them; the model's own modules stay
-    as they are. Of any other bfloat16 model on a CPU the linear layers are packed in place, with the same products; the digest of the
-    plain weights stays with the model, so another Target of it has the same digest.
+    as they are, and every later Target of this model runs it too. Of any other bfloat16 model on a CPU the linear layers are packed in
+    place, with the same products; the digest of the plain weights stays with the model, so another Target of it has the same digest.
     """
     packs = can_pack(target.head_weight)
-    target.verifier = lean_pass(target, PackedLinear if packs else plain_product)
+    target.verifier = target.model.dspark_pass = lean_pass(target, PackedLinear if packs else plain_product)
     if target.verifier is None and packs:
         target.model.weight_digest = target.digest
         pack_linears(target.model)

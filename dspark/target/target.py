@@ -29,7 +29,7 @@ class Target:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self.verifier: Any = None  # a faster pass than the model's own modules, put there from outside
+        self.verifier: Any = getattr(model, "dspark_pass", None)  # a faster pass than its own modules, put there from outside
         self.config = model.config.get_text_config()
         self.head_weight: Tensor = model.get_output_embeddings().weight  # [vocab, hidden]
         self.hidden_size: int = self.config.hidden_size

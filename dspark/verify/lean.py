@@ -77,16 +77,16 @@ class LeanPass:
     name = "lean"
 
     def __init__(self, target: Target, family: Family, make: MakeProduct) -> None:
-        config, model = target.config, target.model
-        self.target, self.decoder = target, target.decoder
+        config, decoder = target.config, target.decoder
+        self.device, self.dtype, self.rotary = target.device, target.dtype, decoder.rotary_emb
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.eps, self.scale = config.rms_norm_eps, self.head_dim**-0.5
         windows = family.windows(config, target.num_layers)
         self.layers = [self._layer(layer, window, family, make) for layer, window in zip(target.layers, windows, strict=True)]
-        self.norm = self.decoder.norm.weight
+        self.norm = decoder.norm.weight
         self.embedding = target.embedding.weight
-        self.head = make(model.get_output_embeddings().weight, None)
+        self.head = make(target.head_weight, None)
         self.table = (torch.empty(0), torch.empty(0))
 
     def _layer(self, layer: nn.Module, window: int | None, family: Family, make: MakeProduct) -> _Layer:
@@ -107,10 +107,10 @@ class LeanPass:
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * len(self.layers) * self.kv_heads * self.head_dim * self.target.dtype.itemsize
+        return 2 * len(self.layers) * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     def new_cache(self) -> SlotCache:
-        return SlotCache(len(self.layers), self.kv_heads, self.head_dim, self.target.dtype, self.target.device)
+        return SlotCache(len(self.layers), self.kv_heads, self.head_dim, self.dtype, self.device)
 
     @torch.inference_mode()
     def __call__(
@@ -120,7 +120,7 @@ class LeanPass:
         counts = [len(ids) for ids in tokens]
         starts = [slot.length for slot in slots]
         cache.reserve(max(start + count for start, count in zip(starts, counts, strict=True)))
-        device = self.target.device
+        device = self.device
         ids = torch.tensor([token for row in tokens for token in row], device=device)
         attend = _Attention(self, cache, slots, starts, counts)
         x, tapped = F.embedding(ids, self.embedding), {}
@@ -155,7 +155,7 @@ class LeanPass:
         if len(table[0]) < needed:
             size = max(FIRST_TABLE, 1 << (needed - 1).bit_length())
             every = torch.arange(size, device=positions.device)[None]
-            table = tuple(part[0][:, None] for part in self.decoder.rotary_emb(self.embedding[:1, None], every))
+            table = tuple(part[0][:, None] for part in self.rotary(self.embedding[:1, None], every))
             self.table = table
         return table[0][positions], table[1][positions]
 
@@ -168,7 +168,7 @@ class _Attention:
 
     def __init__(self, lean: LeanPass, cache: SlotCache, slots: Sequence[Slot], starts: Sequence[int], counts: Sequence[int]) -> None:
         self.lean, self.cache, self.group = lean, cache, lean.heads // lean.kv_heads
-        device, index = lean.target.device, [slot.index for slot in slots]
+        device, index = lean.device, [slot.index for slot in slots]
         self.starts, each, slot = (torch.tensor(numbers, device=device) for numbers in (starts, counts, index))
         self.widest, self.longest = max(counts), max(start + n for start, n in zip(starts, counts, strict=True))
         self.row = torch.arange(len(slots), device=device).repeat_interleave(each)  # [N] where each token is in the grid
@@ -213,7 +213,7 @@ class _Attention:
                 query = self.starts[:, None, None] + torch.arange(self.widest, device=self.starts.device)[:, None]
                 key = torch.arange(self.longest, device=self.starts.device)
                 hidden = key > query if window is None else (key > query) | (key <= query - window)  # [R, n, context]
-                mask = torch.zeros(hidden.shape, dtype=self.lean.target.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+                mask = torch.zeros(hidden.shape, dtype=self.lean.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
                 mask = mask.repeat(1, self.group if self.widest <= FOLDED else 1, 1)[:, None]
             self.masks[window] = mask
         return self.masks[window]
