@@ -151,7 +151,7 @@ def test_a_killed_job_loses_nothing_finished_and_ends_as_if_undisturbed(name: st
     assert job.result(whole) == job.result(first)  # deterministic, so there is something to compare with
 
     kept, kills = [], 0
-    for cause in ("write", "moment", "moment", "write", "moment"):
+    for cause in ("moment", "write", "moment", "write", "moment"):
         limit = dice.randrange(largest // 8, largest) if cause == "write" else None
         code = run(job, out, 200.0 if limit else (0.3 + 0.5 * dice.random()) * seconds, limit)
         kills += code < 0
