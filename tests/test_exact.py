@@ -16,11 +16,10 @@ from exact.greedy import BLOCK_SIZES, SITUATIONS, compared
 from exact.tables import APPENDIX_A_STEPS, PAIR, PAIR_POLICIES, PAIR_STEPS, GlobalArgmax, first_tokens, served_together
 from tiny import tiny_drafter, tiny_target
 
-from dspark.lab.branches import Branch, every_branch, exact
+from exact.branches import Branch, every_branch, exact
 from dspark.schedule import POLICIES as REGISTRY
 from dspark.schedule import PrefixScheduler
-from dspark.verify.accept import accept, residual
-from dspark.verify.sampling import Rng, Sampling
+from dspark.verify.sampling import Sampling
 
 CASES = few_cases()
 SCHEDULED = [name for name in POLICIES if name.startswith(("confidence", "conditional", "prefix"))]
@@ -83,30 +82,7 @@ def test_a_schedule_that_reads_later_confidences_makes_requests_depend_on_each_o
     assert served_together(PAIR, GlobalArgmax(PAIR_STEPS)).difference > 0.01
 
 
-# ---- the rule and its branches
-
-
-def test_every_draft_has_a_uniform_number_of_its_own() -> None:
-    """Two drafts, each accepted with probability ½: one number for both would keep both or neither."""
-    p_draft, p_target, n, draw = torch.tensor([[1.0, 0.0]] * 2), torch.full((3, 2), 0.5), 2000, Rng(torch.Generator().manual_seed(0))
-    kept = Counter(accept([0, 0], p_draft, p_target, draw)[0] for _ in range(n))
-    for accepted, probability in enumerate((0.5, 0.25, 0.25)):
-        assert abs(kept[accepted] / n - probability) < 4 * (probability * (1 - probability) / n) ** 0.5  # four standard deviations
-
-
-def test_no_residual_is_too_small_to_count() -> None:
-    assert residual(torch.tensor([1.0, 1e-9, 3e-9]), torch.tensor([1.0, 3e-9, 1e-9])).tolist() == [0, 0, 1]
-
-
-def test_greedy_tells_logits_apart_that_only_float32_tells_apart() -> None:
-    assert Sampling().probs(torch.tensor([1.0, 1.0 + 2**-20, 0.5])).tolist() == [0, 1, 0]
-
-
-def test_calibration_divides_the_logits_of_confidence() -> None:
-    drafter, hidden = tiny_drafter(tiny_target()), torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    plain = drafter._confidence(hidden, [5, 6, 7, 8]).logit()
-    drafter.sts_temperatures = (2.0, 0.5, 1.5, 1.0)
-    assert torch.allclose(drafter._confidence(hidden, [5, 6, 7, 8]).logit(), plain / torch.tensor(drafter.sts_temperatures), atol=1e-4)
+# ---- the walk over branches
 
 
 def test_every_branch_is_visited_once_and_impossible_outcomes_never() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -109,3 +111,19 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_the_mass() -> None:
     probs = torch.tensor([0.1, 0.5, 0.15, 0.25])
     assert nucleus(probs, 0.7).tolist() == pytest.approx([0, 2 / 3, 0, 1 / 3])
     assert nucleus(probs, 0.5).tolist() == [0, 1, 0, 0]
+
+
+def test_every_draft_has_a_uniform_number_of_its_own() -> None:
+    """Two drafts, each accepted with probability ½: one number for both would keep both or neither."""
+    p_draft, p_target, n, draw = torch.tensor([[1.0, 0.0]] * 2), torch.full((3, 2), 0.5), 2000, Rng(torch.Generator().manual_seed(0))
+    kept = Counter(accept([0, 0], p_draft, p_target, draw)[0] for _ in range(n))
+    for accepted, probability in enumerate((0.5, 0.25, 0.25)):
+        assert abs(kept[accepted] / n - probability) < 4 * (probability * (1 - probability) / n) ** 0.5  # four standard deviations
+
+
+def test_no_residual_is_too_small_to_count() -> None:
+    assert residual(torch.tensor([1.0, 1e-9, 3e-9]), torch.tensor([1.0, 3e-9, 1e-9])).tolist() == [0, 0, 1]
+
+
+def test_greedy_tells_logits_apart_that_only_float32_tells_apart() -> None:
+    assert Sampling().probs(torch.tensor([1.0, 1.0 + 2**-20, 0.5])).tolist() == [0, 1, 0]

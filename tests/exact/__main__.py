@@ -120,10 +120,8 @@ def prove(options: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parts = "\n".join(f"  {name:12} {part.__doc__}" for name, part in PARTS.items())
-    made = argparse.ArgumentParser(
-        "python -m tests.exact", description=f"{__doc__}\n\n{parts}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parts = "; ".join(f"{name}: {part.__doc__}" for name, part in PARTS.items())
+    made = argparse.ArgumentParser("python -m tests.exact", description=__doc__, epilog=parts)
     made.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part", help="default all of them")
     made.add_argument("--out", type=Path, default=data_dir() / "results" / "proof.json", help="default %(default)s")
     made.add_argument("--domains", default="math,chat,code", help="whose first dev prompt the draws answer; default %(default)s")

@@ -1,6 +1,6 @@
 """The output distribution of small models by enumeration: the product's own engine runs over every branch, in fractions.
 
-Replaced are only the source of randomness, which takes every branch (:mod:`dspark.lab.branches`), and the arithmetic on probabilities,
+Replaced are only the source of randomness, which takes every branch (:mod:`exact.branches`), and the arithmetic on probabilities,
 which is exact. Drafting, scheduling, cache, rewinding and acceptance are the product's.
 """
 
@@ -23,7 +23,7 @@ from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import Ask, Draft, DraftSource, propose
 from dspark.engine import Engine
-from dspark.lab.branches import Branch, Distribution, every_branch, exact
+from exact.branches import Branch, Distribution, every_branch, exact
 from dspark.request import Request
 from dspark.round import Round
 from dspark.schedule import POLICIES as REGISTRY
