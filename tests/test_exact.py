@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from exact import draws, enumeration
+from exact.branches import Branch, every_branch, exact
 from exact.enumeration import HEADS, POLICIES, SAMPLINGS, SOURCES, Case, every_case, few_cases
 from exact.greedy import BLOCK_SIZES, SITUATIONS, compared
 from exact.tables import APPENDIX_A_STEPS, PAIR, PAIR_POLICIES, PAIR_STEPS, GlobalArgmax, first_tokens, served_together
 from tiny import tiny_drafter, tiny_target
 
-from exact.branches import Branch, every_branch, exact
 from dspark.schedule import POLICIES as REGISTRY
 from dspark.schedule import PrefixScheduler
 from dspark.verify.sampling import Sampling

@@ -23,7 +23,6 @@ from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import Ask, Draft, DraftSource, propose
 from dspark.engine import Engine
-from exact.branches import Branch, Distribution, every_branch, exact
 from dspark.request import Request
 from dspark.round import Round
 from dspark.schedule import POLICIES as REGISTRY
@@ -32,6 +31,7 @@ from dspark.target.target import Target
 from dspark.verify.lean import lean_pass
 from dspark.verify.passes import TargetPass, TransformersPass
 from dspark.verify.sampling import Sampling
+from exact.branches import Branch, Distribution, every_branch, exact
 
 PROMPTS = ([0, 1, 0], [1, 1])
 SEED = 1500
