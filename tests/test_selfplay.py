@@ -17,6 +17,7 @@ from dspark.target.target import Target
 from dspark.train import selfplay
 from dspark.train.corpus import Corpus, concatenate, load_corpus, save_corpus
 from dspark.train.selfplay import Subject, converse, load_subjects, pieces, sample, self_play, turns_of
+from dspark.verify.lean import lean_pass
 
 torch.set_num_threads(1)
 
@@ -94,6 +95,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def same(one: Corpus, other: Corpus) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("token_ids", "assistant", "temperature"))
+
+
+def test_the_lean_pass_writes_the_same_conversations(whole: Corpus, tmp_path: Path) -> None:
+    target = tiny_target()
+    target.verifier = lean_pass(target)
+    head = target.verifier.head
+    target.verifier.head = lambda hidden: favour_ends(None, None, head(hidden))
+    assert same(play(target, tmp_path / "c"), whole)
 
 
 def turns_in(row: list[int]) -> list[tuple[str, int, int]]:

@@ -10,7 +10,7 @@ import json
 import random
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -159,10 +159,9 @@ def converse(
     answering = torch.zeros(rows, dtype=torch.bool, device=device)  # whose turn it is: the assistant's (True) or the user's
     turn_length = torch.zeros(rows, dtype=torch.long, device=device)  # sampled tokens of the current turn
     temperature, as_user = temperature.to(device), torch.full((rows,), user_temperature, device=device)
-    cache, latest = target.new_cache(), ids[:, :shortest]
+    step, latest = next_logits(target, rows), ids[:, :shortest]
     for place in tqdm(range(shortest, tokens), desc=f"{rows} rows of text", unit="token", leave=False):
-        logits, _ = target.forward(latest, cache, logits_to_keep=1)
-        token = sample(logits[:, -1], torch.where(answering, temperature, as_user), generator)
+        token = sample(step(latest), torch.where(answering, temperature, as_user), generator)
         free = ids[:, place] < 0
         too_long = ~answering & (turn_length >= int(tokens * USER_SHARE))
         ended = free & (torch.isin(token, stops) | too_long)
@@ -176,6 +175,16 @@ def converse(
         answering = answering ^ ended
         latest = ids[:, place : place + 1]
     return Corpus(ids[:, :tokens].cpu(), response.cpu(), temperature.cpu())
+
+
+def next_logits(target: Target, rows: int) -> Callable[[Tensor], Tensor]:
+    """A function from the rows' latest tokens [rows, n] to the logits [rows, vocab] of the next ones; it remembers earlier tokens."""
+    if not target.verifier:
+        cache = target.new_cache()
+        return lambda latest: target.forward(latest, cache, logits_to_keep=1)[0][:, -1]
+    slots_of = target.verifier.new_cache()
+    slots = [slots_of.open() for _ in range(rows)]
+    return lambda latest: torch.cat(target.verifier(latest.tolist(), slots, slots_of, last_only=True)[0])
 
 
 def self_play(
