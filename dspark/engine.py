@@ -160,9 +160,8 @@ class Engine:
         Returns the finished rounds. A request that fails (its streamer raises, its logits are damaged) ends with the error, and the
         others go on. An interrupt costs the round, not the requests: the next step goes on where the last finished one ended.
         """
-        turns = [Turn(request, request.slot.length) for request in self.active]
-        joining = [r for r in self.active if not r.rounds]  # of a step that was interrupted
-        turns = [turn for turn in turns if turn.request.rounds]
+        turns = [Turn(request, request.slot.length) for request in self.active if request.rounds]
+        joining = [request for request in self.active if not request.rounds]  # of a step that was interrupted
         for request in (*joining, *self._admit()):
             self._each(request, self._prefill)
         if turns:
