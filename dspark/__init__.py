@@ -2,8 +2,8 @@
 
 One round, in the notation used everywhere:
     x_0 ``anchor``            the last committed token, not yet in the target's KV cache
-    x_1..x_γ ``draft_tokens`` proposed in one parallel pass and a tiny sequential head; γ is ``block_size``
-    c_k ``confidence``        P(x_k survives, given x_<k survived);  a_k ``survival`` = Π_{i≤k} c_i
+    x_1..x_γ ``draft_tokens`` one block: a parallel pass, then a tiny sequential head; γ is ``block_size``
+    c_k ``confidence``        P(x_k is accepted, if x_<k are);  a_k ``survival`` = Π_{i≤k} c_i
     ℓ ``verify_length``       how many drafts the policy sends to the target
     p_t, p_d                  ``p_target``, ``p_draft``: float32, after temperature, top-k and top-p
     τ ``tokens_per_round``    accepted drafts + 1 (correction or bonus)

@@ -1,4 +1,4 @@
-"""One text as a stream of rounds, or whole: an engine with one request. Several texts at once: an engine with several."""
+"""One call that decodes: round by round (:func:`decode`) or to the end, for one prompt or several (:func:`generate`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def decode(
 
     drafter: who proposes (:func:`~dspark.load_drafter`, :class:`~dspark.ContextLookup`); None for plain decoding.
     prompt: a string (one user turn), chat messages, or token ids.
-    policy: how far to look ahead; None for the drafter's whole block.
+    policy: how many tokens to draft and verify; None for the drafter's whole block.
     options: max_new_tokens, temperature, top_p, top_k, seed, stop, stop_ids, streamer; see :meth:`dspark.engine.Engine.submit`.
     Raises ValueError, before anything runs, for an empty or too long prompt, a bad option, or a policy that the drafter cannot serve.
     """
@@ -55,14 +55,14 @@ def generate(
 def rounds(
     target: Target, drafter: DraftSource | None, prompt: list[int], limit: int, policy: Policy, sampling: Sampling, rng: Rng
 ) -> Iterator[Round]:
-    """The rounds of one request whose parts are made already. prompt: token ids. limit: new tokens at most."""
+    """As :func:`decode`, for a caller with its own sampling and rng. prompt: token ids. limit: new tokens at most."""
     engine = Engine(target, drafter, policy)
     request = Request(id=0, prompt=prompt, limit=limit, sampling=sampling, rng=rng, end_ids=target.eos_token_ids)
     return _stream(engine, engine.enqueue(request))
 
 
 def _stream(engine: Engine, request: Request) -> Iterator[Round]:
-    """The request's rounds as they are finished. Raises what made it fail."""
+    """The request's rounds as they are finished. Raises the error that ended it, if one did."""
     for _, finished in engine.run():
         yield finished
     if request.error:

@@ -27,7 +27,7 @@ class Engine:
     depend on its neighbours. Two engines may share a target and a drafter, each in a thread of its own; one engine belongs to one thread.
 
     drafter: who proposes; None for plain decoding.
-    policy: how far to look ahead; None for the drafter's whole block.
+    policy: how many tokens to draft and verify; None for the drafter's whole block.
     max_requests: how many are served at once, at least 1; the others wait in order.
     memory: bytes of keys and values at most; None for no limit. A request is admitted when prompt and limit fit beside the others.
     Raises ValueError for a policy that the drafter cannot serve, or a number out of range.
@@ -101,7 +101,7 @@ class Engine:
         return self.enqueue(request)
 
     def enqueue(self, request: Request) -> Request:
-        """Queue a request whose parts were made elsewhere. Raises ValueError for an id that is taken, or one that can never fit."""
+        """Queue a request that the caller has built. Raises ValueError for an id that is taken, or one that can never fit."""
         if request.id is None:
             request.id = next(number for number in self._ids if number not in self._known)
         if request.id in self._known:
@@ -157,20 +157,20 @@ class Engine:
     def step(self) -> list[tuple[Request, Round]]:
         """One round for every active request, and the prefill of those that join.
 
-        Returns the finished rounds. A request that fails (its streamer raises, its logits are damaged) ends with the error, and the
-        others go on. An interrupt costs the round, not the requests: the next step goes on where the last finished one ended.
+        Returns the finished rounds. A request that fails (its streamer raises, its logits are NaN) ends with the error, and the
+        others go on. An interrupt loses the current round only: the next step repeats it.
         """
         turns = [Turn(request, request.slot.length) for request in self.active if request.rounds]
         joining = [request for request in self.active if not request.rounds]  # of a step that was interrupted
         for request in (*joining, *self._admit()):
-            self._each(request, self._prefill)
+            self._guard(request, self._prefill)
         if turns:
             self._round(turns)
         finished, self._finished = self._finished, []
         return finished
 
-    def _each(self, request: Request, work: Callable[..., None], *parts: object) -> None:
-        """Work that concerns one request alone: its failure ends this request, not the others."""
+    def _guard(self, request: Request, work: Callable[..., None], *parts: object) -> None:
+        """Run ``work(request, *parts)``. If it fails, this request ends with the error, and the others go on."""
         try:
             work(request, *parts)
         except Exception as error:
@@ -181,28 +181,28 @@ class Engine:
         clock = Clock(self.target.device)
         request.slot.rewind(0)
         logits, taps = self.verifier([request.prompt], [request.slot], self.cache, self.layer_ids, last_only=True)
-        verified = clock.lap()
+        verify_seconds = clock.lap()
         if self.drafter:
             request.state = self.drafter.new_state(request.prompt)
             self.drafter.extend(request.state, request.prompt, taps[0])
         first = request.rng.choose(request.sampling.probs(logits[0][-1]))
-        self._commit(request, Round(index=0, committed=(first,), verify_seconds=verified, seconds=clock.total()))
+        self._commit(request, Round(index=0, committed=(first,), verify_seconds=verify_seconds, seconds=clock.total()))
 
     def _round(self, turns: Sequence[Turn]) -> None:
-        clock, rounds = Clock(self.target.device), [len(turn.request.rounds) for turn in turns]
+        """One round for these requests. After an error or an interrupt, slots whose round is not committed are as before."""
+        clock, finished = Clock(self.target.device), [len(turn.request.rounds) for turn in turns]
         try:
             self._draft(turns)
-            lengths = self.policy.lengths([turn.draft.confidence for turn in turns])  # the schedule: asked once, about all requests
+            lengths = self.policy.lengths([turn.draft.confidence for turn in turns])  # once, for all requests
             for turn, length in zip(turns, lengths, strict=True):
                 turn.verify_length = min(length, len(turn.draft.tokens))
-            drafted = clock.lap()
-            slots = [turn.request.slot for turn in turns]
-            logits, taps = self.verifier([turn.tokens for turn in turns], slots, self.cache, self.layer_ids)
-            verified = clock.lap()
+            draft_seconds = clock.lap()
+            logits, taps = self.verifier([t.tokens for t in turns], [t.request.slot for t in turns], self.cache, self.layer_ids)
+            verify_seconds = clock.lap()
             for turn, rows, tapped in zip(turns, logits, taps, strict=True):
-                self._each(turn.request, self._accept, turn, rows, tapped, drafted, verified, clock)
+                self._guard(turn.request, self._accept, turn, rows, tapped, draft_seconds, verify_seconds, clock)
         except BaseException:
-            for turn, before in zip(turns, rounds, strict=True):
+            for turn, before in zip(turns, finished, strict=True):
                 if turn.request.slot is not None and len(turn.request.rounds) == before:
                     turn.request.slot.rewind(turn.start)
             raise
@@ -214,15 +214,15 @@ class Engine:
         for turn in turns:
             last = turn.request.rounds[-1] if len(turn.request.rounds) > 1 else None
             turn.window = self.policy.window(last, self.drafter.block_size)
-        asking = [turn for turn in turns if turn.room > 0]
-        asks = [Ask(turn.request.state, turn.request.anchor, turn.room, turn.request.sampling, turn.request.rng) for turn in asking]
+        asking = [turn for turn in turns if turn.draft_limit > 0]
+        asks = [Ask(turn.request.state, turn.request.anchor, turn.draft_limit, turn.request.sampling, turn.request.rng) for turn in asking]
         for turn, draft in zip(asking, propose(self.drafter, asks) if asks else (), strict=True):
             turn.draft = draft
 
     def _accept(
-        self, request: Request, turn: Turn, logits: Tensor, taps: Tensor | None, drafted: float, verified: float, clock: Clock
+        self, request: Request, turn: Turn, logits: Tensor, taps: Tensor | None, draft_seconds: float, verify_seconds: float, clock: Clock
     ) -> None:
-        """Decide what stays of one request's block, rewind its cache to that, commit the round. logits: [ℓ+1, vocab]."""
+        """Accept drafts, rewind the slot, commit the round. logits: [ℓ+1, vocab]; taps: [1, ℓ+1, m·hidden]."""
         anchor, *checked = turn.tokens
         draft, p_target = turn.draft, Rows(request.sampling, logits)
         accepted, next_token = accept(checked, draft.probs, p_target, request.rng)
@@ -238,8 +238,8 @@ class Engine:
             target_probs_of_drafts=_target_probs(p_target, checked),
             draft_probs_of_drafts=tuple(float(draft.probs[k, token]) for k, token in enumerate(draft.tokens)),
             source=draft.source,
-            draft_seconds=drafted,
-            verify_seconds=verified,
+            draft_seconds=draft_seconds,
+            verify_seconds=verify_seconds,
         )
         request.slot.rewind(turn.start + 1 + accepted)  # the cache keeps the anchor and the accepted drafts
         if self.drafter:
@@ -248,7 +248,7 @@ class Engine:
         self._commit(request, replace(outcome, seconds=clock.total()))
 
     def _commit(self, request: Request, outcome: Round) -> None:
-        """The round joins the text; the request leaves if that ends it."""
+        """Add the round to the request; end the request if its text is complete."""
         committed = self._until_stop(request, outcome.committed)
         stopped = committed is not None
         if stopped:
@@ -265,7 +265,7 @@ class Engine:
         """The tokens up to the one that completes a stop string; None if there is none."""
         if not request.stop:
             return None
-        reach = 4 * max(map(len, request.stop)) + 4  # tokens that a stop string can span: a character has up to four bytes
+        reach = 4 * max(map(len, request.stop)) + 4  # tokens that a stop string can span: a token per byte, four bytes a character
         for n in range(1, len(committed) + 1):
             text = self.target.decode([*request.token_ids, *committed[:n]][-reach:])
             if any(stop in text for stop in request.stop):
@@ -293,7 +293,7 @@ def _until_end(tokens: list[int], end_ids: frozenset[int]) -> tuple[int, ...]:
 
 
 def _target_probs(p_target: Rows, drafts: Sequence[int]) -> tuple[float, ...]:
-    """What the target gave each checked draft; at temperature 1 when decoding is greedy, where p_target is one-hot."""
+    """p_t(x_k) of each checked draft; at temperature 1 when decoding is greedy, where p_target is one-hot."""
     if p_target.sampling.temperature:
         return tuple(float(p_target[k, token]) for k, token in enumerate(drafts))
     return tuple(p_target.logits[: len(drafts)].softmax(-1, torch.float32)[range(len(drafts)), list(drafts)].tolist())

@@ -1,4 +1,4 @@
-"""What an engine keeps of the texts it is writing: a request, and its turn in the round under way."""
+"""What an engine keeps of the texts it is writing: a request, and its part of the current round."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dspark.verify.sampling import Rng, Sampling
 
 
 class Streamer(Protocol):
-    """What transformers calls a streamer: it is given tokens as they are committed, then told that the text is complete."""
+    """What transformers calls a streamer: ``put`` receives tokens as they are committed, ``end`` follows the last."""
 
     def put(self, value: object) -> None: ...
 
@@ -25,15 +25,15 @@ class Request:
 
     id: unique within the engine.
     prompt: token ids.
-    limit: new tokens at most.
+    limit: new tokens at most: max_new_tokens, or fewer if the context ends before.
     sampling: how its tokens are chosen.
     rng: its own random numbers, advanced by its own rounds alone.
     end_ids: token ids that end the text.
     stop: strings that end the text; what follows the first of them is never committed.
-    streamer: is given every committed token.
+    streamer: receives every committed token.
     rounds: finished rounds, the prefill first.
     token_ids: the new tokens so far.
-    state: the draft source's record of it, None while it waits or if nobody drafts.
+    state: what the draft source remembers about it, None while it waits or if nobody drafts.
     slot: its place in the target's cache, None while it waits and after its end.
     status: "waiting", "active", "finished", "cancelled" or "failed".
     error: what made it fail.
@@ -66,12 +66,12 @@ class Request:
 
 @dataclass
 class Turn:
-    """One request's part of a round that is under way.
+    """One request's part of the current round.
 
-    start: tokens that its slot held before.
+    start: tokens in its slot before the round.
     window: tokens that the policy asked for.
     draft: what was proposed.
-    verify_length: ℓ, how much of it is checked.
+    verify_length: ℓ, how many of the drafts are sent to the target.
     """
 
     request: Request
@@ -81,8 +81,8 @@ class Turn:
     verify_length: int = 0
 
     @property
-    def room(self) -> int:
-        """Tokens to draft. A round's last token is never a draft, so more than what is left but one could not be kept."""
+    def draft_limit(self) -> int:
+        """Tokens to draft at most. The last token of a round is never a draft, so one of the tokens that are left needs none."""
         return min(self.window, self.request.limit - len(self.request.token_ids) - 1)
 
     @property

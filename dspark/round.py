@@ -1,4 +1,4 @@
-"""What decoding leaves behind: one record per round, one per finished text."""
+"""What decoding returns: one record per round, one per finished text."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Round:
     confidence: c_1..c_w, probabilities; NaN from a drafter without a confidence head.
     verify_length: ℓ ≤ w, how many drafts the target checked.
     accepted: how many of those it accepted.
-    target_probs_of_drafts: ℓ numbers, what the target gave the checked drafts (at temperature 1 when decoding is greedy).
-    draft_probs_of_drafts: w numbers, the probabilities with which the drafts were drawn.
+    target_probs_of_drafts: ℓ numbers, p_t(x_k) of the checked drafts (at temperature 1 when decoding is greedy).
+    draft_probs_of_drafts: w numbers, p_d(x_k), the probabilities with which the drafts were drawn.
     source: who drafted, such as "drafter" or "copy"; "" if nobody did.
-    draft_seconds: host seconds of drafting and scheduling.
-    verify_seconds: host seconds of the target's pass.
-    seconds: host seconds of the whole round.
+    draft_seconds: host seconds of drafting and scheduling, for all requests of the step together.
+    verify_seconds: host seconds of the target's pass, for all of them.
+    seconds: host seconds from the start of the step until this round was committed.
     """
 
     index: int
@@ -56,7 +56,7 @@ class Output:
     text: the new tokens as text.
     token_ids: the new tokens, an end-of-text token included.
     rounds: in order, the prefill first.
-    seconds: host seconds of all of it, prefill included.
+    seconds: host seconds of the whole call, prefill included; the same for all prompts of one call.
     """
 
     text: str
@@ -72,6 +72,6 @@ class Output:
 
     @property
     def tokens_per_second(self) -> float:
-        """Committed tokens per second of decoding, without the prefill. NaN if the prefill ended the text."""
+        """Committed tokens per second of its rounds, without the prefill. NaN if the prefill ended the text."""
         seconds = sum(r.seconds for r in self.rounds[1:])
         return sum(len(r.committed) for r in self.rounds[1:]) / seconds if seconds else math.nan

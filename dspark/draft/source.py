@@ -1,4 +1,4 @@
-"""What every source of drafts has in common: what it is asked, and what it returns."""
+"""The protocol of a draft source: what it is asked (:class:`Ask`) and what it returns (:class:`Draft`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dspark.verify.sampling import Rng, Sampling
 
-COPY = "copy"  # the source of a draft that was looked up, not computed
+COPY = "copy"  # the source of a draft that was copied from the context
 
 
 class Ask(NamedTuple):
     """What one request wants drafted.
 
-    state: the source's own record of the request.
+    state: what the source remembers about the request.
     anchor: x_0.
     window: tokens to propose at most; at least 1.
     sampling: how the request's tokens are chosen.
@@ -37,7 +37,7 @@ class Draft:
 
     tokens: w ids of the target's vocabulary.
     probs: [w, vocab] float32, exactly the distributions they were drawn from.
-    confidence: [w] float32, c_k, calibrated if the drafter carries temperatures; NaN without a confidence head.
+    confidence: [w] float32, c_k, calibrated if the drafter was calibrated; NaN without a confidence head.
     source: who proposed it.
     """
 
@@ -55,7 +55,7 @@ class DraftSource(Protocol):
 
     block_size: most tokens it proposes at once.
     target_layer_ids: target layers whose output it reads; () for none.
-    has_confidence: whether its confidences are numbers.
+    has_confidence: whether its drafts carry confidences; if not, they are NaN.
 
     A source may also have ``propose(asks) → drafts``, which drafts for several requests at once.
     """
@@ -68,13 +68,13 @@ class DraftSource(Protocol):
         """What this source remembers about one request."""
 
     def extend(self, state: object, token_ids: Sequence[int], taps: Tensor | None) -> None:
-        """The target has processed these committed tokens. taps: [1, tokens, m·hidden] at the same positions, None if not asked for."""
+        """The target has processed these committed tokens. taps: [1, tokens, m·hidden] of these, None without target_layer_ids."""
 
     def draft(self, state: object, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
         """Propose at most ``window`` tokens after the anchor."""
 
 
 def propose(source: DraftSource, asks: Sequence[Ask]) -> list[Draft]:
-    """Every request's draft, in one go where the source can."""
+    """Every request's draft, made together if the source can."""
     together = getattr(source, "propose", None)
     return together(asks) if together else [source.draft(*ask) for ask in asks]
