@@ -16,27 +16,23 @@ HEAD_TYPES = ("vanilla", "gated", "rnn")
 
 @dataclass(frozen=True)
 class DrafterConfig:
-    """Shape of a drafter. Names are those of the reference checkpoints' config.json.
+    """Shape of a drafter. Names are those of the reference checkpoints' config.json. Raises ValueError for a value out of range."""
 
-    ``markov_rank`` 0 is DFlash, the purely parallel baseline. ``target_layer_ids`` i: the residual stream AFTER layer i,
-    −1 the embedding. ``draft_vocab_size``: the drafter proposes only that many tokens (all of them if it equals vocab_size).
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
+    vocab_size: int  # of the target
+    hidden_size: int  # of the target and of the drafter
+    intermediate_size: int  # of the MLP
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    target_layer_ids: tuple[int, ...]
-    mask_token_id: int
-    block_size: int = 7
-    markov_rank: int = 256
-    markov_head_type: str = "vanilla"
+    target_layer_ids: tuple[int, ...]  # taps; i is the residual stream AFTER layer i, −1 the embedding
+    mask_token_id: int  # fills the slots after the anchor
+    block_size: int = 7  # γ
+    markov_rank: int = 256  # of the sequential head; 0 is DFlash, the purely parallel baseline
+    markov_head_type: str = "vanilla"  # one of HEAD_TYPES, see MarkovHead
     enable_confidence_head: bool = True
-    confidence_head_with_markov: bool = True
-    draft_vocab_size: int | None = None
+    confidence_head_with_markov: bool = True  # the confidence head also reads W1[x_{k−1}]
+    draft_vocab_size: int | None = None  # tokens that can be drafted; None for vocab_size
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
 
@@ -60,10 +56,10 @@ class DrafterConfig:
 
 
 class Context(NamedTuple):
-    """Keys and values of the context for one layer while training: the block's own are appended, differentiably."""
+    """One layer's context while training: what :meth:`append` returns is differentiable, and the context itself does not change."""
 
-    keys: Tensor
-    values: Tensor
+    keys: Tensor  # [batch, kv_heads, tokens, head_dim]
+    values: Tensor  # the same
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
@@ -90,7 +86,10 @@ class Rope(NamedTuple):
 
 
 def block_mask(anchors: Tensor, block_size: int, length: int) -> Tensor:
-    """[rows, anchors] → [rows, 1, anchors·γ, length + anchors·γ] bool: context strictly before the anchor, and the own block."""
+    """What each slot of many blocks sees: context strictly before its anchor, and its own block.
+
+    anchors: [rows, anchors], positions in texts of ``length`` tokens. Returns [rows, 1, anchors·γ, length + anchors·γ] bool.
+    """
     count = anchors.shape[1]
     owner = torch.arange(count, device=anchors.device).repeat_interleave(block_size)
     before = torch.arange(length, device=anchors.device) < anchors[..., None]  # [rows, anchors, length]
@@ -99,14 +98,14 @@ def block_mask(anchors: Tensor, block_size: int, length: int) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """With float32 master weights and bf16 activations, PyTorch's fused kernel wants the weight cast first."""
+    """Casts the weight to the input's dtype: PyTorch's fused kernel needs them equal, and training keeps float32 weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
-    """Queries come from the block only; keys and values from the context and the block, seen in both directions."""
+    """Queries come from the block only; keys and values from the context and the block, without a causal mask."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -128,11 +127,12 @@ class Attention(nn.Module):
         return rope.rotate(keys), self._heads(self.v_proj(x)).transpose(1, 2)
 
     def forward(self, x: Tensor, rope: Rope, context: GrowingKV | Context, mask: Tensor | None) -> Tensor:
+        """x: [batch, n, hidden] → the same shape. mask: bool, broadcast to [batch, heads, n, context + n]; None if all is visible."""
         queries = rope.rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2))
         keys, values = context.append(*self.keys_values(x, rope))
-        if mask is None:  # every query sees everything, so a group's heads can stand in line as more queries: faster than enable_gqa
-            in_line = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-            mixed = F.scaled_dot_product_attention(in_line, keys, values).reshape(queries.shape)
+        if mask is None:  # without a mask, the heads that share keys can be folded into the queries: faster than enable_gqa
+            folded = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+            mixed = F.scaled_dot_product_attention(folded, keys, values).reshape(queries.shape)
         else:
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
@@ -152,7 +152,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm residual block."""
+    """Pre-norm transformer layer. Arguments as :meth:`Attention.forward`."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()

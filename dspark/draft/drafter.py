@@ -1,5 +1,5 @@
-"""The drafter M_d: a parallel backbone proposes a block, a sequential head ties its tokens together, a confidence head predicts how
-likely each is to survive (the paper's §3, semi-autoregressive generation)."""
+"""The drafter M_d: one parallel pass over the block, a sequential head that samples it token by token, and a confidence head that
+predicts how likely each token is to be accepted (the paper's §3, semi-autoregressive generation)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class DraftState:
     """What the drafter remembers about one request.
 
-    layers: keys and values of the context, one cache per layer; nothing of a block stays.
-    pending: taps [1, tokens, m·hidden] of committed tokens that no block has needed yet.
+    layers: keys and values of the context, one cache per layer; those of a block are dropped after drafting.
+    pending: taps [1, tokens, m·hidden] of committed tokens that are not in ``layers`` yet.
     """
 
     layers: list[GrowingKV]
@@ -38,9 +38,9 @@ class DraftState:
 class Drafter(nn.Module):
     """Backbone, Markov head and confidence head; embedding and LM head are the target's, frozen.
 
-    config: the shape.
+    config: shape and numbers of the layers and heads.
     d2t: [draft_vocab] int64, the target's id of each token that can be drafted.
-    sts_temperatures: one per position, from calibration; () if it was never calibrated.
+    sts_temperatures: one per position, from calibration (sequential temperature scaling); () if it was never calibrated.
     fused: None, or an object with faster :meth:`context` and :meth:`blocks`, put there from outside (:func:`dspark.cpu.pack_drafter`).
     """
 
@@ -63,8 +63,8 @@ class Drafter(nn.Module):
         self.fused: Any = None
 
     @torch.no_grad()
-    def start_context(self, norm_weight: Tensor) -> None:
-        """For a fresh drafter whose layers start as copies of the target's: norm the context as those layers expect it."""
+    def init_context_norm(self, norm_weight: Tensor) -> None:
+        """Before training, with layers copied from the target: start from the norm [hidden] that those layers had on their input."""
         self.hidden_norm.weight.copy_(norm_weight)
 
     def attach(self, target: Target) -> Drafter:
@@ -94,7 +94,8 @@ class Drafter(nn.Module):
         return [layer.self_attn.keys_values(x, rope) for layer in self.layers]
 
     def backbone(self, tokens: Tensor, positions: Tensor, contexts: Sequence[GrowingKV | Context], mask: Tensor | None = None) -> Tensor:
-        """[anchor, mask × (γ−1)] → hidden states. tokens, positions: [batch, n]; returns [batch, n, hidden] after the norm."""
+        """[anchor, mask × (γ−1)] → [batch, n, hidden] after the norm. tokens, positions: [batch, n]; contexts: one per layer, as mask
+        for :meth:`dspark.draft.backbone.Attention.forward`."""
         x = self.embed(tokens)
         rope = self._rope(positions, x.dtype)
         for layer, context in zip(self.layers, contexts, strict=True):
@@ -102,15 +103,14 @@ class Drafter(nn.Module):
         return self.norm(x)
 
     def block_hidden(self, token_ids: Tensor, taps: Tensor, tokens: Tensor, previous: Tensor, positions: Tensor) -> Tensor:
-        """What drafting would compute for many blocks of known texts, all in one pass; the training loss is built on it.
+        """The backbone for many blocks of known texts in one pass, as drafting would compute it; used in training.
 
-        token_ids: [rows, length], the texts.
+        token_ids: [rows, length], the texts; not read here, but by drafters that override this.
         taps: [rows, length, m·hidden].
         tokens: [rows, anchors, γ], anchor and masks.
-        previous: [rows, anchors, γ], x_{k−1} in the text.
+        previous: [rows, anchors, γ], x_{k−1} in the text; not read here either.
         positions: [rows, anchors, γ], the position of slot k.
-        Returns [rows, anchors, γ, hidden] after the norm. This backbone reads nothing of a text but taps and anchors; a drafter that
-        reads more overrides this.
+        Returns [rows, anchors, γ, hidden] after the norm.
         """
         contexts = [Context(*kv) for kv in self.context(taps)]
         mask = block_mask(positions[..., 0], positions.shape[-1], taps.shape[1])
@@ -125,7 +125,7 @@ class Drafter(nn.Module):
         return DraftState([GrowingKV() for _ in self.layers])
 
     def extend(self, state: DraftState, token_ids: Sequence[int], taps: Tensor) -> None:
-        """Add committed tokens to the context. taps: [1, tokens, m·hidden]; of the token ids only the anchor's is ever read."""
+        """Add committed tokens to the context. taps: [1, tokens, m·hidden]; the ids are not read: the taps stand for the tokens."""
         state.pending.append(taps)
 
     def draft(self, state: DraftState, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
@@ -150,7 +150,7 @@ class Drafter(nn.Module):
         ]
 
     def _absorb(self, states: Sequence[DraftState]) -> None:
-        """Turn the pending taps of all requests into keys and values of their contexts."""
+        """Turn the pending taps of all requests into keys and values of their contexts, in one pass."""
         states = [state for state in states if state.pending]
         if not states:  # a second draft from the same context
             return
@@ -214,7 +214,7 @@ class Drafter(nn.Module):
         return logits.sigmoid()
 
     def _spread(self, rows: Sequence[Tensor]) -> Tensor:
-        """w rows [draft_vocab] → [w, vocab]: tokens that the drafter cannot propose get probability zero."""
+        """w rows [draft_vocab] → [w, vocab]; tokens outside the draft vocabulary get probability zero."""
         probs = torch.stack(list(rows))
         if self.config.draft_vocab_size == self.config.vocab_size:
             return probs

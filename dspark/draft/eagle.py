@@ -1,9 +1,9 @@
 """An autoregressive drafter in the manner of EAGLE-3 (Li et al., 2025): it drafts one token after another.
 
 It reads the same taps as :class:`dspark.draft.drafter.Drafter` and borrows the same embedding and head, but its one layer runs once per
-drafted token. What the layer reads at a token's position is that token's embedding and a feature of the position before it: the
-target's taps, fused, where the target has been, and the layer's own output where it has not. Training lives through the same
-steps on the same outputs ("training-time test"), so that drafting meets nothing that training has not seen.
+drafted token. At a token's position the layer reads that token's embedding and a feature of the position before it: the target's
+fused taps if the target has processed that position, else the layer's own output. Training takes the same steps on the layer's own
+outputs ("training-time test"), so it sees the inputs that drafting sees.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dspark.verify.sampling import Rng, Sampling
 class EagleState(DraftState):
     """As :class:`DraftState`; the cache has one entry per token but the first, which has no feature before it.
 
-    pending: taps without an entry yet, those of the last committed token included, since that entry is the anchor's.
+    pending: taps not used in an entry yet; those of the last committed token wait for the anchor, which comes after it.
     tokens: the ids at the same positions as ``pending``.
     """
 
@@ -57,8 +57,8 @@ class EagleDrafter(Drafter):
         self.combine = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
     @torch.no_grad()
-    def start_context(self, norm_weight: Tensor) -> None:
-        """The layer norms its own input, which starts as the sum of feature and embedding, both normed."""
+    def init_context_norm(self, norm_weight: Tensor) -> None:
+        """Before training: let the layer's input be the sum of feature and embedding. It norms that itself, so no norm is copied."""
         self.combine.weight.mul_(0.1).add_(torch.eye(self.config.hidden_size).repeat(1, 2))
 
     # ---- one step
@@ -107,7 +107,7 @@ class EagleDrafter(Drafter):
         state.tokens.extend(token_ids)
 
     def _absorb(self, state: EagleState) -> Tensor:
-        """Make the entries of all tokens whose feature is known. Returns the feature before the anchor, [1, 1, hidden]."""
+        """Make the cache entries of all tokens whose feature is known. Returns the feature before the anchor, [1, 1, hidden]."""
         taps, kv = torch.cat(state.pending, 1), state.layers[0]
         features = self.fc(taps)
         if len(state.tokens) > 1:

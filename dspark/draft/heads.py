@@ -1,4 +1,4 @@
-"""The two heads on the parallel backbone: one ties a block's tokens together, one predicts which of them survive (§3.1–3.2)."""
+"""The two heads on the parallel backbone: one makes a block's tokens depend on each other, one predicts which survive (§3.1–3.2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dspark.draft.backbone import DrafterConfig
 
 
 class MarkovHead(nn.Module):
-    """B_k = W2 · latent_k: what the token before says about the next one.
+    """B_k = W2 · latent_k, added to the base logits U_k: it makes x_k depend on x_{k−1}. W1: [vocab, rank], W2: [draft_vocab, rank].
 
     vanilla: latent = e = W1[x_{k−1}].
     gated: latent = σ(G[h_k; e]) ⊙ e.
@@ -38,7 +38,7 @@ class MarkovHead(nn.Module):
         return torch.tanh(output), keep * state + (1 - keep) * torch.tanh(candidate)
 
     def latents(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """All positions of known blocks. hidden: [..., γ, hidden], embedded: [..., γ, rank] → [..., γ, rank]."""
+        """All positions of known blocks, for training. hidden: [..., γ, hidden], embedded: [..., γ, rank] → [..., γ, rank]."""
         if self.kind == "vanilla":
             return embedded
         state, out = None, []

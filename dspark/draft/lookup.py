@@ -1,4 +1,4 @@
-"""Drafting by copying: when the text repeats itself, the context already holds the block (prompt lookup; Saxena, 2023)."""
+"""Drafting by copying: where the text repeats itself, the context already holds the block (prompt lookup; Saxena, 2023)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from dspark.target.target import Target
 
 MAX_COPY = 16  # tokens
-LEAST_SURVIVAL = 0.1  # a block ends where it is this unlikely to be right so far
-# How often the token that followed an n-gram of this length follows it again: counted on self-play text. Constants, so a draft depends
-# on the text alone and a trace can be replayed.
+LEAST_SURVIVAL = 0.1  # a block ends before the first token whose survival a_k is lower
+# n → c_k of a copied token: how often the token that followed an n-gram follows it again, counted on self-play text. Constants, so
+# drafts depend on the text alone and a trace can be replayed.
 RATES = {1: 0.3, 2: 0.45, 3: 0.55, 4: 0.65, 5: 0.7, 6: 0.9}
 LONGEST = max(RATES)
 Gram = tuple[int, ...]
@@ -28,7 +28,7 @@ Gram = tuple[int, ...]
 
 @dataclass
 class LookupState:
-    """What is known about one request.
+    """What is remembered about one request.
 
     drafter: the wrapped drafter's state, None without one.
     tokens: the committed tokens.
@@ -44,13 +44,13 @@ class ContextLookup:
     """Copies where the text repeats itself; elsewhere the wrapped drafter proposes, or nobody.
 
     Token by token, the draft is what followed the longest suffix n-gram with a known continuation, at least ``min_match`` tokens of
-    it. Drafts made so far count as text, so a loop is followed on and on. The distribution of such a draft is one-hot, chosen by past
-    tokens alone, and the same exact rule checks it.
+    it. Drafts count as text, so a copy can run past the end of the text into itself. The distribution of such a draft is one-hot: it
+    depends on past tokens alone, so the exact acceptance rule applies unchanged.
 
     drafter: proposes where nothing can be copied, at most its own block; None makes such a round a plain step.
     min_match: tokens that must repeat, at least 1.
     max_copy: longest copied block in tokens; copying costs nothing, so it may be longer than the drafter's.
-    target: whose vocabulary is copied; needed only without a drafter. So any causal LM decodes, with nothing trained.
+    target: whose vocabulary is copied; needed only without a drafter. This needs no training.
     Raises ValueError for a number under 1, or if both drafter and target are missing.
     """
 
@@ -65,7 +65,7 @@ class ContextLookup:
         self.block_size = max(max_copy, drafter.block_size) if drafter else max_copy
         self.target_layer_ids = drafter.target_layer_ids if drafter else ()
         self.has_confidence = drafter.has_confidence if drafter else True
-        self.lengths = range(max(min_match, LONGEST), min_match - 1, -1)  # of n-grams, the longest looked up first
+        self.gram_lengths = range(max(min_match, LONGEST), min_match - 1, -1)  # the longest is looked up first
 
     def new_state(self, prompt: Sequence[int] = ()) -> LookupState:
         return LookupState(self.drafter.new_state(prompt) if self.drafter else None)
@@ -96,8 +96,8 @@ class ContextLookup:
         return drafts
 
     def _copy(self, state: LookupState, anchor: int, most: int) -> tuple[list[int], list[float]]:
-        """Copied tokens and how likely each is to be right; both empty if nothing is known to follow."""
-        text = [*state.tokens[-self.lengths[0] :], anchor]
+        """Copied tokens and c_k of each; both empty if no suffix has a known continuation."""
+        text = [*state.tokens[-self.gram_lengths[0] :], anchor]
         follows = ChainMap(dict.fromkeys(self._suffixes(state.tokens), anchor), state.follows)  # the anchor is not indexed yet
         tokens, rates, survival = [], [], 1.0
         while len(tokens) < most and (found := self._continuation(follows, [*text, *tokens])) is not None:
@@ -110,7 +110,7 @@ class ContextLookup:
         return tokens, rates
 
     def _continuation(self, follows: Mapping[Gram, int], text: Sequence[int]) -> tuple[int, float] | None:
-        """What follows the longest known suffix of the text, and the rate at which that came true."""
+        """The token after the longest suffix with a known continuation, and its c_k; None if there is none."""
         for gram in self._suffixes(text):
             if gram in follows:
                 return follows[gram], RATES[min(len(gram), LONGEST)]
@@ -118,7 +118,7 @@ class ContextLookup:
 
     def _suffixes(self, tokens: Sequence[int]) -> list[Gram]:
         """The n-grams that end these tokens, the longest first."""
-        return [tuple(tokens[-length:]) for length in self.lengths if length <= len(tokens)]
+        return [tuple(tokens[-length:]) for length in self.gram_lengths if length <= len(tokens)]
 
     def _one_hot(self, tokens: list[int], rates: list[float]) -> Draft:
         vocab_size = self.target.vocab_size if self.target else self.drafter.config.vocab_size

@@ -149,4 +149,4 @@ def _start_from(drafter: Drafter, target: Target, init_layers: tuple[int, ...]) 
     with torch.no_grad():
         drafter.fc.weight.mul_(0.1)[:, -target.hidden_size :] += torch.eye(target.hidden_size)
         if "input_layernorm.weight" in copied:
-            drafter.start_context(copied["input_layernorm.weight"])
+            drafter.init_context_norm(copied["input_layernorm.weight"])
