@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dspark.clock import Clock
 from dspark.draft.source import Ask, DraftSource, propose
-from dspark.request import Request, Streamer, Turn
+from dspark.request import Request, Streamer, Turn, Verdict, probs_of_drafts, until_end
 from dspark.round import Round
 from dspark.schedule import Autoregressive, FixedWindow, Policy
 from dspark.target.target import Prompt, Target
@@ -222,21 +222,29 @@ class Engine:
     def _accept(
         self, request: Request, turn: Turn, logits: Tensor, taps: Tensor | None, draft_seconds: float, verify_seconds: float, clock: Clock
     ) -> None:
-        """Accept drafts, rewind the slot, commit the round. logits: [ℓ+1, vocab]; taps: [1, ℓ+1, m·hidden]."""
-        anchor, *checked = turn.tokens
-        draft, p_target = turn.draft, Rows(request.sampling, logits)
+        """Accept drafts by the rule. logits: [ℓ+1, vocab]; taps: [1, ℓ+1, m·hidden]."""
+        checked, draft, p_target = turn.tokens[1:], turn.draft, Rows(request.sampling, logits)
         accepted, next_token = accept(checked, draft.probs, p_target, request.rng)
+        draft_probs = tuple(float(draft.probs[k, token]) for k, token in enumerate(draft.tokens))
+        verdict = Verdict(accepted, next_token, probs_of_drafts(p_target, checked), draft_probs)
+        self._settle(request, turn, verdict, taps, draft_seconds, verify_seconds, clock)
+
+    def _settle(
+        self, request: Request, turn: Turn, verdict: Verdict, taps: Tensor | None, draft_seconds: float, verify_seconds: float, clock: Clock
+    ) -> None:
+        """Rewind the slot to what was accepted, and commit the round."""
+        (anchor, *checked), draft, accepted = turn.tokens, turn.draft, verdict.accepted
         outcome = Round(
             index=len(request.rounds),
-            committed=_until_end([*checked[:accepted], next_token], request.end_ids),
+            committed=until_end([*checked[:accepted], verdict.next_token], request.end_ids),
             anchor=anchor,
             window=turn.window,
             draft_tokens=tuple(draft.tokens),
             confidence=tuple(draft.confidence.tolist()),
             verify_length=len(checked),
             accepted=accepted,
-            target_probs_of_drafts=_target_probs(p_target, checked),
-            draft_probs_of_drafts=tuple(float(draft.probs[k, token]) for k, token in enumerate(draft.tokens)),
+            target_probs_of_drafts=verdict.target_probs,
+            draft_probs_of_drafts=verdict.draft_probs,
             source=draft.source,
             draft_seconds=draft_seconds,
             verify_seconds=verify_seconds,
@@ -282,18 +290,3 @@ def checked_policy(policy: Policy | None, drafter: DraftSource | None) -> Policy
     policy = FixedWindow() if policy is None else policy
     policy.check(drafter.block_size, drafter.has_confidence)
     return policy
-
-
-def _until_end(tokens: list[int], end_ids: frozenset[int]) -> tuple[int, ...]:
-    """Cut after the first token that ends the text."""
-    for i, token in enumerate(tokens):
-        if token in end_ids:
-            return tuple(tokens[: i + 1])
-    return tuple(tokens)
-
-
-def _target_probs(p_target: Rows, drafts: Sequence[int]) -> tuple[float, ...]:
-    """p_t(x_k) of each checked draft; at temperature 1 when decoding is greedy, where p_target is one-hot."""
-    if p_target.sampling.temperature:
-        return tuple(float(p_target[k, token]) for k, token in enumerate(drafts))
-    return tuple(p_target.logits[: len(drafts)].softmax(-1, torch.float32)[range(len(drafts)), list(drafts)].tolist())

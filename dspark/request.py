@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import torch
 
 from dspark.draft.source import NOTHING, Draft
 from dspark.round import Round
 from dspark.verify.passes import Slot
-from dspark.verify.sampling import Rng, Sampling
+from dspark.verify.sampling import Rng, Rows, Sampling
 
 
 class Streamer(Protocol):
@@ -89,3 +92,33 @@ class Turn:
     def tokens(self) -> list[int]:
         """The anchor and the drafts to check."""
         return [self.request.anchor, *self.draft.tokens[: self.verify_length]]
+
+
+class Verdict(NamedTuple):
+    """What verification decided about one turn.
+
+    accepted: how many of its checked drafts stay.
+    next_token: the token after them.
+    target_probs: p_t of each checked draft, as :func:`probs_of_drafts` gives them.
+    draft_probs: p_d of each draft.
+    """
+
+    accepted: int
+    next_token: int
+    target_probs: tuple[float, ...]
+    draft_probs: tuple[float, ...]
+
+
+def until_end(tokens: list[int], end_ids: frozenset[int]) -> tuple[int, ...]:
+    """Cut after the first token that ends the text."""
+    for i, token in enumerate(tokens):
+        if token in end_ids:
+            return tuple(tokens[: i + 1])
+    return tuple(tokens)
+
+
+def probs_of_drafts(p_target: Rows, drafts: Sequence[int]) -> tuple[float, ...]:
+    """p_t(x_k) of each checked draft; at temperature 1 when decoding is greedy, where p_target is one-hot."""
+    if p_target.sampling.temperature:
+        return tuple(float(p_target[k, token]) for k, token in enumerate(drafts))
+    return tuple(p_target.logits[: len(drafts)].softmax(-1, torch.float32)[range(len(drafts)), list(drafts)].tolist())

@@ -205,7 +205,7 @@ class Planted:
     def draws_of_the_neighbour(real, source, asks):
         return real(source, [ask._replace(rng=asks[0].rng) for ask in asks])
 
-    @at("engine._until_end", TOP_P, "An end-of-text token among the accepted drafts is overlooked, and the text goes on after it.")
+    @at("request.until_end", TOP_P, "An end-of-text token among the accepted drafts is overlooked, and the text goes on after it.")
     def end_of_text_inside_a_block(real, tokens, end_ids):
         return tuple(tokens)
 
