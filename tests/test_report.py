@@ -11,8 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dspark.bench.results import SCHEMA_VERSION, write_results
+from dspark.bench.results import SCHEMA_VERSION, read_rows, write_results
+from dspark.bench.rollouts import FIT, FITTED, judged, rollouts_of
 from dspark.bench.table import caption
+from dspark.tune.calibrate import calibrate
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data"))
@@ -44,6 +46,15 @@ def test_readme_and_results_are_exactly_what_the_generator_makes_of_the_committe
     assert readme == report.filled(readme, report.headline_table(ROOT / "data")), "run make results"
 
 
+def test_the_calibration_on_the_page_is_the_one_that_the_shipped_drafter_carries():
+    rows = read_rows(ROOT / "data" / "results" / "rollouts-dev.parquet")
+    fitted = calibrate(rollouts_of(rows, half=FIT, temperature=FITTED))
+    config = ROOT / "data" / "drafters" / "smollm2-135m-instruct" / "config.json"
+    assert list(fitted.temperatures) == pytest.approx(json.loads(config.read_text(encoding="utf-8"))["sts_temperatures"], rel=1e-6)
+    line = judged(rows, fitted).query("temperature == 1 and position == 1").iloc[0]
+    assert f"{line['ece_before']:.1%} → {line['ece_after']:.1%} ({line['noise']:.1%})" in report._calibration(rows)
+
+
 def test_table_has_every_arm_and_domain_with_interval_and_tau():
     frame = speed_rows({"generate": 0.9, "fixed:5": 1.7})
     words, table = speed_table(frame).split("\n\n")
@@ -61,7 +72,8 @@ def test_remarks_hold_the_ratio_to_mtp1_and_the_number_of_equal_texts():
     assert over_mtp1(frame) == "Over `mtp1`, geometric mean: `fixed:5` 1.50× [1.50, 1.50]."
     assert same_texts(frame).endswith("token for token: `generate` 16 of 16, `mtp1` 16 of 16, `fixed:5` 8 of 16.")
     assert same_texts(frame.assign(temperature=1.0)) == "" and over_mtp1(speed_rows({"fixed:5": 1.8})) == ""
-    assert over_mtp1(frame) in speed_table(frame) and over_mtp1(frame) not in speed_table(frame, remarks=False)
+    assert over_mtp1(frame) in speed_table(frame) and same_texts(frame) in speed_table(frame)
+    assert over_mtp1(frame) in speed_table(frame, texts=False) and same_texts(frame) not in speed_table(frame, texts=False)
 
 
 def test_sections_without_a_file_are_left_out(tmp_path):
