@@ -29,7 +29,8 @@ class Engine:
     drafter: who proposes; None for plain decoding.
     policy: how many tokens to draft and verify; None for the drafter's whole block.
     max_requests: how many are served at once, at least 1; the others wait in order.
-    memory: bytes of keys and values at most; None for no limit. A request is admitted when prompt and limit fit beside the others.
+    memory: bytes of keys and values at most, the drafter's included; None for no limit. A request is admitted when prompt and limit fit
+        beside the others; nobody passes one that waits.
     Raises ValueError for a policy that the drafter cannot serve, or a number out of range.
     """
 
@@ -45,12 +46,13 @@ class Engine:
         self.policy = checked_policy(policy, drafter)
         if isinstance(max_requests, bool) or not isinstance(max_requests, int) or max_requests < 1:
             raise ValueError(f"max_requests must be a whole number of at least 1, got {max_requests!r}")
-        if memory is not None and not memory > 0:
+        if isinstance(memory, bool) or (memory is not None and not memory > 0):
             raise ValueError(f"memory must be a positive number of bytes, got {memory!r}: None sets no limit")
         self.target, self.max_requests, self.memory = target, max_requests, memory
         self.drafter = None if isinstance(self.policy, Autoregressive) else drafter
         self.layer_ids = self.drafter.target_layer_ids if self.drafter else ()
         self.verifier = pass_of(target)
+        self.bytes_per_token = self.verifier.bytes_per_token + getattr(self.drafter, "bytes_per_token", 0)
         self.cache = self.verifier.new_cache()
         self.waiting: list[Request] = []
         self.active: list[Request] = []
@@ -120,6 +122,8 @@ class Engine:
         if request not in self.waiting and request not in self.active:
             raise ValueError(f"request {request.id!r} is {request.status} here: only a waiting or active one can be cancelled")
         self._leave(request, "cancelled")
+        if request.streamer is not None:
+            request.streamer.end()
 
     def run(self) -> Iterator[tuple[Request, Round]]:
         """Step until nothing is left to do."""
@@ -128,28 +132,26 @@ class Engine:
 
     def _bytes(self, *requests: Request) -> int:
         """Keys and values of these requests when their texts are complete."""
-        return sum(len(r.prompt) + r.limit for r in requests) * self.verifier.bytes_per_token
+        return sum(len(r.prompt) + r.limit for r in requests) * self.bytes_per_token
 
     def _admit(self) -> Iterator[Request]:
         """Waiting requests that fit now, in the order in which they came."""
         while self.waiting and len(self.active) < self.max_requests:
             if self.memory is not None and self._bytes(self.waiting[0], *self.active) > self.memory:
                 return
-            request = self.waiting.pop(0)
+            request = self.waiting[0]  # stays there until it has a slot: an interrupt must not lose it
             request.slot, request.status = self.cache.open(), "active"
-            self.active.append(request)
+            self.active.append(self.waiting.pop(0))
             yield request
 
     def _leave(self, request: Request, status: str, error: Exception | None = None) -> None:
         for queue in (self.waiting, self.active):
             if request in queue:
                 queue.remove(request)
-        if request.slot is not None:
-            self.cache.close(request.slot)
-        request.slot, request.state, request.status, request.error = None, None, status, error
+        slot, request.slot, request.state, request.status, request.error = request.slot, None, None, status, error
         self._known.discard(request.id)
-        if request.streamer is not None and error is None:
-            request.streamer.end()
+        if slot is not None:
+            self.cache.close(slot)
 
     # ---- the round
 
@@ -160,11 +162,11 @@ class Engine:
         Returns the finished rounds. A request that fails (its streamer raises, its logits are NaN) ends with the error, and the
         others go on. An interrupt loses the current round only: the next step repeats it.
         """
-        turns = [Turn(request, request.slot.length) for request in self.active if request.rounds]
-        joining = [request for request in self.active if not request.rounds]  # of a step that was interrupted
+        going = [request for request in self.active if request.token_ids]
+        joining = [request for request in self.active if not request.token_ids]  # of a step that was interrupted
         for request in (*joining, *self._admit()):
             self._guard(request, self._prefill)
-        if turns:
+        if turns := [Turn(request) for request in going if not request.done]:
             self._round(turns)
         finished, self._finished = self._finished, []
         return finished
@@ -172,7 +174,8 @@ class Engine:
     def _guard(self, request: Request, work: Callable[..., None], *parts: object) -> None:
         """Run ``work(request, *parts)``. If it fails, this request ends with the error, and the others go on."""
         try:
-            work(request, *parts)
+            if not request.done:  # a neighbour's streamer may have cancelled it
+                work(request, *parts)
         except Exception as error:
             self._leave(request, "failed", error)
 
@@ -189,23 +192,19 @@ class Engine:
         self._commit(request, Round(index=0, committed=(first,), verify_seconds=verify_seconds, seconds=clock.total()))
 
     def _round(self, turns: Sequence[Turn]) -> None:
-        """One round for these requests. After an error or an interrupt, slots whose round is not committed are as before."""
-        clock, finished = Clock(self.target.device), [len(turn.request.rounds) for turn in turns]
-        try:
-            self._draft(turns)
-            lengths = self.policy.lengths([turn.draft.confidence for turn in turns])  # once, for all requests
-            for turn, length in zip(turns, lengths, strict=True):
-                turn.verify_length = min(length, len(turn.draft.tokens))
-            draft_seconds = clock.lap()
-            logits, taps = self.verifier([t.tokens for t in turns], [t.request.slot for t in turns], self.cache, self.layer_ids)
-            verify_seconds = clock.lap()
-            for turn, rows, tapped in zip(turns, logits, taps, strict=True):
-                self._guard(turn.request, self._accept, turn, rows, tapped, draft_seconds, verify_seconds, clock)
-        except BaseException:
-            for turn, before in zip(turns, finished, strict=True):
-                if turn.request.slot is not None and len(turn.request.rounds) == before:
-                    turn.request.slot.rewind(turn.start)
-            raise
+        """One round for these requests. An error or an interrupt leaves them as they were, so the next round repeats it."""
+        clock = Clock(self.target.device)
+        for turn in turns:
+            turn.request.slot.rewind(turn.start)  # an interrupted round may have left more
+        self._draft(turns)
+        lengths = self.policy.lengths([turn.draft.confidence for turn in turns])  # once, for all requests
+        for turn, length in zip(turns, lengths, strict=True):
+            turn.verify_length = min(length, len(turn.draft.tokens))
+        draft_seconds = clock.lap()
+        logits, taps = self.verifier([t.tokens for t in turns], [t.request.slot for t in turns], self.cache, self.layer_ids)
+        verify_seconds = clock.lap()
+        for turn, rows, tapped in zip(turns, logits, taps, strict=True):
+            self._guard(turn.request, self._accept, turn, rows, tapped, draft_seconds, verify_seconds, clock)
 
     def _draft(self, turns: Sequence[Turn]) -> None:
         """Ask the policy for a window per request, from past rounds alone, and the source for all drafts together."""
@@ -264,10 +263,12 @@ class Engine:
         request.rounds.append(outcome)
         request.token_ids.extend(outcome.committed)
         self._finished.append((request, outcome))
-        if request.streamer is not None:
-            request.streamer.put(torch.tensor(outcome.committed))
         if stopped or request.anchor in request.end_ids or len(request.token_ids) >= request.limit:
             self._leave(request, "finished")
+        if request.streamer is not None:  # last: it may raise, cancel, or be interrupted
+            request.streamer.put(torch.tensor(outcome.committed))
+            if request.status == "finished":
+                request.streamer.end()
 
     def _until_stop(self, request: Request, committed: Sequence[int]) -> tuple[int, ...] | None:
         """The tokens up to the one that completes a stop string; None if there is none."""

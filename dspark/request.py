@@ -71,17 +71,20 @@ class Request:
 class Turn:
     """One request's part of the current round.
 
-    start: tokens in its slot before the round.
     window: tokens that the policy asked for.
     draft: what was proposed.
     verify_length: ℓ, how many of the drafts are sent to the target.
     """
 
     request: Request
-    start: int
     window: int = 0
     draft: Draft = NOTHING
     verify_length: int = 0
+
+    @property
+    def start(self) -> int:
+        """Tokens in the slot before the round: all but the anchor."""
+        return len(self.request.prompt) + len(self.request.token_ids) - 1
 
     @property
     def draft_limit(self) -> int:

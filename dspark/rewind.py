@@ -138,31 +138,31 @@ class SlotCache:
     @property
     def capacity(self) -> int:
         """Tokens that every slot has room for."""
-        return self.layers[0][0].shape[2]
+        return self.layers[-1][0].shape[2]  # the last to grow, should an interrupt come in between
 
     def open(self) -> Slot:
         """An empty slot for a new request."""
+        if len(self.slots) == len(self.layers[-1][0]):
+            self._resize(2 * len(self.slots) or 1, self.capacity)
         self.slots.append(Slot(len(self.slots)))
-        if len(self.slots) > len(self.layers[0][0]):
-            self._resize(2 * len(self.layers[0][0]) or 1, self.capacity)
         return self.slots[-1]
 
     @torch.inference_mode()
     def close(self, slot: Slot) -> None:
         """Give a slot back; the last one takes its row, so open slots stay together."""
-        last = self.slots.pop()
+        last = self.slots[-1]
         if last is not slot:
             for buffers in self.layers:
                 for buffer in buffers:
                     buffer[slot.index, :, : last.length] = buffer[last.index, :, : last.length]
-            self.slots[slot.index] = last
-            last.index = slot.index
+            self.slots[slot.index], last.index = last, slot.index
+        self.slots.pop()
         slot.length = 0
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` tokens in every slot; buffers grow by doubling."""
         if tokens > self.capacity:
-            self._resize(len(self.layers[0][0]), max(FIRST_CAPACITY, 1 << (tokens - 1).bit_length()))
+            self._resize(len(self.layers[-1][0]), max(FIRST_CAPACITY, 1 << (tokens - 1).bit_length()))
 
     def _resize(self, slots: int, capacity: int) -> None:
         for i, buffers in enumerate(self.layers):

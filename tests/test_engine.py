@@ -11,7 +11,9 @@ from test_decode import Oracle, greedy_reference, policies
 from tiny import letter_tokenizer, tiny_drafter, tiny_target
 
 import dspark
+from dspark.draft.source import DraftSource
 from dspark.engine import Engine
+from dspark.load import ready
 from dspark.target.target import Target
 from dspark.verify.lean import lean_pass
 
@@ -74,17 +76,66 @@ def test_several_prompts_are_several_texts_and_one_chat_is_one() -> None:
     assert dspark.generate(target, drafter, [5, 6, 7], max_new_tokens=8).token_ids == outputs[0].token_ids
 
 
+def room_for(target: Target, drafter: DraftSource | None, tokens: int) -> int:
+    """Bytes that this many tokens of one text need."""
+    return tokens * Engine(target, drafter).bytes_per_token
+
+
 def test_requests_wait_in_order_until_the_memory_has_room() -> None:
     target = lean_target(eos_token_id=None)
-    room = 20 * lean_pass(target).bytes_per_token
-    engine = Engine(target, tiny_drafter(target), max_requests=8, memory=room)
+    drafter = tiny_drafter(target)
+    engine = Engine(target, drafter, max_requests=8, memory=room_for(target, drafter, 20))
     first, second, third = (engine.submit([5, 6], max_new_tokens=n) for n in (8, 12, 2))
     engine.step()
     assert [r.status for r in (first, second, third)] == ["active", "waiting", "waiting"]
     finished = [request for request, _ in engine.run() if request.done]
     assert finished[0] is first and second.status == third.status == "finished"
-    with pytest.raises(ValueError, match=f"memory is {room}"):
-        engine.submit([5] * 20, max_new_tokens=2)
+    for prompt, limit in (([5] * 20, 2), ([5], 20), ([5] * 3, 18)):
+        with pytest.raises(ValueError, match=f"needs {room_for(target, drafter, len(prompt) + limit)} bytes .* memory is {engine.memory}"):
+            engine.submit(prompt, max_new_tokens=limit)
+    assert engine.submit([5], max_new_tokens=19).status == "waiting"
+
+
+def held(entry: object) -> int:
+    """Bytes of keys and values of the tokens that a cache of one text holds."""
+    return sum(2 * kv.keys[0, :, : kv.length].numel() * kv.keys.itemsize for kv in entry)
+
+
+@pytest.mark.parametrize("make", [tiny_target, lean_target], ids=["transformers", "lean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("copying", [False, True], ids=["drafter", "copying"])
+def test_memory_counts_what_target_and_drafter_hold_of_each_token(make: object, dtype: torch.dtype, copying: bool) -> None:
+    target = make(dtype=dtype, eos_token_id=None)
+    drafter = ready(tiny_drafter(target), target)
+    engine = Engine(target, dspark.ContextLookup(drafter, 9) if copying else drafter)
+    request = engine.submit([5, 6, 7, 8, 9], max_new_tokens=9)
+    engine.step(), engine.step(), engine.step()
+    state = request.state.drafter if copying else request.state
+    with torch.inference_mode():
+        drafter._absorb([state])
+    if engine.verifier.name == "lean":
+        target_bytes = sum(buffer[0, :, : request.slot.length].numel() * buffer.itemsize for kv in engine.cache.layers for buffer in kv)
+    else:
+        target_bytes = held(layer.kv for layer in request.slot.layers)
+    assert request.slot.length == state.layers[0].length == len(request.prompt) + len(request.token_ids) - 1
+    assert target_bytes + held(state.layers) == engine.bytes_per_token * request.slot.length
+
+
+def test_a_large_request_is_not_passed_by_small_ones_that_keep_arriving() -> None:
+    target = lean_target(eos_token_id=None)
+    drafter = tiny_drafter(target)
+    engine = Engine(target, drafter, max_requests=8, memory=room_for(target, drafter, 40))
+    before = [engine.submit([5, 6], max_new_tokens=8) for _ in range(4)]
+    engine.step()
+    large = engine.submit([8, 9], max_new_tokens=38)  # needs all of the memory
+    after = []
+    while not large.done:
+        after.append(engine.submit([5, 6], max_new_tokens=2))
+        assert engine._bytes(*engine.active) <= engine.memory
+        assert all(request.status == "waiting" for request in after)
+        engine.step()
+    list(engine.run())
+    assert {request.status for request in (*before, large, *after)} == {"finished"} and len(after) < 60
 
 
 class Failing:

@@ -83,6 +83,12 @@ class Drafter(nn.Module):
         object.__setattr__(self, "head", partial(F.linear, weight=self.head_weight))
         return self
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one request's context: keys and values of all layers."""
+        itemsize = 4 if self.fused else self.head_weight.dtype.itemsize
+        return 2 * len(self.layers) * self.config.num_key_value_heads * self.config.head_dim * itemsize
+
     # ---- the parallel backbone
 
     def context(self, taps: Tensor, positions: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:

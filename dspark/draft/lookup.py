@@ -65,6 +65,7 @@ class ContextLookup:
         self.block_size = max(max_copy, drafter.block_size) if drafter else max_copy
         self.target_layer_ids = drafter.target_layer_ids if drafter else ()
         self.has_confidence = drafter.has_confidence if drafter else True
+        self.bytes_per_token = getattr(drafter, "bytes_per_token", 0)
         self.gram_lengths = range(max(min_match, LONGEST), min_match - 1, -1)  # the longest is looked up first
 
     def new_state(self, prompt: Sequence[int] = ()) -> LookupState:

@@ -57,7 +57,7 @@ class DraftSource(Protocol):
     target_layer_ids: target layers whose output it reads; () for none.
     has_confidence: whether its drafts carry confidences; if not, they are NaN.
 
-    A source may also have ``propose(asks) → drafts``, which drafts for several requests at once.
+    A source may also have ``propose(asks) → drafts``, for several requests at once, and ``bytes_per_token`` of its keys and values.
     """
 
     block_size: int
