@@ -123,6 +123,16 @@ class LeanPass:
         device = self.device
         ids = torch.tensor([token for row in tokens for token in row], device=device)
         attend = _Attention(self, cache, slots, starts, counts)
+        x, tapped = self.decoder(ids, attend, taps)
+        for slot, count in zip(slots, counts, strict=True):
+            slot.length += count
+        if last_only:
+            x = x[torch.tensor(counts, device=device).cumsum(0) - 1]
+        joined = [None] * len(slots) if tapped is None else [each[None] for each in tapped.split(counts)]
+        return list(self.logits(x).split(1 if last_only else counts)), joined
+
+    def decoder(self, ids: Tensor, attend: _Attention, taps: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """All layers. ids: [N] → the residual stream [N, hidden] after the last, and the taps [N, m·hidden], None if none are asked for."""
         x, tapped = F.embedding(ids, self.embedding), {}
         if -1 in taps:
             tapped[-1] = x
@@ -130,13 +140,11 @@ class LeanPass:
             x = self._run(layer, x, i, attend)
             if i in taps:
                 tapped[i] = x
-        for slot, count in zip(slots, counts, strict=True):
-            slot.length += count
-        if last_only:
-            x = x[torch.tensor(counts, device=device).cumsum(0) - 1]
-        logits = self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
-        joined = torch.cat([tapped[i] for i in taps], -1).split(counts) if taps else [None] * len(slots)
-        return list(logits.split(1 if last_only else counts)), [None if t is None else t[None] for t in joined]
+        return x, torch.cat([tapped[i] for i in taps], -1) if taps else None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The residual stream [N, hidden] after the last layer → [N, vocab]."""
+        return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
     def _run(self, layer: _Layer, x: Tensor, index: int, attend: _Attention) -> Tensor:
         """One decoder layer. x: [N, hidden] → [N, hidden]."""
@@ -149,15 +157,13 @@ class LeanPass:
         gate, up = layer.gate_up(F.rms_norm(x, x.shape[-1:], layer.before_mlp, self.eps)).chunk(2, -1)
         return x + layer.down(F.silu(gate) * up)
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of these positions, two of [N, 1, head_dim], from a table of the model's own rotary embedding."""
-        needed, table = int(positions.max()) + 1, self.table
-        if len(table[0]) < needed:
-            size = max(FIRST_TABLE, 1 << (needed - 1).bit_length())
-            every = torch.arange(size, device=positions.device)[None]
-            table = tuple(part[0][:, None] for part in self.rotary(self.embedding[:1, None], every))
-            self.table = table
-        return table[0][positions], table[1][positions]
+    def rope(self, longest: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of the positions 0, 1, … up to at least ``longest``, two of [positions, 1, head_dim], by the model's own module."""
+        table = self.table  # other threads may replace it
+        if len(table[0]) < longest:
+            every = torch.arange(max(FIRST_TABLE, 1 << (longest - 1).bit_length()), device=self.device)[None]
+            table = self.table = tuple(part[0][:, None] for part in self.rotary(self.embedding[:1, None], every))
+        return table
 
 
 class _Attention:
@@ -176,7 +182,7 @@ class _Attention:
         self.positions, self.slot = self.starts[self.row] + self.column, slot[self.row]
         self.rows = slice(index[0], index[0] + len(slots)) if index == list(range(index[0], index[0] + len(slots))) else slot
         self.sees_all = self.widest == 1 and all(start + 1 == self.longest for start in starts)
-        self.cos, self.sin = lean.rope(self.positions)
+        self.cos, self.sin = (part[self.positions] for part in lean.rope(self.longest))
         self.masks: dict[int | None, Tensor | None] = {}
 
     def rotate(self, x: Tensor) -> Tensor:
