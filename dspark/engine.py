@@ -17,7 +17,7 @@ from dspark.schedule import Autoregressive, FixedWindow, Policy
 from dspark.target.target import Prompt, Target
 from dspark.verify.accept import accept
 from dspark.verify.passes import pass_of
-from dspark.verify.sampling import Rng, Rows, Sampling
+from dspark.verify.sampling import LazyProbs, Rng, Sampling
 
 
 class Engine:
@@ -222,7 +222,7 @@ class Engine:
         self, request: Request, turn: Turn, logits: Tensor, taps: Tensor | None, draft_seconds: float, verify_seconds: float, clock: Clock
     ) -> None:
         """Accept drafts by the rule. logits: [ℓ+1, vocab]; taps: [1, ℓ+1, m·hidden]."""
-        checked, draft, p_target = turn.tokens[1:], turn.draft, Rows(request.sampling, logits)
+        checked, draft, p_target = turn.tokens[1:], turn.draft, LazyProbs(request.sampling, logits)
         accepted, next_token = accept(checked, draft.probs, p_target, request.rng)
         draft_probs = tuple(float(draft.probs[k, token]) for k, token in enumerate(draft.tokens))
         verdict = Verdict(accepted, next_token, probs_of_drafts(p_target, checked), draft_probs)

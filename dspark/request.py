@@ -11,7 +11,7 @@ import torch
 from dspark.draft.source import NOTHING, Draft
 from dspark.round import Round
 from dspark.verify.passes import Slot
-from dspark.verify.sampling import Rng, Rows, Sampling
+from dspark.verify.sampling import LazyProbs, Rng, Sampling
 
 
 class Streamer(Protocol):
@@ -120,7 +120,7 @@ def until_end(tokens: list[int], end_ids: frozenset[int]) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def probs_of_drafts(p_target: Rows, drafts: Sequence[int]) -> tuple[float, ...]:
+def probs_of_drafts(p_target: LazyProbs, drafts: Sequence[int]) -> tuple[float, ...]:
     """p_t(x_k) of each checked draft; at temperature 1 when decoding is greedy, where p_target is one-hot."""
     if p_target.sampling.temperature:
         return tuple(float(p_target[k, token]) for k, token in enumerate(drafts))

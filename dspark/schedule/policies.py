@@ -73,10 +73,10 @@ class MTP1(FixedWindow):
 
 @dataclass(frozen=True)
 class AdaptiveWindow(Policy):
-    """The press report's rule: what the target thought of the last drafts moves the window.
+    """The press report's rule: the window follows the probabilities that the target gave to the last drafts.
 
-    After a verification the mean probability that the target gave the drafts it checked is compared with three thresholds. Only past
-    rounds are read, so the window is chosen before any token it concerns exists: the distribution cannot be biased.
+    After each round their mean over the checked drafts is compared with three thresholds; the first window is half the longest. Only
+    past rounds are read, so the window is chosen before its tokens exist: the distribution cannot be biased.
 
     widen_threshold: above it the window grows by one.
     narrow_threshold: below it the window shrinks by one.
@@ -104,7 +104,7 @@ class AdaptiveWindow(Policy):
         if last.window == 0:
             return self.min_window
         checked = last.target_probs_of_drafts
-        if not checked:  # the length limit cut the round: nothing was learnt
+        if not checked:  # the length limit left no draft to check, so nothing is known
             return last.window
         mass = sum(checked) / len(checked)
         if mass < self.fallback_threshold:
@@ -114,12 +114,14 @@ class AdaptiveWindow(Policy):
 
     def check(self, block_size: int, has_confidence: bool) -> None:
         if max(self.min_window, self.max_window or 0) > block_size:
-            raise ValueError(f"windows up to {max(self.min_window, self.max_window or 0)} exceed the drafter's block size {block_size}")
+            raise ValueError(
+                f"windows up to {max(self.min_window, self.max_window or 0)} exceed the drafter's block size: choose 1..{block_size}"
+            )
 
 
 @dataclass(frozen=True)
 class Shortened(Policy):
-    """Another policy in blocks of at most ``n`` tokens, as if the drafter's own block ended there."""
+    """Another policy with blocks of at most ``n`` tokens, as if that were the drafter's block size."""
 
     policy: Policy
     n: int
@@ -141,7 +143,7 @@ class Shortened(Policy):
 
 
 class NeedsConfidence(Policy):
-    """The base of policies that read confidences."""
+    """The base of policies that read confidences: it refuses a drafter without a confidence head."""
 
     def check(self, block_size: int, has_confidence: bool) -> None:
         if not has_confidence:

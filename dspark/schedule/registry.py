@@ -12,16 +12,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dspark.schedule.policies import (
-    MTP1,
-    SPS,
-    AdaptiveWindow,
-    Autoregressive,
-    ConfidenceThreshold,
-    FixedWindow,
-    Policy,
-    Shortened,
-)
+from dspark.schedule.policies import MTP1, SPS, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, Shortened
 from dspark.schedule.prefix import PrefixScheduler
 
 Values = Mapping[str, float | None]
@@ -34,7 +25,7 @@ class Parameter:
     name: key in the values, and on a command line.
     label, tooltip: for the slider.
     default: None for the drafter's whole block.
-    low, high, step: range of the slider; step 1 means whole numbers.
+    low, high, step: of the slider; step 1 means whole numbers.
     """
 
     name: str
@@ -46,7 +37,7 @@ class Parameter:
     step: float = 0.01
 
     def read(self, value: float | str | None) -> float | int | None:
-        """A value as the policy takes it. Raises ValueError for what is no number, or no whole one where that is needed."""
+        """A value as the policy takes it. Raises ValueError if it is not a number, or not a whole one where step is 1."""
         if value is None:
             return None
         try:
@@ -65,10 +56,10 @@ class PolicyRow:
     name: on a command line, in a sweep, in results.
     label: in menus and legends.
     colour: hex, in every figure.
-    make: values of the parameters, and a function that returns measured step times → the policy.
+    make: (values of the parameters, function that returns measured step times) → the policy.
     parameters: in the order in which the command line gives them.
-    needs_confidence: reads the drafter's confidences.
-    needs_step_times: reads measured step times.
+    needs_confidence: whether it reads the drafter's confidences.
+    needs_step_times: whether it reads measured step times.
     """
 
     name: str
@@ -124,8 +115,8 @@ def make_policy(name: str, values: Values | None = None, sps: Callable[[], SPS] 
     """The policy of this name.
 
     values: parameter → number; missing ones take their defaults.
-    sps: returns measured step times; called only for a policy that reads them (``lambda: sps_curve(target)``).
-    Raises ValueError for an unknown name or parameter, naming the closest, or a value that the policy refuses.
+    sps: returns measured step times, called only if the policy reads them (``lambda: sps_curve(target)``).
+    Raises ValueError for an unknown name or parameter (the closest is named), or a value that the policy refuses.
     """
     if name not in POLICIES:
         raise ValueError(f"policy {name!r} is unknown{_closest(name, POLICIES)}: choose one of {', '.join(POLICIES)}")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dspark.verify.sampling import Rng, Rows
+from dspark.verify.sampling import LazyProbs, Rng
 
 
-def accept(draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor | Rows, rng: Rng) -> tuple[int, int]:
+def accept(draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor | LazyProbs, rng: Rng) -> tuple[int, int]:
     """Accept the longest prefix of the drafts, then sample one more token.
 
     draft_tokens: ℓ ids; x_k was drawn from ``p_draft[k−1]``.
@@ -32,7 +32,7 @@ def accept(draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor | Rows
 def residual(p_target: Tensor, p_draft: Tensor) -> Tensor:
     """norm(max(p_t − p_d, 0)), the distribution of the correction after a rejection. All [vocab] float32.
 
-    No epsilon: it would bend the distribution. The mass is positive whenever a rejection is possible, since some token has
+    No epsilon: it would change the distribution. The mass is positive whenever a rejection is possible, since some token has
     p_d > p_t and so another has p_t > p_d. Only the last bit of float32 rows can make it zero; then the two distributions are equal
     as far as float32 can tell, and the target's own row is returned.
     """

@@ -1,8 +1,8 @@
-"""Our own pass of Llama-like models: the sums of transformers' modules in fewer steps, for R requests at once.
+"""Our own pass of Llama-like models: the arithmetic of transformers' modules in fewer calls, for R requests at once.
 
-What costs time in a pass over a few tokens is reading the weights and calling kernels. Here projections that read the same input are one
-product, the heads that share keys stand in one attention call as further queries, and the products run over all tokens of all requests
-without padding. How a product's weight is laid out is the caller's choice (:mod:`dspark.load` packs it for a CPU).
+A pass over a few tokens spends its time on reading weights and calling kernels. Here projections of the same input are one product, the
+heads that share keys are folded into the queries of one attention call, and products run over the tokens of all requests without
+padding. The caller chooses how a product's weight is laid out (:mod:`dspark.load` packs it for a CPU).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 Product = Callable[[Tensor], Tensor]
 MakeProduct = Callable[[Tensor, Tensor | None], Product]  # weight [out, in], bias [out] → x [..., in] → [..., out]
-FIRST_TABLE = 1024  # positions with known cosines and sines; grows by doubling
-FOLDED = 64  # up to so many tokens a request's heads are folded into one attention call
+FIRST_TABLE = 1024  # positions in the first table of cosines and sines; it grows by doubling
+FOLDED = 64  # tokens of a request up to which the heads that share keys are folded into the queries
 
 
 @dataclass(frozen=True)
 class Family:
-    """What tells one Llama-like architecture from the next, beyond what its modules show.
+    """What distinguishes one Llama-like architecture from another, beyond what its modules show.
 
     qk_norm: queries and keys are RMS-normed per head before the rotary embedding.
-    windows: config → per layer the tokens a query sees, itself included; None for all.
+    windows: (config, number of layers) → per layer how many tokens a query sees, itself included; None for all.
     """
 
     qk_norm: bool = False
@@ -44,7 +44,7 @@ def _by_layer_types(config: object, layers: int) -> list[int | None]:
     return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
-FAMILIES = {  # model_type → row
+FAMILIES = {  # model_type → Family; models of other types run transformers' own modules
     "llama": Family(),
     "mistral": Family(windows=lambda config, layers: [getattr(config, "sliding_window", None)] * layers),
     "qwen2": Family(windows=_by_layer_types),
@@ -61,14 +61,14 @@ def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
 class _Layer:
     """One decoder layer: its products, norms and window."""
 
-    qkv: Product
-    out: Product
-    gate_up: Product
-    down: Product
+    qkv: Product  # hidden → (heads + 2 kv_heads) · head_dim
+    out: Product  # heads · head_dim → hidden
+    gate_up: Product  # hidden → 2 intermediate
+    down: Product  # intermediate → hidden
     before_attention: Tensor  # [hidden]
     before_mlp: Tensor  # [hidden]
     qk_norms: Tensor | None  # [heads + kv_heads, head_dim]
-    window: int | None
+    window: int | None  # tokens
 
 
 class LeanPass:
@@ -120,14 +120,13 @@ class LeanPass:
         counts = [len(ids) for ids in tokens]
         starts = [slot.length for slot in slots]
         cache.reserve(max(start + count for start, count in zip(starts, counts, strict=True)))
-        device = self.device
-        ids = torch.tensor([token for row in tokens for token in row], device=device)
+        ids = torch.tensor([token for row in tokens for token in row], device=self.device)
         attend = _Attention(self, cache, slots, starts, counts)
         x, tapped = self.decoder(ids, attend, taps)
         for slot, count in zip(slots, counts, strict=True):
             slot.length += count
         if last_only:
-            x = x[torch.tensor(counts, device=device).cumsum(0) - 1]
+            x = x[torch.tensor(counts, device=self.device).cumsum(0) - 1]
         joined = [None] * len(slots) if tapped is None else [each[None] for each in tapped.split(counts)]
         return list(self.logits(x).split(1 if last_only else counts)), joined
 
@@ -137,7 +136,7 @@ class LeanPass:
         if -1 in taps:
             tapped[-1] = x
         for i, layer in enumerate(self.layers):
-            x = self._run(layer, x, i, attend)
+            x = self._decoder_layer(layer, x, i, attend)
             if i in taps:
                 tapped[i] = x
         return x, torch.cat([tapped[i] for i in taps], -1) if taps else None
@@ -146,8 +145,8 @@ class LeanPass:
         """The residual stream [N, hidden] after the last layer → [N, vocab]."""
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
-    def _run(self, layer: _Layer, x: Tensor, index: int, attend: _Attention) -> Tensor:
-        """One decoder layer. x: [N, hidden] → [N, hidden]."""
+    def _decoder_layer(self, layer: _Layer, x: Tensor, index: int, attend: _Attention) -> Tensor:
+        """x: [N, hidden] → [N, hidden], for the N new tokens of all requests; index: of the layer."""
         qkv = layer.qkv(F.rms_norm(x, x.shape[-1:], layer.before_attention, self.eps)).unflatten(-1, (-1, self.head_dim))
         queries_keys, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), 1)  # [N, heads, head_dim]
         if layer.qk_norms is not None:
@@ -167,9 +166,14 @@ class LeanPass:
 
 
 class _Attention:
-    """The attention of one pass: writes new keys and values to the slots, then lets every query see its own request's past.
+    """The attention of one pass: writes new keys and values to the slots, then lets every query see its own request's tokens.
 
-    All requests share one call, on a grid [R, n] padded to the longest; a single request needs no padding.
+    All requests share one call, on a grid [R, n] of new tokens padded to the longest; a single request needs no padding.
+
+    widest, longest: n, and the most tokens that a request has, new ones included.
+    row, column: [N], where each new token is in the grid.
+    slot, positions: [N], where its key and value go.
+    rows: the requests' rows of the buffers; a slice if they are adjacent, which copies nothing.
     """
 
     def __init__(self, lean: LeanPass, cache: SlotCache, slots: Sequence[Slot], starts: Sequence[int], counts: Sequence[int]) -> None:
@@ -177,7 +181,7 @@ class _Attention:
         device, index = lean.device, [slot.index for slot in slots]
         self.starts, each, slot = (torch.tensor(numbers, device=device) for numbers in (starts, counts, index))
         self.widest, self.longest = max(counts), max(start + n for start, n in zip(starts, counts, strict=True))
-        self.row = torch.arange(len(slots), device=device).repeat_interleave(each)  # [N] where each token is in the grid
+        self.row = torch.arange(len(slots), device=device).repeat_interleave(each)
         self.column = torch.arange(len(self.row), device=device) - (each.cumsum(0) - each)[self.row]
         self.positions, self.slot = self.starts[self.row] + self.column, slot[self.row]
         self.rows = slice(index[0], index[0] + len(slots)) if index == list(range(index[0], index[0] + len(slots))) else slot
@@ -196,7 +200,7 @@ class _Attention:
         for buffer, new in zip(buffers, (keys, values), strict=True):
             if requests > 1:
                 buffer[self.slot, :, self.positions] = new
-            else:  # the same without an index, in half the time
+            else:  # as a slice, in half the time
                 buffer[self.rows, :, self.longest - self.widest : self.longest] = new.transpose(0, 1)
         keys, values = (buffer[self.rows, :, : self.longest] for buffer in buffers)  # [R, kv_heads, context, head_dim]
         if requests > 1:
@@ -205,14 +209,14 @@ class _Attention:
         else:
             grid = queries[None]
         grid, mask = grid.transpose(1, 2), self._mask(window)  # [R, heads, n, head_dim]
-        if self.widest <= FOLDED:  # a group's heads as further queries: the kernel reads shared keys once
+        if self.widest <= FOLDED:  # the kernel reads shared keys once
             grid = grid.reshape(requests, lean.kv_heads, -1, lean.head_dim)
         mixed = F.scaled_dot_product_attention(grid, keys, values, mask, scale=lean.scale, enable_gqa=self.widest > FOLDED)
         mixed = mixed.view(requests, lean.heads, self.widest, lean.head_dim).transpose(1, 2)
         return (mixed[self.row, self.column] if requests > 1 else mixed[0]).flatten(1)
 
     def _mask(self, window: int | None) -> Tensor | None:
-        """What each query may see, [R, 1, group · n, context] (or [R, 1, n, context]), 0 or −∞; None for everything."""
+        """0 where a query may see a key, else −∞: [R, 1, group · n, context], or [R, 1, n, context] unfolded. None if all is visible."""
         if window not in self.masks:
             mask = None
             if not self.sees_all or (window is not None and self.longest > window):
@@ -226,7 +230,7 @@ class _Attention:
 
 
 def lean_pass(target: Target, make: MakeProduct = plain_product) -> LeanPass | None:
-    """The lean pass of this target, or None if its architecture has no row or its modules are not the plain ones."""
+    """The lean pass of this target, or None if its architecture is not in FAMILIES or its modules are not the plain ones."""
     family, config = FAMILIES.get(target.config.model_type), target.config
     rope = getattr(config, "rope_parameters", None) or {}
     fits = family is not None and getattr(config, "hidden_act", "silu") == "silu" and rope.get("partial_rotary_factor", 1.0) == 1.0
@@ -243,7 +247,7 @@ def _is_plain(layer: nn.Module, family: Family) -> bool:
 
 
 def _joined(make: MakeProduct, *linears: nn.Linear) -> Product:
-    """One product that gives the outputs of all of these."""
+    """One product that computes the outputs of all of these, side by side."""
     weight = torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
     bias = None
     if any(linear.bias is not None for linear in linears):

@@ -1,5 +1,5 @@
-"""One protocol for a target pass: new tokens of R requests in, logits and taps out. Any transformers model serves through
-:class:`TransformersPass`; faster passes (:mod:`dspark.verify.lean`) give the same numbers."""
+"""One protocol for a target pass: new tokens of R requests in, logits and taps out. :class:`TransformersPass` runs any model;
+faster passes (:mod:`dspark.verify.lean`) give the same numbers for some."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Slot(Protocol):
-    """What a cache keeps of one request: ``length`` tokens, of which :meth:`rewind` forgets the last ones."""
+    """One request's place in a cache, holding ``length`` tokens; :meth:`rewind` forgets those from a position on."""
 
     length: int
 
@@ -28,7 +28,7 @@ class TargetPass(Protocol):
 
     name: what ``target.pass_name`` shows.
     bytes_per_token: of keys and values, all layers together.
-    new_cache: makes what holds the requests' keys and values, with ``open() → slot`` and ``close(slot)``.
+    new_cache: a cache for many requests, with ``open() → slot`` for a new one and ``close(slot)`` after its end.
     """
 
     name: str
@@ -43,14 +43,14 @@ class TargetPass(Protocol):
 
         tokens: R lists of n_r ≥ 1 token ids.
         slots: R slots of ``cache``.
-        taps: layer ids whose output is wanted, concatenated.
-        last_only: logits of each request's last token alone.
+        taps: m layer ids whose output is wanted; −1 is the embedding.
+        last_only: return the logits of each request's last token only.
         Returns per request logits [n_r (or 1), vocab] in the model's dtype and taps [1, n_r, m·hidden] (None if none are asked for).
         """
 
 
 class _OwnCaches:
-    """Every request has a transformers cache of its own, which is its slot as well."""
+    """A transformers cache for each request, which is also its slot."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -59,7 +59,7 @@ class _OwnCaches:
         return self.target.new_cache()
 
     def close(self, slot: RewindCache) -> None:
-        """Nothing to do: it goes with the request."""
+        """Nothing to do: the request holds the only reference."""
 
 
 class TransformersPass:
@@ -99,5 +99,5 @@ class TransformersPass:
 
 
 def pass_of(target: Target) -> TargetPass:
-    """The pass that decoding with this target uses."""
+    """The pass that decoding with this target uses: a faster one if it was given one, else its own modules."""
     return target.verifier or TransformersPass(target)

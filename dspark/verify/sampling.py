@@ -13,8 +13,8 @@ class Sampling:
     """How the next token is chosen.
 
     temperature: 0 is greedy; at least 0.
-    top_k: keep the k most probable tokens; 0 keeps all.
-    top_p: keep the smallest set of tokens with this much probability, in (0, 1]; 1 keeps all.
+    top_k: keep the k most probable tokens, and any as probable as the k-th; 0 keeps all.
+    top_p: of these, keep the smallest set with this much probability, in (0, 1]; 1 keeps all.
     Raises ValueError for a value out of range.
     """
 
@@ -40,10 +40,10 @@ class Sampling:
         Greedy is the one-hot distribution of the arg max, so one acceptance rule serves every temperature.
         """
         if self.temperature == 0:
-            best = logits.float().argmax(-1, keepdim=True)  # over bfloat16 it would take four times as long on a CPU
+            best = logits.float().argmax(-1, keepdim=True)  # in bfloat16 it takes four times as long on a CPU
             return torch.zeros(logits.shape, dtype=torch.float32, device=logits.device).scatter_(-1, best, 1.0)
         logits = logits.float()
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # 0 or less: no temperature makes it overflow to ∞
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # ≤ 0, so a tiny temperature cannot overflow to ∞
         if 0 < self.top_k < logits.shape[-1]:
             smallest_kept = logits.topk(int(self.top_k)).values[..., -1:]
             logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
@@ -62,10 +62,10 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probs).scatter_(-1, index, kept / kept.sum(-1, keepdim=True))
 
 
-class Rows:
+class LazyProbs:
     """[rows, vocab]: ``sampling.probs(logits)``, each row computed when it is first read.
 
-    Rows after the first rejection are never read, and a whole block of float32 rows costs more in fresh memory than in arithmetic.
+    Rows after the first rejection are never read, and allocating a float32 row for each token costs more than the arithmetic.
     """
 
     def __init__(self, sampling: Sampling, logits: Tensor) -> None:
@@ -81,9 +81,9 @@ class Rows:
 
 
 class Rng:
-    """All that is random in decoding: two kinds of draw, each made with one uniform number.
+    """All that is random in decoding: two kinds of draw, each from one uniform number.
 
-    generator: PyTorch's global one if None. The exactness tests pass an object that takes every branch instead.
+    generator: None for PyTorch's global one. The exactness tests replace the whole object by one that takes every branch.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:

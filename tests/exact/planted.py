@@ -147,7 +147,7 @@ class Planted:
         likely = [bool(p_target[k, token] > 0.3) for k, token in enumerate(draft_tokens)]
         return real(draft_tokens[: [*likely, False].index(False)], p_draft, p_target, rng)
 
-    @at("verify.sampling.Rows.__init__", TOP_P, "Only the drafter's side applies top-p: tokens come up outside the nucleus.")
+    @at("verify.sampling.LazyProbs.__init__", TOP_P, "Only the drafter's side applies top-p: tokens come up outside the nucleus.")
     def target_without_top_p(real, self, sampling, logits):
         real(self, replace(sampling, top_p=1.0), logits)
 
