@@ -20,7 +20,7 @@ from dspark.bench import published
 from dspark.bench.arms import arm_label
 from dspark.bench.policies import Traces, against_windows, pooled, replayed, windows
 from dspark.bench.results import read_rows
-from dspark.bench.rollouts import FIT, JUDGE, judged, ranked, rollouts_of
+from dspark.bench.rollouts import FIT, FITTED, JUDGE, judged, ranked, rollouts_of
 from dspark.bench.sps import curve_of
 from dspark.bench.stats import ALL, summarise
 from dspark.bench.traces import traces_of
@@ -38,7 +38,7 @@ BENCH = "python -m dspark.bench --arms"
 CORPUS = "--corpus data/corpus/smollm2-135m-selfplay.safetensors --skip-rows 2560"
 COMPARE = f"python -m dspark.train compare {CORPUS} --results data/results --only"
 HEADLINE, FEW = f"{BENCH} plain,generate,mtp1,fixed:5,fixed+copy --prompts 10", f"{BENCH} plain,mtp1,fixed:5 --prompts"
-WINDOWS = "plain,fixed:2,fixed:3,fixed:4,fixed:5,prefix"
+OTHERS = "plain,generate,lookup,assisted,mtp1,fixed:2,fixed:3,fixed:4,fixed:5,adaptive,confidence:0.1,confidence:0.3,prefix"
 COMMANDS = {  # results file → the command that makes it
     "speed-bfloat16-t0": f"{HEADLINE} --out data/results/speed-bfloat16-t0.parquet",
     "speed-bfloat16-t1": f"{HEADLINE} --temperature 1 --out data/results/speed-bfloat16-t1.parquet",
@@ -46,12 +46,12 @@ COMMANDS = {  # results file → the command that makes it
     "speed-n20-bfloat16-t1": f"{FEW} 20 --temperature 1 --out data/results/speed-n20-bfloat16-t1.parquet",
     "speed-bfloat16-t0-avx2": f"{FEW} 10 --out data/results/speed-bfloat16-t0-avx2.parquet",
     "speed-bfloat16-t1-avx2": f"{FEW} 10 --temperature 1 --out data/results/speed-bfloat16-t1-avx2.parquet",
-    "peers-bfloat16-t0": f"{BENCH} {WINDOWS} --prompts 3 --tokens 96 --out data/results/peers-bfloat16-t0.parquet",
+    "peers-bfloat16-t0": f"{BENCH} {OTHERS} --prompts 3 --tokens 96 --out data/results/peers-bfloat16-t0.parquet",
     "sps-bfloat16": "python -m dspark.bench.sps --out data/results/sps-bfloat16.parquet",
     "traces-test": "python -m dspark.bench.traces --out data/results/traces-test.parquet",
     "rollouts-dev": "python -m dspark.bench.rollouts --repeats 18 --fit-repeats 6 --out data/results/rollouts-dev.parquet",
-    "drafters-trained": f"{COMPARE} all",
-    "drafters-time": f"{COMPARE} all --stages time",
+    "drafters-trained": f"{COMPARE} all --stages train",
+    "drafters-time": f"{COMPARE} main,block --stages time",
 } | {f"drafters-t1-{name}": f"{COMPARE} main" for name in DRAFTERS}
 RUNS = {"Greedy": "speed-bfloat16-t0", "Sampled": "speed-bfloat16-t1"}  # the text speaks of these; the table shows all speed runs
 BLOCK, COPY, MTP = "fixed:5", "fixed+copy", "mtp1"
@@ -172,11 +172,11 @@ def policies(values: Values, traces: Traces, peers: pd.DataFrame) -> str:
         cells.append(percent(against_windows(found, policy)["single"][0], 1))
         rows.append([escaped(arm_label(policy)), *(styled("Simulated", cell) for cell in cells)])
     caption = (
-        r"Policies replayed over the same \SettingPolicyTexts greedy texts with the same step times: tokens and checked drafts per round, "
+        r"Policies replayed over the same \SettingPolicyTexts greedy texts with the same step times: tokens and verified drafts per round, "
         r"share of those accepted, speed-up over plain decoding, and tokens per second relative to the best single window. The oracle "
         "knows every outcome: it is a bound, not a policy."
     )
-    return table("policies", caption, "lrrrrr", ["policy", r"$\tau$", "checked", "accepted", "speed-up", "of the best window"], rows)
+    return table("policies", caption, "lrrrrr", ["policy", r"$\tau$", "verified", "accepted", "speed-up", "of the best window"], rows)
 
 
 def confidence(values: Values, frame: pd.DataFrame, calibration: Calibration) -> None:
@@ -230,7 +230,7 @@ def runs_table(frames: Frames) -> str:
     for name, frame in frames.items():
         revisions, machines = (", ".join(dict.fromkeys(frame[column])) for column in ("revision", "machine"))
         rows.append([code(name), integer(len(frame)), code(revisions), escaped(machines)])
-    caption = "The results behind this paper: rows, revision of the code and machine of each file."
+    caption = "The results that this paper is made from: rows, revision of the code and machine of each file."
     return table("runs", caption, "lrll", ["file", "rows", "revision", "machine"], rows, r"\footnotesize")
 
 
@@ -240,7 +240,7 @@ def generated(data: Path = DATA) -> dict[str, bytes]:
     config = json.loads((data / "drafters" / "smollm2-135m-instruct" / "config.json").read_text(encoding="utf-8"))
     decoded = joined([frames[f"drafters-t1-{name}"] for name in DRAFTERS], data / "results")
     rolled, values = frames["rollouts-dev"], Values()
-    calibration = calibrate(rollouts_of(rolled, half=FIT, temperature=1.0))
+    calibration = calibrate(rollouts_of(rolled, half=FIT, temperature=FITTED))
     setup(values, frames[RUNS["Greedy"]], config["training"])
     quoted(values)
     speed(values, frames)
