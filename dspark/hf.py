@@ -1,6 +1,6 @@
 """``model.generate(**inputs, custom_generate=dspark_generate, drafter=…, policy=…)``: our loop inside transformers' own call.
 
-Everything that the call asks for is kept exactly (length, end-of-text tokens, stopping criteria, temperature, top-k, top-p, PyTorch's
+Everything that the call asks for is done exactly (length, end-of-text tokens, stopping criteria, temperature, top-k, top-p, PyTorch's
 global generator) or refused in one sentence. Two arguments never reach a custom loop: instead of ``streamer`` pass ``on_round``, and
 instead of ``stop_strings`` pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
 """
@@ -26,7 +26,7 @@ from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
 from dspark.round import Round
 from dspark.schedule import Policy
-from dspark.target.families import attention_layers
+from dspark.target.families import checked_layers
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
 
@@ -52,7 +52,7 @@ def dspark_generate(
         needs no training.
     policy: None for the whole block.
     on_round: called with every :class:`~dspark.round.Round` when it is finished.
-    Raises ValueError for what cannot be kept exactly: more than one sequence, padding, beams, other logits processors, scores, a
+    Raises ValueError for what cannot be done exactly: more than one sequence, padding, beams, other logits processors, scores, a
     filled cache, inputs other than token ids, models that keep more than keys and values, texts too long for LongRoPE's short factors.
 
     A bfloat16 model on a CPU verifies blocks slowly unless it is given a faster pass first, which stays with the model:
@@ -87,7 +87,7 @@ def dspark_generate(
 
 
 class _Borrowed(Target):
-    """The caller's model as a target. Which weights are trainable stays as it was; the call says which tokens end the text."""
+    """The caller's model as a target: its ``requires_grad`` flags stay, and the end-of-text tokens are those of the call."""
 
     def __init__(self, model: nn.Module, eos_token_ids: Iterable[int]) -> None:
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
@@ -98,13 +98,13 @@ class _Borrowed(Target):
 
 
 def _end(criteria: StoppingCriteriaList, text: Tensor, before: int) -> int | None:
-    """Length at which the criteria end the text [1, n], asked after each token from ``before`` on, as ``generate`` does. None: nowhere."""
+    """The length at which the criteria end the text [1, n], checked after each token from ``before`` on; None if they do not."""
     lengths = range(before + 1, text.shape[1] + 1) if criteria else ()
     return next((n for n in lengths if bool(criteria(text[:, :n], None).all())), None)
 
 
 def _sampling(processors: LogitsProcessorList, do_sample: bool) -> Sampling:
-    """Sampling that does what transformers' warpers do to the logits. Raises ValueError for any other list of processors."""
+    """The Sampling equivalent to these processors. Raises ValueError for others than temperature, top-k and top-p in this order."""
     kinds, usual = [type(p) for p in processors], {"filter_value": -torch.inf, "min_tokens_to_keep": 1}
     changed = [name for p in processors for name, value in usual.items() if getattr(p, name, value) != value]
     if changed or kinds != [kind for kind in WARPERS if kind in kinds and do_sample]:
@@ -135,7 +135,7 @@ def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs
         f"{', '.join(kept)} cannot be returned: dspark returns the tokens alone": bool(kept and config.return_dict_in_generate),
         "the model is in training mode, where dropout changes the distribution: call model.eval() first": model.training,
     }
-    attention_layers(model)
+    checked_layers(model)
     for reason, applies in refused.items():
         if applies:
             raise ValueError(reason)

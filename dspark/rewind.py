@@ -10,9 +10,9 @@ FIRST_CAPACITY = 256  # tokens; grows by doubling, so extending costs amortised 
 
 
 class GrowingKV:
-    """Keys and values of one attention layer in a preallocated buffer of which the first ``length`` positions are valid.
+    """Keys and values of one attention layer in a preallocated buffer, of which the first ``length`` positions are valid.
 
-    keys, values: [batch, heads, capacity, head_dim]. Writing goes to ``length``; ``rewind`` only lowers ``length``.
+    keys, values: [batch, heads, capacity, head_dim] in the dtype of what is appended; None before that.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class GrowingKV:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def rewind(self, length: int) -> None:
-        """Forget every position from ``length`` on."""
+        """Forget every position from ``length`` on. Raises ValueError if fewer are held."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length
@@ -57,8 +57,8 @@ class GrowingKV:
 class _RewindLayer(CacheLayerMixin):
     """One layer as transformers sees it.
 
-    It never claims to be a sliding-window layer: all keys and values stay, and the model's own mask applies the window. That
-    makes rewinding safe for sliding-window models.
+    It never claims to be a sliding-window layer: all keys and values stay, and the model's own mask applies the window. So a
+    rewind never needs keys that were dropped. −1 as maximum length: no limit.
     """
 
     is_sliding = False
@@ -79,7 +79,8 @@ class _RewindLayer(CacheLayerMixin):
         return self.kv.length
 
     def get_mask_sizes(self, query_length: int | Tensor, *_: object) -> tuple[int, int]:
-        # Releases before 5.20 pass the positions of the queries, later ones their number.
+        """Keys that the mask covers, and the position of the first."""
+        # transformers before 5.20 passes the positions of the queries, later releases their number.
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.kv.length + new, 0
 
@@ -91,7 +92,7 @@ class _RewindLayer(CacheLayerMixin):
 
 
 class RewindCache(Cache):
-    """A transformers cache for any causal LM. Pass it as ``past_key_values``; :meth:`rewind` costs O(layers), whatever the length."""
+    """A transformers cache for any causal LM, passed as ``past_key_values``; :meth:`rewind` costs O(layers), whatever the length."""
 
     def __init__(self, num_hidden_layers: int) -> None:
         super().__init__(layers=[_RewindLayer() for _ in range(num_hidden_layers)])
@@ -109,7 +110,7 @@ class RewindCache(Cache):
 class Slot:
     """One request's place in a :class:`SlotCache`.
 
-    index: row of the buffers; changes when an earlier slot is closed.
+    index: row of the buffers; the last slot's changes when another is closed.
     length: tokens held.
     """
 
@@ -117,16 +118,16 @@ class Slot:
         self.index, self.length = index, 0
 
     def rewind(self, length: int) -> None:
-        """Forget every position from ``length`` on."""
+        """Forget every position from ``length`` on. Raises ValueError if fewer are held."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the slot holds {self.length} tokens")
         self.length = length
 
 
 class SlotCache:
-    """Keys and values of R requests, each with a length of its own; forgetting lowers that number.
+    """Keys and values of R requests, each with a length of its own; a rewind lowers that number.
 
-    layers: per layer keys and values, two of [slots, kv_heads, capacity, head_dim]. Open slots are the rows 0..R−1.
+    layers: per layer keys and values, two of [slots, kv_heads, capacity, head_dim]; the R open slots are rows 0..R−1.
     """
 
     def __init__(self, num_layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from dspark.hf import dspark_generate
 from dspark.load import load_target
 from dspark.target.target import Target
 from dspark.train.start import drafter_for
+from dspark.verify.passes import TransformersPass
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -66,6 +67,15 @@ def test_greedy_text_is_what_generate_writes_with_copies_and_with_a_drafter(fami
     outputs = [dspark.generate(target, source, PROMPT, max_new_tokens=40) for source in (lookup_of(target), tiny_drafter(target))]
     assert [out.token_ids for out in outputs] == [expected] * 2
     assert any(r.verify_length > r.accepted for out in outputs for r in out.rounds), "nothing was ever rejected"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_of_a_token_are_what_the_cache_holds_of_it(family: str) -> None:
+    target = Target(model_of(family), None, family)
+    cache = target.new_cache()
+    target.forward(torch.tensor([PROMPT]), cache)
+    held = sum(side.numel() * side.element_size() for layer in cache.layers for side in layer.kv.view())
+    assert TransformersPass(target).bytes_per_token * len(PROMPT) == held
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,4 @@
-"""Which models can be a target: read off their modules and their config, before anything runs."""
+"""Which models can be a target: decided from their modules and their config, before anything runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import nn
 from transformers import GenerationMixin, PretrainedConfig
 
 REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values of tokens, nothing else
-SWITCHING = {"longrope", "dynamic"}  # rotary embeddings that depend on the length of the text
-FAR = 1 << 30  # tokens: no limit
+LENGTH_DEPENDENT = {"longrope", "dynamic"}  # rotary embeddings that depend on the length of the text
+NO_LIMIT = 1 << 30  # tokens
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -20,11 +20,11 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return part if _stacks(part) else model.base_model
 
 
-def attention_layers(model: nn.Module) -> nn.ModuleList:
+def checked_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers.
 
     Raises ValueError unless the model is causal, reads token ids alone, and keeps nothing but keys and values of tokens, so that
-    dropping those of the last tokens restores its earlier state.
+    dropping those of the last tokens restores its earlier state; the message says which of these does not hold.
     """
     for reason, applies in REFUSALS.items():
         if applies(model, model.config.get_text_config()):
@@ -40,16 +40,17 @@ def num_shared_layers(config: PretrainedConfig) -> int:
 def steady_context(config: PretrainedConfig) -> int:
     """Longest context in tokens for which a position has the same embedding in every pass.
 
-    LongRoPE and dynamic scaling choose the embedding of a whole pass by its last position. Beyond this length the first tokens of
-    a block would get other keys than they get one at a time.
+    LongRoPE and dynamic scaling choose the embedding of a whole pass by its last position, so beyond this length the keys of a
+    block would differ from those of the same tokens one at a time.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    switching = [part for part in (rope, *rope.values()) if isinstance(part, dict) and part.get("rope_type") in SWITCHING]
+    ropes = [part for part in (rope, *rope.values()) if isinstance(part, dict) and part.get("rope_type") in LENGTH_DEPENDENT]
     usual = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", None)
-    return min((int(part.get("original_max_position_embeddings") or usual or FAR) for part in switching), default=FAR)
+    return min((int(part.get("original_max_position_embeddings") or usual or NO_LIMIT) for part in ropes), default=NO_LIMIT)
 
 
 def _stacks(part: nn.Module) -> list[nn.ModuleList]:
+    """The lists of modules that are direct children."""
     return [child for child in part.children() if isinstance(child, nn.ModuleList) and len(child)]
 
 
@@ -78,7 +79,7 @@ def _cannot_rewind(model: nn.Module, config: PretrainedConfig) -> bool:
     return recurrent or len(_layer_stacks(model)) != 1 or "past_key_values" not in inspect.signature(model.forward).parameters
 
 
-REFUSALS = {  # why a model is no target → whether this holds for the model and its text config; checked in this order
+REFUSALS = {  # why a model is refused → whether that holds, given the model and its text config; checked in this order
     "has an encoder: dspark decodes causal LMs": lambda model, _: model.config.is_encoder_decoder,
     "has no head that predicts the next token: load it with AutoModelForCausalLM": lambda model, _: model.get_output_embeddings() is None,
     "does not read from left to right: dspark decodes causal LMs": _reads_both_ways,

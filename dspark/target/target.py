@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dspark.files import digest
 from dspark.rewind import RewindCache
-from dspark.target.families import FAR, attention_layers, decoder_of, num_shared_layers, steady_context
+from dspark.target.families import NO_LIMIT, checked_layers, decoder_of, num_shared_layers, steady_context
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
@@ -20,16 +20,18 @@ Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 class Target:
     """The full model M_t: frozen, never changed, run through :meth:`forward`.
 
-    model: a causal LM of transformers. tokenizer: None if prompts are token ids. name: used in messages and files.
-    Raises ValueError, before anything is frozen, for a model that cannot be a target (:func:`dspark.target.families.attention_layers`).
+    model: a causal LM of transformers.
+    tokenizer: None if prompts are token ids.
+    name: used in messages and files.
+    Raises ValueError, before anything is frozen, for a model that cannot be a target (:func:`dspark.target.families.checked_layers`).
     """
 
     def __init__(self, model: nn.Module, tokenizer: object | None, name: str) -> None:
-        self.layers = attention_layers(model)
+        self.layers = checked_layers(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self.verifier: Any = getattr(model, "dspark_pass", None)  # a faster pass than its own modules, put there from outside
+        self.verifier: Any = getattr(model, "dspark_pass", None)  # a faster TargetPass, set by dspark.cpu; None for its own modules
         self.config = model.config.get_text_config()
         self.head_weight: Tensor = model.get_output_embeddings().weight  # [vocab, hidden]
         self.hidden_size: int = self.config.hidden_size
@@ -40,8 +42,8 @@ class Target:
 
     @property
     def max_context(self) -> int:
-        """Longest context in tokens: what the model was made for, as far as its positions are steady."""
-        return min(int(getattr(self.config, "max_position_embeddings", None) or FAR), self.steady_context)
+        """Longest context in tokens: the config's maximum, or :attr:`steady_context` if that is less."""
+        return min(int(getattr(self.config, "max_position_embeddings", None) or NO_LIMIT), self.steady_context)
 
     @property
     def pass_name(self) -> str:
@@ -82,7 +84,7 @@ class Target:
     def digest(self) -> str:
         """16 hex digits that change with any fine-tuning: SHA-256 over strided samples of every weight, in bfloat16.
 
-        Whoever lays out the weights in another way keeps the digest of the plain ones as the model's ``weight_digest``.
+        A model whose weights were laid out for a CPU keeps the digest of the plain ones as ``weight_digest``.
         """
         if kept := getattr(self.model, "weight_digest", None):
             return kept
@@ -147,8 +149,9 @@ class Target:
     ) -> tuple[Tensor, Tensor | None]:
         """Run the model over new tokens, which follow those in the cache.
 
-        token_ids: [batch, tokens] int64. taps: ids of the layers whose output is wanted, the residual stream AFTER that layer.
-        logits_to_keep: logits of the last n positions only, 0 for all.
+        token_ids: [batch, tokens] int64.
+        taps: m ids of layers; of each the residual stream AFTER it is returned, for −1 the embedding.
+        logits_to_keep: return the logits of the last n positions only; 0 for all.
         Returns logits [batch, n, vocab] in the model's dtype and taps [batch, tokens, m·hidden] (None if none are asked for).
         """
         keep: int | Tensor = logits_to_keep
@@ -160,9 +163,9 @@ class Target:
 
 
 class Taps:
-    """A context in which the outputs of the chosen layers are kept. :meth:`joined` concatenates them in the order asked for.
+    """A ``with`` block that records what the chosen layers output; :meth:`joined` concatenates it in the order of ``layer_ids``.
 
-    Only passes of the thread that made it count: other threads may run the same model at the same time.
+    It records passes of its own thread only: other threads may run the same model at the same time.
     """
 
     def __init__(self, target: Target, layer_ids: Sequence[int]) -> None:
@@ -189,4 +192,5 @@ class Taps:
             handle.remove()
 
     def joined(self) -> Tensor | None:
+        """[batch, tokens, m·hidden] of the last pass; None without layers."""
         return torch.cat([self.outputs[i] for i in self.layer_ids], dim=-1) if self.layer_ids else None

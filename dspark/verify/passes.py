@@ -72,11 +72,13 @@ class TransformersPass:
 
     @property
     def bytes_per_token(self) -> int:
-        config = self.target.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers = self.target.num_layers - self.target.num_shared_layers
-        return 2 * layers * heads * head_dim * self.target.dtype.itemsize
+        config, total = self.target.config, 0
+        for i in range(self.target.num_layers - self.target.num_shared_layers):
+            layer = config.per_layer_config[i] if getattr(config, "is_heterogeneous", False) else config  # as in Gemma 4
+            one = getattr(layer, "multi_query", False) and not getattr(layer, "new_decoder_architecture", False)  # as in Falcon
+            heads = 1 if one else getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+            total += 2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+        return total * self.target.dtype.itemsize
 
     def new_cache(self) -> _OwnCaches:
         return _OwnCaches(self.target)
