@@ -21,9 +21,9 @@ __all__ = ["is_packed", "pack_drafter", "pack_target"]
 def pack_target(target: Target) -> Target:
     """Give the target the fastest pass that this machine has for it. Returns the target.
 
-    A family that the lean pass knows gets it, with packed products where this CPU has kernels for them; the model's own modules stay
-    as they are, and every later Target of this model runs it too. Of any other bfloat16 model on a CPU the linear layers are packed in
-    place, with the same products; the digest of the plain weights stays with the model, so another Target of it has the same digest.
+    A family that the lean pass knows runs it, with packed products if this CPU has kernels for them; the model's own modules do not
+    change, and later Targets of this model run it too. Any other bfloat16 model on a CPU has its linear layers packed in place; the
+    model keeps the digest of its plain weights, so another Target of it has the same digest.
     """
     packs = can_pack(target.head_weight)
     target.verifier = target.model.dspark_pass = lean_pass(target, PackedLinear if packs else plain_product)
@@ -42,8 +42,8 @@ def _refuse_to_save(*_: object, **__: object) -> None:
 def pack_drafter(drafter: Drafter) -> Drafter:
     """Lay out an attached bfloat16 drafter for fast drafts on a CPU, in place; leave any other alone. Returns the drafter.
 
-    Weights of a block have 8 bits where the CPU has kernels for that, which is faster: any distribution may propose drafts. The
-    weights that are saved stay as they are.
+    Weights used for a block have 8 bits if the CPU has kernels for that: faster, and still exact, since any distribution may propose
+    drafts. The weights that are saved do not change.
     """
     if not can_pack(drafter.head_weight):
         return drafter

@@ -1,9 +1,8 @@
-"""The drafter's backbone on a CPU: the sums of :mod:`dspark.draft.backbone` in fewer and cheaper steps.
+"""The drafter's backbone on a CPU: the arithmetic of :mod:`dspark.draft.backbone` in fewer and cheaper calls.
 
-A block has a handful of rows, so its pass costs what its calls and its weights' bytes cost, not its arithmetic. Here projections that
-read the same input are one product, queries and keys are normed and rotated together, and the block's weights may have 8 bits: the
-distribution that drafts are drawn from need not be the trained one to the last digit, since they are judged by the distribution they
-were drawn from. The context, which stays, is computed from the weights as they are.
+A block has a handful of rows, so calls and reading weights take its time, not arithmetic. Here projections of the same input are one
+product, queries and keys are normed and rotated together, and a block may use 8-bit weights: acceptance is exact for whatever
+distribution the drafts were drawn from. Keys and values of the context, which are kept, are computed from 16-bit weights.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dspark.rewind import GrowingKV
 if TYPE_CHECKING:
     from dspark.draft.drafter import Drafter, DraftState
 
-FIRST_TABLE = 1024  # positions with known cosines and sines; grows by doubling
+FIRST_TABLE = 1024  # positions in the first table of cosines and sines; it grows by doubling
 
 
 class FusedLayer:
@@ -33,30 +32,30 @@ class FusedLayer:
     def __init__(self, layer: Layer, make: Callable[[Tensor], nn.Module]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.head_dim = attention.head_dim
-        self.queries, self.keys = (p.out_features // self.head_dim for p in (attention.q_proj, attention.k_proj))
+        self.heads, self.kv_heads = (p.out_features // self.head_dim for p in (attention.q_proj, attention.k_proj))
         self.project = make(_joined(attention.q_proj, attention.k_proj, attention.v_proj))
         self.out = make(attention.o_proj.weight)
         self.gate_and_up, self.down = make(_joined(mlp.gate_proj, mlp.up_proj)), make(mlp.down_proj.weight)
         self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
-        norms = [attention.q_norm.weight] * self.queries + [attention.k_norm.weight] * self.keys
+        norms = [attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads
         self.head_norms, self.eps = torch.stack(norms).float()[:, None], attention.q_norm.eps
 
     def __call__(self, x: Tensor, rope: Rope, contexts: Sequence[GrowingKV]) -> Tensor:
-        """x: [R, n, hidden] → the same shape; each request's block joins its context, which it sees whole."""
-        heads = self.project(self.before_attention(x)).float().unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        rotated = rope.rotate(F.rms_norm(heads[:, : -self.keys], (self.head_dim,), eps=self.eps) * self.head_norms)
+        """x: [R, n, hidden] → the same shape; each request's block is appended to its context, and sees all of it."""
+        qkv = self.project(self.before_attention(x)).float().unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        rotated = rope.rotate(F.rms_norm(qkv[:, : -self.kv_heads], (self.head_dim,), eps=self.eps) * self.head_norms)
         mixed = []
         for r, context in enumerate(contexts):
-            keys, values = context.append(rotated[r, None, self.queries :], heads[r, None, -self.keys :])
-            folded = rotated[r, : self.queries].reshape(1, self.keys, -1, self.head_dim)  # a group's heads, as further queries
-            mixed.append(F.scaled_dot_product_attention(folded.to(keys.dtype), keys, values).view(self.queries, -1, self.head_dim))
+            keys, values = context.append(rotated[r, None, self.heads :], qkv[r, None, -self.kv_heads :])
+            folded = rotated[r, : self.heads].reshape(1, self.kv_heads, -1, self.head_dim)  # heads that share keys
+            mixed.append(F.scaled_dot_product_attention(folded.to(keys.dtype), keys, values).view(self.heads, -1, self.head_dim))
         x = x + self.out(torch.stack(mixed).transpose(1, 2).flatten(2))
         gate, up = self.gate_and_up(self.before_mlp(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 
 class FusedBackbone:
-    """``context`` and ``blocks`` of a drafter. of_context, of_block: turn a weight [out, in] into a product."""
+    """:attr:`dspark.draft.drafter.Drafter.fused`. of_context, of_block: make the product by a weight [out, in]."""
 
     def __init__(self, drafter: Drafter, of_context: Callable[[Tensor], nn.Module], of_block: Callable[[Tensor], nn.Module]) -> None:
         self.drafter, attentions = drafter, [layer.self_attn for layer in drafter.layers]
@@ -83,7 +82,7 @@ class FusedBackbone:
         return self.drafter.norm(x)
 
     def rope(self, positions: Tensor) -> Rope:
-        """The rotation of positions [n] → [1, 1, n, head_dim], or [R, n] → [R, 1, n, head_dim], from a table."""
+        """The rotation, from a table: positions [n] → [1, 1, n, head_dim], or [R, n] → [R, 1, n, head_dim]."""
         needed, table = int(positions.max()) + 1, self.table
         if table.cos.shape[2] < needed:
             config, size = self.drafter.config, max(FIRST_TABLE, 1 << (needed - 1).bit_length())

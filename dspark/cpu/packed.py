@@ -2,14 +2,13 @@
 
 For bfloat16 on a CPU, PyTorch hands each weight to oneDNN in its plain layout and oneDNN rearranges it at every call. With a few rows
 of input that costs more than the product. Rearranged once, a pass takes about half the time, and a block of eight tokens about as
-long as one token: this is what makes verification nearly free here.
+long as one token, so verification is nearly free.
 
-A CPU without bfloat16 kernels (AVX2 at best) multiplies row by row instead, so verifying a block costs as much as writing it. There
+A CPU without bfloat16 kernels (AVX2 at best) multiplies row by row, so verifying a block takes as long as decoding it plainly. There
 the weights are laid out in float16 for FBGEMM, which reads them once for six rows and computes in float32; float16 keeps every digit
 of a bfloat16 number of at least 2⁻¹⁷. Other devices and dtypes are left alone.
 
-Only a drafter's weights may have 8 bits. The target's distribution is the text's; drafts may come from any distribution, as long as
-they are accepted against that one.
+Only a drafter's weights may have 8 bits: acceptance is exact for any distribution of drafts, but the target's must not change.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ TYPICAL_ROWS = 8  # the layout is chosen for this many rows and works for any
 
 
 class PackedLinear(nn.Module):
-    """The same product as ``F.linear(x, weight, bias)``, summed in float32.
+    """``F.linear(x, weight, bias)``, summed in float32.
 
-    weight: [out, in] bfloat16. keep_weight: also hold the plain weight, so that it can be saved.
+    weight: [out, in] bfloat16; bias: [out].
+    keep_weight: also keep the plain weight, so that it can be saved.
     Called with x [..., in] of any float dtype; returns [..., out] bfloat16.
     """
 
@@ -50,10 +50,10 @@ class PackedLinear(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """Nearly that product, in half the time: int8 weights with one scale per output, the input rounded to 8 bits at each call.
+    """Approximately that product, in half the time: int8 weights with one scale per output, the input rounded to 8 bits at each call.
 
-    The input gets 7 bits where the processor adds pairs of products in 16 bits, which 8 would overflow. One scale serves all rows of
-    the input, so the input should be normed. weight, keep_weight: as above. Called with x [..., in]; returns [..., out] float32.
+    The input has 7 bits if the processor adds pairs of products in 16 bits, which 8 would overflow. All rows of the input share one
+    scale, so they should be normed. weight, keep_weight: as above. Called with x [..., in]; returns [..., out] float32.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, keep_weight: bool = False) -> None:

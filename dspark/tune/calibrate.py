@@ -42,7 +42,7 @@ class Rollouts:
     logits: [n, γ] float32, of c_k as the head gives them.
     survived: [n, γ] bool, x_1..x_k were all accepted.
     checked: [n, γ] bool, position k was sent to the target; the others are ignored.
-    acceptance: [n, γ] float32, Σ min(p_d, p_t), which a head that knew both distributions would state; NaN where unknown.
+    acceptance: [n, γ] float32, Σ min(p_d, p_t), the confidence of a perfect head; NaN where unknown.
     """
 
     logits: Tensor
@@ -107,7 +107,7 @@ def _bins(confidence: Tensor, bins: int) -> Tensor:
 
 
 def ranking_quality(confidence: Tensor, outcome: Tensor) -> float:
-    """AUC: how often a case that survived has the higher confidence of a random pair; ties count half.
+    """AUC: how often, in a random pair of one survivor and one other, the survivor has the higher confidence; ties count half.
 
     NaN where only one outcome occurred, or a confidence is NaN.
     """
@@ -131,7 +131,7 @@ def calibration_noise(confidence: Tensor, bins: int = BINS, draws: int = 200, se
 
 
 def reliability(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> list[dict[str, float]]:
-    """The bins behind the calibration error: n, mean confidence and frequency of the outcome in each bin that is not empty."""
+    """The bins of the calibration error: n, mean confidence and frequency of the outcome in each bin that is not empty."""
     index, rows = _bins(confidence, bins), []
     for i in index.unique().tolist():
         inside = index == i
@@ -147,7 +147,7 @@ def calibration_report(data: Rollouts, calibration: Calibration) -> list[dict[st
     n, survival: checked blocks, and the share that survived.
     ece_before, ece_after, noise: :func:`calibration_error`, and :func:`calibration_noise` of the calibrated a_k.
     auc_before, auc_after: :func:`ranking_quality`.
-    auc_best: of a head that knew both distributions. NaN if the acceptance is unknown.
+    auc_best: AUC of a perfect head. NaN if the acceptance is unknown.
     """
     rows = []
     for k in range(data.block_size):
@@ -166,8 +166,8 @@ def ranking_together(data: Rollouts, calibration: Calibration) -> dict[str, floa
     """How well a_k ranks the checked drafts of all positions together, as Algorithm 1 sorts the drafts of all requests.
 
     n, auc: checked drafts, and :func:`ranking_quality` of the calibrated a_k.
-    auc_position: of a head that knew only the position.
-    auc_best: of a head that knew both distributions; NaN if the acceptance is unknown.
+    auc_position: AUC of ranking by position alone.
+    auc_best: AUC of a perfect head; NaN if the acceptance is unknown.
     """
     chosen, position = data.checked, torch.arange(data.block_size).expand_as(data.checked)
     outcome = data.survived[chosen]
@@ -182,9 +182,9 @@ def calibrate(data: Rollouts) -> Calibration:
 
 
 def fit_offset(data: Rollouts) -> float:
-    """The most likely b of c_1 = σ((logit + b) / T) while T is free as well (Platt scaling); 0 if no block was checked.
+    """The maximum-likelihood b of c_1 = σ((logit + b) / T), fitted together with T (Platt scaling); 0 if no block was checked.
 
-    Fitted at the first position: c_1 is a factor of every a_k, and all blocks have it.
+    At the first position only: c_1 is a factor of every a_k, and all blocks have it.
     """
     chosen = data.checked[:, 0]
     if not chosen.any():
@@ -196,9 +196,9 @@ def fit_offset(data: Rollouts) -> float:
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        # The second term weighs as much as one case: it bounds the line where all outcomes are equal.
-        pull = (line - start).square().sum() / len(logits)
-        value = F.binary_cross_entropy_with_logits(line[0] * logits + line[1], outcome) + pull
+        # A prior with the weight of one case: without it the line has no bound if all outcomes are equal.
+        prior = (line - start).square().sum() / len(logits)
+        value = F.binary_cross_entropy_with_logits(line[0] * logits + line[1], outcome) + prior
         value.backward()
         return value
 
@@ -210,7 +210,7 @@ def fit_offset(data: Rollouts) -> float:
 def fit_sts(data: Rollouts, offset: float = 0.0) -> tuple[float, ...]:
     """One temperature per position, in order, each with the smallest ECE of a_k given the ones before it; 1 where nothing was checked."""
     temperatures: list[float] = []
-    candidates = sorted(GRID, key=lambda t: abs(math.log(t)))  # among equals the one nearest to 1: no scaling without evidence
+    candidates = sorted(GRID, key=lambda t: abs(math.log(t)))  # of equally good ones, the nearest to 1
     for k in range(data.block_size):
         if not data.checked[:, k].any():
             temperatures.append(1.0)

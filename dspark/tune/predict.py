@@ -45,10 +45,10 @@ def required_tokens_per_round(sps: SPS, window: int, draft_seconds: float, speed
 
 
 def break_even(sps: SPS, windows: Sequence[int], draft_seconds: float, speedups: Sequence[float]) -> pd.DataFrame:
-    """The τ that every window needs for every speed-up. T_draft is taken as equal for every window: the backbone runs once a block.
+    """The τ that every window needs for every speed-up, T_draft being the same for every window: the backbone runs once a block.
 
-    Columns: window, speedup; required, with the drafter's time; free, if drafting cost nothing; reachable, whether a drafter that is
-    always right has the τ that is required.
+    Columns: window, speedup; required, the τ with the drafter's time; free, without it; reachable, whether required ≤ window + 1, the
+    τ of a drafter that is always right.
     """
     frame = pd.DataFrame(product(windows, speedups), columns=["window", "speedup"])
     for name, seconds in (("required", draft_seconds), ("free", 0.0)):

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 CONTEXT = 256  # cached tokens before the steps that are measured
-FORMAT = 3  # of the cached files; a new number makes old ones be measured again
+FORMAT = 3  # of the cached files; files of another format are measured again
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class SPSCurve:
 
     widths: measured B, ascending.
     seconds: median step time at each; the running maximum is kept, so a wider step that was measured faster takes as long.
-    Between widths the step TIME is linear. Below the first it is constant; beyond the last it grows with the last slope or the mean one,
-    whichever is steeper: noise must not make tokens look free.
+    Between widths the step TIME is linear. Below the first it is constant; beyond the last it grows with the last or the mean slope,
+    whichever is steeper, so that noise cannot make tokens look free.
     """
 
     widths: tuple[int, ...]
@@ -77,7 +77,7 @@ def profile_sps(target: Target, *, context: int = CONTEXT, widths: Sequence[int]
 
 
 def median_steps(target: Target, *, context: int = CONTEXT, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> dict[int, float]:
-    """Width, ascending → median seconds of a step over so many tokens after ``context`` cached ones, as measured.
+    """Width, ascending → median seconds of a step over that many tokens after ``context`` cached ones, as measured.
 
     Raises ValueError for a context that is empty or does not fit the target, or fewer than one repeat.
     """
@@ -125,7 +125,7 @@ def profile_draft(target: Target, drafter: DraftSource, *, context: int = CONTEX
 def draft_times(
     target: Target, drafter: DraftSource, *, context: int = CONTEXT, widths: Sequence[int] = (), repeats: int = 9
 ) -> dict[int, float]:
-    """Width → median seconds of a greedy draft of so many tokens after ``context`` tokens.
+    """Width → median seconds of a greedy draft of that many tokens after ``context`` tokens.
 
     The times depend on shapes alone, so an untrained drafter will do. widths: default 1, 2, … γ. Raises ValueError for fewer than one
     repeat.

@@ -331,7 +331,7 @@ class Planted:
     @at("cpu.fused.FusedLayer.__init__", FUSED, "The fast path norms the keys of a block with the weight of its queries.")
     def fused_heads_share_one_norm(real, self, *arguments):
         real(self, *arguments)
-        self.head_norms[self.queries :] = self.head_norms[0]
+        self.head_norms[self.heads :] = self.head_norms[0]
 
     @at("bench.trace._judged", TRACE_END, "A trace judges no draft after the end of the text.")
     def trace_stops_at_the_end_of_text(real, r, text, eos_token_ids):
