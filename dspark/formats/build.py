@@ -1,4 +1,4 @@
-"""From what a format has read to a Drafter: every value, shape and number is checked before it is believed."""
+"""From what a format has read to a Drafter: every value, shape and number is checked before it is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAY_BE_ZERO = ("markov_rank", "mask_token_id")
 VALID = {  # annotation of a field of DrafterConfig → which values it takes
     "int": lambda v: type(v) is int and 0 < v < 1 << 31,
     "int | None": lambda v: type(v) is int and 0 < v < 1 << 31,
-    "float": lambda v: type(v) in (int, float) and 1e-30 < v < 1e30,  # float32 computes with it
+    "float": lambda v: type(v) in (int, float) and 1e-30 < v < 1e30,  # well inside float32
     "bool": lambda v: type(v) is bool,
     "str": lambda v: type(v) is str,
     "tuple[int, ...]": lambda v: type(v) is list and all(type(i) is int for i in v),

@@ -1,4 +1,4 @@
-"""A drafter's folder: written whole or not at all, and read with suspicion. Safetensors only, never unpickled."""
+"""A drafter's folder: written whole or not at all, and validated when read. Safetensors only, never unpickled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, object]) -> None:
     """Write weights and config.json. Raises ValueError if one of them cannot be written.
 
-    Replacing the weights commits a save: their header holds the config a second time, and config.json names the digest of its
+    A save is complete once the weights are replaced: their header also holds the config, and config.json holds the digest of its
     weights. So a kill or a full disk at any moment leaves the old drafter or the new one, never a mixture.
     """
     text = json.dumps(config | {"weights_digest": _digest(tensors)}, indent=1, ensure_ascii=False)

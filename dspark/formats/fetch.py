@@ -100,7 +100,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
 def check_header(file: BinaryIO) -> None:
     """Walk through the header of a GGUF file. Raises ValueError where it names more than the file holds.
 
-    The library's reader believes every length: a false one would keep it counting for ever.
+    The library's reader trusts every length: a false one would make it loop almost forever.
     """
     size = os.fstat(file.fileno()).st_size
 

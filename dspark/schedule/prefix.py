@@ -44,8 +44,8 @@ class PrefixScheduler(NeedsConfidence):
     read later confidences and bias it (Appendix A).
 
     sps: measured target steps per second at B tokens.
-    draft_seconds: T_draft of the parallel pass. 0, the paper's rule, leaves it out, since a server drafts while it verifies; on one
-        stream the pass is waited for, so counting it checks a little more.
+    draft_seconds: T_draft of the parallel pass. 0 is the paper's rule: a server drafts while it verifies. A single stream waits for
+        drafting; counting that time makes a round longer, so a few more drafts are admitted.
     max_window: tokens to draft at most, None for the whole block.
     """
 
@@ -55,7 +55,7 @@ class PrefixScheduler(NeedsConfidence):
 
     def __post_init__(self) -> None:
         if not self.draft_seconds >= 0:
-            raise ValueError(f"draft_seconds must be at least 0, got {self.draft_seconds}")
+            raise ValueError(f"draft_seconds must be at least 0, got {self.draft_seconds}: 0 leaves drafting out")
 
     def window(self, last: Round | None, block_size: int) -> int:
         return block_size if self.max_window is None else self.max_window
