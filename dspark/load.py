@@ -13,7 +13,7 @@ from dspark.files import data_dir, is_hub_id, one_line
 from dspark.formats import read
 from dspark.formats.build import build
 from dspark.formats.checkpoint import CONFIG, INDEX, WEIGHTS, placed_weights, read_folder
-from dspark.formats.fetch import UNREADABLE, converted_gguf, default_folder
+from dspark.formats.fetch import DEFAULT_NAME, UNREADABLE, converted_gguf, default_folder
 from dspark.target.target import Target
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def _find_drafter(name: str | Path) -> Path:
 def _find_target(name: str | Path) -> tuple[str | Path, str]:
     """Where the model is (a folder, or a hub id) and what to call it."""
     if str(name) == "default":
-        return default_folder(), "SmolLM2-135M-Instruct"
+        return default_folder(), DEFAULT_NAME
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

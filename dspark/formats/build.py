@@ -22,6 +22,11 @@ VALID = {  # annotation of a field of DrafterConfig → which values it takes
     "str": lambda v: type(v) is str,
     "tuple[int, ...]": lambda v: type(v) is list and all(type(i) is int for i in v),
 }
+EXPORTED = frozenset(  # what every layout can say
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim target_layer_ids "
+    "mask_token_id block_size markov_rank markov_head_type enable_confidence_head confidence_head_with_markov draft_vocab_size "
+    "rms_norm_eps rope_theta".split()
+)
 FOREIGN_COPY = 0.2  # relative difference: 4-bit quantisation of the target stays below 0.1, unrelated weights are 1.4 apart
 
 
@@ -71,6 +76,19 @@ def weights_of(drafter: Drafter) -> dict[str, Tensor]:
     tensors = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in drafter.named_parameters()}
     check_finite(tensors)
     return tensors
+
+
+def refuse_unwritten(drafter: Drafter, layout: str, **only: object) -> None:
+    """Raises ValueError, naming the field, for a drafter that another program's layout cannot hold.
+
+    only: fields for which that layout has no other value. A field that came after :data:`EXPORTED` must have its default.
+    """
+    if type(drafter) is not Drafter:
+        raise ValueError(f"{layout} holds a {Drafter.architecture}, not a {drafter.architecture}: use save_drafter")
+    for f in fields(drafter.config):
+        value = getattr(drafter.config, f.name)
+        if value != (expected := only.get(f.name, value if f.name in EXPORTED else f.default)):
+            raise ValueError(f"{f.name} is {value!r}, and {layout} holds only {expected!r}: use save_drafter")
 
 
 def check_finite(tensors: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dspark.draft.drafter import Drafter
-from dspark.formats.build import Stored, weights_of
+from dspark.formats.build import Stored, refuse_unwritten, weights_of
 from dspark.formats.checkpoint import write_folder
 from dspark.formats.layers import PLAIN, read_layers
 from dspark.target.target import Target
@@ -24,9 +24,12 @@ def export_deepspec(drafter: Drafter, target: Target, folder: str | Path) -> Non
     Raises ValueError for a reduced draft vocabulary or a baseline, which the format cannot hold, and where ``save_drafter`` does.
     """
     shape = drafter.config
-    if type(drafter) is not Drafter or shape.draft_vocab_size < shape.vocab_size:
-        found = f"{drafter.architecture} that proposes {shape.draft_vocab_size} of {shape.vocab_size} tokens"
-        raise ValueError(f"this format holds a {Drafter.architecture} that proposes all tokens, not a {found}: use save_drafter")
+    refuse_unwritten(drafter, "DeepSpec's layout")
+    if shape.draft_vocab_size < shape.vocab_size:
+        found = f"one that proposes {shape.draft_vocab_size} of {shape.vocab_size}"
+        raise ValueError(
+            f"DeepSpec's layout holds a drafter that proposes all tokens, not {found}: use save_drafter or speculators' layout"
+        )
     config = {name: value for name, value in json.loads(target.config.to_json_string()).items() if name not in PLAIN}
     config |= shape.to_dict() | {
         "architectures": [ARCHITECTURE],

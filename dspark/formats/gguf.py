@@ -1,0 +1,176 @@
+"""GGUF, what llama.cpp and everything built on it reads: a drafter for its DSpark drafting, and a target in bfloat16."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.draft.drafter import Drafter
+from dspark.files import cache_dir, one_line, write_atomically
+from dspark.formats.build import FOREIGN_COPY, refuse_unwritten, weights_of
+from dspark.formats.fetch import DEFAULT_NAME, DEFAULT_SHA256, check_header, fetch_default_gguf
+from dspark.target.target import Target
+
+ARCHITECTURE = "dflash"  # llama.cpp's name for the block-parallel backbone; the tensors of a Markov head make it DSpark
+NAMES = {  # our name, without ".weight" → llama.cpp's; "layers.N." becomes "blk.N."
+    "fc": "fc",
+    "hidden_norm": "enc.output_norm",
+    "norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "markov_head.markov_w1": "markov_w1",
+    "markov_head.markov_w2": "markov_w2",
+    "confidence_head.proj": "conf_proj",
+}
+
+
+def export_gguf(drafter: Drafter, target: Target, path: str | Path, target_gguf: str | Path) -> None:
+    """Write a drafter as one bfloat16 GGUF file, whole or not at all; ``llama-server -md`` takes it.
+
+    target_gguf: the target as GGUF, in any quantisation; its tokenizer is copied, which llama.cpp compares with the target's own.
+    Calibration is left out: llama.cpp has no place for it, and reads the confidence only where a minimum is asked for.
+    Raises ValueError, naming the field, for a drafter that llama.cpp would compute as another one, and for another target's file.
+    """
+    shape = drafter.config
+    if shape.markov_rank:
+        refuse_unwritten(drafter, "llama.cpp's layout", markov_head_type="vanilla")
+    reader = _read(target_gguf)
+    _check_target(reader, target, target_gguf)
+    weights = weights_of(drafter)
+    if drafter.confidence_head and not drafter.confidence_head.with_markov:  # llama.cpp's head always reads the token before
+        head = weights["confidence_head.proj.weight"]
+        weights["confidence_head.proj.weight"] = torch.cat([head, head.new_zeros(1, shape.markov_rank)], 1)
+
+    def write(part: Path) -> None:
+        writer = gguf.GGUFWriter(part, ARCHITECTURE)
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+        writer.add_block_count(shape.num_hidden_layers)
+        writer.add_context_length(target.max_context)
+        writer.add_vocab_size(shape.vocab_size)
+        writer.add_embedding_length(shape.hidden_size)
+        writer.add_feed_forward_length(shape.intermediate_size)
+        writer.add_head_count(shape.num_attention_heads)
+        writer.add_head_count_kv(shape.num_key_value_heads)
+        writer.add_key_length(shape.head_dim)
+        writer.add_value_length(shape.head_dim)
+        writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+        writer.add_rope_freq_base(shape.rope_theta)
+        writer.add_rope_dimension_count(shape.head_dim)
+        writer.add_causal_attention(False)
+        writer.add_uint32(f"{ARCHITECTURE}.block_size", shape.block_size)
+        writer.add_array(f"{ARCHITECTURE}.target_layers", [i + 1 for i in shape.target_layer_ids])  # it taps what goes into a layer
+        writer.add_bool(f"{ARCHITECTURE}.sample_from_anchor", True)
+        writer.add_bool(f"{ARCHITECTURE}.has_confidence_head", shape.enable_confidence_head)
+        _copy_fields(reader, writer, "tokenizer.", without=(gguf.Keys.Tokenizer.MASK_ID,))
+        writer.add_mask_token_id(shape.mask_token_id)
+        for name, weight in weights.items():
+            _add(writer, llamacpp_name(name), weight, wide=name.startswith("confidence_head"))
+        if shape.draft_vocab_size < shape.vocab_size:
+            writer.add_tensor("d2t", drafter.d2t.cpu().numpy())
+            _add(writer, "output.weight", drafter.head_weight)
+        _finish(writer)
+
+    write_atomically(path, write)
+
+
+def export_target(source: str | Path, path: str | Path) -> None:
+    """Write a target's GGUF file again with its tensors in bfloat16, whole or not at all; metadata and order of rows stay.
+
+    Vectors stay float32, as llama.cpp has them. Raises ValueError for a damaged source.
+    """
+    reader = _read(source)
+
+    def write(part: Path) -> None:
+        writer = gguf.GGUFWriter(part, reader.get_field(gguf.Keys.General.ARCHITECTURE).contents())
+        _copy_fields(reader, writer, without=(gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE))
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+        for tensor in reader.tensors:
+            _add(writer, tensor.name, _plain(tensor.data, tensor.tensor_type))
+        _finish(writer)
+
+    write_atomically(path, write)
+
+
+def default_target_gguf() -> Path:
+    """The bundled default target in bfloat16, in the user's cache; fetched and written at the first call (271 MB)."""
+    path = cache_dir() / f"{DEFAULT_NAME}-{DEFAULT_SHA256[:12]}-bf16.gguf"
+    if not path.is_file():
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
+            export_target(fetch_default_gguf(Path(scratch)), path)
+    return path
+
+
+def llamacpp_name(name: str) -> str:
+    """A parameter of Drafter → its tensor: "layers.0.mlp.up_proj.weight" → "blk.0.ffn_up.weight"."""
+    stem, _, kind = name.rpartition(".")
+    block = ""
+    if stem.startswith("layers."):
+        _, number, stem = stem.split(".", 2)
+        block = f"blk.{number}."
+    return f"{block}{NAMES[stem]}.{kind}"
+
+
+def _read(path: str | Path) -> gguf.GGUFReader:
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            check_header(file)
+        return gguf.GGUFReader(path)
+    except (OSError, ValueError, LookupError) as error:
+        raise ValueError(f"cannot read {path}: {one_line(error)}. Pass the target's GGUF file") from error
+
+
+def _check_target(reader: gguf.GGUFReader, target: Target, path: str | Path) -> None:
+    """Raises ValueError unless the file's embedding is the target's, but for quantisation."""
+    found = [tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"]
+    mine = target.embedding.weight
+    rows = slice(None, None, max(1, len(mine) // 256))
+    if found and tuple(reversed(found[0].shape.tolist())) == tuple(mine.shape):
+        theirs = _plain(found[0].data[rows], found[0].tensor_type)
+        ours = mine[rows].to("cpu", torch.float32)
+        if (theirs - ours).norm() < FOREIGN_COPY * ours.norm():
+            return
+    raise ValueError(f"{path} does not hold {target.name}, {list(mine.shape)}: pass the GGUF file of the drafter's target")
+
+
+def _plain(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:
+    """float32 values of stored ones."""
+    return torch.from_numpy(np.array(gguf.dequantize(data, kind), dtype=np.float32))
+
+
+def _copy_fields(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, prefix: str = "", without: tuple[str, ...] = ()) -> None:
+    for name, field in reader.fields.items():
+        if name.startswith(prefix) and not name.startswith("GGUF.") and name not in without:
+            kind, *of = field.types
+            writer.add_key_value(name, field.contents(), kind, sub_type=of[-1] if of else None)
+
+
+def _add(writer: gguf.GGUFWriter, name: str, weight: Tensor, *, wide: bool = False) -> None:
+    """Matrices as bfloat16, vectors (and ``wide`` ones) as float32: llama.cpp's own rule."""
+    if wide or weight.dim() == 1:
+        writer.add_tensor(name, weight.detach().cpu().float().numpy())
+        return
+    bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
+    writer.add_tensor(name, bits.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
