@@ -19,7 +19,9 @@ import dspark
 from dspark.cpu import pack_target
 from dspark.draft.drafter import Draft, Drafter
 from dspark.files import data_dir
+from dspark.formats.__main__ import main as command
 from dspark.formats.deepspec import export_deepspec
+from dspark.formats.speculators import export_speculators
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
 
@@ -254,6 +256,40 @@ def test_speculators_layout_is_read(target: Target, tmp_path: Path, d2t: Tensor 
     loaded = dspark.load_drafter(tmp_path, target)
     assert loaded.config == drafter.config
     assert_same_drafts(loaded, drafter, target)
+
+
+@pytest.mark.parametrize("d2t", [None, REDUCED], ids=["full", "reduced"])
+@pytest.mark.parametrize("shape", HEADS.values(), ids=HEADS)
+def test_a_speculators_round_trip_gives_bit_equal_drafts(target: Target, tmp_path: Path, shape: dict, d2t: Tensor | None) -> None:
+    drafter = tiny_drafter(target, d2t=d2t, **shape)
+    export_speculators(drafter, target, tmp_path)
+    assert_same_drafts(dspark.load_drafter(tmp_path, target), drafter, target)
+
+
+@pytest.mark.parametrize("d2t", [None, REDUCED], ids=["full", "reduced"])
+def test_an_exported_drafter_is_what_speculators_saves(target: Target, tmp_path: Path, d2t: Tensor | None) -> None:
+    drafter = tiny_drafter(target, d2t=d2t)
+    speculators(target, drafter, tmp_path / "theirs")
+    export_speculators(drafter, target, tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) and theirs[name].dtype == ours[name].dtype for name in theirs)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    for name, value in json.loads((tmp_path / "theirs" / "config.json").read_text()).items():
+        if name not in ("architectures", "transformer_layer_config"):  # written by its classes, which fill in more
+            assert config[name] == value, name
+    assert config["transformer_layer_config"]["layer_types"] == ["full_attention"] * 2  # where it is missing, theirs slide
+    assert config["speculators_config"]["verifier"]["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("to", ["deepspec", "speculators"])
+def test_the_command_writes_what_vllm_serves(target: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str) -> None:
+    target.model.save_pretrained(tmp_path / "model")
+    target = dspark.load_target(tmp_path / "model", pack=False)
+    dspark.save_drafter(tiny_drafter(target), target, tmp_path / "native")
+    assert command(["export", str(tmp_path / "native"), "--to", to, "--out", str(tmp_path / to), "--target", str(tmp_path / "model")]) == 0
+    assert f'"model": "{tmp_path / to}"' in capsys.readouterr().out.splitlines()[-1]
+    assert_same_drafts(dspark.load_drafter(tmp_path / to, target), tiny_drafter(target), target)
 
 
 def test_speculators_without_sample_from_anchor_is_another_block_layout(target: Target, tmp_path: Path) -> None:

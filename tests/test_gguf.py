@@ -12,9 +12,11 @@ from test_checkpoint import REDUCED, assert_same_drafts
 from tiny import full_disk, random_prompt, tiny_drafter, tiny_target
 from torch import Tensor
 
+from dspark import load_target, save_drafter
 from dspark.bench.llamacpp import LlamaCpp
 from dspark.bench.measure import Settings, by_dspark
 from dspark.draft.drafter import Drafter
+from dspark.formats.__main__ import main as command
 from dspark.formats.gguf import export_gguf, export_target
 from dspark.schedule import FixedWindow
 from dspark.target.target import Target
@@ -183,18 +185,32 @@ def test_the_exported_drafter_takes_a_quantised_target(target: Target, tmp_path:
     assert values_of(tmp_path / "d.gguf")[0]["tokenizer.ggml.model"] == "gpt2"
 
 
+def test_the_command_writes_it_and_says_how_to_serve_it(
+    target: Target, target_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target.model.save_pretrained(tmp_path / "model")
+    model = load_target(tmp_path / "model", pack=False)
+    save_drafter(tiny_drafter(model), model, tmp_path / "native")
+    export = ["export", str(tmp_path / "native"), "--to", "gguf", "--out", str(tmp_path / "d.gguf"), "--target", str(tmp_path / "model")]
+    assert command(export) == 2
+    assert "--target-gguf" in capsys.readouterr().err
+    assert command([*export, "--target-gguf", str(target_file)]) == 0
+    assert f"-m {target_file} -md {tmp_path / 'd.gguf'} --spec-type draft-dspark" in capsys.readouterr().out
+    assert values_of(tmp_path / "d.gguf")[0]["dflash.block_size"] == 4
+
+
 # ---- llama.cpp itself
 
 
-@pytest.mark.parametrize("shape", [*DRAFTERS.values()], ids=DRAFTERS)
-def test_llamacpp_commits_round_by_round_what_we_commit(tmp_path: Path, shape: dict) -> None:
+@pytest.mark.parametrize("name", ["full vocabulary", "reduced vocabulary", "dflash"])
+def test_llamacpp_commits_round_by_round_what_we_commit(tmp_path: Path, name: str) -> None:
     """In most texts of all: it multiplies in bfloat16 and keeps float16 keys, so nearly tied tokens may change places."""
     pytest.importorskip("xllamacpp")
     target = tiny_target(vocab_size=12, initializer_range=0.8)  # llama.cpp needs 11 tokens or more
     quiet = [token for token in range(12) if token not in SPOKEN]
     target.head_weight[quiet] = 0
     write_target(target, tmp_path / "target.gguf")
-    shape = shape | ({"d2t": torch.tensor(SPOKEN)} if "d2t" in shape else {})
+    shape = {"d2t": torch.tensor(SPOKEN)} if name == "reduced vocabulary" else DRAFTERS[name]
     drafter = uneven_drafter(target, **shape)
     settings = Settings(max_new_tokens=24)
     theirs = LlamaCpp(tmp_path / "target.gguf", target, drafter).decoder(settings)
