@@ -14,7 +14,7 @@ nbval := --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(stamp)  ## decode with DSpark and plainly, show the text, the speedup and the notebook that did it
+demo: $(stamp)  ## decode with DSpark and plainly, show the text, the speed-up and the notebook that did it
 	$(python) -m dspark.lab.demo
 
 lab: $(stamp)  ## open the notebooks in JupyterLab

@@ -188,7 +188,7 @@ def test_rows_carry_their_provenance(models, target, tmp_path):
     assert (row["prompt_set"], row["split"], row["n"], row["temperature"], row["seed"]) == ("code,chat", "test", 1, 0, 0)
     assert row["schema_version"] == 1 and row["machine"] and row["cores"] >= 1
     assert (row["torch"], row["dspark"]) == (torch.__version__, dspark.__version__)
-    assert row["revision"] and row["utc"].endswith("+00:00") and len(row["text_sha256"]) == 16
+    assert row["revision"] and row["utc"].endswith("+00:00")
     assert set(frame.loc[frame["arm"] == "plain", "drafter"]) == {""}
 
 
@@ -216,7 +216,7 @@ def test_every_peers_greedy_text_in_float32_is_plains(models, tmp_path):
     """Random text of few tokens repeats itself, so the peers that copy do draft here."""
     plan = small(arms=f"plain,{PEERS},adaptive+copy:1+block:2", prompts=1, tokens=24)
     frame = measure_speed(plan, models, tmp_path / "speed.parquet")
-    assert frame["equals_baseline"].all(), frame.loc[~frame["equals_baseline"], ["arm", "prompt_id", "first_divergence"]]
+    assert frame["equals_baseline"].all(), frame.loc[~frame["equals_baseline"], ["arm", "prompt_id"]]
     faster = frame[frame["tokens_per_round"] > 1].groupby("arm").size()
     assert {"lookup", "copy:1"} <= set(faster.index), faster
 

@@ -30,7 +30,7 @@ def eagle(target: Target, **shape: object) -> EagleDrafter:
     return tiny_drafter(target, **(SHAPE | shape))
 
 
-def draft_behind(drafter: EagleDrafter, target: Target, text: list[int], anchor: int, seed: int = 0) -> Draft:
+def draft_after(drafter: EagleDrafter, target: Target, text: list[int], anchor: int, seed: int = 0) -> Draft:
     state = drafter.new_state(text)
     _, taps = target.forward(torch.tensor([text]), None, drafter.target_layer_ids)
     drafter.extend(state, text, taps)
@@ -68,7 +68,7 @@ def test_training_and_drafting_see_the_same_distributions(row: int) -> None:
     for which in range(5):
         anchor = int(blocks.positions[row, which, 0])
         text = ids.tolist()
-        draft = draft_behind(drafter, target, text[:anchor], text[anchor])
+        draft = draft_after(drafter, target, text[:anchor], text[anchor])
         blocks.previous[row, which] = torch.tensor([text[anchor], *draft.tokens[:-1]])  # as if the text were what was drafted
         hidden = drafter.block_hidden(shard.token_ids, shard.taps, blocks.tokens, blocks.previous, blocks.positions)[row, which]
         assert torch.allclose((hidden @ drafter.head_weight.T).softmax(-1), draft.probs, atol=1e-5)
@@ -144,7 +144,7 @@ def test_context_in_pieces_with_drafts_between_equals_context_at_once() -> None:
         drafter.extend(state, text[first:last], taps[:, first:last])
         found = drafter.draft(state, 40 + last, 4, Sampling(1.0), Rng(torch.Generator().manual_seed(last)))
         assert [kv.length for kv in state.layers] == [last - 1]
-        expected = draft_behind(drafter, target, text[:last], 40 + last, seed=last)
+        expected = draft_after(drafter, target, text[:last], 40 + last, seed=last)
         assert found.tokens == expected.tokens
         assert torch.allclose(found.probs, expected.probs, atol=1e-6)
 
@@ -161,7 +161,7 @@ def test_a_second_draft_from_the_same_context_knows_nothing_of_the_first() -> No
 def test_a_token_depends_on_all_tokens_drafted_before_it() -> None:
     target = tiny_target()
     drafter = eagle(target)
-    one, other = (draft_behind(drafter, target, [5, 9, 11], 7, seed) for seed in (0, 3))
+    one, other = (draft_after(drafter, target, [5, 9, 11], 7, seed) for seed in (0, 3))
     assert one.tokens[0] != other.tokens[0]
     assert torch.equal(one.probs[0], other.probs[0]) and not torch.allclose(one.probs[1], other.probs[1])
     assert one.confidence[0] == other.confidence[0]
@@ -195,7 +195,7 @@ def test_greedy_text_in_float32_is_plain_decodings(block_size: int) -> None:
 
 
 @pytest.mark.parametrize("policy", [dspark.FixedWindow(), dspark.ConfidenceThreshold(0.3), dspark.AdaptiveWindow(0.6, 0.5, 0.3)], ids=str)
-def test_the_joint_law_of_sampled_text_is_the_targets_own(policy: dspark.FixedWindow) -> None:
+def test_the_joint_distribution_of_sampled_text_is_the_targets_own(policy: dspark.FixedWindow) -> None:
     """By enumeration of every branch in fractions, as :mod:`exact.enumeration` does for our own drafters."""
     target = small_target(2, eos=False)
     drafter = drafter_for(target, **SHAPE, block_size=3, target_layer_ids=(0,), mask_token_id=1)
@@ -220,7 +220,7 @@ def test_a_round_trip_gives_the_same_class_and_bit_equal_drafts(tmp_path: Path) 
     dspark.save_drafter(drafter, target, tmp_path)
     loaded = dspark.load_drafter(tmp_path, target)
     assert type(loaded) is EagleDrafter and loaded.config == drafter.config
-    a, b = (draft_behind(d, target, [5, 9, 11, 4], 7) for d in (drafter, loaded))
+    a, b = (draft_after(d, target, [5, 9, 11, 4], 7) for d in (drafter, loaded))
     assert a.tokens == b.tokens and torch.equal(a.probs, b.probs) and torch.equal(a.confidence, b.confidence)
     with pytest.raises(ValueError, match="was made for"):
         dspark.load_drafter(tmp_path, tiny_target(seed=5, dtype=torch.bfloat16))

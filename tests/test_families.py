@@ -218,7 +218,7 @@ def test_a_model_that_cannot_be_a_target_is_refused_by_name_and_left_as_it_was(w
     assert model.training and all(weight.requires_grad for weight in model.parameters())
 
 
-def test_loading_one_says_the_same(tmp_path) -> None:
+def test_loading_a_model_that_cannot_be_a_target_is_refused_by_its_folder(tmp_path) -> None:
     make, said = REFUSED["a state instead of a cache"]
     make().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"^{tmp_path} cannot be a target: .*{said}"):

@@ -34,7 +34,7 @@ from dspark.train.corpus import Corpus, save_corpus
 
 PRELOADED = ["test_killed", "dspark.bench.speed", "dspark.train.loop", "transformers.models.llama.modeling_llama"]
 TIMED = ["prefill_seconds", "seconds", "latency_ms", "draft_ms", "verify_ms", "round_ms"]
-TIMED += ["load_average", "utc"]  # the columns of a benchmark that no two runs share
+TIMED += ["utc"]  # the columns of a benchmark that no two runs share
 TRAINING = "--corpus corpus.safetensors --steps 40 --sequences 2 --anchors 4 --checkpoint-every 3 --taps 0,1 --layers 1"
 TRAINING += " --mask-token 3 --block-size 3 --markov-rank 4 --draft-vocab 60"
 BENCH = "--drafter drafter --arms plain,fixed:3,adaptive+copy --domains chat --threads 1 --prompts 4 --tokens 8 --temperature 1.0"

@@ -16,6 +16,7 @@ from rounds import ROUNDS, TEXT, decode, ids, round_of
 from dspark.bench.arms import arm_colour, arm_label
 from dspark.bench.measure import Trial, summary
 from dspark.bench.results import SCHEMA_VERSION, read_rows, write_results
+from dspark.bench.trace import BROKEN
 from dspark.files import data_dir
 from dspark.lab import drafters, figures, scheduling, speed
 from dspark.round import Round
@@ -85,7 +86,7 @@ def test_bytes_that_never_become_a_character_are_shown_as_a_box_and_lose_no_toke
     pieces = figures.whole_pieces(wild, decode)
     assert sum(count for count, _ in pieces) == len(wild)
     shown = html([round_of(0, "", 0, 0, "a"), Round(index=1, anchor=1, committed=tuple(wild))])
-    assert figures.NO_CHARACTER not in shown and "ok" in visible(shown)
+    assert BROKEN not in shown and "ok" in visible(shown)
 
 
 def test_a_tokenizer_that_drops_the_first_space_loses_none_inside():

@@ -21,9 +21,9 @@ import dspark
 from dspark.bench.arms import arm_colour, arm_label
 from dspark.bench.replay import replay
 from dspark.bench.results import write_results
-from dspark.bench.trace import StepTimes, record
+from dspark.bench.trace import BROKEN, StepTimes, record
 from dspark.bench.traces import save_trace, trace_row, traces_frame
-from dspark.lab import figures, strips, text
+from dspark.lab import strips, text
 from dspark.lab.live import LivePanel
 from dspark.lab.replaying import SAMPLE, ReplayPanel, trace_decode
 from dspark.lab.session import Request, Session
@@ -102,7 +102,7 @@ def test_characters_appear_only_when_all_their_bytes_are_decoded(words):
     rounds = plain_rounds(ids(words))
     for n in range(1, len(rounds) + 1):
         shown = visible(text.streaming_text(rounds[:n], decode, ended=False))
-        assert figures.NO_CHARACTER not in shown and "▯" not in shown
+        assert BROKEN not in shown and "▯" not in shown
         assert f"x{words}".startswith(shown)
     assert shown == f"x{words}"
 

@@ -39,7 +39,7 @@ def test_what_followed_the_longest_repeated_end_is_copied(source: dspark.Context
     assert drafted(source, state_after(source, [4, 5, 6, 7, 3, 5, 6, 9, 4, 5]), anchor=6).tokens[0] == 7
 
 
-def test_every_draft_is_looked_up_behind_the_ones_before_it(source: dspark.ContextLookup) -> None:
+def test_every_draft_is_looked_up_with_the_ones_before_it_as_text(source: dspark.ContextLookup) -> None:
     """7 follows 5 6, and 8 follows 6 7 where that stood last, in another place."""
     draft = drafted(source, state_after(source, [5, 6, 7, 1, 6, 7, 8, 2, 5]), anchor=6)
     assert draft.tokens[0] == 7 and draft.confidence[0] == pytest.approx(RATES[2])

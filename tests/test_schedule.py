@@ -56,7 +56,7 @@ def test_lengths_never_exceed_what_was_drafted(policy: Policy) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 def test_whether_a_token_is_checked_does_not_depend_on_later_confidence(policy: Policy) -> None:
-    """The confidences behind k are functions of x_k: reading them to decide on k would bias the law (Appendix A)."""
+    """The confidences after c_k are functions of x_k: reading them to decide on x_k would bias the distribution (Appendix A)."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
         confidence = torch.rand(6, generator=generator)

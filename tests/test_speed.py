@@ -35,17 +35,17 @@ def test_drafting_is_timed_at_the_context_asked_for(monkeypatch):
     assert seen == [20, 21, 22, 23]
 
 
-def test_a_sketch_costs_what_a_trained_drafter_will_and_drafts_like_one():
-    """The default shape is the shipped drafter's, and where the target is laid out for fast passes, the sketch is, too."""
+def test_an_untrained_drafter_costs_what_a_trained_one_does_and_drafts_like_one():
+    """The default shape is the shipped drafter's, and where the target is laid out for fast passes, so is the untrained drafter."""
     shipped = json.loads((default_drafter() / "config.json").read_text(encoding="utf-8"))
     named = {"num_hidden_layers": LAYERS, "block_size": BLOCK_SIZE, "markov_rank": MARKOV_RANK, "draft_vocab_size": DRAFT_VOCAB}
     assert {name: shipped[name] for name in named} == named
     target = pack_target(tiny_target(dtype=torch.bfloat16))
-    sketch = untrained_drafter(target, layers=1, block_size=3)
-    assert (sketch.config.num_hidden_layers, sketch.block_size, sketch.training) == (1, 3, False)
+    fresh = untrained_drafter(target, layers=1, block_size=3)
+    assert (fresh.config.num_hidden_layers, fresh.block_size, fresh.training) == (1, 3, False)
     assert untrained_drafter(tiny_target(num_hidden_layers=2), layers=3).config.num_hidden_layers == 3, "as many as were asked for"
-    assert (sketch.fused is None) is not can_pack(target.head_weight)
-    assert profile_draft(target, sketch, context=10, repeats=1) > 0
+    assert (fresh.fused is None) is not can_pack(target.head_weight)
+    assert profile_draft(target, fresh, context=10, repeats=1) > 0
     single = tiny_target(num_hidden_layers=1)
-    for model, drafter in ((target, sketch), (single, untrained_drafter(single))):
+    for model, drafter in ((target, fresh), (single, untrained_drafter(single))):
         assert len(generate(model, drafter, [1, 2, 3], max_new_tokens=4).token_ids) == 4

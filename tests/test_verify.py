@@ -17,7 +17,7 @@ def distribution(seed: int, rows: int, vocab: int = 4) -> torch.Tensor:
     return torch.rand(rows, vocab, generator=torch.Generator().manual_seed(seed)).softmax(-1)
 
 
-def law_of_first_token(p_draft: torch.Tensor, p_target: torch.Tensor) -> torch.Tensor:
+def distribution_of_first_token(p_draft: torch.Tensor, p_target: torch.Tensor) -> torch.Tensor:
     rng = Rng(torch.Generator().manual_seed(0))
     counts = torch.zeros(p_target.shape[-1])
     for _ in range(N):
@@ -30,11 +30,11 @@ def law_of_first_token(p_draft: torch.Tensor, p_target: torch.Tensor) -> torch.T
 def test_the_committed_token_follows_the_target_whatever_the_draft_distribution_is() -> None:
     p_target = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.25, 0.25, 0.25, 0.25]])
     p_draft = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
-    law = law_of_first_token(p_draft, p_target)
-    assert (law - p_target[0]).abs().max() < 4 * (0.25 / N) ** 0.5  # four standard deviations
+    found = distribution_of_first_token(p_draft, p_target)
+    assert (found - p_target[0]).abs().max() < 4 * (0.25 / N) ** 0.5  # four standard deviations
 
 
-def test_the_bonus_comes_from_the_row_behind_the_last_accepted_draft() -> None:
+def test_the_bonus_comes_from_the_row_after_the_last_accepted_draft() -> None:
     p = torch.eye(4)[[1, 2, 3]]
     assert accept([1, 2], p[:2], p, Rng()) == (2, 3)
 
@@ -64,12 +64,12 @@ def test_a_token_that_the_target_forbids_is_never_accepted() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_residual_is_a_distribution_over_what_the_target_still_owes(seed: int) -> None:
+def test_the_residual_is_a_distribution_over_tokens_that_the_target_prefers(seed: int) -> None:
     p_target, p_draft = distribution(seed, 1)[0], distribution(seed + 100, 1)[0]
-    owed = residual(p_target, p_draft)
-    assert owed.min() >= 0
-    assert owed.sum().item() == pytest.approx(1, abs=1e-6)
-    assert not owed[p_draft >= p_target].any()
+    rest = residual(p_target, p_draft)
+    assert rest.min() >= 0
+    assert rest.sum().item() == pytest.approx(1, abs=1e-6)
+    assert not rest[p_draft >= p_target].any()
 
 
 def test_a_residual_of_tiny_mass_keeps_its_shape() -> None:
@@ -77,7 +77,7 @@ def test_a_residual_of_tiny_mass_keeps_its_shape() -> None:
     assert residual(p_target, torch.tensor([0.5, 0.5]))[0] == 1
 
 
-def test_laws_that_differ_in_rounding_only_leave_a_residual_that_is_a_law() -> None:
+def test_distributions_that_differ_in_rounding_only_leave_a_residual_that_is_a_distribution() -> None:
     p_target, p_draft = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.5000001, 0.5, 0.0])
     assert residual(p_target, p_draft).tolist() == [0.5, 0.5, 0]
 

@@ -111,7 +111,7 @@ def random_prompt(seed: int, length: int, vocab: int = 100) -> list[int]:
 class Wavering:
     """Drafts the text that will come, with a wrong token every so often: runs of acceptances of every length, up to whole blocks.
 
-    Tokens behind the end of the text are drafted as well, if ``text`` goes on there. Its confidence is a seeded coin's, so that
+    Tokens after the end of the text are drafted as well, if ``text`` goes on there. Its confidence is a seeded coin's, so that
     the policies cut anywhere. errors: share of wrong tokens.
     """
 

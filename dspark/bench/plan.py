@@ -122,7 +122,7 @@ plan_of = partial(from_fields, Plan)
 
 @dataclass(frozen=True)
 class Unit:
-    """One prompt in one repeat. turn: which arm goes first."""
+    """One prompt in one repeat. turn: counts up, so that another arm starts each time. seed: of the sampled tokens."""
 
     item: PromptItem
     repeat: int
@@ -134,8 +134,7 @@ class Unit:
         return f"{self.repeat}/{self.item.id}"
 
     def columns(self) -> dict[str, object]:
-        item = self.item
-        return {"domain": item.domain, "prompt_id": item.id, "theme": item.theme, "repeat": self.repeat, "prompt_seed": self.seed}
+        return {"domain": self.item.domain, "prompt_id": self.item.id, "repeat": self.repeat}
 
 
 def _without_path(name: str) -> str:

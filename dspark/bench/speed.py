@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +9,10 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from dspark.bench.arms import Models
-from dspark.bench.measure import Decoder, first_divergence, summary
+from dspark.bench.measure import Decoder, summary
 from dspark.bench.plan import Plan, Unit, rotated
 from dspark.bench.provenance import utc
 from dspark.bench.results import Ledger, Row
-from dspark.files import digest
 from dspark.target.target import Target
 
 
@@ -31,14 +29,9 @@ def measure_speed(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     def measure(unit: Unit) -> list[Row]:
         ids = target.encode(unit.item.messages)
         trials = {name: decoders[name](ids, unit.seed) for name in rotated(list(decoders), unit.turn)}
-        divergences = {name: first_divergence(trial.token_ids, trials[plan.baseline].token_ids) for name, trial in trials.items()}
-        about = unit.columns() | {"prompt_tokens": len(ids), "load_average": os.getloadavg()[0], "utc": utc()}
+        about, expected = unit.columns() | {"utc": utc()}, trials[plan.baseline].token_ids
         return [
-            about
-            | {"arm": name, "place": place, "text_sha256": digest(target.decode(trial.token_ids))}
-            | {"equals_baseline": divergences[name] < 0, "first_divergence": divergences[name]}
-            | summary(trial)
-            | constant[name]
+            about | {"arm": name, "place": place, "equals_baseline": trial.token_ids == expected} | summary(trial) | constant[name]
             for place, (name, trial) in enumerate(trials.items())
         ]
 

@@ -36,7 +36,8 @@ def measure_here(plan: Plan, models: Models | None = None, repeats: int = 15) ->
     target, rows = models.target, []
     contexts = [n for n in CONTEXTS if n <= target.max_context - WIDTHS[-1]]
     if not contexts:
-        raise ValueError(f"{target.name} takes {target.max_context} tokens, less than the shortest context measured here ({CONTEXTS[0]})")
+        found = f"{target.name} takes {target.max_context} tokens, less than the shortest context measured here ({CONTEXTS[0]})"
+        raise ValueError(f"{found}: choose another target")
     for context in contexts:
         passes = median_steps(target, context=context, repeats=repeats)
         for kind, times in (("verify", passes), ("draft", draft_times(target, models.drafter, context=context, repeats=repeats))):

@@ -1,1 +1,1 @@
-"""For notebooks and the README: figures and tables made from records that the core and the bench leave behind. No model is run here."""
+"""For notebooks: figures and tables of records and result files, panels, the demo and sweeps. Only panels, demo and bias run a model."""

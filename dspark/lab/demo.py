@@ -70,7 +70,7 @@ def run(notebook: Path, executed: Path, parameters: Mapping[str, object], *, pro
     except (PapermillExecutionError, CellExecutionError) as error:
         raise ValueError(f"{f'{error.ename}: {error.evalue}'.splitlines()[0]} {kept}") from None
     except DeadKernelError:
-        raise ValueError(f"the notebook's kernel died, perhaps because memory ran out {kept}") from None
+        raise ValueError(f"the notebook's kernel died, perhaps because memory ran out: free some, or lower max_new_tokens {kept}") from None
     return json.loads(saved.read_text(encoding="utf-8"))
 
 
@@ -83,7 +83,7 @@ def report(summary: Mapping[str, object], executed: Path) -> str:
     numbers = {
         "plain decoding": f"{s['plain_tokens_per_second']:.1f} tokens/s",
         with_drafts: f"{s['tokens_per_second']:.1f} tokens/s",
-        "speedup": f"{s['speedup']:.2f}× (95 % interval over {s['n']} prompts: {s['low']:.2f} to {s['high']:.2f})",
+        "speed-up": f"{s['speedup']:.2f}× (95 % interval over {s['n']} prompts: {s['low']:.2f} to {s['high']:.2f})",
         "τ": f"{s['tokens_per_round']:.2f} tokens per round",
         "measured with": f"{s['target']}, {decoding}, {s['max_new_tokens']} new tokens, {s['dtype']}, {threads}",
         "notebook": shown(executed),

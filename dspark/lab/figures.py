@@ -16,6 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from dspark.bench.arms import arm_colour, arm_label
+from dspark.bench.trace import BROKEN, LONGEST_CHARACTER
 from dspark.draft.source import COPY
 from dspark.round import Round
 
@@ -53,8 +54,6 @@ DRAFT_STATES = {
     "accepted": replace(FATES["draft"], label="accepted"),
 }
 GREY = "#7a7a7a"  # readable on white and on near-black
-BYTES_IN_A_CHARACTER = 4  # at most, in UTF-8
-NO_CHARACTER = "\ufffd"  # what decoders return for an incomplete character
 
 
 @dataclass(frozen=True)
@@ -103,14 +102,14 @@ def whole_pieces(token_ids: Sequence[int], decode: Decode) -> list[tuple[int, st
     for i, token in enumerate(token_ids):
         group.append(token)
         text = decode([*before, *group])[len(decode(before)) if before else 0 :]
-        broken = text.endswith(NO_CHARACTER) and len(group) < BYTES_IN_A_CHARACTER
+        broken = text.endswith(BROKEN) and len(group) < LONGEST_CHARACTER
         if broken and i + 1 < len(token_ids):
             continue
         if pieces and _continues(pieces[-1][1], text):
             count, start = pieces.pop()
             pieces.append((count + len(group), start + text))
         else:
-            pieces.append((len(group), text.replace(NO_CHARACTER, "▯")))
+            pieces.append((len(group), text.replace(BROKEN, "▯")))
         before, group = group if text else before, []
     return pieces
 
@@ -138,7 +137,7 @@ def _hint(t: FatedToken, decode: Decode) -> str:
     place = "" if t.fate == "plain" else f", position {t.at + 1}"
     instead = ""
     if t.fate == "correction":
-        instead = f" · instead of the draft “{decode([t.round.draft_tokens[t.at]]).replace(NO_CHARACTER, '▯')}”"
+        instead = f" · instead of the draft “{decode([t.round.draft_tokens[t.at]]).replace(BROKEN, '▯')}”"
     numbers = "" if t.fate in ("plain", "bonus") else draft_numbers(t.round, t.at)
     return f"{FATES[t.fate].label} · round {t.round.index}{place}{instead}{numbers}"
 

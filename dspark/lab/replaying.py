@@ -47,7 +47,7 @@ def prompt_of(trace: Trace) -> str:
 
 
 def arm_of(policy: str, trace: Trace) -> str:
-    """The arm that a replay of this policy stands for: with copying if the trace has copied drafts."""
+    """The name of the arm that a replay of this policy shows: with copying if the trace has copied drafts."""
     return policy + "+copy" * any(r.source == COPY for r in trace.rounds)
 
 

@@ -9,7 +9,7 @@ import plotly.express as px
 import plotly.graph_objects as go
 
 from dspark.bench.arms import arm_label
-from dspark.bench.policies import ALL
+from dspark.bench.stats import ALL
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, dressed
 from dspark.schedule import Admission
 from dspark.tune.profile import SPSCurve

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from dspark.bench import published
 from dspark.bench.arms import arm_label, parse_arm, separated
-from dspark.bench.measure import Trial, first_divergence, summary
+from dspark.bench.measure import Trial, summary
 from dspark.bench.stats import ALL, summarise
 from dspark.lab.figures import GREY, arm_colours, dressed
 
@@ -105,11 +105,10 @@ def race_frame(heats: Sequence[Mapping[str, Trial]], prompts: Sequence[str]) -> 
     another repeat.
     """
     rows = []
-    for heat, (trials, prompt) in enumerate(zip(heats, prompts, strict=True)):
-        reference = trials[PLAIN].token_ids
+    for trials, prompt in zip(heats, prompts, strict=True):
         for arm, trial in trials.items():
-            same = first_divergence(trial.token_ids, reference) < 0
-            rows.append({"heat": heat, "prompt_id": prompt, "domain": "race", "arm": arm, "equals_baseline": same} | summary(trial))
+            same = trial.token_ids == trials[PLAIN].token_ids
+            rows.append({"prompt_id": prompt, "domain": "race", "arm": arm, "equals_baseline": same} | summary(trial))
     return pd.DataFrame(rows)
 
 

@@ -12,8 +12,9 @@ from html import escape
 from itertools import accumulate
 
 from dspark.bench.arms import arm_colour, arm_label
+from dspark.bench.trace import BROKEN
 from dspark.draft.source import COPY
-from dspark.lab.figures import DRAFT_STATES, FATES, GREY, NO_CHARACTER, Decode, Look, draft_numbers, draft_states, fates
+from dspark.lab.figures import DRAFT_STATES, FATES, GREY, Decode, Look, draft_numbers, draft_states, fates
 from dspark.round import Round
 
 COLOURS = {"fate": "what became of the draft", "confidence": "the drafter's confidence c", "target": "the target's probability p_target"}
@@ -86,7 +87,7 @@ def _shade(value: float) -> str:
 
 
 def _cell_hint(r: Round, k: int, state: str, decode: Decode | None) -> str:
-    token = f" “{decode([r.draft_tokens[k]]).replace(NO_CHARACTER, '▯')}”" if decode else ""
+    token = f" “{decode([r.draft_tokens[k]]).replace(BROKEN, '▯')}”" if decode else ""
     copied = " (copied)" if r.source == COPY else ""
     return f"round {r.index}, position {k + 1}: {DRAFT_STATES[state].label}{copied}{token}{draft_numbers(r, k)}"
 

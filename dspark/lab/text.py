@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 
-from dspark.lab.figures import DRAFT_STATES, NO_CHARACTER, Decode, draft_numbers, draft_states, fates, legend, span, whole_pieces
+from dspark.bench.trace import BROKEN
+from dspark.lab.figures import DRAFT_STATES, Decode, draft_numbers, draft_states, fates, legend, span, whole_pieces
 from dspark.round import Round
 
 BOX = "line-height:1.9;font-size:15px;white-space:pre-wrap;overflow-wrap:anywhere"
@@ -32,7 +33,7 @@ def streaming_text(rounds: Sequence[Round], decode: Decode, *, ended: bool = Tru
     waiting = last is not None and not judged and not ended
     tokens = fates(rounds[:-1] if waiting else rounds)
     pieces = whole_pieces([t.token_id for t in tokens], decode)
-    if pieces and not ended and NO_CHARACTER in decode([t.token_id for t in tokens[-pieces[-1][0] :]]):
+    if pieces and not ended and BROKEN in decode([t.token_id for t in tokens[-pieces[-1][0] :]]):
         pieces.pop()  # the character's last bytes are still missing
 
     discarded = _discarded(last, decode, waiting) if last is not None and not ended else ""

@@ -107,7 +107,7 @@ class PolicyControls:
         return self.kind.value, {name: slider.value for name, slider in self.sliders.items()}
 
     def set_block_size(self, block_size: int) -> None:
-        """Set the upper end of every slider that stands for the whole block; one at its upper end stays there."""
+        """Set the upper end of every slider whose default is the whole block; one at its upper end stays there."""
         for name, sliders in self._all.items():
             for slider in [sliders[p.name] for p in POLICIES[name].parameters if p.default is None]:
                 at_end = slider.value == slider.max
@@ -126,7 +126,7 @@ class PolicyControls:
 
 def _slider(p: Parameter) -> w.IntSlider | w.FloatSlider:
     if p.step == 1:
-        high = LONGEST if p.default is None else int(p.high)  # None stands for the whole block
+        high = LONGEST if p.default is None else int(p.high)  # None: the whole block
         return labelled(w.IntSlider, int(p.default or high), p.label, p.tooltip, min=int(p.low), max=high, max_width=WIDEST)
     return labelled(w.FloatSlider, p.default, p.label, p.tooltip, min=p.low, max=p.high, step=p.step, max_width=WIDEST)
 
