@@ -6,14 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 from dspark.draft.source import DraftSource
-from dspark.engine import Engine, checked_policy
+from dspark.engine import Engine
 from dspark.request import Request
 from dspark.round import Output, Round
 from dspark.schedule import Policy
 from dspark.target.target import Prompt, Target
 from dspark.verify.sampling import Rng, Sampling
-
-__all__ = ["checked_policy", "decode", "generate", "rounds"]
 
 
 def decode(
@@ -23,7 +21,8 @@ def decode(
 
     drafter: who proposes (:func:`~dspark.load_drafter`, :class:`~dspark.ContextLookup`); None for plain decoding.
     prompt: a string (one user turn), chat messages, or token ids.
-    policy: how many tokens to draft and verify; None for the drafter's whole block.
+    policy: how many tokens to draft and verify; None to copy and draft where that pays on this machine, which takes some seconds to
+        measure once.
     options: max_new_tokens, temperature, top_p, top_k, seed, stop, stop_ids, streamer; see :meth:`dspark.engine.Engine.submit`.
     Raises ValueError, before anything runs, for an empty or too long prompt, a bad option, or a policy that the drafter cannot serve.
     """
@@ -53,7 +52,7 @@ def generate(
 
 
 def rounds(
-    target: Target, drafter: DraftSource | None, prompt: list[int], limit: int, policy: Policy, sampling: Sampling, rng: Rng
+    target: Target, drafter: DraftSource | None, prompt: list[int], limit: int, policy: Policy | None, sampling: Sampling, rng: Rng
 ) -> Iterator[Round]:
     """As :func:`decode`, for a caller with its own sampling and rng. prompt: token ids. limit: new tokens at most."""
     engine = Engine(target, drafter, policy)

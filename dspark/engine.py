@@ -13,8 +13,9 @@ from dspark.clock import Clock
 from dspark.draft.source import Ask, DraftSource, propose
 from dspark.request import Request, Streamer, Turn, Verdict, probs_of_drafts, until_end
 from dspark.round import Round
-from dspark.schedule import Autoregressive, FixedWindow, Policy
+from dspark.schedule import Autoregressive, Policy
 from dspark.target.target import Prompt, Target
+from dspark.tune.auto import prepared
 from dspark.verify.accept import accept
 from dspark.verify.passes import pass_of
 from dspark.verify.sampling import LazyProbs, Rng, Sampling
@@ -27,7 +28,7 @@ class Engine:
     depend on its neighbours. Two engines may share a target and a drafter, each in a thread of its own; one engine belongs to one thread.
 
     drafter: who proposes; None for plain decoding.
-    policy: how many tokens to draft and verify; None for the drafter's whole block.
+    policy: how many tokens to draft and verify; None to copy and draft where that pays (:func:`dspark.tune.auto.prepared`).
     max_requests: how many are served at once, at least 1; the others wait in order.
     memory: bytes of keys and values at most, the drafter's included; None for no limit. A request is admitted when prompt and limit fit
         beside the others; nobody passes one that waits.
@@ -43,7 +44,7 @@ class Engine:
         max_requests: int = 1,
         memory: int | None = None,
     ) -> None:
-        self.policy = checked_policy(policy, drafter)
+        drafter, self.policy = prepared(target, drafter, policy)
         if isinstance(max_requests, bool) or not isinstance(max_requests, int) or max_requests < 1:
             raise ValueError(f"max_requests must be a whole number of at least 1, got {max_requests!r}")
         if isinstance(memory, bool) or (memory is not None and not memory > 0):
@@ -210,9 +211,9 @@ class Engine:
         """Ask the policy for a window per request, from past rounds alone, and the source for all drafts together."""
         if self.drafter is None:
             return
-        for turn in turns:
-            last = turn.request.rounds[-1] if len(turn.request.rounds) > 1 else None
-            turn.window = self.policy.window(last, self.drafter.block_size)
+        windows = self.policy.windows([turn.request.rounds for turn in turns], self.drafter.block_size)
+        for turn, window in zip(turns, windows, strict=True):
+            turn.window = window
         asking = [turn for turn in turns if turn.draft_limit > 0]
         asks = [Ask(turn.request.state, turn.request.anchor, turn.draft_limit, turn.request.sampling, turn.request.rng) for turn in asking]
         for turn, draft in zip(asking, propose(self.drafter, asks) if asks else (), strict=True):
@@ -280,14 +281,3 @@ class Engine:
             if any(stop in text for stop in request.stop):
                 return tuple(committed[:n])
         return None
-
-
-def checked_policy(policy: Policy | None, drafter: DraftSource | None) -> Policy:
-    """The policy that will run; None stands for the whole block. Raises ValueError if the drafter cannot serve it."""
-    if drafter is None:
-        if policy is not None and not isinstance(policy, Autoregressive):
-            raise ValueError(f"{policy} needs a drafter: pass one, or leave the policy out for plain decoding")
-        return Autoregressive()
-    policy = FixedWindow() if policy is None else policy
-    policy.check(drafter.block_size, drafter.has_confidence)
-    return policy

@@ -21,13 +21,14 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from dspark.decode import checked_policy, rounds
+from dspark.decode import rounds
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
 from dspark.round import Round
 from dspark.schedule import Policy
 from dspark.target.families import checked_layers
 from dspark.target.target import Target
+from dspark.tune.auto import prepared
 from dspark.verify.sampling import Rng, Sampling
 
 # Warper → its number, of the same name in Sampling, which applies them in this order.
@@ -50,7 +51,7 @@ def dspark_generate(
 
     drafter: attached to this very model (``load_drafter(…, Target(model, tokenizer, name))``); None copies from the context, which
         needs no training.
-    policy: None for the whole block.
+    policy: None to copy and draft where that pays on this machine, which takes some seconds to measure once.
     on_round: called with every :class:`~dspark.round.Round` when it is finished.
     Raises ValueError for what cannot be done exactly: more than one sequence, padding, beams, other logits processors, scores, a
     filled cache, inputs other than token ids, models that keep more than keys and values, texts too long for LongRoPE's short factors.
@@ -64,7 +65,7 @@ def dspark_generate(
     source = ContextLookup(None, target=target) if drafter is None else drafter
     if getattr(getattr(source, "drafter", source), "embed", target.embedding) is not target.embedding:
         raise ValueError("the drafter is attached to another model: load_drafter(…, target) with a Target made of this very model")
-    policy = checked_policy(policy, source)
+    source, policy = prepared(target, source, policy)
     sampling = _sampling(logits_processor, generation_config.do_sample)
     prompt = input_ids[0].tolist()
     lengths = [c for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]

@@ -21,18 +21,19 @@ LEVELS = (
     ("target",),
     ("verify", "schedule"),
     ("draft",),
+    ("tune",),
     ("request",),
     ("engine",),
     ("decode",),
     ("formats", "cpu"),
     ("load",),
-    ("hf", "tune"),
+    ("hf",),
     ("train", "bench"),
     ("lab",),
 )
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 CORE = {"round", "clock", "target", "draft", "verify", "schedule", "rewind", "request", "engine", "decode"}
-HELPERS = {"files"}  # digests of weights are computed in one place
+HELPERS = {"files", "tune"}  # digests of weights are computed in one place; the default policy reads measured step times
 OUTSIDE_OF_CORE = {"torch", "transformers", "numpy"} | set(sys.stdlib_module_names)
 
 
@@ -108,9 +109,9 @@ def test_no_file_is_longer_than_300_lines(path):
 
 
 def test_the_core_stays_small():
-    """The round itself; the engine that runs it for many requests has a file of its own."""
-    rooms = {"decode", "draft", "verify", "schedule", "rewind", "target"}
-    assert lines(*(path for path in INSIDE if room(path) in rooms)) <= 2_630
+    """The round itself; the engine that runs it for many requests, and what one may leave out when reading, have files of their own."""
+    rooms, beside = {"decode", "draft", "verify", "schedule", "rewind", "target"}, {PACKAGE / "schedule" / "auto.py"}
+    assert lines(*(path for path in INSIDE if room(path) in rooms and path not in beside)) <= 2_300
 
 
 def test_the_package_stays_small():

@@ -37,17 +37,16 @@ def replay(trace: Trace, policy: Policy) -> list[Round]:
     policy.check(block_size, bool(trace.about["has_confidence"]))
     limit, text = int(trace.about["max_new_tokens"]), trace.token_ids
     best = _best_lengths(trace, limit) if isinstance(policy, Oracle) else None
-    rounds, done, last = [trace.rounds[0]], 1, None
+    rounds, done = [trace.rounds[0]], 1
     while done < len(text):
         r = trace.rounds[done]
-        window = best[done] if best else policy.window(last, block_size)
+        window = best[done] if best else policy.windows([rounds], block_size)[0]
         drafts = length = max(min(window, limit - done - 1, len(r.draft_tokens)), 0)
         if drafts and not best:
             (length,) = policy.lengths([torch.tensor(r.confidence[:drafts])])
-        last = _cut(r, len(rounds), window, drafts, length, trace.times)
-        last = replace(last, committed=tuple(text[done : done + last.accepted + 1]))
-        rounds.append(last)
-        done += len(last.committed)
+        cut = _cut(r, len(rounds), window, drafts, length, trace.times)
+        rounds.append(replace(cut, committed=tuple(text[done : done + cut.accepted + 1])))
+        done += len(rounds[-1].committed)
     return rounds
 
 

@@ -57,8 +57,8 @@ class StepTimes:
 
     @cached_property
     def sps(self) -> SPSCurve:
-        """Target steps per second by tokens in the pass, as a scheduler reads it."""
-        return _curve(self.verify)
+        """Target steps per second by tokens in the pass, as a scheduler reads it, with the time of a whole block."""
+        return replace(_curve(self.verify), draft=SPSCurve((1,), (max(self.draft.values()),)) if any(self.draft.values()) else None)
 
 
 def _curve(seconds: dict[int, float]) -> SPSCurve:

@@ -1,5 +1,6 @@
 """Scheduling: the policies, and the one registry of their names, sliders, labels and colours."""
 
+from dspark.schedule.auto import Auto
 from dspark.schedule.policies import (
     MTP1,
     SPS,
@@ -20,6 +21,7 @@ __all__ = [
     "SPS",
     "AdaptiveWindow",
     "Admission",
+    "Auto",
     "Autoregressive",
     "ConfidenceThreshold",
     "FixedWindow",

@@ -1,11 +1,10 @@
 """Scheduling policies: how many of the drafted tokens the target should check.
 
-A policy answers two questions in a round. ``window``, before drafting: how many tokens to draft, from past rounds alone (0 = a plain
-autoregressive step, the drafter is not run). ``lengths``, after it: how many of them to verify, from the survival probabilities
-a_k = Π_{i≤k} c_i of all active requests. c_k does not depend on x_k, and cutting at k reads only c_1..c_k, so no cut depends on the
-token it cuts: that keeps the target's distribution exact.
-
-A new policy is one class and one row of :data:`dspark.schedule.POLICIES`, where names, sliders, labels and colours live.
+A policy answers two questions in a round. ``windows``, before drafting: how many tokens to draft, from past rounds alone (0: a plain
+step, the drafter is not run); most answer request by request, in ``window``. ``lengths``, after it: how many of them to verify, from
+the survival a_k = Π_{i≤k} c_i of all requests. c_k does not depend on x_k, and cutting at k reads only c_1..c_k, so no cut depends on
+the token it cuts: that keeps the target's distribution exact. A new policy is one class and one row of
+:data:`dspark.schedule.POLICIES`, where names, sliders, labels and colours live.
 """
 
 from __future__ import annotations
@@ -26,6 +25,10 @@ class Policy:
     def window(self, last: Round | None, block_size: int) -> int:
         """Tokens to draft, 0..block_size, for a request whose last round was ``last`` (None at the start)."""
         return block_size
+
+    def windows(self, histories: Sequence[Sequence[Round]], block_size: int) -> list[int]:
+        """Tokens to draft for each of R requests. histories: R lists of finished rounds, the prefill first."""
+        return [self.window(rounds[-1] if len(rounds) > 1 else None, block_size) for rounds in histories]
 
     def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
         """Tokens to verify for each of R requests. confidence: R tensors [w_r] float32, c_k of each request's draft."""
@@ -130,8 +133,8 @@ class Shortened(Policy):
         if self.n < 1:
             raise ValueError(f"a block has at least 1 token, got {self.n}: use Autoregressive() for plain decoding")
 
-    def window(self, last: Round | None, block_size: int) -> int:
-        return self.policy.window(last, self.n)
+    def windows(self, histories: Sequence[Sequence[Round]], block_size: int) -> list[int]:
+        return self.policy.windows(histories, self.n)
 
     def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
         return self.policy.lengths(confidence)

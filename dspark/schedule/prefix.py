@@ -74,7 +74,10 @@ class PrefixScheduler(NeedsConfidence):
 
     def admissions(self, confidence: Sequence[Tensor]) -> Iterator[Admission]:
         """The path of the algorithm, the start first; only its last step can be one that was not admitted."""
-        survival = [c.cumprod(-1).tolist() for c in confidence]
+        yield from self.path([c.cumprod(-1).tolist() for c in confidence])
+
+    def path(self, survival: Sequence[Sequence[float]]) -> Iterator[Admission]:
+        """The same from survivals a_{r,1}, a_{r,2}, …, which never rise."""
         expected, budget = float(len(survival)), len(survival)
         best = self._throughput(expected, budget)
         yield Admission(0, 0, 1.0, expected, budget, best, True)

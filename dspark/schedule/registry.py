@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from dspark.schedule.auto import Auto
 from dspark.schedule.policies import MTP1, SPS, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, Shortened
 from dspark.schedule.prefix import PrefixScheduler
 
@@ -75,6 +76,7 @@ _WINDOW = Parameter("window", "window (tokens)", "Tokens drafted per round, or a
 _THRESHOLD = Parameter("threshold", "threshold", "The block is cut before the first token below it", 0.1)
 
 _ROWS = (
+    PolicyRow("auto", "automatic", "#882255", lambda v, sps: Auto(sps()), needs_step_times=True),
     PolicyRow("prefix", "prefix scheduler", "#0072b2", lambda v, sps: PrefixScheduler(sps()), needs_confidence=True, needs_step_times=True),
     PolicyRow("fixed", "fixed window", "#e69f00", lambda v, sps: FixedWindow(v["window"]), (_WINDOW,)),
     PolicyRow("mtp1", "one token (MTP-1)", "#cc79a7", lambda v, sps: MTP1()),

@@ -8,15 +8,18 @@ import os
 import platform
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from dspark.clock import now
-from dspark.draft.source import DraftSource
+from dspark.draft.lookup import ContextLookup
+from dspark.draft.source import Ask, DraftSource, propose
 from dspark.files import cache_dir, digest, write_atomically
 from dspark.target.target import Target
 from dspark.verify.passes import pass_of
@@ -24,9 +27,10 @@ from dspark.verify.sampling import Rng, Sampling
 
 log = logging.getLogger(__name__)
 
-WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+REQUESTS = (1, 2, 4, 8, 16, 32)  # that draft together
 CONTEXT = 256  # cached tokens before the steps that are measured
-FORMAT = 3  # of the cached files; files of another format are measured again
+FORMAT = 4  # of the cached files; files of another format are measured again
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,12 @@ class SPSCurve:
     seconds: median step time at each; the running maximum is kept, so a wider step that was measured faster takes as long.
     Between widths the step TIME is linear. Below the first it is constant; beyond the last it grows with the last or the mean slope,
     whichever is steeper, so that noise cannot make tokens look free.
+    draft: the drafter's own curve, over the number of requests that draft together; None if nobody drafts, or for free.
     """
 
     widths: tuple[int, ...]
     seconds: tuple[float, ...]
+    draft: SPSCurve | None = None
 
     def __post_init__(self) -> None:
         if not self.widths or len(self.widths) != len(self.seconds):
@@ -65,6 +71,27 @@ class SPSCurve:
             return s[-1] + slope * (tokens - w[-1])
         i = bisect_right(w, tokens) - 1
         return s[i] + self._slope(i, i + 1) * (tokens - w[i])
+
+    def draft_seconds(self, requests: int) -> float:
+        """Seconds of one parallel draft for so many requests."""
+        return self.draft.step_seconds(requests) if self.draft else 0.0
+
+    def convex(self) -> SPSCurve:
+        """The curve without staircases: slopes that fall are averaged until every slope is at least the one before.
+
+        Kernels come in steps, and Algorithm 1 stops at the first token that does not pay, so it would never see behind a step.
+        The first and last times stay as measured.
+        """
+        pieces: list[tuple[float, int]] = []  # slope, tokens
+        for i in range(len(self.widths) - 1):
+            slope, tokens = self._slope(i, i + 1), self.widths[i + 1] - self.widths[i]
+            while pieces and pieces[-1][0] > slope:
+                before, more = pieces.pop()
+                slope, tokens = (before * more + slope * tokens) / (more + tokens), tokens + more
+            pieces.append((slope, tokens))
+        widths = accumulate((tokens for _, tokens in pieces), initial=self.widths[0])
+        seconds = accumulate((slope * tokens for slope, tokens in pieces), initial=self.seconds[0])
+        return SPSCurve(tuple(widths), tuple(seconds), self.draft)
 
     def _slope(self, i: int, j: int) -> float:
         return (self.seconds[j] - self.seconds[i]) / (self.widths[j] - self.widths[i])
@@ -110,7 +137,7 @@ def _medians(step: Callable[[int], float], widths: Sequence[int], repeats: int) 
     The widths take turns, starting with another one each time, so a slow period of the machine affects all of them.
     """
     times: dict[int, list[float]] = {width: [] for width in widths}
-    for turn in range(1 + repeats):
+    for turn in tqdm(range(1 + repeats), "measuring step times", leave=False, delay=1):
         for i in range(len(widths)):
             width = widths[(turn + i) % len(widths)]
             times[width].append(step(width))
@@ -132,8 +159,7 @@ def draft_times(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    prompt_ids = torch.randint(target.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
-    _, taps = target.forward(torch.tensor([prompt_ids], device=target.device), target.new_cache(), drafter.target_layer_ids)
+    prompt_ids, taps = _context(target, drafter, context)
     last = None if taps is None else taps[:, -1:]  # lookups read none
     state, rng = drafter.new_state(prompt_ids), Rng(torch.Generator(target.device).manual_seed(0))
     drafter.extend(state, prompt_ids, taps)
@@ -148,13 +174,59 @@ def draft_times(
     return _medians(draft, widths or range(1, drafter.block_size + 1), repeats)
 
 
+def _context(target: Target, drafter: DraftSource, length: int) -> tuple[list[int], Tensor | None]:
+    """Random tokens and the target's taps over them."""
+    tokens = torch.randint(target.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    run = pass_of(target)
+    cache = run.new_cache()
+    _, taps = run([tokens], [cache.open()], cache, drafter.target_layer_ids, last_only=True)
+    return tokens, taps[0]
+
+
 def sps_curve(target: Target) -> SPSCurve:
     """The curve of this target on this machine: from the cache, else measured (seconds) and kept there.
 
     One file per machine, device, target digest, dtype, weight layout, thread count and torch version, in ``cache_dir()/profiles``.
     """
     context = min(CONTEXT, target.max_context - WIDTHS[-1])
-    key = {
+    return _kept(target, {"context": context}, lambda: profile_sps(target, context=context, repeats=5))
+
+
+def step_times(target: Target, drafter: DraftSource) -> SPSCurve:
+    """:func:`sps_curve` with the drafter's own times, measured and kept like it: all that :class:`dspark.schedule.Auto` reads,
+    without staircases."""
+    trained = drafter.drafter if isinstance(drafter, ContextLookup) else drafter
+    if trained is None:  # copying costs nothing
+        return sps_curve(target).convex()
+    config = str(getattr(trained, "config", vars(type(trained))))
+    key = {"drafter": digest(f"{type(trained).__name__} {config}"), "fused": type(getattr(trained, "fused", None)).__name__}
+    return replace(sps_curve(target).convex(), draft=_kept(target, key, lambda: profile_drafts(target, trained)))
+
+
+def profile_drafts(target: Target, drafter: DraftSource, *, requests: Sequence[int] = REQUESTS, repeats: int = 5) -> SPSCurve:
+    """Drafts per second by the number of requests that draft a whole block together."""
+    context = min(CONTEXT, target.max_context - 1)
+    tokens, taps = _context(target, drafter, context)
+    states = [drafter.new_state(tokens) for _ in range(max(requests))]
+    for state in states:
+        drafter.extend(state, tokens, taps)
+    rng = Rng(torch.Generator(target.device).manual_seed(0))
+
+    def draft(count: int) -> float:
+        start = now(target.device)
+        propose(drafter, [Ask(state, tokens[-1], drafter.block_size, Sampling(), rng) for state in states[:count]])
+        taken = now(target.device) - start
+        for state in states[:count]:  # as after a round: the next draft has context to absorb
+            drafter.extend(state, tokens[-1:], None if taps is None else taps[:, -1:])
+        return taken
+
+    measured = _medians(draft, requests, repeats)
+    return SPSCurve(tuple(measured), tuple(measured.values()))
+
+
+def _kept(target: Target, more: dict[str, object], measure: Callable[[], SPSCurve]) -> SPSCurve:
+    """A curve from the cache, else measured and kept there under all that it depends on."""
+    key = more | {
         "format": FORMAT,
         "machine": cpu_name(),
         "cores": os.cpu_count(),
@@ -164,7 +236,6 @@ def sps_curve(target: Target) -> SPSCurve:
         "pass": target.pass_name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "context": context,
     }
     path = cache_dir() / "profiles" / f"{digest(json.dumps(key, sort_keys=True))}.json"
     try:
@@ -174,7 +245,7 @@ def sps_curve(target: Target) -> SPSCurve:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the profile %s cannot be read and is measured again (%s)", path.name, error)
-    curve = profile_sps(target, context=context)
+    curve = measure()
     try:
         write_atomically(path, json.dumps({"key": key, "curve": asdict(curve)}, indent=1).encode())
     except ValueError as error:

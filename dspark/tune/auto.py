@@ -1,0 +1,27 @@
+"""How decoding runs if nobody chooses a policy."""
+
+from __future__ import annotations
+
+from dspark.draft.lookup import ContextLookup
+from dspark.draft.source import DraftSource
+from dspark.schedule import Auto, Autoregressive, Policy
+from dspark.target.target import Target
+from dspark.tune.profile import step_times
+
+
+def prepared(target: Target, drafter: DraftSource | None, policy: Policy | None) -> tuple[DraftSource | None, Policy]:
+    """Who drafts, and under which policy.
+
+    Without a policy the context is copied where it repeats itself, and :class:`~dspark.schedule.Auto` decides on this machine's step
+    times, which are measured the first time (some seconds). Without a drafter nothing is drafted: plain decoding.
+    Raises ValueError for a policy that the drafter cannot serve.
+    """
+    if drafter is None:
+        if policy is not None and not isinstance(policy, Autoregressive):
+            raise ValueError(f"{policy} needs a drafter: pass one, or leave the policy out for plain decoding")
+        return None, Autoregressive()
+    if policy is None:
+        source = drafter if isinstance(drafter, ContextLookup) else ContextLookup(drafter, target=target)
+        return source, Auto(step_times(target, drafter))
+    policy.check(drafter.block_size, drafter.has_confidence)
+    return drafter, policy
