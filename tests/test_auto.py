@@ -122,6 +122,7 @@ def test_a_convex_curve_has_no_staircase_and_keeps_its_ends():
 def test_without_a_policy_the_text_is_the_same_and_times_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
     measured, medians = [], profile._medians
+    monkeypatch.setattr("dspark.tune.auto.step_times", step_times)
     monkeypatch.setattr(profile, "_medians", lambda step, widths, repeats: measured.append(widths) or medians(step, widths, 1))
     target = tiny_target()
     drafter, prompt = tiny_drafter(target), random_prompt(0, 6) * 3

@@ -94,7 +94,7 @@ def test_every_policy_of_the_registry_is_an_arm_and_so_is_a_plug_in(models, monk
     monkeypatch.setitem(POLICIES, "mine", PolicyRow("mine", "mine", "#000000", lambda values, sps: Mine(3)))
     for name in POLICIES.keys() - {"plain"}:
         arm = parse_arm(f"{name}+copy:3+block:2")
-        assert arm.trained and arm.min_match == 3 and arm.policy(models.target).n == 2
+        assert arm.trained and arm.min_match == 3 and arm.policy(models.target, models.drafter).n == 2
     assert len(models.decoder(parse_arm("mine"), Settings(max_new_tokens=9))([5, 6, 7], 0).token_ids) == 9
 
 

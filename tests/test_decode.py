@@ -81,7 +81,7 @@ def test_full_acceptance_leaves_cache_and_positions_right() -> None:
     target = tiny_target(eos_token_id=None)
     expected = greedy_reference(target, PROMPTS[0], 40)
     oracle = Oracle(tiny_drafter(target), expected)
-    found = dspark.generate(target, oracle, PROMPTS[0], max_new_tokens=40)
+    found = dspark.generate(target, oracle, PROMPTS[0], policy=dspark.FixedWindow(), max_new_tokens=40)
     assert found.token_ids == expected
     assert all(r.accepted == r.verify_length for r in found.rounds)
     assert found.tokens_per_round > 4.5
@@ -108,7 +108,7 @@ def test_nothing_follows_an_end_of_text_inside_an_accepted_block() -> None:
     stop = text[6]  # now make a token in the middle of the text an end
     first = text.index(stop)
     target.eos_token_ids = frozenset([2, stop])
-    out = dspark.generate(target, Oracle(tiny_drafter(target), text), PROMPTS[0], max_new_tokens=30)
+    out = dspark.generate(target, Oracle(tiny_drafter(target), text), PROMPTS[0], policy=dspark.FixedWindow(), max_new_tokens=30)
     assert out.token_ids == text[: first + 1]
     assert sum(len(r.committed) for r in out.rounds) == first + 1  # τ counts nothing after it
 

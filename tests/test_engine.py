@@ -58,8 +58,9 @@ def test_greedy_text_is_what_it_is_alone_while_neighbours_join_and_leave(make: o
 def test_a_requests_draws_are_its_own(temperature: float) -> None:
     target = lean_target(eos_token_id=None)
     drafter = tiny_drafter(target)
-    alone = dspark.generate(target, drafter, [5, 6, 7], max_new_tokens=20, temperature=temperature, seed=3).token_ids
-    engine = Engine(target, drafter, max_requests=3)
+    policy = dspark.FixedWindow()
+    alone = dspark.generate(target, drafter, [5, 6, 7], policy=policy, max_new_tokens=20, temperature=temperature, seed=3).token_ids
+    engine = Engine(target, drafter, policy, max_requests=3)
     engine.submit([8, 9], max_new_tokens=30, temperature=2.0, seed=9)
     engine.step()
     mine = engine.submit([5, 6, 7], max_new_tokens=20, temperature=temperature, seed=3)

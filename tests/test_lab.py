@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from rounds import ROUNDS, TEXT, decode, ids, round_of
 
 from dspark.bench.arms import arm_colour, arm_label
@@ -128,7 +127,7 @@ def test_the_same_records_give_the_same_figures_and_are_not_changed():
 
 
 def test_the_schedulers_path_names_the_drafts_up_to_the_first_fall():
-    path = list(PrefixScheduler({1: 1.0, 2: 0.9, 3: 0.5, 4: 0.4}.__getitem__).admissions([torch.tensor([0.9, 0.2, 0.9])]))
+    path = list(PrefixScheduler({1: 1.0, 2: 0.9, 3: 0.5, 4: 0.4}.__getitem__).admissions([[0.9, 0.18, 0.162]]))
     bars = scheduling.admission_path(path, ["a", "b", "c"]).data[0]
     assert list(bars.x) == ["anchor alone", "1: “a”", "2: “b”"]
     assert [round(y, 3) for y in bars.y] == [1.0, 1.71, 1.04]

@@ -211,7 +211,7 @@ def test_session_makes_the_rounds_of_decode(target, drafter, request_):
     s.join()
     assert s.state == "done" and s.error == ""
     asked = {name: getattr(request_, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    assert untimed(s.rounds) == untimed(list(dspark.decode(target, drafter, request_.prompt, **asked)))
+    assert untimed(s.rounds) == untimed(list(dspark.decode(target, drafter, request_.prompt, policy=dspark.FixedWindow(), **asked)))
     assert untimed(s.plain) == untimed(list(dspark.decode(target, None, request_.prompt, **asked)))
 
 
@@ -320,13 +320,13 @@ def wait_until(holds: object) -> None:
 @pytest.mark.parametrize("copy", [False, True])
 @pytest.mark.parametrize("kind", POLICIES)
 def test_every_policy_of_the_menu_decodes_the_greedy_text(panel, monkeypatch, kind, copy):
-    monkeypatch.setattr("dspark.lab.live.sps_curve", lambda target: SPSCurve((1, 2), (1.0, 1.0)))
+    monkeypatch.setattr("dspark.lab.live.step_times", lambda target, source: SPSCurve((1, 2), (1.0, 1.0)))
     panel.controls.kind.value, panel.copy.value = kind, copy
     assert panel.run_to_end().token_ids == [token for r in panel.session.plain for token in r.committed]
 
 
 def test_prefix_scheduler_reads_the_step_times_of_this_machine(panel, monkeypatch):
-    monkeypatch.setattr("dspark.lab.live.sps_curve", lambda target: SPSCurve((1, 2), (1.0, 100.0)))
+    monkeypatch.setattr("dspark.lab.live.step_times", lambda target, source: SPSCurve((1, 2), (1.0, 100.0)))
     panel.controls.kind.value = "prefix"
     assert all(r.verify_length == 0 for r in panel.run_to_end().rounds), "a second token in a pass costs a hundred times the first"
 

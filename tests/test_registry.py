@@ -43,7 +43,7 @@ def test_numbers_after_the_colon_are_the_parameters_in_their_order(spec: str, sa
         ("fixed:0", "at least 1"),
         ("confidence:two", "must be a number, got 'two'"),
         ("confidence:1.5", "1.5"),
-        ("prefix", "sps_curve"),
+        ("prefix", "step_times"),
     ],
 )
 def test_a_wrong_name_or_number_is_refused_with_the_remedy(spec: str, words: str) -> None:

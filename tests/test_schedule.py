@@ -96,7 +96,7 @@ def test_the_prefix_scheduler_does_not_fall_for_the_appendix_a_counterexample() 
 def test_the_path_shows_every_step_up_to_the_first_fall() -> None:
     sps = {2: 1.0, 3: 0.95, 4: 0.9, 5: 0.5, 6: 0.4}.__getitem__
     policy, confidence = PrefixScheduler(sps), [torch.tensor([0.9, 0.9]), torch.tensor([0.3, 0.9])]
-    path = list(policy.admissions(confidence))
+    path = list(policy.admissions([c.cumprod(-1).tolist() for c in confidence]))
     assert [(step.request, step.position, step.admitted) for step in path] == [(0, 0, True), (0, 1, True), (0, 2, True), (1, 1, False)]
     assert [step.throughput for step in path] == pytest.approx([2.0, 2.755, 3.339, 2.005])
     assert [step.budget for step in path] == [2, 3, 4, 5]

@@ -14,7 +14,7 @@ from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
 from dspark.schedule import POLICIES, Policy, parse_policy
 from dspark.target.target import Target
-from dspark.tune.profile import sps_curve
+from dspark.tune.profile import step_times
 
 HEADLINE = "plain,generate,mtp1,fixed:5,fixed+copy,prefix+copy"
 PEERS: dict[str, Callable[[Target, Settings], Decoder]] = {
@@ -46,9 +46,9 @@ class Arm:
     trained: bool = False
     peer: Callable[[Target, Settings], Decoder] | None = None
 
-    def policy(self, target: Target) -> Policy:
-        """The policy on this target; ``prefix`` measures its step times if they are not in the cache."""
-        return parse_policy(self.spec, lambda: sps_curve(target))
+    def policy(self, target: Target, source: DraftSource) -> Policy:
+        """The policy on this target; ``auto`` and ``prefix`` measure step times if they are not in the cache."""
+        return parse_policy(self.spec, lambda: step_times(target, source))
 
     def source(self, drafter: Drafter | None, target: Target | None = None) -> DraftSource:
         """The drafter as this arm uses it. target: needed by ``copy`` alone."""
@@ -61,7 +61,8 @@ class Arm:
             return self.peer(stock or target, settings)
         if not self.spec:
             return by_dspark(target, None, None, settings)
-        source, policy = self.source(drafter, target), self.policy(target)
+        source = self.source(drafter, target)
+        policy = self.policy(target, source)
         try:
             policy.check(source.block_size, source.has_confidence)
         except ValueError as error:

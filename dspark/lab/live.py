@@ -20,7 +20,7 @@ from dspark.lab.widgets import Panel, column, labelled, row
 from dspark.round import Output, Round
 from dspark.schedule import make_policy
 from dspark.target.target import Target
-from dspark.tune.profile import sps_curve
+from dspark.tune.profile import step_times
 
 INTERVAL = 0.12  # seconds between two drawings; drawing more often would only slow the decoder
 SLOW = 0.7  # seconds that slow motion shows each half of a round
@@ -118,7 +118,7 @@ class LivePanel(Panel):
             self.target,
             source,
             request,
-            partial(make_policy, name, values, lambda: sps_curve(self.target)),
+            partial(make_policy, name, values, lambda: step_times(self.target, source)),
             plain=self._recorded.get(request) if self.race.value else (),
             changed=self._changed,
             pause=lambda: SLOW if self.slow.value and slow else 0.0,

@@ -59,7 +59,7 @@ class Auto(Policy):
     def _throughput(self, survival: Sequence[Sequence[float]], drafting: int) -> float:
         """Expected tokens per second of a round in which ``drafting`` requests draft. survival: R sequences, a_{r,k}."""
         scheduler = PrefixScheduler(self.sps, self.draft_seconds(drafting))
-        return max(step.throughput for step in scheduler.path(survival))
+        return max(step.throughput for step in scheduler.admissions(survival))
 
 
 def _outlooks(histories: Sequence[Sequence[Round]]) -> list[list[float]] | None:

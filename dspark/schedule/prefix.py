@@ -67,17 +67,13 @@ class PrefixScheduler(NeedsConfidence):
 
     def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
         lengths = [0] * len(confidence)
-        for step in self.admissions(confidence):
+        for step in self.admissions([c.cumprod(-1).tolist() for c in confidence]):
             if step.admitted and step.position:
                 lengths[step.request] = step.position
         return lengths
 
-    def admissions(self, confidence: Sequence[Tensor]) -> Iterator[Admission]:
-        """The path of the algorithm, the start first; only its last step can be one that was not admitted."""
-        yield from self.path([c.cumprod(-1).tolist() for c in confidence])
-
-    def path(self, survival: Sequence[Sequence[float]]) -> Iterator[Admission]:
-        """The same from survivals a_{r,1}, a_{r,2}, …, which never rise."""
+    def admissions(self, survival: Sequence[Sequence[float]]) -> Iterator[Admission]:
+        """The path of the algorithm from a_{r,1}, a_{r,2}, … of each request: the start first; only the last step may be unadmitted."""
         expected, budget = float(len(survival)), len(survival)
         best = self._throughput(expected, budget)
         yield Admission(0, 0, 1.0, expected, budget, best, True)

@@ -128,7 +128,7 @@ def make_policy(name: str, values: Values | None = None, sps: Callable[[], SPS] 
         choices = f"choose from {', '.join(known)}" if known else "it has none"
         raise ValueError(f"policy {name!r} has no parameter {unknown[0]!r}{_closest(unknown[0], known)}: {choices}")
     if row.needs_step_times and sps is None:
-        raise ValueError(f"policy {name!r} reads measured step times: pass sps=lambda: sps_curve(target) (dspark.tune.profile)")
+        raise ValueError(f"policy {name!r} reads measured step times: pass sps=lambda: step_times(target, drafter) (dspark.tune.profile)")
     read = {key: parameter.read(values.get(key, parameter.default)) for key, parameter in known.items()}
     return row.make(read, sps)
 
