@@ -116,10 +116,8 @@ class AdaptiveWindow(Policy):
         return min(max(last.window + step, self.min_window), widest)
 
     def check(self, block_size: int, has_confidence: bool) -> None:
-        if max(self.min_window, self.max_window or 0) > block_size:
-            raise ValueError(
-                f"windows up to {max(self.min_window, self.max_window or 0)} exceed the drafter's block size: choose 1..{block_size}"
-            )
+        if (widest := max(self.min_window, self.max_window or 0)) > block_size:
+            raise ValueError(f"a window of {widest} is more than the drafter's block size {block_size}: choose 1..{block_size}")
 
 
 @dataclass(frozen=True)
