@@ -202,7 +202,7 @@ def _exactness(path: Path) -> str:
         "enumeration": "Small models, all branches of a round, in fractions: {cases:,} cases, {branches:,} branches, largest difference "
         "from the target's distribution {largest_difference:g}.",
         "greedy": "Greedy float32 texts of tiny random models: {equal:,} of {texts:,} equal those of `model.generate`.",
-        "draws": "{target} in float32: {draws:,} draws, smallest p of the χ² tests after Holm's correction {smallest_p_adjusted:.2g}.",
+        "draws": "{target} in float32: {draws:,} draws, smallest p of the χ² tests after Bonferroni correction {smallest_p_adjusted:.2g}.",
         "planted": "Planted bugs: {caught} of {of} caught by the test that each names.",
     }
     parts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -39,13 +39,8 @@ def test_sampled_text_has_the_targets_distribution(case: Case) -> None:
 
 @pytest.mark.parametrize("cases", [CASES, every_case()], ids=["few", "every"])
 def test_the_cases_cover_every_policy_source_sampling_vocabulary_and_block_size(cases: list[Case]) -> None:
-    for field, values in (
-        ("policy", POLICIES),
-        ("source", SOURCES),
-        ("sampling", SAMPLINGS),
-        ("vocab", range(2, 6)),
-        ("block_size", range(1, 5)),
-    ):
+    every = {"policy": POLICIES, "source": SOURCES, "sampling": SAMPLINGS, "vocab": range(2, 6), "block_size": range(1, 5)}
+    for field, values in every.items():
         assert {getattr(case, field) for case in cases} >= set(values)
     assert {name.split(":")[0] for name in POLICIES} >= set(REGISTRY) and set(SOURCES) > set(HEADS)
     assert len(set(map(str, cases))) == len(cases)
@@ -123,28 +118,20 @@ def test_every_policy_gives_the_greedy_text_of_model_generate(situation: str) ->
 # ---- draws
 
 
-def drawn(names: list[str]) -> dict[str, float]:
-    """Adjusted p-values of draws from tiny models of eight tokens, of which one ends the text."""
+def test_draws_follow_the_target_and_those_of_a_biased_rule_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From tiny models of eight tokens, of which one ends the text. Plain sampling, which has no residual, follows it even then."""
     target = tiny_target(vocab_size=8, num_hidden_layers=2, initializer_range=0.3)
     drafter = tiny_drafter(target, block_size=5, target_layer_ids=(0,), num_hidden_layers=1)
-    tree = draws.Tree.grow(target, [4, 5, 6, 4, 5, 7, 4], (0,), Sampling(1.0), 0.0125)
-    policies = draws.policies()
-    found = [draws.p_value(draws.sample(target, tree, drafter, policies[n], Sampling(1.0), 400, 7), tree.distribution) for n in names]
-    return dict(zip(names, draws.holm(found), strict=True))
-
-
-def test_draws_follow_the_target_and_those_of_a_biased_rule_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain sampling, which has no residual, follows it even then."""
-    assert min(drawn(["fixed", "prefix"]).values()) > 1e-3
+    asked = (target, drafter, [4, 5, 6, 4, 5, 7, 4], Sampling(1.0), 400, 7)
+    assert min(draws.p_values(*asked, ["fixed", "prefix"]).values()) > 1e-3
     monkeypatch.setattr("dspark.verify.accept.residual", lambda p_target, p_draft: p_target)
-    biased = drawn(["plain", "fixed"])
+    biased = draws.p_values(*asked, ["plain", "fixed"])
     assert biased["plain"] > 1e-3 > biased["fixed"]
 
 
 def test_the_statistics_are_those_of_the_printed_tables() -> None:
     for dof, critical, tail in ((1, 3.841, 0.05), (10, 18.307, 0.05), (30, 50.892, 0.01), (100, 149.449, 0.001)):
         assert draws.chi2_tail(critical, dof) == pytest.approx(tail, rel=1e-3)
-    assert draws.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     drawn = {"a": 60, "b": 25, "c": 10, "d": 3, "f": 2}  # d and f are expected fewer than 5 times, and share a cell
     distribution = {"a": 0.5, "b": 0.3, "c": 0.15, "d": 0.04, "e": 0.01}
     assert draws.p_value(drawn, distribution) == pytest.approx(draws.chi2_tail(2 + 25 / 30 + 25 / 15, 3))

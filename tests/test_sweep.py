@@ -62,6 +62,27 @@ def test_an_axis_may_be_of_lists(notebook, tmp_path):
     assert sweep.sweep(cells[:0]) == {} and len(dict.fromkeys(cells, "")) == 2
 
 
+TOY = """
+from dspark.schedule import POLICIES, FixedWindow, Parameter, PolicyRow, parse_policy
+
+class Doubled(FixedWindow):
+    def window(self, last, block_size):
+        return 2 * self.n
+
+reach = Parameter("reach", "reach", "Half of the tokens drafted per round", 2, 1, 8, 1)
+POLICIES["toy"] = PolicyRow("toy", "toy", "#123456", lambda values, sps: Doubled(values["reach"]), (reach,))
+Path(out).write_text(json.dumps({"window": parse_policy(word).window(None, 5)}))
+"""
+
+
+def test_a_new_policy_is_swept_by_its_name_and_parameter(notebook):
+    changed = nbformat.read(notebook, as_version=4)
+    changed.cells.append(nbformat.v4.new_code_cell(TOY))
+    nbformat.write(changed, notebook)
+    assert swept(notebook, "-p", "word", "mtp1,toy,toy:3") == 0
+    assert table(notebook)[["word", "window"]].to_numpy().tolist() == [["mtp1", 1], ["toy", 4], ["toy:3", 6]]
+
+
 def test_a_repeated_value_is_one_cell(notebook, log):
     assert swept(notebook, "-p", "x", "3,03,3") == 0
     assert log.read_text() == "3 a " and table(notebook)["square"].tolist() == [9]

@@ -22,6 +22,19 @@ from dspark.target.target import Target
 from dspark.tune.profile import cpu_name, device_name
 
 
+def machine() -> dict[str, object]:
+    """Columns of the machine and of what is installed on it."""
+    return {
+        "machine": cpu_name(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dspark": dspark.__version__,
+    }
+
+
 def environment(target: Target) -> dict[str, object]:
     """Columns that all rows of a process share."""
     return {
@@ -30,13 +43,7 @@ def environment(target: Target) -> dict[str, object]:
         "dtype": str(target.dtype).removeprefix("torch."),
         "pass": target.pass_name,
         "device": device_name(target.device),
-        "machine": cpu_name(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dspark": dspark.__version__,
+        **machine(),
         "revision": revision(),
         "schema_version": SCHEMA_VERSION,
     }

@@ -55,6 +55,6 @@ def p_values(result: Result) -> go.Figure:
 
 def planted_table(result: Result) -> Styler:
     """Bug → the test that fails because of it."""
-    frame = pd.DataFrame(result["bugs"])[["bug", "breaks", "caught_by"]]
+    frame = pd.DataFrame(result["bugs"])[["breaks", "caught_by"]]
     cells = {"text-align": "left", "white-space": "normal", "overflow-wrap": "anywhere", "min-width": "7em"}
-    return frame.rename(columns={"caught_by": "caught by"}).style.hide(axis="index").set_properties(**cells)
+    return frame.rename(columns={"breaks": "bug", "caught_by": "caught by"}).style.hide(axis="index").set_properties(**cells)

@@ -4,113 +4,104 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-import torch
-import transformers
 from tqdm.auto import tqdm
 
 from dspark import load_drafter, load_target
 from dspark.bench.prompts import data_dir, load_prompts
-from dspark.bench.provenance import cores, revision
+from dspark.bench.provenance import machine, revision
 from dspark.cli import run_main
 from dspark.files import write_atomically
 from dspark.schedule import PrefixScheduler
-from dspark.tune.profile import cpu_name
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where pytest finds these modules
-from exact import draws, enumeration, greedy, planted, tables
+from exact.draws import SAMPLINGS, TOKENS, p_values
+from exact.enumeration import every_case, few_cases, prove
+from exact.greedy import BLOCK_SIZES, SITUATIONS, compared
+from exact.planted import BUGS, exit_code
+from exact.tables import APPENDIX_A, APPENDIX_A_STEPS, PAIR, PAIR_POLICIES, GlobalArgmax, first_tokens, served_together, tenths
 
 SIGNIFICANCE = 0.01  # of all tests together
 Result = dict[str, object]
 
 
-def enumerate_everything(options: argparse.Namespace) -> Result:
+def enumeration(options: argparse.Namespace) -> Result:
     """Every branch of small models, of one request and of several served together."""
-    cases = enumeration.few_cases() if options.short else enumeration.every_case()
-    todo = [(case.policy + ", two requests" * (len(case.tokens) > 1), lambda case=case: enumeration.prove(case)) for case in cases]
-    todo += [(f"{name}, tables", lambda p=p: tables.served_together(tables.PAIR, p)) for name, p in tables.PAIR_POLICIES.items()]
-    by_policy: dict[str, Counter[str]] = {}
-    largest = 0.0
-    for name, prove in tqdm(todo, desc="enumeration", unit="case"):
-        proof = prove()
+    cases = few_cases() if options.short else every_case()
+    todo = [(case.policy + ", two requests" * (len(case.tokens) > 1), partial(prove, case)) for case in cases]
+    todo += [(f"{name}, tables", partial(served_together, PAIR, policy)) for name, policy in PAIR_POLICIES.items()]
+    by_policy, largest = defaultdict(Counter), 0.0
+    for name, proved in tqdm(todo, desc="enumeration", unit="case"):
+        proof = proved()
         largest = max(largest, float(proof.difference))
-        by_policy.setdefault(name, Counter()).update(cases=1, branches=proof.branches)
-    total = sum(by_policy.values(), Counter())
-    return {"holds": largest == 0, **total, "largest_difference": largest, "by_policy": {k: dict(v) for k, v in by_policy.items()}}
+        by_policy[name].update(cases=1, branches=proof.branches)
+    return {"holds": largest == 0, **sum(by_policy.values(), Counter()), "largest_difference": largest, "by_policy": by_policy}
 
 
 def appendix_a(options: argparse.Namespace) -> Result:
     """The counterexample: the first token's distribution under two schedules."""
-    schedules = {"prefix scheduler": PrefixScheduler, "global argmax": tables.GlobalArgmax}
-    first = {name: tables.first_tokens(policy(tables.APPENDIX_A_STEPS)) for name, policy in schedules.items()}
-    first = {"target": tables.tenths(tables.APPENDIX_A.p_target, ()).tolist()} | first
+    first = {
+        "target": tenths(APPENDIX_A.p_target, ()).tolist(),
+        "prefix scheduler": first_tokens(PrefixScheduler(APPENDIX_A_STEPS)),
+        "global argmax": first_tokens(GlobalArgmax(APPENDIX_A_STEPS)),
+    }
     holds = first["target"] == first["prefix scheduler"] != first["global argmax"]
     return {"holds": holds, "first_token": {name: list(map(str, p)) for name, p in first.items()}}
 
 
-def greedy_texts(options: argparse.Namespace) -> Result:
+def greedy(options: argparse.Namespace) -> Result:
     """Greedy float32 texts of tiny models against model.generate."""
-    prompts, sizes = (1, [3]) if options.short else (3, list(greedy.BLOCK_SIZES))
-    ways: dict[str, Counter[str]] = {}
-    todo = list(product(greedy.SITUATIONS, range(prompts)))
+    prompts, sizes = (1, [3]) if options.short else (3, list(BLOCK_SIZES))
+    ways, todo = defaultdict(Counter), list(product(SITUATIONS, range(prompts)))
     for situation, i in tqdm(todo, desc="greedy", unit="prompt"):
-        for name, counts in greedy.compared(situation, i, sizes):
-            ways.setdefault(name, Counter()).update(counts)
+        for name, counts in compared(situation, i, sizes):
+            ways[name].update(counts)
     found = sum(ways.values(), Counter())
-    about = {"prompts": len(todo), "block_sizes": sizes, "ways": {name: dict(c) for name, c in ways.items()}}
-    return {"holds": found["equal"] == found["texts"], **found, **about}
+    return {"holds": found["equal"] == found["texts"], **found, "prompts": len(todo), "block_sizes": sizes, "ways": ways}
 
 
-def sampled(options: argparse.Namespace) -> Result:
+def draws(options: argparse.Namespace) -> Result:
     """Draws on the shipped model in float32, under every policy, against the target's distribution."""
     target = load_target("default", dtype="float32")
     drafter = load_drafter("default", target)
-    tests = []
-    worlds = [(domain, sampling) for domain in options.domains.split(",") for sampling in draws.SAMPLINGS]
+    tests, worlds = [], list(product(options.domains.split(","), SAMPLINGS))
     for seed, (domain, sampling) in enumerate(tqdm(worlds, desc="draws", unit="distribution")):
         item = load_prompts(domain, "dev", 1)[0]
-        found = draws.every_policy(target, drafter, target.encode(item.messages), sampling, options.draws, seed)
+        found = p_values(target, drafter, target.encode(item.messages), sampling, options.draws, seed)
         about = {"prompt": item.id, "temperature": sampling.temperature, "top_p": sampling.top_p, "n": options.draws}
         tests += [about | {"policy": name, "p_value": p} for name, p in found.items()]
-    for test, adjusted in zip(tests, draws.holm([test["p_value"] for test in tests]), strict=True):
-        test["p_adjusted"] = adjusted
+    for test in tests:
+        test["p_adjusted"] = min(1.0, len(tests) * test["p_value"])  # Bonferroni
     smallest = min(test["p_adjusted"] for test in tests)
-    about = {"tokens": draws.TOKENS, "draws": options.draws * len(tests), "smallest_p_adjusted": smallest}
+    about = {"tokens": TOKENS, "draws": options.draws * len(tests), "smallest_p_adjusted": smallest}
     return {"holds": smallest > SIGNIFICANCE, **about, "significance": SIGNIFICANCE, "target": target.name, "tests": tests}
 
 
-def planted_bugs(options: argparse.Namespace) -> Result:
+def planted(options: argparse.Namespace) -> Result:
     """Every planted bug against the test that it names."""
-    codes = planted.exit_codes(["clean", *planted.BUGS])
-    bugs = [{"bug": n, "breaks": bug.breaks, "caught_by": bug.caught_by * (codes[n] == 1)} for n, bug in planted.BUGS.items()]
+    codes = {name: exit_code(name) for name in tqdm(["clean", *BUGS], desc="planted", unit="bug")}
+    bugs = [{"breaks": breaks, "caught_by": bug.caught_by * (codes[breaks] == 1)} for breaks, bug in BUGS.items()]
     caught = sum(bool(bug["caught_by"]) for bug in bugs)
     return {"holds": codes["clean"] == 0 and caught == len(bugs), "caught": caught, "of": len(bugs), "bugs": bugs}
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Result]] = {
-    "enumeration": enumerate_everything,
-    "appendix_a": appendix_a,
-    "greedy": greedy_texts,
-    "draws": sampled,
-    "planted": planted_bugs,
-}
+PARTS: dict[str, Callable[[argparse.Namespace], Result]] = {f.__name__: f for f in (enumeration, appendix_a, greedy, draws, planted)}
 
 
-def prove(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the parts, one after another; each joins the file as it ends. Returns 1 if one of them does not hold."""
     held = []
     for name in options.parts or PARTS:
         start = time.monotonic()
         result = PARTS[name](options)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-        stamp = {"commit": revision(), "machine": cpu_name(), "cores": cores(), **versions, "seconds": round(time.monotonic() - start)}
+        stamp = {"commit": revision(), **machine(), "seconds": round(time.monotonic() - start)}
         kept = json.loads(options.out.read_text()) if options.out.exists() else {}
         write_atomically(options.out, json.dumps(kept | {name: result | stamp}, indent=1, ensure_ascii=False).encode() + b"\n")
         shown = {key: value for key, value in result.items() if not isinstance(value, list | dict)}
@@ -131,4 +122,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(parser(), prove, kept="finished parts"))
+    sys.exit(run_main(parser(), run, kept="finished parts"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from dspark.verify.sampling import Rng
 
 Distribution = dict[tuple[int, ...], Fraction]
+Fork = tuple[int, dict[int, Fraction]]
 
 
 def exact(rows: Tensor) -> np.ndarray:
@@ -24,22 +24,11 @@ def exact(rows: Tensor) -> np.ndarray:
     return fractions / fractions.sum(-1, keepdims=True)
 
 
-class Fork(NamedTuple):
-    """A draw with several outcomes.
-
-    turn: index of the outcome that was taken.
-    outcomes: outcome → its probability, above zero.
-    """
-
-    turn: int
-    outcomes: dict[int, Fraction]
-
-
 class Branch(Rng):
     """The draws along one path through the tree.
 
-    path: the forks to take; after them the first outcome of every draw.
-    forks: the forks met so far. probability: of all outcomes so far.
+    path: the forks to take, each (index of the outcome taken, outcome → probability); after them the first outcome of every draw.
+    forks: the draws with several outcomes met so far. probability: of all outcomes so far.
     Rows are used as they are: one that does not sum to 1 gives a distribution that does not.
     """
 
@@ -64,7 +53,7 @@ class Branch(Rng):
             if len(self.forks) < len(self.path):
                 turn, expected = self.path[len(self.forks)]
                 assert outcomes == expected, "the same draws led elsewhere: something is kept from one run to the next"
-            self.forks.append(Fork(turn, outcomes))
+            self.forks.append((turn, outcomes))
         outcome = list(outcomes)[turn]
         self.probability *= outcomes[outcome]
         return outcome
@@ -72,9 +61,11 @@ class Branch(Rng):
     def next_path(self) -> list[Fork] | None:
         """The path to the next leaf, depth first; None after the last one."""
         path = list(self.forks)
-        while path and path[-1].turn == len(path[-1].outcomes) - 1:
-            path.pop()
-        return [*path[:-1], Fork(path[-1].turn + 1, path[-1].outcomes)] if path else None
+        while path:
+            turn, outcomes = path.pop()
+            if turn + 1 < len(outcomes):
+                return [*path, (turn + 1, outcomes)]
+        return None
 
 
 def every_branch(run: Callable[[Branch], Sequence[int]]) -> tuple[Distribution, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
@@ -22,52 +21,36 @@ from dspark.draft.source import DraftSource
 from dspark.schedule import POLICIES, Policy, make_policy
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
-from exact.enumeration import StepsPerSecond
+from exact.enumeration import steps_per_second, text_distribution
 from exact.tables import TablePass, Text
 
 TOKENS = 3  # of which the joint distribution is compared
 LEAST = 5.0  # draws that a cell expects at least
-CURVE = StepsPerSecond((1.0, 0.9, 0.75, 0.74, 0.5, 0.6))
+CURVE = steps_per_second(1.0, 0.9, 0.75, 0.74, 0.5, 0.6)
 VALUES = {"confidence": {"threshold": 0.15}, "conditional": {"threshold": 0.25}}  # low: they cut some drafts and let others through
 SAMPLINGS = (Sampling(1.0), Sampling(0.7, top_p=0.9))
+NAMES = (*POLICIES, "fixed+copy")
 
 
-def policies() -> dict[str, Policy]:
-    """Every policy of the registry, and one that also copies."""
-    made = {name: make_policy(name, VALUES.get(name, {}), lambda: CURVE) for name in POLICIES}
-    return made | {"fixed+copy": made["fixed"]}
-
-
-@dataclass(frozen=True)
 class Tree:
-    """The target's next-token rows after one prompt, as far as texts have a probability of at least the cut.
+    """The target's next-token rows after one prompt, as far as texts are likelier than ``cut``.
 
     logits: prefix → row [vocab].
     taps: prefix → [1, 1, m·hidden] of its last token; for (), [1, tokens, m·hidden] of the prompt.
-    distribution: whole text → probability, float64. Texts under the cut are left out; their probability is what is missing to 1.
+    distribution: whole text → probability, float64. Less likely texts are left out; their probability is what is missing to 1.
     """
 
-    prompt: list[int]
-    logits: dict[Text, Tensor] = field(default_factory=dict)
-    taps: dict[Text, Tensor] = field(default_factory=dict)
-    distribution: dict[Text, float] = field(default_factory=dict)
+    def __init__(self, target: Target, prompt: list[int], layer_ids: Sequence[int], sampling: Sampling, cut: float) -> None:
+        self.prompt, self.logits, self.taps = prompt, {}, {}
 
-    @classmethod
-    def grow(cls, target: Target, prompt: list[int], layer_ids: Sequence[int], sampling: Sampling, cut: float) -> Tree:
-        tree = cls(prompt)
-        likely = {(): 1.0}
-        for depth in range(1, TOKENS + 1):
-            longer: dict[Text, float] = {}
-            for text, probability in likely.items():
-                logits, taps = target.forward(torch.tensor([[*prompt, *text]]), None, layer_ids, logits_to_keep=1)
-                tree.logits[text], tree.taps[text] = logits[0, -1], taps[:, -1:] if text else taps
-                row = sampling.probs(logits[0, -1]).double()
-                row *= probability / row.sum()
-                for token in ((row >= cut) & (row > 0)).nonzero().flatten().tolist():
-                    whole = depth == TOKENS or token in target.eos_token_ids
-                    (tree.distribution if whole else longer)[(*text, token)] = float(row[token])
-            likely = longer
-        return tree
+        def row(tokens: Sequence[int]) -> list[float]:
+            text = tuple(tokens[len(prompt) :])
+            logits, taps = target.forward(torch.tensor([tokens]), None, layer_ids, logits_to_keep=1)
+            self.logits[text], self.taps[text] = logits[0, -1], taps[:, -1:] if text else taps
+            probs = sampling.probs(logits[0, -1]).double()
+            return (probs / probs.sum()).tolist()
+
+        self.distribution = text_distribution(row, prompt, TOKENS, target.eos_token_ids, cut)
 
     def look(self, tokens: Text) -> tuple[Tensor, Tensor]:
         """Logits and taps after these tokens. A prefix outside the tree gets the prompt's row: a text that left the tree is in the last
@@ -91,13 +74,17 @@ def sample(target: Target, tree: Tree, source: DraftSource, policy: Policy, samp
     return drawn
 
 
-def every_policy(target: Target, drafter: DraftSource, prompt: list[int], sampling: Sampling, n: int, seed: int) -> dict[str, float]:
+def p_values(
+    target: Target, drafter: DraftSource, prompt: list[int], sampling: Sampling, n: int, seed: int, names: Sequence[str] = NAMES
+) -> dict[str, float]:
     """Policy → p-value of n draws under it."""
-    tree = Tree.grow(target, prompt, drafter.target_layer_ids, sampling, LEAST / n)
+    tree = Tree(target, prompt, drafter.target_layer_ids, sampling, LEAST / n)
     found = {}
-    for i, (name, policy) in enumerate(policies().items()):
-        source = ContextLookup(drafter, 1) if name.endswith("+copy") else drafter
-        found[name] = p_value(sample(target, tree, source, policy, sampling, n, 1000 * seed + i), tree.distribution)
+    for i, name in enumerate(names):
+        policy, _, copying = name.partition("+")
+        source = ContextLookup(drafter, 1) if copying else drafter
+        drawn = sample(target, tree, source, make_policy(policy, VALUES.get(policy), lambda: CURVE), sampling, n, 1000 * seed + i)
+        found[name] = p_value(drawn, tree.distribution)
     return found
 
 
@@ -123,13 +110,3 @@ def p_value(drawn: Mapping[Hashable, int], distribution: Mapping[Hashable, float
 def chi2_tail(x: float, dof: int) -> float:
     """P(X ≥ x) for X ~ χ²(dof)."""
     return float(torch.special.gammaincc(torch.tensor(dof / 2, dtype=torch.float64), torch.tensor(x / 2, dtype=torch.float64)))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values (Holm, 1979): reject where they are ≤ α, and with probability ≥ 1 − α nothing true is rejected."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = highest
-    return adjusted

@@ -26,23 +26,34 @@ from dspark.engine import Engine
 from dspark.request import Request
 from dspark.round import Round
 from dspark.schedule import POLICIES as REGISTRY
-from dspark.schedule import FixedWindow, Policy, PrefixScheduler, make_policy, parse_policy
+from dspark.schedule import SPS, FixedWindow, Policy, PrefixScheduler, make_policy, parse_policy
 from dspark.target.target import Target
 from dspark.verify.lean import lean_pass
-from dspark.verify.passes import TargetPass, TransformersPass
 from dspark.verify.sampling import Sampling
 from exact.branches import Branch, Distribution, every_branch, exact
 
+NextToken = Callable[[Sequence[int]], Sequence[Fraction]]  # prompt and text so far → the distribution [vocab] of the next token
 PROMPTS = ([0, 1, 0], [1, 1])
 SEED = 1500
 
 
+def eighths(logits: Tensor) -> Tensor:
+    """Logits as multiples of ⅛.
+
+    A pass over a block and one over a single token differ in the last digits, so without this the target would have two distributions.
+    A stale cache, a wrong position or a wrong row changes logits by far more than one step.
+    """
+    steps = 8 * logits
+    assert ((steps - steps.floor() - 0.5).abs() > 1e-6).all(), "a logit lies between two multiples: choose another seed"
+    return steps.round() / 8
+
+
 @dataclass(frozen=True)
 class ExactSampling(Sampling):
-    """The product's own probabilities, temperature, top-k and top-p included, as fractions whose rows sum to exactly 1."""
+    """The product's own probabilities of the target's logits, temperature, top-k and top-p included, as fractions that sum to exactly 1."""
 
     def probs(self, logits: Tensor) -> np.ndarray:
-        return exact(super().probs(logits))
+        return exact(super().probs(eighths(logits)))
 
 
 class ExactSource:
@@ -63,40 +74,13 @@ class ExactSource:
         return [replace(draft, probs=exact(draft.probs)) if draft.tokens else draft for draft in propose(self.source, floats)]
 
 
-def eighths(logits: Tensor) -> Tensor:
-    """Logits as multiples of ⅛.
-
-    A pass over a block and one over a single token differ in the last digits, so without this the target would have two distributions.
-    A stale cache, a wrong position or a wrong row changes logits by far more than one step.
-    """
-    steps = 8 * logits
-    assert ((steps - steps.floor() - 0.5).abs() > 1e-6).all(), "a logit lies between two multiples: choose another seed"
-    return steps.round() / 8
-
-
-class RoundedPass:
-    """A target pass whose logits are multiples of ⅛."""
-
-    def __init__(self, real: TargetPass) -> None:
-        self.real, self.new_cache, self.bytes_per_token = real, real.new_cache, real.bytes_per_token
-
-    def __call__(self, *arguments: object, **options: object) -> tuple[list[Tensor], list[Tensor | None]]:
-        logits, taps = self.real(*arguments, **options)
-        return [eighths(rows) for rows in logits], taps
-
-
-@dataclass(frozen=True)
-class StepsPerSecond:
+def steps_per_second(*curve: float) -> SPS:
     """A made-up curve SPS(B), B from 1; constant after its end."""
-
-    curve: tuple[float, ...]
-
-    def __call__(self, tokens: int) -> float:
-        return self.curve[min(tokens, len(self.curve)) - 1]
+    return lambda tokens: curve[min(tokens, len(curve)) - 1]
 
 
-SMOOTH = StepsPerSecond((1.0, 0.7, 0.58, 0.5, 0.44))
-JAGGED = StepsPerSecond((1.0, 0.62, 0.62, 0.53, 0.57))
+SMOOTH = steps_per_second(1.0, 0.7, 0.58, 0.5, 0.44)
+JAGGED = steps_per_second(1.0, 0.62, 0.62, 0.53, 0.57)
 SPECS = ("plain", "mtp1", "fixed:1", "fixed:2", "fixed:3", "fixed:4", "adaptive:0.6,0.5,0.3", "confidence:0.3", "conditional:0.5", "prefix")
 POLICIES: dict[str, Policy] = {spec.split(",")[0]: parse_policy(spec, lambda: JAGGED) for spec in SPECS}
 POLICIES |= {name: make_policy(name, {}, lambda: SMOOTH) for name in REGISTRY if name not in {spec.split(":")[0] for spec in SPECS}}
@@ -170,7 +154,7 @@ def small_target(vocab: int, eos: bool, lean: bool = False) -> Target:
     ends = {"bos_token_id": None, "eos_token_id": vocab - 1 if eos else None, "pad_token_id": None}
     target = tiny_target(SEED + vocab, torch.float64, vocab_size=vocab, **shape, **ends)
     target.model.lm_head.weight.data *= 0.5  # even distributions: every token likely, drafts sometimes accepted
-    target.verifier = RoundedPass(lean_pass(target) if lean else TransformersPass(target))
+    target.verifier = lean_pass(target) if lean else None
     return target
 
 
@@ -220,49 +204,40 @@ def compared(target: Target, source: DraftSource, policy: Policy, sampling: Exac
     """The texts after PROMPTS, decoded together, against the target's: one fresh pass per prefix, no cache."""
 
     def row(text: Sequence[int]) -> np.ndarray:
-        return sampling.probs(eighths(target.forward(torch.tensor([text]), None)[0][0, -1]))
+        return sampling.probs(target.forward(torch.tensor([text]), None)[0][0, -1])
 
-    return enumerated(target, ExactSource(source), policy, sampling, PROMPTS[: len(limits)], limits, row)
+    return enumerated(target, ExactSource(source), policy, sampling, list(zip(PROMPTS, limits, strict=False)), row)
 
 
 def enumerated(
-    target: Target,
-    source: DraftSource,
-    policy: Policy,
-    sampling: Sampling,
-    prompts: Sequence[list[int]],
-    limits: Sequence[int],
-    row: Callable[[Sequence[int]], np.ndarray],
+    target: Target, source: DraftSource, policy: Policy, sampling: Sampling, asked: Sequence[tuple[list[int], int]], row: NextToken
 ) -> Proof:
-    """Every branch of an engine with these requests. row: prompt and text so far → the distribution [vocab] of the next token."""
+    """Every branch of an engine with these requests. asked: (prompt, length limit) of each."""
     met: Counter[Round] = Counter()
 
     def run(branch: Branch) -> list[tuple[int, ...]]:
-        engine, ends = Engine(target, source, policy, max_requests=len(prompts)), target.eos_token_ids
-        requests = [
-            engine.enqueue(Request(id=None, prompt=prompt, limit=limit, sampling=sampling, rng=branch, end_ids=ends))
-            for prompt, limit in zip(prompts, limits, strict=True)
-        ]
+        engine, ends = Engine(target, source, policy, max_requests=len(asked)), target.eos_token_ids
+        made = (Request(id=None, prompt=prompt, limit=limit, sampling=sampling, rng=branch, end_ids=ends) for prompt, limit in asked)
+        requests = [engine.enqueue(request) for request in made]
         met.update(replace(r, draft_seconds=0, verify_seconds=0, seconds=0) for _, r in engine.run() if r.index)
         for error in (request.error for request in requests if request.error):
             raise error
         return [tuple(request.token_ids) for request in requests]
 
     distribution, branches = every_branch(run)
-    alone = [text_distribution(row, prompt, limit, target.eos_token_ids) for prompt, limit in zip(prompts, limits, strict=True)]
-    texts = product(*(each.items() for each in alone))
+    texts = product(*(text_distribution(row, prompt, limit, target.eos_token_ids).items() for prompt, limit in asked))
     return Proof(distribution, {tuple(text for text, _ in each): prod(p for _, p in each) for each in texts}, branches, met)
 
 
-def text_distribution(row: Callable[[Sequence[int]], np.ndarray], prompt: list[int], limit: int, ends: frozenset[int]) -> Distribution:
-    """Of one text, token by token. It ends after a token of ``ends`` or ``limit`` tokens."""
+def text_distribution(row: NextToken, prompt: list[int], limit: int, ends: frozenset[int], cut: float = 0) -> Distribution:
+    """Of one text, token by token; it ends after a token of ``ends`` or ``limit`` tokens. Texts no likelier than ``cut`` are left out."""
     ended: Distribution = {}
-    growing: Distribution = {(): Fraction(1)}
+    growing: Distribution = {(): 1}
     for _ in range(limit):
         grown: Distribution = {}
         for text, mass in growing.items():
             for token, p in enumerate(row([*prompt, *text])):
-                if p:
+                if mass * p > cut:
                     (ended if token in ends else grown)[(*text, token)] = mass * p
         growing = grown
     return ended | growing

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dspark.draft.source import Draft
-from dspark.schedule import ConfidenceThreshold, FixedWindow, Policy, PrefixScheduler
+from dspark.schedule import Policy, PrefixScheduler, parse_policy
 from dspark.verify.sampling import Rng, Sampling
-from exact.enumeration import Proof, StepsPerSecond, enumerated
+from exact.enumeration import Proof, enumerated, steps_per_second
 
 Text = tuple[int, ...]
 BLOCK_SIZE = 2
@@ -50,13 +50,7 @@ class TablePass:
         pass
 
     def __call__(
-        self,
-        tokens: Sequence[list[int]],
-        slots: Sequence[TokenSlot],
-        cache: TablePass,
-        taps: Sequence[int] = (),
-        *,
-        last_only: bool = False,
+        self, tokens: Sequence[list[int]], slots: Sequence[TokenSlot], cache: object, taps: Sequence[int] = (), *, last_only: bool = False
     ) -> tuple[list[list[object]], list[Tensor | None]]:
         rows, tapped = [], []
         for new, slot in zip(tokens, slots, strict=True):
@@ -74,13 +68,11 @@ class Tables:
 
     p_target, p_draft: tenths, probability of token 0 after each of TEXTS.
     confidence: c_k after each of the first of TEXTS.
-    tokens: to write.
     """
 
     p_target: tuple[int, ...]
     p_draft: tuple[int, ...]
     confidence: tuple[float, ...]
-    tokens: int = BLOCK_SIZE + 1
 
 
 class TableSource:
@@ -118,8 +110,7 @@ def served_together(requests: Sequence[Tables], policy: Policy) -> Proof:
     verifier = TablePass(lambda tokens: (row(tokens), None))
     target = SimpleNamespace(device=torch.device("cpu"), verifier=verifier, eos_token_ids=frozenset())
     sampling = SimpleNamespace(temperature=1.0, probs=lambda row: row)
-    prompts, limits = [[r] for r in range(len(requests))], [1 + tables.tokens for tables in requests]
-    return enumerated(target, TableSource(requests), policy, sampling, prompts, limits, row)
+    return enumerated(target, TableSource(requests), policy, sampling, [([r], BLOCK_SIZE + 2) for r in range(len(requests))], row)
 
 
 def tenths(table: Sequence[int], text: Text) -> np.ndarray:
@@ -146,19 +137,14 @@ class GlobalArgmax(PrefixScheduler):
 
 
 APPENDIX_A = Tables((7,) * 7, (5,) * 7, (0.8, 0.9, 0.0))  # TEXTS: (), 0, 1, 00, 01, 10, 11
-APPENDIX_A_STEPS = StepsPerSecond((1.0, 0.5, 0.45))
+APPENDIX_A_STEPS = steps_per_second(1.0, 0.5, 0.45)
 # After the first request's 0, its second draft outbids the second request's first one; after its 1 it does not.
 PAIR = (
     Tables((7, 2, 6, 5, 2, 4, 8), (5, 6, 3, 5, 5, 5, 5), (0.9, 0.95, 0.1)),
     Tables((4, 6, 1, 3, 7, 1, 5), (7, 5, 2, 5, 5, 5, 5), (0.85, 0.2, 0.9)),
 )
-PAIR_STEPS = StepsPerSecond((1.2, 1.0, 0.8, 0.66, 0.4, 0.5))
-PAIR_POLICIES: dict[str, Policy] = {
-    "fixed": FixedWindow(2),
-    "confidence": ConfidenceThreshold(0.5),
-    "conditional": ConfidenceThreshold(0.6, on="conditional"),
-    "prefix": PrefixScheduler(PAIR_STEPS),
-}
+PAIR_STEPS = steps_per_second(1.2, 1.0, 0.8, 0.66, 0.4, 0.5)
+PAIR_POLICIES = {name: parse_policy(name, lambda: PAIR_STEPS) for name in ("fixed:2", "confidence:0.5", "conditional:0.6", "prefix")}
 
 
 def first_tokens(policy: Policy) -> list[Fraction]:
