@@ -134,7 +134,8 @@ def lengthened(result: object, *states: object) -> object:
 
 def windowed(kv: GrowingKV) -> GrowingKV:
     """The cache without all keys but the last eight."""
-    kv.keys = kv.keys * (torch.arange(kv.capacity) >= kv.length - 8)[:, None]
+    if kv.keys is not None:
+        kv.keys = kv.keys * (torch.arange(kv.capacity) >= kv.length - 8)[:, None]
     return kv
 
 
