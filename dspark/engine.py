@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dspark.clock import Clock
+from dspark.device.round import static_round
 from dspark.draft.source import Ask, DraftSource, propose
-from dspark.request import Request, Streamer, Turn, Verdict, probs_of_drafts, until_end
+from dspark.request import Request, Streamer, Turn, Verdict, probs_of_drafts, until_end, until_stop
 from dspark.round import Round
 from dspark.schedule import Autoregressive, Policy
 from dspark.target.target import Prompt, Target
@@ -54,7 +55,10 @@ class Engine:
         self.layer_ids = self.drafter.target_layer_ids if self.drafter else ()
         self.verifier = pass_of(target)
         self.bytes_per_token = self.verifier.bytes_per_token + getattr(self.drafter, "bytes_per_token", 0)
-        self.cache = self.verifier.new_cache()
+        self.static = static_round(self.verifier, self.drafter)  # on the device as a whole, where pass and source allow that
+        self.cache = self.static.cache if self.static else self.verifier.new_cache()
+        if self.static and self.drafter:
+            self.drafter = self.static
         self.waiting: list[Request] = []
         self.active: list[Request] = []
         self._finished: list[tuple[Request, Round]] = []  # rounds that a step finished before it was interrupted
@@ -189,6 +193,8 @@ class Engine:
         if self.drafter:
             request.state = self.drafter.new_state(request.prompt)
             self.drafter.extend(request.state, request.prompt, taps[0])
+            if self.static:
+                self.static.join(request.slot, taps[0])
         first = request.rng.choose(request.sampling.probs(logits[0][-1]))
         self._commit(request, Round(index=0, committed=(first,), verify_seconds=verify_seconds, seconds=clock.total()))
 
@@ -197,6 +203,12 @@ class Engine:
         clock = Clock(self.target.device)
         for turn in turns:
             turn.request.slot.rewind(turn.start)  # an interrupted round may have left more
+        self._ask_policy(turns)
+        if self.static:
+            verdicts, draft_seconds, verify_seconds = self.static(turns, self.policy)
+            for turn, verdict in zip(turns, verdicts, strict=True):
+                self._guard(turn.request, self._settle, turn, verdict, None, draft_seconds, verify_seconds, clock)
+            return
         self._draft(turns)
         lengths = self.policy.lengths([turn.draft.confidence for turn in turns])  # once, for all requests
         for turn, length in zip(turns, lengths, strict=True):
@@ -207,13 +219,16 @@ class Engine:
         for turn, rows, tapped in zip(turns, logits, taps, strict=True):
             self._guard(turn.request, self._accept, turn, rows, tapped, draft_seconds, verify_seconds, clock)
 
+    def _ask_policy(self, turns: Sequence[Turn]) -> None:
+        """A window per request, from past rounds alone."""
+        windows = self.policy.windows([turn.request.rounds for turn in turns], self.drafter.block_size) if self.drafter else ()
+        for turn, window in zip(turns, windows, strict=False):
+            turn.window = window
+
     def _draft(self, turns: Sequence[Turn]) -> None:
-        """Ask the policy for a window per request, from past rounds alone, and the source for all drafts together."""
+        """Ask the source for all drafts together."""
         if self.drafter is None:
             return
-        windows = self.policy.windows([turn.request.rounds for turn in turns], self.drafter.block_size)
-        for turn, window in zip(turns, windows, strict=True):
-            turn.window = window
         asking = [turn for turn in turns if turn.draft_limit > 0]
         asks = [Ask(turn.request.state, turn.request.anchor, turn.draft_limit, turn.request.sampling, turn.request.rng) for turn in asking]
         for turn, draft in zip(asking, propose(self.drafter, asks) if asks else (), strict=True):
@@ -233,6 +248,8 @@ class Engine:
         self, request: Request, turn: Turn, verdict: Verdict, taps: Tensor | None, draft_seconds: float, verify_seconds: float, clock: Clock
     ) -> None:
         """Rewind the slot to what was accepted, and commit the round."""
+        if verdict.next_token < 0:
+            raise ValueError("cannot sample from probabilities without mass: the model's weights are damaged")
         (anchor, *checked), draft, accepted = turn.tokens, turn.draft, verdict.accepted
         outcome = Round(
             index=len(request.rounds),
@@ -257,7 +274,7 @@ class Engine:
 
     def _commit(self, request: Request, outcome: Round) -> None:
         """Add the round to the request; end the request if its text is complete."""
-        committed = self._until_stop(request, outcome.committed)
+        committed = until_stop(request, outcome.committed, self.target.decode)
         stopped = committed is not None
         if stopped:
             outcome = replace(outcome, committed=committed)
@@ -270,14 +287,3 @@ class Engine:
             request.streamer.put(torch.tensor(outcome.committed))
             if request.status == "finished":
                 request.streamer.end()
-
-    def _until_stop(self, request: Request, committed: Sequence[int]) -> tuple[int, ...] | None:
-        """The tokens up to the one that completes a stop string; None if there is none."""
-        if not request.stop:
-            return None
-        reach = 4 * max(map(len, request.stop)) + 4  # tokens that a stop string can span: a token per byte, four bytes a character
-        for n in range(1, len(committed) + 1):
-            text = self.target.decode([*request.token_ids, *committed[:n]][-reach:])
-            if any(stop in text for stop in request.stop):
-                return tuple(committed[:n])
-        return None

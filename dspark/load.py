@@ -33,7 +33,8 @@ def load_target(name: str | Path = "default", *, dtype: str = "bfloat16", device
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-    target = _read_target(*_find_target(name), DTYPES[dtype], _device(device))
+    where = _device(device)
+    target = _read_target(*_find_target(name), usable_dtype(dtype, where), where)
     return pack_target(target) if pack else target
 
 
@@ -97,6 +98,14 @@ def _find_target(name: str | Path) -> tuple[str | Path, str]:
             f"no model at {str(name)!r}: pass 'default', a folder with config.json, a .gguf file, or a hub id such as 'org/name'"
         )
     return str(name), str(name)
+
+
+def usable_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of this name; float16 instead of bfloat16 on a card that only emulates it, such as a T4."""
+    if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        log.warning("this card has no bfloat16: float16 is used instead")
+        return torch.float16
+    return DTYPES[name]
 
 
 def _device(device: str) -> torch.device:

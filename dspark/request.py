@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -118,6 +118,18 @@ def until_end(tokens: list[int], end_ids: frozenset[int]) -> tuple[int, ...]:
         if token in end_ids:
             return tuple(tokens[: i + 1])
     return tuple(tokens)
+
+
+def until_stop(request: Request, committed: Sequence[int], decode: Callable[[list[int]], str]) -> tuple[int, ...] | None:
+    """The tokens up to the one that completes a stop string; None if there is none. decode: token ids → text."""
+    if not request.stop:
+        return None
+    reach = 4 * max(map(len, request.stop)) + 4  # tokens that a stop string can span: a token per byte, four bytes a character
+    for n in range(1, len(committed) + 1):
+        text = decode([*request.token_ids, *committed[:n]][-reach:])
+        if any(stop in text for stop in request.stop):
+            return tuple(committed[:n])
+    return None
 
 
 def probs_of_drafts(p_target: LazyProbs, drafts: Sequence[int]) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from static import static_target
 from test_decode import Oracle, greedy_reference, policies
 from tiny import letter_tokenizer, tiny_drafter, tiny_target
 
@@ -29,7 +30,7 @@ def prompts(seed: int, count: int) -> list[list[int]]:
     return [[random.randrange(4, 100) for _ in range(random.randint(1, 30))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("make", [tiny_target, lean_target], ids=["transformers", "lean"])
+@pytest.mark.parametrize("make", [tiny_target, lean_target, static_target], ids=["transformers", "lean", "static"])
 @pytest.mark.parametrize("seed", range(4))
 def test_greedy_text_is_what_it_is_alone_while_neighbours_join_and_leave(make: object, seed: int) -> None:
     """Random mixtures: a policy, lengths, copying, joins and cancels differ from seed to seed."""
@@ -108,7 +109,7 @@ def held(entry: object) -> int:
 def test_memory_counts_what_target_and_drafter_hold_of_each_token(make: object, dtype: torch.dtype, copying: bool) -> None:
     target = make(dtype=dtype, eos_token_id=None)
     drafter = ready(tiny_drafter(target), target)
-    engine = Engine(target, dspark.ContextLookup(drafter, 9) if copying else drafter)
+    engine = Engine(target, dspark.ContextLookup(drafter, 9) if copying else drafter, dspark.FixedWindow())
     request = engine.submit([5, 6, 7, 8, 9], max_new_tokens=9)
     engine.step(), engine.step(), engine.step()
     state = request.state.drafter if copying else request.state
@@ -246,7 +247,7 @@ def test_bad_requests_are_refused_before_anything_runs() -> None:
         Engine(target, tiny_drafter(target, enable_confidence_head=False), dspark.ConfidenceThreshold(0.3))
 
 
-@pytest.mark.parametrize("make", [tiny_target, lean_target], ids=["transformers", "lean"])
+@pytest.mark.parametrize("make", [tiny_target, lean_target, static_target], ids=["transformers", "lean", "static"])
 def test_threads_that_share_a_target_and_a_drafter_do_not_disturb_each_other(make: object) -> None:
     target = make(eos_token_id=None)
     drafter = tiny_drafter(target)

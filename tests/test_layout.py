@@ -23,6 +23,7 @@ LEVELS = (
     ("draft",),
     ("tune",),
     ("request",),
+    ("device",),
     ("engine",),
     ("decode",),
     ("formats", "cpu"),
@@ -32,7 +33,7 @@ LEVELS = (
     ("lab",),
 )
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
-CORE = {"round", "clock", "target", "draft", "verify", "schedule", "rewind", "request", "engine", "decode"}
+CORE = {"round", "clock", "target", "draft", "verify", "schedule", "rewind", "request", "device", "engine", "decode"}
 HELPERS = {"files", "tune"}  # digests of weights are computed in one place; the default policy reads measured step times
 OUTSIDE_OF_CORE = {"torch", "transformers", "numpy"} | set(sys.stdlib_module_names)
 
@@ -111,12 +112,12 @@ def test_no_file_is_longer_than_300_lines(path):
 def test_the_core_stays_small():
     """The round itself; the engine that runs it for many requests, and what one may leave out when reading, have files of their own."""
     rooms = {"decode", "draft", "verify", "schedule", "rewind", "target"}
-    beside = {PACKAGE / "schedule/auto.py", PACKAGE / "verify/batch.py", PACKAGE / "verify/graphs.py"}
-    assert lines(*(path for path in INSIDE if room(path) in rooms and path not in beside)) <= 2_330
+    beside = {PACKAGE / "schedule/auto.py", PACKAGE / "verify/graphs.py", PACKAGE / "verify/static.py"}
+    assert lines(*(path for path in INSIDE if room(path) in rooms and path not in beside)) <= 2_340
 
 
 def test_the_package_stays_small():
-    assert lines(*FILES) <= 11_000
+    assert lines(*FILES) <= 11_900
 
 
 def test_exactness_stays_small():

@@ -10,10 +10,12 @@ from torch import nn
 from dspark.cpu.fused import FusedBackbone
 from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, pack_linears
 from dspark.verify.lean import lean_pass, plain_product
+from dspark.verify.static import static_pass
 
 if TYPE_CHECKING:
     from dspark.draft.drafter import Drafter
     from dspark.target.target import Target
+    from dspark.verify.passes import TargetPass
 
 __all__ = ["is_packed", "pack_drafter", "pack_target"]
 
@@ -26,13 +28,19 @@ def pack_target(target: Target) -> Target:
     model keeps the digest of its plain weights, so another Target of it has the same digest.
     """
     packs = can_pack(target.head_weight)
-    target.verifier = target.model.dspark_pass = lean_pass(target, PackedLinear if packs else plain_product)
+    target.verifier = target.model.dspark_pass = _fast_pass(target, packs)
     if target.verifier is None and packs:
         target.model.weight_digest = target.digest
         pack_linears(target.model)
         target.model.save_pretrained = _refuse_to_save
         target.head.weight = target.head_weight  # a Target reads it, so the packed model can be made a target again
     return target
+
+
+def _fast_pass(target: Target, packs: bool) -> TargetPass | None:
+    if target.device.type == "cuda":
+        return static_pass(target)
+    return lean_pass(target, PackedLinear if packs else plain_product)
 
 
 def _refuse_to_save(*_: object, **__: object) -> None:

@@ -130,9 +130,9 @@ class Attention(nn.Module):
         """x: [batch, n, hidden] → the same shape. mask: bool, broadcast to [batch, heads, n, context + n]; None if all is visible."""
         queries = rope.rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2))
         keys, values = context.append(*self.keys_values(x, rope))
-        if mask is None:  # without a mask, the heads that share keys can be folded into the queries: faster than enable_gqa
+        if mask is None or mask.shape[2] == 1:  # all queries see the same, so heads that share keys can be folded into them: the fast way
             folded = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-            mixed = F.scaled_dot_product_attention(folded, keys, values).reshape(queries.shape)
+            mixed = F.scaled_dot_product_attention(folded, keys, values, mask).reshape(queries.shape)
         else:
             mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))

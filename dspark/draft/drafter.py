@@ -77,7 +77,7 @@ class Drafter(nn.Module):
                 raise ValueError(f"the drafter's {name} is {mine}, but {target.name} has {theirs}: it was made for another target")
         target.check_taps(self.config.target_layer_ids)
         self.to(device=target.device)
-        self.head_weight = target.head_weight[self.d2t].to(target.dtype)
+        self.head_weight = target.head_weight[self.d2t.to(target.head_weight.device)].to(self.d2t.device, target.dtype)
         # Borrowed, not submodules: never saved, never trained.
         object.__setattr__(self, "embed", target.embedding)
         object.__setattr__(self, "head", partial(F.linear, weight=self.head_weight))

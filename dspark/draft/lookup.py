@@ -73,12 +73,16 @@ class ContextLookup:
 
     def extend(self, state: LookupState, token_ids: Sequence[int], taps: Tensor | None) -> None:
         """Index committed tokens. taps: [1, tokens, m·hidden], None if the wrapped drafter is."""
+        self.index(state, token_ids)
+        if self.drafter:
+            self.drafter.extend(state.drafter, token_ids, taps)
+
+    def index(self, state: LookupState, token_ids: Sequence[int]) -> None:
+        """Committed tokens can be copied from now on."""
         for token in token_ids:
             # Indexed one token late: the n-grams that end the text have no continuation yet.
             state.follows.update((gram, token) for gram in self._suffixes(state.tokens))
             state.tokens.append(token)
-        if self.drafter:
-            self.drafter.extend(state.drafter, token_ids, taps)
 
     def draft(self, state: LookupState, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
         """Copy at most ``window`` tokens after the anchor; where nothing can be copied, let the drafter propose."""
@@ -86,7 +90,7 @@ class ContextLookup:
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         """Copies for the requests that repeat themselves; the drafter proposes for all others together."""
-        copies = [self._copy(ask.state, ask.anchor, min(ask.window, self.max_copy)) for ask in asks]
+        copies = [self.copy(ask.state, ask.anchor, ask.window) for ask in asks]
         drafts = [self._one_hot(*copy) if copy[0] else NOTHING for copy in copies]
         others = [i for i, draft in enumerate(drafts) if not draft.tokens]
         if self.drafter is not None and others:
@@ -96,12 +100,12 @@ class ContextLookup:
                 drafts[i] = draft
         return drafts
 
-    def _copy(self, state: LookupState, anchor: int, most: int) -> tuple[list[int], list[float]]:
+    def copy(self, state: LookupState, anchor: int, most: int) -> tuple[list[int], list[float]]:
         """Copied tokens and c_k of each; both empty if no suffix has a known continuation."""
         text = [*state.tokens[-self.gram_lengths[0] :], anchor]
         follows = ChainMap(dict.fromkeys(self._suffixes(state.tokens), anchor), state.follows)  # the anchor is not indexed yet
         tokens, rates, survival = [], [], 1.0
-        while len(tokens) < most and (found := self._continuation(follows, [*text, *tokens])) is not None:
+        while len(tokens) < min(most, self.max_copy) and (found := self._continuation(follows, [*text, *tokens])) is not None:
             token, rate = found
             survival *= rate
             if survival < LEAST_SURVIVAL:

@@ -34,6 +34,11 @@ class Policy:
         """Tokens to verify for each of R requests. confidence: R tensors [w_r] float32, c_k of each request's draft."""
         return [len(c) for c in confidence]
 
+    @property
+    def reads_confidence(self) -> bool:
+        """Whether ``lengths`` reads the confidences; if not, nobody waits for them."""
+        return type(self).lengths is not Policy.lengths
+
     def check(self, block_size: int, has_confidence: bool) -> None:
         """Raises ValueError if this policy cannot run with such a drafter."""
 
@@ -136,6 +141,10 @@ class Shortened(Policy):
 
     def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
         return self.policy.lengths(confidence)
+
+    @property
+    def reads_confidence(self) -> bool:
+        return self.policy.reads_confidence
 
     def check(self, block_size: int, has_confidence: bool) -> None:
         if self.n > block_size:

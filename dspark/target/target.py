@@ -193,4 +193,4 @@ class Taps:
 
     def joined(self) -> Tensor | None:
         """[batch, tokens, m·hidden] of the last pass; None without layers."""
-        return torch.cat([self.outputs[i] for i in self.layer_ids], dim=-1) if self.layer_ids else None
+        return torch.cat([self.outputs[i].to(self.target.device) for i in self.layer_ids], dim=-1) if self.layer_ids else None

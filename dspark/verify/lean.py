@@ -7,6 +7,7 @@ padding. The caller chooses how a product's weight is laid out (:mod:`dspark.loa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ from dspark.rewind import Slot, SlotCache
 
 if TYPE_CHECKING:
     from dspark.target.target import Target
+
+log = logging.getLogger(__name__)
 
 Product = Callable[[Tensor], Tensor]
 MakeProduct = Callable[[Tensor, Tensor | None], Product]  # weight [out, in], bias [out] → x [..., in] → [..., out]
@@ -232,6 +235,10 @@ class _Attention:
 def lean_pass(target: Target, make: MakeProduct = plain_product) -> LeanPass | None:
     """The lean pass of this target, or None if its architecture is not in FAMILIES or its modules are not the plain ones."""
     family, config = FAMILIES.get(target.config.model_type), target.config
+    devices = {str(weight.device) for weight in target.model.parameters()}
+    if len(devices) > 1:
+        log.warning("%s is split over %s: its own modules run", target.name, ", ".join(sorted(devices)))
+        return None
     rope = getattr(config, "rope_parameters", None) or {}
     fits = family is not None and getattr(config, "hidden_act", "silu") == "silu" and rope.get("partial_rotary_factor", 1.0) == 1.0
     fits = fits and target.steady_context >= (getattr(config, "max_position_embeddings", None) or 0)

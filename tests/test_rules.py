@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dspark.device.rules import Block, Samplings, accept_each, accept_greedy, choose_each
 from dspark.verify.accept import accept
-from dspark.verify.batch import Block, Samplings, accept_each, accept_greedy, choose_each
 from dspark.verify.sampling import Rng, Sampling
 
 SAMPLINGS = [

@@ -1,0 +1,269 @@
+"""One round for R requests that stays on the device: the host sends what it decides, and waits for what it must know.
+
+It waits once, for the outcome, or twice if the policy reads confidences. Two programs do the work: one draws the blocks, the other runs
+the target over anchors and drafts and judges them. They stand on static buffers, so CUDA graphs of them can be replayed; on a CPU the
+same code runs without graphs. Copied blocks come from the host, which knows the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dspark.clock import Marks
+from dspark.device.drafter import Drawn, StaticDrafter, empty_layers, fits
+from dspark.device.rules import Block, Samplings, accept_each, accept_greedy
+from dspark.draft.lookup import ContextLookup
+from dspark.draft.source import COPY, Draft, DraftSource
+from dspark.request import Turn, Verdict
+from dspark.rewind import Slot
+from dspark.schedule import Policy
+from dspark.verify import graphs
+from dspark.verify.passes import TargetPass
+from dspark.verify.static import Shape, StaticPass
+
+GREEDY, SAMPLED, FILTERED = "greedy", "sampled", "filtered"  # which part of the sampling the rows of a round need
+
+
+@dataclass(frozen=True)
+class _Static:
+    """The static buffers of R rows. block_size: W, tokens of the widest block.
+
+    numbers: [R, 3 + W] int64: start, count, anchor, then the copied tokens; −1 where the drafter's stand instead.
+    samplings: [R, 3] float64: temperature, top_k, top_p.
+    uniforms: [R, 2W + 1] float64; see :mod:`dspark.device.rules`.
+    drawn: the drafter's blocks, None without a drafter.
+    """
+
+    numbers: Tensor
+    samplings: Tensor
+    uniforms: Tensor
+    drawn: Drawn | None
+
+    def read_samplings(self, mode: str) -> Samplings | None:
+        if mode == GREEDY:
+            return None
+        temperature, top_k, top_p = self.samplings.unbind(1)
+        return Samplings(temperature.float(), top_k.long(), top_p.float(), mode == FILTERED)
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """What runs on the device. It knows no engine: the next one with this target and drafter replays it."""
+
+    verifier: StaticPass
+    buffers: graphs.Buffers
+    drafter: StaticDrafter | None
+    block_size: int
+    taps: tuple[int, ...]
+
+    def static(self, rows: int, mode: str) -> _Static:
+        buffer, width, drawn = self.buffers.tensor, self.block_size, None
+        if self.drafter is not None:
+            config = self.drafter.drafter.config
+            shape, vocab = (rows, config.block_size), 0 if mode == GREEDY else config.draft_vocab_size
+            drawn = Drawn(
+                buffer(("tokens", rows), shape, torch.int64),
+                buffer(("probs", rows), shape, torch.float32),
+                buffer(("confidence", rows), shape, torch.float32),
+                buffer(("rows", rows, vocab), (*shape, vocab), torch.float32),
+            )
+        return _Static(
+            buffer(("numbers", rows), (rows, 3 + width), torch.int64),
+            buffer(("samplings", rows), (rows, 3), torch.float64),
+            buffer(("uniforms", rows), (rows, 2 * width + 1), torch.float64),
+            drawn,
+        )
+
+    def draw(self, static: _Static, context: int, width: int, mode: str) -> None:
+        """The blocks of all rows, into the static buffers."""
+        starts, anchors = static.numbers[:, 0], static.numbers[:, 2]
+        self.drafter.draw(starts, anchors, context, width, static.read_samplings(mode), static.uniforms, static.drawn)
+
+    def verify(self, static: _Static, table: tuple[Tensor, Tensor], shape: Shape, mode: str) -> Tensor:
+        """Run the target over anchors and drafts, absorb its taps, judge the drafts.
+
+        Returns [R, 2 + 4W] float64: accepted, next token, then per draft its id, p_t, p_d and c.
+        """
+        counts, tokens = static.numbers[:, 1], static.numbers[:, 2:]
+        copied, drafts = tokens[:, 1:] >= 0, tokens[:, 1:].clamp(min=0)
+        p_drafts, confidence = copied.float(), torch.zeros_like(drafts, dtype=torch.float32)
+        if static.drawn is not None:
+            drawn, width = static.drawn, static.drawn.tokens.shape[1]
+            here = ~copied[:, :width]
+            drafts[:, :width] = drawn.tokens.where(here, drafts[:, :width])
+            p_drafts[:, :width] = drawn.probs.where(here, p_drafts[:, :width])
+            confidence[:, :width] = drawn.confidence
+        tokens = torch.cat([tokens[:, :1], drafts], 1)
+        layout, logits, taps = self.verifier.program(self.buffers, table, static.numbers, tokens, shape, self.taps)
+        if self.drafter is not None:
+            self.drafter.absorb(taps, layout.row, layout.position)
+        block, samplings = Block(drafts, (counts - 1).clamp(min=0), layout.first), static.read_samplings(mode)
+        p_target = logits.softmax(-1, torch.float32)[block.judged_by, drafts]  # at temperature 1: what the records of greedy rounds hold
+        if samplings is None:
+            accepted, following = accept_greedy(block, logits.float().argmax(-1))
+        else:
+            rows = samplings.at(layout.row).probs(logits)
+            p_target = p_target.where(samplings.temperature[:, None] == 0, rows[block.judged_by, drafts])
+            drawn_from = partial(self._drawn_from, static.drawn, drafts, copied)
+            accepted, following = accept_each(block, p_drafts, drawn_from, rows, static.uniforms[:, self.block_size :])
+        return torch.cat([accepted[:, None], following[:, None], drafts, p_target, p_drafts, confidence.double()], 1)
+
+    def _drawn_from(self, drawn: Drawn | None, drafts: Tensor, copied: Tensor, k: Tensor) -> Tensor:
+        """The distribution [R, vocab] of draft k + 1 of each row; a copied token has all the probability. k: [R]."""
+        each = torch.arange(len(k), device=k.device)
+        vocab = len(self.verifier.lean.embedding)
+        rows = torch.zeros(len(k), vocab, device=k.device).scatter_(1, drafts[each, k][:, None], 1.0)
+        if drawn is None:
+            return rows
+        own = self.drafter.spread(drawn.rows[each, k.clamp(max=drawn.rows.shape[1] - 1)])
+        return rows.where(copied[each, k][:, None], own)
+
+
+class StaticRound:
+    """Runs the rounds of one engine, and is its draft source. Made by :func:`static_round`.
+
+    cache: the engine's; further layers of the same slots hold the drafter's context.
+    """
+
+    def __init__(self, verifier: StaticPass, source: DraftSource | None) -> None:
+        drafter = source.drafter if isinstance(source, ContextLookup) else source
+        self.verifier, self.drafter = verifier, drafter
+        self.copier = source if isinstance(source, ContextLookup) else None
+        self.block_size = source.block_size if source else 0
+        self.target_layer_ids = source.target_layer_ids if source else ()
+        self.has_confidence = bool(source and source.has_confidence)
+        self.cache = verifier.new_cache((drafter, self.block_size), empty_layers(drafter) if drafter else ())
+        buffers, static = self.cache.buffers, None
+        if drafter is not None:
+            temperatures = [drafter.sts_temperatures or (1.0,) * drafter.block_size]
+            sent = buffers.upload("temperatures", temperatures, torch.float32)
+            static = StaticDrafter(drafter, buffers, len(verifier.lean.layers), sent[0])
+        self.programs = _Programs(verifier, buffers, static, max(self.block_size, 1), tuple(self.target_layer_ids))
+
+    # ---- what the engine's source is asked besides
+
+    def new_state(self, prompt: Sequence[int] = ()) -> object:
+        return self.copier.new_state(prompt) if self.copier else None
+
+    def extend(self, state: object, token_ids: Sequence[int], taps: Tensor | None) -> None:
+        """Index committed tokens for copying; the taps of a round were absorbed where they arose."""
+        if self.copier:
+            self.copier.index(state, token_ids)
+
+    def join(self, slot: Slot, taps: Tensor | None) -> None:
+        """Absorb a prompt that the slot holds. taps: [1, tokens, m·hidden]."""
+        if self.drafter is not None:
+            positions = torch.arange(slot.length, device=taps.device)
+            self.programs.drafter.absorb(taps[0], torch.full_like(positions, slot.index), positions)
+
+    # ---- the round
+
+    def __call__(self, turns: Sequence[Turn], policy: Policy) -> tuple[list[Verdict], float, float]:
+        """Draft, schedule, verify: fills each turn's draft and verify length, and lengthens its slot by all that was verified.
+
+        Returns what was decided about each turn, and the seconds of drafting and of verifying.
+        """
+        marks, mode = Marks(self.verifier.lean.device), _mode(turns)
+        slots, copies, widths = [turn.request.slot for turn in turns], self._copies(turns), [0] * len(turns)
+        for i, (turn, copy) in enumerate(zip(turns, copies, strict=True)):
+            limit = self.drafter.block_size if self.drafter is not None else 0
+            widths[i] = len(copy[0]) or max(min(turn.draft_limit, limit), 0)
+        self.cache.reserve(max(slot.length for slot in self.cache.slots) + self.block_size + 2)
+        shape = self.cache.shape(slots, [1 + width for width in widths])
+        static, run = self.programs.static(shape.rows, mode), self._run(mode)
+        reads = policy.reads_confidence and any(widths)
+        lengths = widths if reads else self._lengths(policy, widths, [torch.full((width,), math.nan) for width in widths])
+        self._send(turns, shape.rows, lengths, copies, mode, static)
+        drawing = [width for width, copy in zip(widths, copies, strict=True) if width and not copy[0]]
+        if drawing:
+            context = self.cache.shape(slots, [self.drafter.block_size] * len(slots)).context
+            key = "draw", shape.rows, context, max(drawing), mode
+            run(key, partial(self.programs.draw, static, context, max(drawing), mode))
+        if reads:
+            host = graphs.to_host(static.drawn.confidence) if drawing else None
+            each = zip(slots, widths, copies, strict=True)
+            confidence = [torch.tensor(rates) if tokens else host[slot.index, :w] if w else NONE for slot, w, (tokens, rates) in each]
+            lengths = self._lengths(policy, widths, confidence)
+            self._send(turns, shape.rows, lengths, copies, GREEDY, static)
+        marks.add()
+        shape = self.cache.shape(slots, [1 + length for length in lengths])
+        table = self.verifier.lean.rope(self.cache.capacity)
+        out = run(("verify", shape, mode), partial(self.programs.verify, static, table, shape, mode))
+        marks.add()
+        found = graphs.to_host(out)
+        for slot, length in zip(slots, lengths, strict=True):
+            slot.length += 1 + length
+        rows = found[[slot.index for slot in slots]]
+        verdicts = [self._verdict(*parts) for parts in zip(turns, rows, widths, lengths, copies, strict=True)]
+        return verdicts, *marks.seconds()
+
+    def _run(self, mode: str) -> object:
+        """What runs the programs of this round. Sorting a vocabulary asks the host for scratch memory, so it stays out of graphs."""
+        return self.cache.buffers.run if mode != FILTERED else lambda key, program: program()
+
+    def _copies(self, turns: Sequence[Turn]) -> list[tuple[list[int], list[float]]]:
+        """What the text itself proposes for each turn, and how likely each token is to be right."""
+        if self.copier is None:
+            return [([], [])] * len(turns)
+        return [self.copier.copy(turn.request.state, turn.request.anchor, turn.draft_limit) for turn in turns]
+
+    @staticmethod
+    def _lengths(policy: Policy, widths: Sequence[int], confidence: Sequence[Tensor]) -> list[int]:
+        return [min(length, width) for length, width in zip(policy.lengths(confidence), widths, strict=True)]
+
+    def _send(
+        self,
+        turns: Sequence[Turn],
+        rows: int,
+        lengths: Sequence[int],
+        copies: Sequence[tuple[list[int], list[float]]],
+        mode: str,
+        static: _Static,
+    ) -> None:
+        """Fill the static buffers that the programs read. Rows without a turn keep their slots: they verify nothing."""
+        numbers = [[0, 0, 0] + [-1] * self.programs.block_size for _ in range(rows)]
+        for slot in self.cache.slots[:rows]:
+            numbers[slot.index][0] = slot.length
+        for turn, length, (tokens, _) in zip(turns, lengths, copies, strict=True):
+            numbers[turn.request.slot.index][1 : 3 + len(tokens)] = [1 + length, turn.request.anchor, *tokens]
+        self.cache.buffers.upload(("numbers", rows), numbers)
+        if mode == GREEDY:
+            return
+        chosen = [[0.0, 0.0, 1.0] for _ in range(rows)]
+        for turn in turns:
+            sampling, row = turn.request.sampling, turn.request.slot.index
+            chosen[row] = [sampling.temperature, sampling.top_k, sampling.top_p]
+            if sampling.temperature:
+                torch.rand(static.uniforms.shape[1], generator=turn.request.rng.generator, dtype=torch.float64, out=static.uniforms[row])
+        self.cache.buffers.upload(("samplings", rows), chosen, torch.float64)
+
+    def _verdict(self, turn: Turn, row: Tensor, width: int, length: int, copy: tuple[list[int], list[float]]) -> Verdict:
+        """The host's record of one turn. row: [2 + 4W], see :meth:`_Programs.verify`."""
+        accepted, following = row[:2].long().tolist()
+        tokens, p_target, p_draft, confidence = row[2:].view(4, -1)
+        drawn = torch.tensor(copy[1]) if copy[0] else confidence[:width].float()
+        source = COPY if copy[0] else "drafter" if width else ""
+        turn.draft, turn.verify_length = Draft(tokens[:width].long().tolist(), NONE, drawn, source), length
+        return Verdict(accepted, following, tuple(p_target[:length].tolist()), tuple(p_draft[:width].tolist()))
+
+
+NONE = torch.empty(0)
+
+
+def _mode(turns: Sequence[Turn]) -> str:
+    samplings = [turn.request.sampling for turn in turns]
+    if all(sampling.temperature == 0 for sampling in samplings):
+        return GREEDY
+    return FILTERED if any(sampling.top_k or sampling.top_p < 1 for sampling in samplings) else SAMPLED
+
+
+def static_round(verifier: TargetPass, source: DraftSource | None) -> StaticRound | None:
+    """The round on the device, None if the target's pass or the source has no static form: then a round asks the host for every token."""
+    inner = source.drafter if type(source) is ContextLookup else source
+    return StaticRound(verifier, source) if isinstance(verifier, StaticPass) and (inner is None or fits(inner)) else None
