@@ -17,10 +17,11 @@ from tiny import tiny_drafter, tiny_target
 
 import dspark
 from dspark.bench import __main__ as command
-from dspark.bench import memory, provenance, results, speed
+from dspark.bench import llamacpp, memory, provenance, results, speed
 from dspark.bench import plan as plan_module
 from dspark.bench.arms import Models, parse_arm, parse_arms
 from dspark.bench.identity import beyond_rounding, check_identity, weigh
+from dspark.bench.llamacpp import LlamaCpp, passes
 from dspark.bench.measure import Settings, first_divergence, positions
 from dspark.bench.memory import in_new_process
 from dspark.bench.plan import Plan, rotated
@@ -238,6 +239,43 @@ def test_copying_without_a_drafter_keeps_drafts_of_a_text_that_repeats_itself(na
     trials = {arm: models.decoder(parse_arm(arm), Settings(max_new_tokens=48))([3, 4, 5], 0) for arm in ("plain", name)}
     assert trials[name].token_ids == trials["plain"].token_ids
     assert any(r.accepted for r in trials[name].rounds)
+
+
+def answer(tokens: int, milliseconds: float, accepted: int | None = None) -> dict:
+    """What llama.cpp says with a token: how many there are, when their pass ended, how many drafts were accepted so far."""
+    drafted = {} if accepted is None else {"draft_n_accepted": accepted}
+    return {"tokens_predicted": tokens, "timings": {"prompt_ms": 2000.0, "predicted_ms": milliseconds} | drafted}
+
+
+def test_llamacpps_passes_are_counted_from_what_its_server_says():
+    plain = [(3.0, answer(1, 0.001)), (4.0, answer(2, 1000.0)), (5.0, answer(3, 2000.0))]
+    assert passes(1.0, plain) == [(1, 3.0), (2, 4.0), (3, 5.0)]
+    assert passes(1.0, [*plain, (5.5, answer(3, 2100.0))]) == [(1, 3.0), (2, 4.0), (3, 5.0)]  # the last answer repeats the count
+    blocks = [(3.0, answer(1, 0.001, 0)), *((4.0 + i / 8, answer(2 + i, 1000.0, 2)) for i in range(3)), (6.0, answer(5, 3000.0, 2))]
+    assert passes(1.0, blocks) == [(1, 3.0), (4, 4.0), (5, 6.0)]
+    ended = [(3.0, answer(1, 0.001, 0)), (4.0, answer(2, 1000.0, 3))]  # an end-of-text token among accepted drafts
+    assert passes(1.0, ended) == [(1, 3.0), (2, 4.0)]
+
+
+def test_a_character_of_several_tokens_costs_llamacpp_several_passes():
+    emoji = [(3.0, answer(1, 0.001)), (6.0, answer(4, 3000.0))]  # the stream leaves out tokens 2 and 3
+    assert passes(1.0, emoji) == [(1, 3.0), (2, 4.0), (3, 5.0), (4, 6.0)]
+    drafted = [(3.0, answer(1, 0.001, 0)), (7.0, answer(5, 4000.0, 2))]  # two passes: four tokens, two of them drafts
+    assert passes(1.0, drafted) == [(1, 3.0), (4, 5.0), (5, 7.0)]
+    first = [(6.0, answer(3, 2000.0))]
+    assert passes(1.0, first) == [(1, 4.0), (2, 5.0), (3, 6.0)]
+
+
+@pytest.mark.parametrize("name", ["llamacpp", "llamacpp+dspark"])
+def test_llamacpp_is_refused_where_it_would_measure_something_else(models, monkeypatch, name):
+    with pytest.raises(ValueError, match=r"SmolLM2-135M-Instruct in bfloat16.*tiny in torch.float32"):
+        models.decoder(parse_arm(name), Settings())
+    with pytest.raises(ValueError, match=r"temperature is 0\.5"):
+        models.decoder(parse_arm(name), Settings(temperature=0.5))
+    monkeypatch.setattr(llamacpp, "PACKAGE", "no-such-package")
+    for work in (lambda: LlamaCpp(Path("target.gguf"), models.target), lambda: parse_arm(name).pass_name):
+        with pytest.raises(ValueError, match="pip install no-such-package"):
+            work()
 
 
 def test_copying_alone_leaves_a_drafter_that_is_there_for_other_arms_alone(models):

@@ -57,7 +57,7 @@ def test_an_unknown_parameter_names_the_closest() -> None:
 
 
 def test_colours_of_policies_differ_and_copying_darkens_them() -> None:
-    arms = [*POLICIES, *(f"{name}+copy" for name in POLICIES), "generate", "lookup", "copy"]
+    arms = [*POLICIES, *(f"{name}+copy" for name in POLICIES), "generate", "lookup", "llamacpp", "llamacpp+dspark", "copy"]
     assert len({arm_colour(arm) for arm in arms}) == len(arms)
     assert arm_colour("fixed:5") == arm_colour("fixed:2") != arm_colour("fixed:5+copy")
     assert arm_label("fixed:5+copy") == "fixed window 5, copying"

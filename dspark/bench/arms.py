@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from dspark.bench.llamacpp import by_llamacpp, package_version
 from dspark.bench.measure import Decoder, Settings, by_dspark
 from dspark.bench.stock import by_early_exit, by_transformers
 from dspark.draft.drafter import Drafter
@@ -22,8 +23,9 @@ PEERS: dict[str, Callable[[Target, Settings], Decoder]] = {
     "lookup": partial(by_transformers, prompt_lookup_num_tokens=10),  # as in transformers' own documentation (Saxena, 2023)
     "assisted": by_early_exit,
 }
+LLAMACPP = {"llamacpp": False, "llamacpp+dspark": True}  # name → whether our drafter drafts there
 CHOICES = (
-    f"{', '.join(['plain', *PEERS])} (the last {len(PEERS)} are transformers' own), copy[:N] (no drafter), "
+    f"{', '.join(['plain', *PEERS])} (the last {len(PEERS)} are transformers' own), {', '.join(LLAMACPP)}, copy[:N] (no drafter), "
     f"{', '.join(name for name in POLICIES if name != 'plain')} with their numbers, as in fixed:5 or confidence:0.3; "
     "+copy[:N] after one with a drafter copies from the context where N tokens repeat, +block:N drafts at most N tokens"
 )
@@ -46,6 +48,11 @@ class Arm:
     trained: bool = False
     peer: Callable[[Target, Settings], Decoder] | None = None
 
+    @property
+    def pass_name(self) -> str:
+        """What runs the target's pass; "" for the target itself."""
+        return package_version() if self.name in LLAMACPP else "transformers" if self.peer else ""
+
     def policy(self, target: Target, source: DraftSource) -> Policy:
         """The policy on this target; ``auto`` and ``prefix`` measure step times if they are not in the cache."""
         return parse_policy(self.spec, lambda: step_times(target, source))
@@ -57,6 +64,8 @@ class Arm:
 
     def decoder(self, target: Target, drafter: Drafter | None, settings: Settings, stock: Target | None = None) -> Decoder:
         """Ready to run. Raises ValueError if the drafter cannot serve the policy, or a peer lacks the stock target."""
+        if self.name in LLAMACPP:
+            return by_llamacpp(target, drafter if self.trained else None, settings)
         if self.peer:
             return self.peer(stock or target, settings)
         if not self.spec:
@@ -104,6 +113,8 @@ def parse_arm(name: str) -> Arm:
     """One arm by its name. Raises ValueError for a misspelled one."""
     if name == "plain" or name in PEERS:
         return Arm(name, peer=PEERS.get(name))
+    if name in LLAMACPP:
+        return Arm(name, trained=LLAMACPP[name])
     copying = re.search(r"(^|\+)copy(?::([1-9]\d*))?(?=\+|$)", name)
     alone = bool(copying) and not copying[1]
     spec = "fixed" * alone + (name.replace(copying[0], "", 1) if copying else name)
@@ -122,6 +133,8 @@ OTHER_ARMS = {  # what figures show beside our policies: label and colour
     "generate": ("transformers' generate", "#4d4d4d"),
     "lookup": ("transformers' prompt lookup", "#a6761d"),
     "assisted": ("transformers' assisted", "#b2abd2"),
+    "llamacpp": ("llama.cpp", "#e66101"),
+    "llamacpp+dspark": ("llama.cpp, our drafter", "#fdb863"),
     "copy": ("copying alone", "#117733"),
     "oracle": ("oracle", "#8c8c8c"),
 }
@@ -130,6 +143,8 @@ COPYING_SHADE = 0.6  # how much of a policy's colour stays when it also copies
 
 def arm_colour(arm: str) -> str:
     """The colour of an arm such as ``"fixed:5+copy"`` or ``"generate"``, as hex; the same in every figure."""
+    if arm in OTHER_ARMS:
+        return OTHER_ARMS[arm][1]
     kind, *suffixes = arm.split("+")
     kind = kind.partition(":")[0]
     colour = POLICIES[kind].colour if kind in POLICIES else OTHER_ARMS.get(kind, ("", "#999999"))[1]
@@ -140,6 +155,8 @@ def arm_colour(arm: str) -> str:
 
 def arm_label(arm: str) -> str:
     """What figures call an arm: ``"fixed:5+copy"`` → "fixed window 5, copying"."""
+    if arm in OTHER_ARMS:
+        return OTHER_ARMS[arm][0]
     kind, *suffixes = arm.split("+")
     name, _, numbers = kind.partition(":")
     label = POLICIES[name].label if name in POLICIES else OTHER_ARMS.get(name, (name,))[0]

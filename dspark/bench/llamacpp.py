@@ -6,9 +6,9 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.client import HTTPConnection
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby, pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -40,18 +40,41 @@ def by_llamacpp(target: Target, drafter: Drafter | None, settings: Settings) -> 
 
 
 def package_version() -> str:
-    """Such as "xllamacpp 2026.10.11549", for the rows of a run."""
-    return f"{PACKAGE} {version(PACKAGE)}"
+    """Such as "xllamacpp 2026.10.11549", for the rows of a run. Raises ValueError where it is missing."""
+    try:
+        return f"{PACKAGE} {version(PACKAGE)}"
+    except PackageNotFoundError:
+        raise ValueError(f"llamacpp needs the package {PACKAGE}: pip install {PACKAGE}, or leave the arm out") from None
+
+
+def passes(start: float, answers: Sequence[tuple[float, dict]]) -> list[tuple[int, float]]:
+    """Where each of the target's passes ends: tokens so far, and when they were seen. The first pass is the prefill.
+
+    answers: one per token of whole characters and a last one, as (seconds, answer). Tokens of one pass share its clock,
+    ``predicted_ms``. Of a character that several passes make only the end is seen: they share its time evenly.
+    """
+    ends: list[tuple[int, float]] = []
+    tokens = accepted = 0
+    before = start + answers[0][1]["timings"]["prompt_ms"] / 1e3
+    for _, group in groupby(answers, key=lambda each: each[1]["timings"]["predicted_ms"]):
+        (moment, _), *_, (_, last) = [*group] * 2
+        more = last["tokens_predicted"] - tokens
+        tokens += more
+        kept = last["timings"].get("draft_n_accepted", 0) - accepted
+        accepted += kept
+        n = max(1, more - kept) if more else 0  # each pass makes one token of its own; the last answer may bring none
+        ends += [(tokens - n + i, before + (moment - before) * i / n) for i in range(1, n + 1)]
+        before = moment
+    return ends
 
 
 class LlamaCpp:
     """A running server. target_gguf: the file of ``target``; drafter: exported for this server alone."""
 
     def __init__(self, target_gguf: Path, target: Target, drafter: Drafter | None = None) -> None:
-        try:
-            import xllamacpp
-        except ImportError:
-            raise ValueError(f"llamacpp needs the package {PACKAGE}: pip install {PACKAGE}, or leave the arm out") from None
+        package_version()
+        import xllamacpp
+
         params = xllamacpp.CommonParams()
         params.model.path = str(target_gguf)
         params.n_ctx = min(target.max_context, CONTEXT)
@@ -81,11 +104,7 @@ class LlamaCpp:
             if len(ids) != answers[-1][1]["tokens_predicted"]:  # the stream leaves out tokens that end inside a character
                 (whole,) = self._ask(asked)
                 ids = whole["tokens"]
-            ends = []  # tokens so far at the end of each pass, and when its first token came; the clock of a pass is its name
-            for _, group in groupby(answers[:-1], key=lambda each: each[1]["timings"]["predicted_ms"]):
-                (moment, _), *_ = passed = list(group)
-                ends.append((passed[-1][1]["tokens_predicted"], moment))
-            ends[-1] = len(ids), ends[-1][1]
+            ends = passes(start, answers)
             rounds = [
                 Round(index=i, anchor=ids[a - 1], committed=tuple(ids[a:b]), verify_seconds=math.nan, seconds=after - before)
                 for i, ((a, before), (b, after)) in enumerate(pairwise(ends), 1)

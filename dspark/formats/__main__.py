@@ -55,7 +55,7 @@ def _export(options: argparse.Namespace) -> None:
     else:
         FOLDERS[options.to](drafter, target, options.out)
         settings = {"method": "dspark", "model": str(options.out), "num_speculative_tokens": drafter.block_size}
-        print(f"vllm serve {options.target} --speculative-config '{json.dumps(settings)}'")
+        print(f"vllm serve {target.model.name_or_path} --speculative-config '{json.dumps(settings)}'")
 
 
 if __name__ == "__main__":
