@@ -1,6 +1,7 @@
 """Two checkouts of this repository against each other, prompt by prompt and arm by arm in turn: did a change make decoding faster?
 
     python data/compare.py OLD NEW --prompts 10 --tokens 48 --out runs/compare.json
+    python data/compare.py OLD NEW --self-play 256 --out runs/compare-self-play.json
 
 OLD, NEW: folders, such as two `git worktree`s. Each decodes in a process of its own, of which only one is at work at a time. Greedy, on
 test prompts, with the default target and drafter. Needs a quiet machine.
@@ -15,6 +16,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -23,6 +25,7 @@ import numpy as np
 
 DOMAINS = ("code", "math", "chat", "structured")
 ARMS = ("plain", "fixed+copy", "prefix+copy")
+CONTEXT, NEW = 100, 16  # tokens of a self-play row before the steps that are timed, and steps
 
 
 def serve(checkout: str, threads: int) -> None:
@@ -41,6 +44,9 @@ def serve(checkout: str, threads: int) -> None:
     print("{}", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        if asked["arm"] == "self-play":
+            print(json.dumps(self_play(target, asked["rows"])), flush=True)
+            continue
         options = {"policy": policies[asked["arm"]], "max_new_tokens": asked["tokens"]}
         out = dspark.generate(target, source if asked["arm"] != "plain" else None, asked["messages"], **options)
         rounds = out.rounds[1:]
@@ -49,6 +55,23 @@ def serve(checkout: str, threads: int) -> None:
         took = {"ms_per_token": 1e3 * seconds / tokens, "other_ms_per_round": 1e3 * (seconds - models) / len(rounds)}
         took |= {"draft_ms": 1e3 * sum(r.draft_seconds for r in rounds) / len(rounds), "tau": tokens / len(rounds)}
         print(json.dumps(took), flush=True)
+
+
+def self_play(target: object, rows: int) -> dict[str, float]:
+    """Tokens a second that so many rows of self-play sample together: steps after ``CONTEXT`` tokens, their prefill taken off."""
+    import torch
+
+    from dspark.train.selfplay import converse, turns_of
+
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(1000, target.vocab_size, (rows, CONTEXT), generator=generator).tolist()
+
+    def seconds(steps: int) -> float:
+        start = time.perf_counter()
+        converse(target, turns_of(target), starts, torch.ones(rows), CONTEXT + steps, 0.9, generator)
+        return time.perf_counter() - start
+
+    return {"tokens_per_second": rows * NEW / (seconds(1 + NEW) - seconds(1))}
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
@@ -60,6 +83,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": checkout}
         processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout)
         processes[name].stdout.readline()
+
+    def ask(name: str, asked: dict[str, object]) -> dict[str, object]:
+        processes[name].stdin.write(json.dumps(asked) + "\n")
+        processes[name].stdin.flush()
+        return {"checkout": name, "arm": asked["arm"]} | json.loads(processes[name].stdout.readline())
+
+    if options.self_play:
+        return [ask(name, {"arm": "self-play", "rows": options.self_play}) for name in ("old", "new", "new", "old")]
     rows, turn = [], 0
     for domain in DOMAINS:
         lines = (Path(options.new) / "data" / "prompts" / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -68,10 +99,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
             turn += 1
             for name in ("old", "new")[:: 1 if turn % 2 else -1]:
                 asked = {"arm": arm, "messages": item["messages"], "tokens": options.tokens}
-                processes[name].stdin.write(json.dumps(asked) + "\n")
-                processes[name].stdin.flush()
-                found = json.loads(processes[name].stdout.readline())
-                rows.append({"checkout": name, "arm": arm, "domain": domain, "prompt": item["id"]} | found)
+                rows.append({"domain": domain, "prompt": item["id"]} | ask(name, asked))
     for process in processes.values():
         process.stdin.close()
     return rows
@@ -98,6 +126,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10, help="test prompts per domain; default %(default)s")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens; default %(default)s")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--self-play", type=int, metavar="ROWS", help="time self-play with so many rows instead of prompts")
     parser.add_argument("--out", type=Path, default=Path("runs/compare.json"))
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -106,6 +135,11 @@ def main() -> None:
     rows = measure(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=0) + "\n")
+    if options.self_play:
+        for name in ("old", "new"):
+            speeds = [r["tokens_per_second"] for r in rows if r["checkout"] == name]
+            print(f"{name}: {median(speeds):.0f} tokens/s of {options.self_play} rows ({', '.join(f'{s:.0f}' for s in speeds)})")
+        return
     for arm in ARMS:
         print(f"{arm}: time per token, old over new {ratio(rows, ('old', arm), ('new', arm))}")
     for name, arm in product(("old", "new"), ARMS[1:]):
