@@ -25,7 +25,7 @@ import numpy as np
 
 DOMAINS = ("code", "math", "chat", "structured")
 ARMS = ("plain", "fixed+copy", "prefix+copy")
-CONTEXT, NEW = 100, 16  # tokens of a self-play row before the steps that are timed, and steps
+CONTEXT, NEW = 32, 16  # tokens of a self-play row before the steps that are timed, and steps
 
 
 def serve(checkout: str, threads: int) -> None:
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     for name in ("old", "new"):  # one after the other, so that neither measures its step times beside the other
         checkout = str(Path(getattr(options, name)).resolve())
         command = [sys.executable, __file__, checkout, checkout, "--serve", "--threads", str(options.threads)]
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": checkout}
+        environment = os.environ | {"PYTHONPATH": checkout}
         processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout)
         processes[name].stdout.readline()
 
