@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -38,17 +39,18 @@ def load_target(name: str | Path = "default", *, dtype: str = "bfloat16", device
     return pack_target(target) if pack else target
 
 
-def load_drafter(name: str | Path, target: Target) -> Drafter:
+def load_drafter(name: str | Path, target: Target, *, ignore_fields: Collection[str] = ()) -> Drafter:
     """Load a drafter, attached to its target in the target's dtype, layout and on its device, ready to draft.
 
     name: ``"default"`` (shipped in the data folder, for the default target), a folder, or a hub id.
+    ignore_fields: fields of its config.json to read as if they were absent, for one that is refused and does not matter.
     Raises ValueError, naming the value and the remedy, for anything missing, damaged, pickled, not finite, of the wrong shape,
     or made for another target.
     """
     folder = _find_drafter(name)
     config, tensors = read_folder(folder)
     try:
-        return ready(build(read(config, tensors), target), target)
+        return ready(build(read(config, tensors, ignore_fields), target), target)
     except ValueError as error:
         raise ValueError(f"cannot load the drafter in {folder}: {error}") from error
     except (TypeError, AttributeError, LookupError, RuntimeError) as error:  # a number where a dict belongs, sizes beyond any memory, …

@@ -17,6 +17,7 @@ from transformers import Qwen3Config
 
 import dspark
 from dspark.cpu import pack_target
+from dspark.draft.backbone import DrafterConfig
 from dspark.draft.drafter import Draft, Drafter
 from dspark.files import data_dir
 from dspark.formats.__main__ import main as command
@@ -295,7 +296,9 @@ def test_the_command_writes_what_vllm_serves(target: Target, tmp_path: Path, cap
 def test_speculators_without_sample_from_anchor_is_another_block_layout(target: Target, tmp_path: Path) -> None:
     speculators(target, tiny_drafter(target), tmp_path)
     edit(tmp_path, sample_from_anchor=None)
-    refused(tmp_path, target, "sample_from_anchor")
+    assert dspark.load_drafter(tmp_path, target).block_size == 3
+    edit(tmp_path, speculators_config={"proposal_methods": [{"speculative_tokens": 4}]})
+    refused(tmp_path, target, "sample_from_anchor", "4 tokens")
     edit(tmp_path, sample_from_anchor=True, speculators_model_type="eagle3")
     refused(tmp_path, target, "eagle3")
 
@@ -430,7 +433,7 @@ def test_wrong_tensors_are_refused(folder: Path, target: Target, change: Callabl
         ("sts_temperatures", [1.0, 0.0, 1.0, 1.0]),
         ("sts_temperatures", [1.0]),
         ("format_version", 99),
-        ("architectures", ["Gemma4DSparkModel"]),
+        ("architectures", ["Gemma5DSparkModel"]),
         ("architectures", None),
     ],
 )
@@ -442,19 +445,18 @@ def test_wrong_config_values_are_refused(folder: Path, target: Target, field: st
 @pytest.mark.parametrize(
     "changes",
     [
-        {"hidden_act": "gelu_pytorch_tanh"},
-        {"attention_bias": True},
+        {"hidden_act": "gelu_new"},
         {"mlp_bias": True},
+        {"a_field_of_tomorrow": 1},
         {"layer_types": ["full_attention", "sliding_attention"]},
         {"use_sliding_window": True, "layer_types": None},
         {"is_causal": True},
         {"dflash_query_causal": True},
         {"sample_from_anchor": False},
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
         {"rope_scaling": {"type": "yarn", "factor": 4.0}},
         {"rope_parameters": 7},
         {"rope_is_neox_style": False},
-        {"partial_rotary_factor": 0.25},
         {"final_logit_softcapping": 30.0},
         {"quantization_config": {"quant_method": "fp8"}},
     ],
@@ -506,5 +508,7 @@ def test_copies_of_another_targets_head_are_noticed(reference: Path, target: Tar
 
 def test_every_field_of_the_config_is_written(folder: Path, target: Target) -> None:
     about = json.loads((folder / "config.json").read_text())
-    assert {field.name for field in dataclasses.fields(tiny_drafter(target).config)} <= about.keys()
+    names = [field.name for field in dataclasses.fields(DrafterConfig)]
+    assert set(names[: names.index("sample_from_anchor")]) <= about.keys()
+    assert not set(names[names.index("sample_from_anchor") :]) & about.keys()  # as in every file before those fields
     assert (about["target"], about["target_digest"], about["architectures"]) == ("tiny", target.digest, ["DSparkDrafter"])

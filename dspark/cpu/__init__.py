@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["is_packed", "pack_drafter", "pack_target"]
 
+OTHER_LAYERS = {"sliding_windows", "causal_layers", "layer_type", "attention_k_eq_v", "attention_bias", "hidden_act"}  # FusedLayer has none
+
 
 def pack_target(target: Target) -> Target:
     """Give the target the fastest pass that this machine has for it. Returns the target.
@@ -56,7 +58,8 @@ def pack_drafter(drafter: Drafter) -> Drafter:
     if not can_pack(drafter.head_weight):
         return drafter
     make = QuantizedLinear if can_quantize(drafter.head_weight) else PackedLinear
-    drafter.fused = FusedBackbone(drafter, PackedLinear, make)
+    if not drafter.config.unusual().keys() & OTHER_LAYERS:
+        drafter.fused = FusedBackbone(drafter, PackedLinear, make)
     object.__setattr__(drafter, "head", make(drafter.head_weight))  # borrowed from the target, so no submodule: it is never saved
     if drafter.markov_head is not None:
         pack_linears(drafter.markov_head, partial(make, keep_weight=True))

@@ -85,8 +85,8 @@ class FusedBackbone:
         """The rotation, from a table: positions [n] → [1, 1, n, head_dim], or [R, n] → [R, 1, n, head_dim]."""
         needed, table = int(positions.max()) + 1, self.table
         if table.cos.shape[2] < needed:
-            config, size = self.drafter.config, max(FIRST_TABLE, 1 << (needed - 1).bit_length())
-            table = self.table = Rope.at(torch.arange(size)[None], config.head_dim, config.rope_theta, torch.float32)
+            size = max(FIRST_TABLE, 1 << (needed - 1).bit_length())
+            table = self.table = Rope.at(torch.arange(size)[None], self.drafter.config, torch.float32)
         return Rope(*(part[0, 0][positions].view(-1, 1, positions.shape[-1], part.shape[-1]) for part in table))
 
 

@@ -81,7 +81,7 @@ class StaticDrafter:
         positions = starts[:, None] + torch.arange(drafter.block_size, device=starts.device)
         visible = torch.arange(context, device=starts.device) <= positions[:, -1:]  # the whole context and the whole block
         contexts = [_SlotContext(layer, positions, context) for layer in self.layers]
-        hidden = drafter.backbone(block, positions, contexts, visible[:, None, None])
+        hidden = drafter.backbone(block, positions, contexts, [visible[:, None, None]] * len(contexts))
         base, previous, state = drafter.head(hidden[:, :width]).float(), anchors, None
         before = []
         for k in range(width):
@@ -113,7 +113,7 @@ class StaticDrafter:
 
 def fits(source: DraftSource) -> bool:
     """Whether this is a drafter that :class:`StaticDrafter` knows."""
-    return type(source) is Drafter and source.fused is None
+    return type(source) is Drafter and source.fused is None and not source.config.unusual()
 
 
 def empty_layers(drafter: Drafter) -> list[Buffer]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.draft.scaling import scaled_frequencies
 from dspark.rewind import GrowingKV
 
 HEAD_TYPES = ("vanilla", "gated", "rnn")
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,36 @@ class DrafterConfig:
     draft_vocab_size: int | None = None  # tokens that can be drafted; None for vocab_size
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    # From here on: what only drafters trained elsewhere have, see unusual().
+    sample_from_anchor: bool = True  # False: slot 0 predicts nothing, so γ slots give γ − 1 drafts
+    head_starts_at_anchor: bool = False  # and the rnn head's state still passes through slot 0
+    sliding_windows: tuple[int, ...] = ()  # tokens of context that each layer sees, 0 for all; () for all in all layers
+    windows_move: bool = False  # a window ends at each slot instead of at the anchor
+    causal_layers: tuple[bool, ...] = ()  # whether a layer's slots see only themselves and earlier ones; () for none
+    rope_scaling: dict[str, object] = field(default_factory=dict)  # rope_type and its numbers, as transformers names them
+    layer_type: str = "qwen3"  # or gemma4, see Gemma4Layer
+    attention_k_eq_v: bool = False  # the values are the keys before their norm
+    attention_bias: bool = False
+    hidden_act: str = "silu"  # one of ACTIVATIONS
+    embedding_scale: float | None = None  # the input is the embedding table times this; None: as the target's module gives it
+    final_logit_softcapping: float | None = None  # c: logits U become c·tanh(U/c) before the Markov bias
+    own_tables: tuple[str, ...] = ()  # of embed_tokens and lm_head, those that are the drafter's instead of the target's
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_layer_ids", tuple(self.target_layer_ids))
+        for name in ("target_layer_ids", "sliding_windows", "causal_layers", "own_tables"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, choices in (("layer_type", ("qwen3", "gemma4")), ("hidden_act", ACTIVATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, and only {', '.join(choices)} are supported")
+        for name in ("sliding_windows", "causal_layers"):
+            if (given := getattr(self, name)) and len(given) != self.num_hidden_layers:
+                raise ValueError(f"{name} {list(given)} must have one entry for each of the {self.num_hidden_layers} layers")
         if self.draft_vocab_size is None:
             object.__setattr__(self, "draft_vocab_size", self.vocab_size)
         if self.markov_head_type not in HEAD_TYPES:
             raise ValueError(f"markov_head_type {self.markov_head_type!r} is unknown: choose one of {', '.join(HEAD_TYPES)}")
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {self.block_size}")
+        if self.num_drafts < 1:
+            raise ValueError(f"block_size must be at least {2 - self.sample_from_anchor}, got {self.block_size}")
         if self.markov_rank < 0:
             raise ValueError(f"markov_rank must be 0 (no sequential head) or positive, got {self.markov_rank}")
         if not 0 <= self.mask_token_id < self.vocab_size:
@@ -51,8 +75,24 @@ class DrafterConfig:
         if not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(f"draft_vocab_size {self.draft_vocab_size} must lie in 1..vocab_size ({self.vocab_size})")
 
+    @property
+    def num_drafts(self) -> int:
+        """Tokens that a block of γ slots proposes."""
+        return self.block_size - (not self.sample_from_anchor)
+
+    def unusual(self) -> dict[str, object]:
+        """Fields of drafters trained elsewhere that differ from what is trained here, by name: whoever lacks them must refuse."""
+        return {name: value for name, usual in UNUSUAL.items() if (value := getattr(self, name)) != usual}
+
     def to_dict(self) -> dict[str, object]:
-        return asdict(self) | {"target_layer_ids": list(self.target_layer_ids)}
+        """As JSON holds it. Unusual fields stand there only where they are used."""
+        usual = [f.name for f in fields(self)][: -len(UNUSUAL)]
+        values = {name: getattr(self, name) for name in (*usual, *self.unusual())}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+_names = [f.name for f in fields(DrafterConfig)]
+UNUSUAL = {name: getattr(DrafterConfig, name, {}) for name in _names[_names.index("sample_from_anchor") :]}  # field → its usual value
 
 
 class Context(NamedTuple):
@@ -72,12 +112,15 @@ class Rope(NamedTuple):
     sin: Tensor
 
     @classmethod
-    def at(cls, positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
+    def at(cls, positions: Tensor, config: DrafterConfig, dtype: torch.dtype) -> Rope:
         """positions: [batch, tokens]."""
-        frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+        d, theta, scale = config.head_dim, config.rope_theta, 1.0
+        frequency = theta ** (-torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
+        if config.rope_scaling:
+            frequency, scale = scaled_frequencies(d, theta, config.rope_scaling, positions.device)
         angle = positions[:, None, :, None].float() * frequency  # [batch, 1, tokens, head_dim/2]
         angle = torch.cat([angle, angle], dim=-1)
-        return cls(angle.cos().to(dtype), angle.sin().to(dtype))
+        return cls((angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype))
 
     def rotate(self, x: Tensor) -> Tensor:
         """x: [batch, heads, tokens, head_dim]."""
@@ -85,16 +128,25 @@ class Rope(NamedTuple):
         return x * self.cos + torch.cat([-right, left], dim=-1) * self.sin
 
 
-def block_mask(anchors: Tensor, block_size: int, length: int) -> Tensor:
+def block_mask(anchors: Tensor, block_size: int, length: int, window: int = 0, causal: bool = False, moves: bool = False) -> Tensor:
     """What each slot of many blocks sees: context strictly before its anchor, and its own block.
 
-    anchors: [rows, anchors], positions in texts of ``length`` tokens. Returns [rows, 1, anchors·γ, length + anchors·γ] bool.
+    anchors: [rows, anchors], positions in texts of ``length`` tokens. window: the last tokens of context that are seen, 0 for all;
+    with ``moves`` those fewer than ``window`` positions from the slot. causal: of its block a slot sees itself and what is before it.
+    Returns [rows, 1, anchors·γ, length + anchors·γ] bool.
     """
-    count = anchors.shape[1]
+    rows, count = anchors.shape
     owner = torch.arange(count, device=anchors.device).repeat_interleave(block_size)
-    before = torch.arange(length, device=anchors.device) < anchors[..., None]  # [rows, anchors, length]
-    own = (owner[:, None] == owner).expand(anchors.shape[0], -1, -1)
-    return torch.cat([before.repeat_interleave(block_size, 1), own], -1)[:, None]
+    slot = torch.arange(block_size, device=anchors.device).repeat(count)
+    first, key = anchors.repeat_interleave(block_size, 1), torch.arange(length, device=anchors.device)
+    before = key < first[..., None]  # [rows, anchors·γ, length]
+    own = owner[:, None] == owner
+    if causal:
+        own &= slot[:, None] >= slot
+    if window:
+        before &= key >= (first + slot + 1 if moves else first)[..., None] - window
+        own &= (slot[:, None] - slot).abs() < (window if moves else block_size)
+    return torch.cat([before, own.expand(rows, -1, -1)], -1)[:, None]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -110,11 +162,12 @@ class Attention(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         h, d = config.hidden_size, config.head_dim
-        self.head_dim = d
-        self.q_proj = nn.Linear(h, config.num_attention_heads * d, bias=False)
-        self.k_proj = nn.Linear(h, config.num_key_value_heads * d, bias=False)
-        self.v_proj = nn.Linear(h, config.num_key_value_heads * d, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * d, h, bias=False)
+        bias = config.attention_bias
+        self.head_dim, self.scale = d, None  # None: head_dim^-0.5
+        self.q_proj = nn.Linear(h, config.num_attention_heads * d, bias=bias)
+        self.k_proj = nn.Linear(h, config.num_key_value_heads * d, bias=bias)
+        self.v_proj = nn.Linear(h, config.num_key_value_heads * d, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, h, bias=bias)
         self.q_norm = RMSNorm(d, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(d, eps=config.rms_norm_eps)
 
@@ -132,23 +185,24 @@ class Attention(nn.Module):
         keys, values = context.append(*self.keys_values(x, rope))
         if mask is None or mask.shape[2] == 1:  # all queries see the same, so heads that share keys can be folded into them: the fast way
             folded = queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
-            mixed = F.scaled_dot_product_attention(folded, keys, values, mask).reshape(queries.shape)
+            mixed = F.scaled_dot_product_attention(folded, keys, values, mask, scale=self.scale).reshape(queries.shape)
         else:
-            mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+            mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU, or the same with another activation."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.draft.backbone import Context, DrafterConfig, Layer, RMSNorm, Rope, block_mask
+from dspark.draft.gemma4 import Gemma4Layer
 from dspark.draft.heads import ConfidenceHead, MarkovHead
 from dspark.draft.source import Ask, Draft
 from dspark.rewind import GrowingKV
 from dspark.verify.sampling import Rng, Sampling
+
+Contexts = Sequence[GrowingKV | Context]
 
 if TYPE_CHECKING:
     from dspark.target.target import Target
@@ -36,7 +39,7 @@ class DraftState:
 
 
 class Drafter(nn.Module):
-    """Backbone, Markov head and confidence head; embedding and LM head are the target's, frozen.
+    """Backbone, Markov head and confidence head; embedding and LM head are the target's, frozen, unless it has tables of its own.
 
     config: shape and numbers of the layers and heads.
     d2t: [draft_vocab] int64, the target's id of each token that can be drafted.
@@ -49,14 +52,19 @@ class Drafter(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config, h = config, config.hidden_size
-        self.block_size, self.target_layer_ids = config.block_size, config.target_layer_ids
+        self.block_size, self.target_layer_ids = config.num_drafts, config.target_layer_ids
         self.has_confidence = config.enable_confidence_head
         self.fc = nn.Linear(len(config.target_layer_ids) * h, h, bias=False)
         self.hidden_norm = RMSNorm(h, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        layer = Gemma4Layer if config.layer_type == "gemma4" else Layer
+        self.layers = nn.ModuleList(layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(h, eps=config.rms_norm_eps)
         self.markov_head = MarkovHead(config) if config.markov_rank else None
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
+        if "embed_tokens" in config.own_tables:
+            self.embed_tokens = nn.Embedding(config.vocab_size, h)
+        if "lm_head" in config.own_tables:
+            self.lm_head = nn.Linear(h, config.draft_vocab_size, bias=False)
         self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
         self.register_buffer("head_weight", torch.empty(0), persistent=False)  # [draft_vocab, hidden], rows of the target's
         self.sts_temperatures: tuple[float, ...] = ()
@@ -77,9 +85,15 @@ class Drafter(nn.Module):
                 raise ValueError(f"the drafter's {name} is {mine}, but {target.name} has {theirs}: it was made for another target")
         target.check_taps(self.config.target_layer_ids)
         self.to(device=target.device)
-        self.head_weight = target.head_weight[self.d2t.to(target.head_weight.device)].to(self.d2t.device, target.dtype)
+        own, scale = self.config.own_tables, self.config.embedding_scale
+        theirs = target.head_weight[self.d2t.to(target.head_weight.device)].to(self.d2t.device, target.dtype)
+        self.head_weight = self.lm_head.weight.detach() if "lm_head" in own else theirs
+        embed = self.embed_tokens if "embed_tokens" in own else target.embedding
+        if scale is not None:
+            table, factor = embed.weight.detach(), torch.tensor(scale, dtype=target.dtype, device=target.device)
+            embed = lambda tokens: F.embedding(tokens, table) * factor  # noqa: E731
         # Borrowed, not submodules: never saved, never trained.
-        object.__setattr__(self, "embed", target.embedding)
+        object.__setattr__(self, "embed", embed)
         object.__setattr__(self, "head", partial(F.linear, weight=self.head_weight))
         return self
 
@@ -99,12 +113,12 @@ class Drafter(nn.Module):
         rope = self._rope(positions, x.dtype)
         return [layer.self_attn.keys_values(x, rope) for layer in self.layers]
 
-    def backbone(self, tokens: Tensor, positions: Tensor, contexts: Sequence[GrowingKV | Context], mask: Tensor | None = None) -> Tensor:
-        """[anchor, mask × (γ−1)] → [batch, n, hidden] after the norm. tokens, positions: [batch, n]; contexts: one per layer, as mask
-        for :meth:`dspark.draft.backbone.Attention.forward`."""
+    def backbone(self, tokens: Tensor, positions: Tensor, contexts: Contexts, masks: Sequence[Tensor | None] = ()) -> Tensor:
+        """[anchor, mask × (γ−1)] → [batch, n, hidden] after the norm. tokens, positions: [batch, n]; contexts, masks: one per layer, for
+        :meth:`dspark.draft.backbone.Attention.forward`; no masks if all is visible in all layers."""
         x = self.embed(tokens)
         rope = self._rope(positions, x.dtype)
-        for layer, context in zip(self.layers, contexts, strict=True):
+        for layer, context, mask in zip(self.layers, contexts, masks or [None] * len(contexts), strict=True):
             x = layer(x, rope, context, mask)
         return self.norm(x)
 
@@ -116,14 +130,16 @@ class Drafter(nn.Module):
         tokens: [rows, anchors, γ], anchor and masks.
         previous: [rows, anchors, γ], x_{k−1} in the text; not read here either.
         positions: [rows, anchors, γ], the position of slot k.
-        Returns [rows, anchors, γ, hidden] after the norm.
+        Returns [rows, anchors, γ, hidden] after the norm. Raises ValueError for a drafter with unusual fields.
         """
+        if unusual := self.config.unusual():
+            raise ValueError(f"{', '.join(unusual)}: a drafter that has these can draft, but not be trained or drawn on known text here")
         contexts = [Context(*kv) for kv in self.context(taps)]
-        mask = block_mask(positions[..., 0], positions.shape[-1], taps.shape[1])
-        return self.backbone(tokens.flatten(1), positions.flatten(1), contexts, mask).unflatten(1, positions.shape[1:])
+        masks = [block_mask(positions[..., 0], positions.shape[-1], taps.shape[1])] * len(contexts)
+        return self.backbone(tokens.flatten(1), positions.flatten(1), contexts, masks).unflatten(1, positions.shape[1:])
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
-        return Rope.at(positions, self.config.head_dim, self.config.rope_theta, dtype)
+        return Rope.at(positions, self.config, dtype)
 
     # ---- drafting: backbone → Markov head → confidence head
 
@@ -150,6 +166,7 @@ class Drafter(nn.Module):
         self._absorb([ask.state for ask in asks])
         hidden = self._run_backbone(asks)  # [R, γ, hidden]
         tokens, rows = self._sample(hidden, asks)
+        hidden = hidden[:, -self.block_size :]
         return [
             Draft(block, self._spread(probs), self._confidence(h[: ask.window], [ask.anchor, *block[:-1]]))
             for ask, h, block, probs in zip(asks, hidden, tokens, rows, strict=True)
@@ -172,7 +189,7 @@ class Drafter(nn.Module):
 
     def _run_backbone(self, asks: Sequence[Ask]) -> Tensor:
         """The parallel pass over [anchor, mask × (γ−1)] of each request; returns [R, γ, hidden] and leaves the contexts as they were."""
-        tokens = torch.full((len(asks), self.block_size), self.config.mask_token_id, device=self.head_weight.device)
+        tokens = torch.full((len(asks), self.config.block_size), self.config.mask_token_id, device=self.head_weight.device)
         tokens[:, 0] = torch.tensor([ask.anchor for ask in asks])
         states, starts = [ask.state for ask in asks], [ask.state.layers[0].length for ask in asks]
         try:
@@ -184,8 +201,15 @@ class Drafter(nn.Module):
 
     def blocks(self, tokens: Tensor, states: Sequence[DraftState]) -> Tensor:
         """Blocks of several requests, one after another. tokens: [R, γ] → [R, γ, hidden]; their keys and values join the contexts."""
-        start = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        return torch.cat([self.backbone(row[None], start + s.layers[0].length, s.layers) for row, s in zip(tokens, states, strict=True)])
+        slots = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        each = zip(tokens, states, [state.layers[0].length for state in states], strict=True)
+        return torch.cat([self.backbone(row[None], slots + start, s.layers, self._masks(start)) for row, s, start in each])
+
+    def _masks(self, start: int) -> list[Tensor | None]:
+        """What each layer's slots see of a context of ``start`` tokens and of their block; None if they see all."""
+        config, plain, anchor = self.config, (0,) * len(self.layers), torch.tensor([[start]], device=self.head_weight.device)
+        sees = zip(config.sliding_windows or plain, config.causal_layers or plain, strict=True)
+        return [block_mask(anchor, config.block_size, start, *each, config.windows_move) if any(each) else None for each in sees]
 
     def _sample(self, hidden: Tensor, asks: Sequence[Ask]) -> tuple[list[list[int]], list[list[Tensor]]]:
         """Draw every request's block from left to right. hidden: [R, γ, hidden].
@@ -193,8 +217,13 @@ class Drafter(nn.Module):
         Returns per request its tokens and the rows [draft_vocab] they were drawn from.
         """
         widest = max(ask.window for ask in asks)
+        previous, state, cap = [ask.anchor for ask in asks], None, self.config.final_logit_softcapping
+        if self.config.head_starts_at_anchor and self.markov_head is not None:
+            _, state = self.markov_head.step(hidden[:, 0], self.markov_head.markov_w1.weight[previous], None)
+        hidden = hidden[:, -self.block_size :]  # without slot 0 where it predicts nothing
         base = self.head(hidden[:, :widest]).float()  # U: [R, w, draft_vocab]
-        previous, state = [ask.anchor for ask in asks], None
+        if cap is not None:
+            base = cap * torch.tanh(base / cap)
         tokens: list[list[int]] = [[] for _ in asks]
         rows: list[list[Tensor]] = [[] for _ in asks]
         for k in range(widest):

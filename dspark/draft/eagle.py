@@ -52,6 +52,8 @@ class EagleDrafter(Drafter):
         if config.num_hidden_layers != 1 or config.markov_rank:
             found = f"num_hidden_layers {config.num_hidden_layers} and markov_rank {config.markov_rank}"
             raise ValueError(f"an {self.architecture} has 1 layer and no Markov head, not {found}: set them to 1 and 0")
+        if unusual := config.unusual():
+            raise ValueError(f"an {self.architecture} has no {', '.join(unusual)}: leave them out")
         super().__init__(config)
         self.embed_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.combine = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)

@@ -30,11 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("--target", default="default", help="the drafter's target: default, a folder, a .gguf file or a hub id")
     export.add_argument("--target-gguf", type=Path, help="to gguf: the target as llama.cpp will serve it, if --target is no such file")
     export.set_defaults(work=_export)
+    for command in (inspect, export):
+        text = "read a field of config.json as if it were absent, for one that is refused and does not matter; may be repeated"
+        command.add_argument("--ignore-field", metavar="NAME", action="append", default=[], help=text)
     return run_main(parser, lambda options: options.work(options), arguments)
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    for name, text in describe(options.folder).items():
+    for name, text in describe(options.folder, options.ignore_field).items():
         print(f"{name:12} {text}")
 
 
@@ -48,7 +51,7 @@ def _export(options: argparse.Namespace) -> None:
             raise ValueError(f"llama.cpp needs {options.target} as GGUF: pass that file with --target-gguf")
         source = default_target_gguf() if options.target == "default" else Path(options.target)
     target = load_target(options.target, pack=False)
-    drafter = load_drafter(options.folder, target)
+    drafter = load_drafter(options.folder, target, ignore_fields=options.ignore_field)
     if options.to == "gguf":
         export_gguf(drafter, target, options.out, source)
         print(f"llama-server -m {source} -md {options.out} --spec-type draft-dspark --spec-draft-n-max {drafter.block_size}")

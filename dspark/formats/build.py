@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dspark.draft.backbone import DrafterConfig
+from dspark.draft.backbone import UNUSUAL, DrafterConfig, Rope
 from dspark.draft.drafter import Drafter
 from dspark.formats.checkpoint import some
+from dspark.formats.layers import ROPE
 from dspark.target.target import Target
 
-OPTIONAL = ("markov_head_type", "confidence_head_with_markov", "draft_vocab_size")  # the reference omits what it does not use
+OPTIONAL = {"markov_head_type", "confidence_head_with_markov", "draft_vocab_size", *UNUSUAL}
 MAY_BE_ZERO = ("markov_rank", "mask_token_id")
 VALID = {  # annotation of a field of DrafterConfig → which values it takes
     "int": lambda v: type(v) is int and 0 < v < 1 << 31,
@@ -21,30 +23,34 @@ VALID = {  # annotation of a field of DrafterConfig → which values it takes
     "bool": lambda v: type(v) is bool,
     "str": lambda v: type(v) is str,
     "tuple[int, ...]": lambda v: type(v) is list and all(type(i) is int for i in v),
+    "tuple[bool, ...]": lambda v: type(v) is list and all(type(i) is bool for i in v),
+    "tuple[str, ...]": lambda v: type(v) is list and set(v) <= {"embed_tokens", "lm_head"},
+    "dict[str, object]": lambda v: type(v) is dict and all(type(x) in (str, bool) or VALID["float"](x) for x in v.values()),
 }
-EXPORTED = frozenset(  # what every layout can say
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim target_layer_ids "
-    "mask_token_id block_size markov_rank markov_head_type enable_confidence_head confidence_head_with_markov draft_vocab_size "
-    "rms_norm_eps rope_theta".split()
-)
+VALID["float | None"] = VALID["float"]
 FOREIGN_COPY = 0.2  # relative difference: 4-bit quantisation of the target stays below 0.1, unrelated weights are 1.4 apart
+SAME = {"rtol": 2**-8, "atol": 1e-6}  # as far as bfloat16 and float16 round
+ROWS = 8192  # of a table that are compared at a time
 
 
 @dataclass
 class Stored:
     """A drafter as a format describes it; nothing is checked yet."""
 
+    name: str  # of the format, to be printed
     values: dict  # DrafterConfig's fields by name, and sts_temperatures; other entries are ignored
     tensors: dict[str, Tensor]  # the weights, by the names of Drafter's parameters
     kind: type[Drafter] = Drafter
     d2t: Tensor | None = None  # [draft_vocab] target id of each draft id; None: the whole vocabulary
-    copies: dict[str, Tensor] = field(default_factory=dict)  # of the target's embedding and head, by their names there
+    copies: dict[str, Tensor] = field(default_factory=dict)  # embedding and head in the file, by their names in the target
+    frozen: bool = False  # whether those can only be copies of the target's
+    own_scale: float | None = None  # factor of the file's embedding table if that is used
     made_for: tuple[str, str] | None = None  # name and weight digest of its target, if known
 
 
 def build(stored: Stored, target: Target) -> Drafter:
     """The drafter, attached to its target. Raises ValueError, naming the value, for anything wrong or made for another target."""
-    shape, temperatures = _shape(stored.values), stored.values.get("sts_temperatures") or []
+    shape, temperatures = shape_of(stored), stored.values.get("sts_temperatures") or []
     layers = {name.split(".")[1] for name in stored.tensors if name.startswith("layers.")}
     for name, value, fits in (  # checked before anything is allocated by such a size
         ("vocab_size", shape.vocab_size, shape.vocab_size <= target.vocab_size),
@@ -52,21 +58,23 @@ def build(stored: Stored, target: Target) -> Drafter:
         ("num_hidden_layers", shape.num_hidden_layers, shape.num_hidden_layers == len(layers)),
         ("num_key_value_heads", shape.num_key_value_heads, shape.num_attention_heads % shape.num_key_value_heads == 0),
         ("head_dim", shape.head_dim, shape.head_dim % 2 == 0),
-        ("sts_temperatures", temperatures, len(temperatures) in (0, shape.block_size) and all(map(VALID["float"], temperatures))),
+        ("sliding_windows", shape.sliding_windows, min(shape.sliding_windows, default=0) >= 0),
+        ("sts_temperatures", temperatures, len(temperatures) in (0, shape.num_drafts) and all(map(VALID["float"], temperatures))),
     ):
         if not fits:
             raise ValueError(f"{name} {value!r} does not fit {target.name}, the weights or the other values: restore config.json")
     d2t = _draft_vocabulary(stored.d2t, shape)
+    shape = _with_tables(shape, stored, target, d2t)
+    tensors = stored.tensors | {name: stored.copies[name] for name in stored.copies if name.split(".")[0] in shape.own_tables}
     with torch.device("meta"):  # shapes without memory: the weights that were read become the parameters
         drafter = stored.kind(shape)
-    _check_shapes(drafter, stored.tensors)
-    weights = {name: tensor.to(target.dtype) for name, tensor in stored.tensors.items()}
+    _check_shapes(drafter, tensors)
+    weights = {name: tensor.to(target.dtype) for name, tensor in tensors.items()}
     check_finite(weights)
     drafter.load_state_dict(weights | {"d2t": d2t}, assign=True)
     drafter.head_weight = torch.empty(0)
     drafter.sts_temperatures = tuple(map(float, temperatures))
     drafter.attach(target)
-    _check_copies(stored.copies, target, d2t)
     _check_target(stored.made_for, target)
     return drafter
 
@@ -81,14 +89,14 @@ def weights_of(drafter: Drafter) -> dict[str, Tensor]:
 def refuse_unwritten(drafter: Drafter, layout: str, **only: object) -> None:
     """Raises ValueError, naming the field, for a drafter that another program's layout cannot hold.
 
-    only: fields for which that layout has no other value. A field that came after :data:`EXPORTED` must have its default.
+    only: fields for which that layout has no other value. Unusual fields no layout is written with.
     """
     if type(drafter) is not Drafter:
         raise ValueError(f"{layout} holds a {Drafter.architecture}, not a {drafter.architecture}: use save_drafter")
-    for f in fields(drafter.config):
-        value = getattr(drafter.config, f.name)
-        if value != (expected := only.get(f.name, value if f.name in EXPORTED else f.default)):
-            raise ValueError(f"{f.name} is {value!r}, and {layout} holds only {expected!r}: use save_drafter")
+    odd = drafter.config.unusual() | {name: value for name, value in ((n, getattr(drafter.config, n)) for n in only) if value != only[name]}
+    for name, value in odd.items():
+        holds = f"holds only {only[name]!r}" if name in only else "has no such field"
+        raise ValueError(f"{name} is {value!r}, and {layout} {holds}: use save_drafter")
 
 
 def check_finite(tensors: dict[str, Tensor]) -> None:
@@ -97,13 +105,22 @@ def check_finite(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} has {wrong} NaN or infinite values as {tensor.dtype}: go back to an earlier checkpoint")
 
 
-def _shape(values: dict) -> DrafterConfig:
+def shape_of(stored: Stored) -> DrafterConfig:
+    """The drafter's config. Raises ValueError, naming the field, for a value of the wrong kind or out of range."""
+    values = stored.values
     found = {f: values.get(f.name) for f in fields(DrafterConfig) if f.name not in OPTIONAL or values.get(f.name) is not None}
     for f, value in found.items():
         zero = f.name in MAY_BE_ZERO and type(value) is int and value == 0
         if not zero and not VALID[f.type](value):
             raise ValueError(f"{f.name} is {value!r}, not a {f.type} in range: restore config.json")
-    return DrafterConfig(**{f.name: value for f, value in found.items()})
+    shape = DrafterConfig(**{f.name: value for f, value in found.items()})
+    if shape.rope_scaling:
+        if (kind := shape.rope_scaling.get("rope_type")) not in ROPE:
+            raise ValueError(f"rope_type is {kind!r}, and only default, {', '.join(ROPE)} are supported: restore config.json")
+        rope = Rope.at(torch.ones(1, 1), shape, torch.float32)
+        if rope.sin.shape[-1] != shape.head_dim or not math.isfinite(rope.sin.sum() + rope.cos.sum()):
+            raise ValueError(f"rope_scaling {shape.rope_scaling} does not rotate heads of {shape.head_dim}: restore config.json")
+    return shape
 
 
 def _draft_vocabulary(stored: Tensor | None, shape: DrafterConfig) -> Tensor:
@@ -130,15 +147,30 @@ def _check_shapes(drafter: Drafter, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is {found}, but config.json asks for {asked} of 16 bits or more, not quantised")
 
 
-def _check_copies(copies: dict[str, Tensor], target: Target, d2t: Tensor) -> None:
-    """The copies are not used: the target has the originals. They only show whether this is the drafter's target."""
+def _with_tables(shape: DrafterConfig, stored: Stored, target: Target, d2t: Tensor) -> DrafterConfig:
+    """Which embedding and head are used: the target's where the file has none or equal ones, else the file's, as in its training.
+
+    Raises ValueError for tables of another shape, and for unlike ones in a format that holds nothing but copies of the target's.
+    """
     originals = {"embed_tokens.weight": target.embedding.weight, "lm_head.weight": target.head_weight}
-    for name, copy in copies.items():
+    own, scale = list(shape.own_tables), shape.embedding_scale
+    for name, copy in stored.copies.items():
         mine = originals[name][d2t] if name == "lm_head.weight" and len(d2t) < target.vocab_size else originals[name]
-        theirs, ours = (weight[:: max(1, len(mine) // 1024)].to("cpu", torch.float32) for weight in (copy, mine))
-        if copy.shape != mine.shape or not (theirs - ours).norm() < FOREIGN_COPY * ours.norm():
+        if copy.shape != mine.shape or (stored.frozen and _unlike(copy, mine)):
             found = f"{list(copy.shape)}, is not {target.name}'s, {list(mine.shape)}"
             raise ValueError(f"{name}, {found}: load the target that the drafter was made for")
+        parts = zip(copy.split(ROWS), mine.split(ROWS), strict=True)
+        if not all(torch.allclose(a.to("cpu", torch.float32), b.to("cpu", torch.float32), **SAME) for a, b in parts):
+            own.append(name.split(".")[0])
+    if "embed_tokens" in own and scale is None:
+        scale = stored.own_scale
+    plain = "embed_tokens" in own or type(target.embedding) is nn.Embedding
+    return replace(shape, own_tables=tuple(own), embedding_scale=None if plain and scale == 1.0 else scale)
+
+
+def _unlike(copy: Tensor, mine: Tensor) -> bool:
+    theirs, ours = (weight[:: max(1, len(mine) // 1024)].to("cpu", torch.float32) for weight in (copy, mine))
+    return not (theirs - ours).norm() < FOREIGN_COPY * ours.norm()
 
 
 def _check_target(made_for: tuple[str, str] | None, target: Target) -> None:

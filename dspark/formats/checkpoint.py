@@ -30,7 +30,7 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, obj
 
 def read_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The config and the tensors that belong together. Raises ValueError for files that are missing, damaged, or pickled."""
-    config, header = _read_json(folder / CONFIG), {}
+    config, header = read_config(folder / CONFIG), {}
     if (folder / WEIGHTS).is_file():
         tensors, header = read_tensors(folder / WEIGHTS, AGAIN)
     elif (folder / INDEX).is_file():
@@ -64,7 +64,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 def placed_weights(folder: Path) -> dict[str, str]:
     """The index of a folder: name of each tensor → file that holds it. Raises ValueError for anything but files of that folder."""
-    placed = _read_json(folder / INDEX).get("weight_map")
+    placed = read_config(folder / INDEX).get("weight_map")
     for shard in placed.values() if isinstance(placed, dict) else [None]:
         name = str(shard)
         if Path(name).name != shard or not name.endswith(".safetensors") or not name.isprintable():
@@ -81,7 +81,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_json(path: Path) -> dict:
+def read_config(path: Path) -> dict:
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise OSError("it is not a file")

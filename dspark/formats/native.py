@@ -39,4 +39,4 @@ def read(config: dict, tensors: dict[str, Tensor]) -> Stored | None:
     if (version := config.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"format_version is {version!r}, not {FORMAT_VERSION}: load it with the dspark that wrote it")
     made_for = (config.get("target"), config.get("target_digest"))
-    return Stored(config, tensors, kind=KINDS[names[0]], d2t=tensors.pop("d2t", None), made_for=made_for)
+    return Stored("dspark", config, tensors, kind=KINDS[names[0]], d2t=tensors.pop("d2t", None), made_for=made_for)

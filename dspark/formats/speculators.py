@@ -10,11 +10,29 @@ from torch import Tensor
 from dspark.draft.drafter import Drafter
 from dspark.formats.build import Stored, refuse_unwritten, weights_of
 from dspark.formats.checkpoint import write_folder
-from dspark.formats.deepspec import COPIES
-from dspark.formats.layers import SIZES, read_layers, refuse_unlike
+from dspark.formats.layers import (
+    HARMLESS,
+    HEADS,
+    LAYERS,
+    SIZES,
+    SLIDING,
+    Refusal,
+    read_layers,
+    refuse_unknown,
+    refuse_unlike,
+    take_draft_vocabulary,
+    take_tables,
+)
 from dspark.target.target import Target
 
-KIND = "dspark"
+KINDS = ("dspark", "dflash")
+KIND = KINDS[0]
+FIELDS = {  # beside those of the heads
+    *"speculators_model_type speculators_version speculators_config transformer_layer_config aux_hidden_state_layer_ids".split(),
+    *"draft_vocab_size sample_from_anchor sliding_window_non_causal topk_context target_hidden_size verifier".split(),
+}
+OF_LAYERS = {*LAYERS, *HARMLESS, "is_causal", "dflash_query_causal"}
+NOT_DRAFTING = ("verifier_norm.weight", "verifier_lm_head.weight")  # what the trainer reads of the target
 SHARED = "block_size mask_token_id draft_vocab_size markov_rank markov_head_type enable_confidence_head".split()  # named alike there
 
 
@@ -65,18 +83,47 @@ def export_speculators(drafter: Drafter, target: Target, folder: str | Path) -> 
 def read(config: dict, tensors: dict[str, Tensor]) -> Stored | None:
     if "speculators_model_type" not in config:
         return None
-    refuse_unlike(
-        [
-            ("speculators_model_type", str(config["speculators_model_type"]), KIND),
-            ("sample_from_anchor", config.get("sample_from_anchor") or False, True),  # here a missing flag means False
-            ("topk_context", config.get("topk_context") or None, None),
-        ]
-    )
-    taps = [i - 1 for i in config["aux_hidden_state_layer_ids"]]  # here the embedding counts as 0
-    values = config | read_layers(config["transformer_layer_config"]) | {"target_layer_ids": taps}
-    copies = {name: tensors.pop(name) for name in COPIES if name in tensors}
-    tensors.pop("t2d", None)  # the draft vocabulary once more, as a mask
-    d2t = tensors.pop("d2t", None)
-    if d2t is not None and d2t.dim() == 1 and not (d2t.is_floating_point() or d2t.is_complex()):
-        d2t = d2t.long() + torch.arange(len(d2t))  # stored as the distance of each target id from its draft id
-    return Stored(values, tensors, d2t=d2t, copies=copies)
+    if (kind := config["speculators_model_type"]) not in KINDS:
+        raise Refusal("speculators_model_type", f"speculators_model_type is {kind!r}, and only {', '.join(KINDS)} are supported")
+    refuse_unknown(config, {*FIELDS, *HEADS, *HARMLESS})
+    layers = config["transformer_layer_config"]
+    refuse_unknown(layers, OF_LAYERS, "transformer_layer_config.")
+    same_width = ("target_hidden_size", config.get("target_hidden_size"), layers.get("hidden_size"))
+    refuse_unlike([("topk_context", config.get("topk_context") or None, None), same_width])
+    heads = {"markov_rank": 0, "enable_confidence_head": False} if kind == "dflash" else {}
+    first = config.get("sample_from_anchor", False)  # here a missing flag means False
+    _check_count(config, first)
+    values = {name: config.get(name, heads.get(name)) for name in HEADS} | read_layers(_one_rope(layers), non_causal=_non_causal(config))
+    values |= {
+        "target_layer_ids": [i - 1 for i in config["aux_hidden_state_layer_ids"]],  # here the embedding counts as 0
+        "draft_vocab_size": config.get("draft_vocab_size"),
+        "sample_from_anchor": first,
+        "head_starts_at_anchor": not first and config.get("markov_head_type") == "rnn",
+        "embedding_scale": 1.0,  # trained on the target's table as it is stored
+    }
+    tables = take_tables(config, tensors)
+    for name in NOT_DRAFTING:
+        tensors.pop(name, None)
+    return Stored(f"speculators {kind}", values, tensors, d2t=take_draft_vocabulary(tensors), copies=tables)
+
+
+def _check_count(config: dict, sample_from_anchor: object) -> None:
+    """Raises Refusal if the file proposes a token at the slot that its block convention leaves out."""
+    methods = (config.get("speculators_config") or {}).get("proposal_methods") or []
+    most = max((method.get("speculative_tokens") or 0 for method in methods), default=0)
+    if sample_from_anchor is False and most >= config["block_size"]:
+        found = f"sample_from_anchor is {config.get('sample_from_anchor')!r}, but speculators_config proposes {most} tokens"
+        raise Refusal("sample_from_anchor", f"{found} from a block of {config['block_size']}: write sample_from_anchor explicitly")
+
+
+def _non_causal(config: dict) -> bool:
+    value = config.get("sliding_window_non_causal")
+    if value is not None and type(value) is not bool:
+        raise Refusal("sliding_window_non_causal", f"sliding_window_non_causal is {value!r}, not true or false")
+    return bool(value)
+
+
+def _one_rope(layers: dict) -> dict:
+    """Where rotary numbers stand for each kind of attention, this format takes those of sliding attention in every layer."""
+    rope = layers.get("rope_parameters") or {}
+    return layers | {"rope_parameters": rope[SLIDING]} if rope.get(SLIDING) else layers

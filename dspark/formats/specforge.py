@@ -1,0 +1,87 @@
+"""The format of SpecForge, TorchSpec and z-lab's DFlash: a Qwen3 config, with the drafter's fields in ``dflash_config`` or beside it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dspark.formats.build import Stored
+from dspark.formats.layers import (
+    HARMLESS,
+    HEADS,
+    LAYERS,
+    PLAIN,
+    Refusal,
+    read_layers,
+    refuse_unknown,
+    refuse_unlike,
+    take_draft_vocabulary,
+    take_tables,
+)
+
+ARCHITECTURES = (["DSparkDraftModel"], ["DFlashDraftModel"])
+PLAIN_HERE = {name: value for name, value in PLAIN.items() if name != "final_logit_softcapping"} | {
+    "output_multiplier": 1.0,
+    "shift_label": False,
+    "pure_draft_prefix_len": 0,
+}
+FIELDS = {  # beside those of the heads and layers
+    *"is_causal dflash_query_causal sample_from_anchor final_logit_softcapping input_embedding_scale draft_vocab_size".split(),
+    *"projector_type attention_mode target_hidden_size".split(),
+}
+BLOCK_SIZE = {"dflash": 16}  # model_type → what TorchSpec and z-lab train with where the file does not say
+RENAMED = {  # early SpecForge and TorchSpec → here
+    "logit_head.": "",
+    "context_proj.": "fc.",
+    "context_norm.": "hidden_norm.",
+    "final_norm.": "norm.",
+}
+
+
+def read(config: dict, tensors: dict[str, Tensor]) -> Stored | None:
+    if config.get("architectures") not in ARCHITECTURES:
+        return None
+    config = flat(config)
+    name = "SpecForge" if config.get("model_type") != "dflash" else "TorchSpec" if "target_num_hidden_layers" in config else "z-lab DFlash"
+    return stored(name, config, tensors, {})
+
+
+def flat(config: dict) -> dict:
+    """The config with ``dflash_config`` unpacked. Raises Refusal for a field that has two values."""
+    inner = config.get("dflash_config") or {}
+    for name, value in inner.items():
+        if config.get(name) not in (None, value):
+            raise Refusal(name, f"{name} is {config[name]!r}, and {value!r} in dflash_config: which one is meant?")
+    return {name: value for name, value in config.items() if name != "dflash_config"} | inner
+
+
+def stored(name: str, config: dict, tensors: dict[str, Tensor], more: dict[str, object]) -> Stored:
+    """What a flat config and its tensors describe. more: fields of DrafterConfig that its format has otherwise than SpecForge."""
+    refuse_unknown(config, {*FIELDS, *LAYERS, *HEADS, *HARMLESS, *PLAIN_HERE})
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    refuse_unlike(
+        [
+            ("projector_type", config.get("projector_type"), "dflash" if config.get("projector_type") == "dflash" else "dspark"),
+            ("attention_mode", config.get("attention_mode"), "mha" if heads == groups else "gqa"),
+            ("target_hidden_size", config.get("target_hidden_size"), config.get("hidden_size")),
+        ]
+    )
+    for old, new in RENAMED.items():
+        for found in [key for key in tensors if key.startswith(old)]:
+            tensors[new + found.removeprefix(old)] = tensors.pop(found)
+    values = {key: config.get(key) for key in HEADS} | read_layers(config, plain=PLAIN_HERE)
+    values |= {
+        "block_size": config.get("block_size", BLOCK_SIZE.get(config.get("model_type"))),
+        "markov_rank": config.get("markov_rank", 0),
+        "enable_confidence_head": config.get("enable_confidence_head", bool(config.get("confidence_head_alpha"))),
+        "sample_from_anchor": config.get("sample_from_anchor", False),
+        "windows_move": any(values["sliding_windows"]),
+        "embedding_scale": config.get("input_embedding_scale"),
+        "final_logit_softcapping": config.get("final_logit_softcapping") or None,
+        "draft_vocab_size": config.get("draft_vocab_size"),
+        **more,
+    }
+    reads = tensors.get("confidence_head.proj.weight")
+    if values["confidence_head_with_markov"] is None and reads is not None:
+        values["confidence_head_with_markov"] = reads.shape[-1] > config["hidden_size"]
+    tables = take_tables(config, tensors)
+    return Stored(name, values, tensors, d2t=take_draft_vocabulary(tensors), copies=tables)
