@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -33,10 +34,11 @@ from dspark.bench.stock import by_transformers
 from dspark.bench.table import identity_table, memory_table, speed_table
 from dspark.cpu import is_packed, pack_target
 from dspark.draft.drafter import Drafter
-from dspark.rewind import RewindCache
+from dspark.rewind import RewindCache, Slot
 from dspark.round import Round
 from dspark.schedule import POLICIES, FixedWindow, PolicyRow
 from dspark.target.target import Target
+from dspark.verify.lean import _Attention, lean_pass
 
 EVERY_POLICY = "plain,fixed:4,mtp1,adaptive,adaptive:0.3,0.1,0.01,confidence:0.4,conditional:0.4,prefix,fixed:3+copy:1,adaptive+copy"
 
@@ -327,14 +329,50 @@ def test_a_text_that_only_ends_elsewhere_never_passes_for_rounding(models):
     assert margin > noise
 
 
-def test_a_fault_of_the_cache_does_not_pass_for_rounding(models, tmp_path, monkeypatch):
-    rewind = RewindCache.rewind
-    monkeypatch.setattr(RewindCache, "rewind", lambda self, length: rewind(self, min(length + 1, self.length)))
+@pytest.mark.parametrize("make", [None, lean_pass], ids=["transformers", "lean"])
+def test_a_fault_of_the_cache_does_not_pass_for_rounding(make, tmp_path, monkeypatch):
+    target = tiny_target()
+    target.tokenizer, target.verifier = LetterTokenizer(), make and make(target)
+    models = Models(target, tiny_drafter(target), stock=target)
+    for slot in (RewindCache, Slot):
+        rewind = slot.rewind
+        monkeypatch.setattr(slot, "rewind", lambda self, length, rewind=rewind: rewind(self, min(length + 1, self.length)))
     frame = check_identity(small(arms="plain,fixed:4", prompts=2, tokens=24), models, tmp_path / "i.parquet")
     faulty = frame[frame["arm"] == "fixed:4"]
     assert frame.loc[frame["arm"] == "plain", "equal"].all()
     assert not faulty["equal"].any() and beyond_rounding(faulty).all()
     assert identity_table(frame).splitlines()[-1].split()[-1] == "4"
+
+
+def test_a_fault_of_the_pass_does_not_pass_for_rounding(monkeypatch):
+    """Run again, it computes the same wrong logits; rounding cannot explain them."""
+    target = tiny_target(eos_token_id=None)
+    stock, target.verifier = copy.copy(target), lean_pass(target)
+    models, rotate = Models(target, tiny_drafter(target), stock), _Attention.rotate
+    monkeypatch.setattr(_Attention, "rotate", lambda self, x: rotate(self, x) * (1 + 0.2 * (self.widest == 5)))
+    prompt, settings = [5, 6, 7], Settings(max_new_tokens=40)
+    right, trial = (models.decoder(parse_arm(arm), settings)(prompt, 0) for arm in ("generate", "fixed:4"))
+    i = first_divergence(trial.token_ids, right.token_ids)
+    margin, noise = weigh(models, prompt, right.token_ids, trial, i)
+    assert i > 0 and margin > noise
+
+
+def test_a_flip_in_bfloat16_is_explained_by_the_pass_that_decoded():
+    """The lean pass rounds in places of its own, so the run that explains its texts is its own."""
+    stock = tiny_target(dtype=torch.bfloat16, eos_token_id=None)
+    target = pack_target(copy.copy(stock))
+    models, settings = Models(target, tiny_drafter(stock), stock), Settings(max_new_tokens=24)
+    flips = 0
+    for first in range(5, 15):
+        prompt = [first, 6, 7]
+        expected = models.decoder(parse_arm("generate"), settings)(prompt, 0).token_ids
+        for arm in ("plain", "fixed:4"):
+            trial = models.decoder(parse_arm(arm), settings)(prompt, 0)
+            if (i := first_divergence(trial.token_ids, expected)) >= 0:
+                margin, noise = weigh(models, prompt, expected, trial, i)
+                assert margin <= noise, (first, arm, i, margin, noise)
+                flips += 1
+    assert target.pass_name == "lean" and flips
 
 
 def test_generate_is_measured_on_the_stock_target_and_no_drafter_is_loaded_without_need(monkeypatch):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pkgutil
 import random
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count
 
 import pytest
 import torch
 from static import static_target
-from test_decode import Oracle, greedy_reference, policies
+from test_decode import Oracle, greedy_reference
 from tiny import letter_tokenizer, tiny_drafter, tiny_target
 
 import dspark
@@ -28,31 +32,6 @@ def lean_target(**config: object) -> Target:
 def prompts(seed: int, count: int) -> list[list[int]]:
     random.seed(seed)
     return [[random.randrange(4, 100) for _ in range(random.randint(1, 30))] for _ in range(count)]
-
-
-@pytest.mark.parametrize("make", [tiny_target, lean_target, static_target], ids=["transformers", "lean", "static"])
-@pytest.mark.parametrize("seed", range(4))
-def test_greedy_text_is_what_it_is_alone_while_neighbours_join_and_leave(make: object, seed: int) -> None:
-    """Random mixtures: a policy, lengths, copying, joins and cancels differ from seed to seed."""
-    draw = random.Random(seed)
-    target = make()
-    drafter = tiny_drafter(target)
-    source = dspark.ContextLookup(drafter, 1) if seed % 2 else drafter
-    engine = Engine(target, source, draw.choice(policies(4)), max_requests=draw.randint(2, 5))
-    limits = [draw.randint(1, 16) for _ in range(7)]
-    requests, todo = [], list(zip(prompts(seed, 7), limits, strict=True))
-    while todo or engine.waiting or engine.active:
-        if todo and draw.random() < 0.6:
-            prompt, limit = todo.pop()
-            requests.append(engine.submit(prompt, max_new_tokens=limit))
-        if engine.active and draw.random() < 0.05:
-            engine.cancel(draw.choice(engine.active))
-        engine.step()
-    for request in requests:
-        expected = greedy_reference(target, request.prompt, request.limit)
-        assert request.status == "finished" or request.status == "cancelled"
-        assert request.token_ids == expected[: len(request.token_ids)]
-        assert request.status == "cancelled" or request.token_ids == expected
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
@@ -168,26 +147,136 @@ def test_a_streamer_that_raises_ends_its_own_request_alone() -> None:
         dspark.generate(target, None, [5, 6, 7], max_new_tokens=10, streamer=Failing(0))
 
 
-@pytest.mark.parametrize("where", ["draft", "verify", "prefill"])
-def test_after_an_interrupt_the_engine_goes_on_with_every_request(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = lean_target(eos_token_id=None)
+def interrupted(function: Callable[..., object], n: int, after: bool = False) -> Callable[..., object]:
+    """The function, as if Ctrl-C came at its n-th call, before it does its work or after."""
+    calls = count(1)
+
+    def trap(*arguments: object, **options: object) -> object:
+        call = next(calls)
+        if call == n and not after:
+            raise KeyboardInterrupt
+        result = function(*arguments, **options)
+        if call == n:
+            raise KeyboardInterrupt
+        return result
+
+    return trap
+
+
+PLACES = [  # functions that a step calls in each of its stages, and the call that is interrupted
+    ("dspark.draft.drafter.Drafter.new_state", 1),  # the prefill
+    ("dspark.draft.drafter.Drafter.extend", 1),
+    ("dspark.draft.drafter.Drafter._absorb", 1),  # drafting
+    ("dspark.draft.drafter.Drafter._sample", 1),
+    ("dspark.schedule.policies.Policy.lengths", 1),
+    ("dspark.engine.accept", 1),  # judging one request after the other
+    ("dspark.engine.accept", 2),
+    ("dspark.draft.drafter.Drafter.extend", 3),
+    ("dspark.engine.until_stop", 3),
+    *(("torch.nn.functional.scaled_dot_product_attention", n) for n in (1, 3, 9, 11)),  # layers of the prefill and of the verification
+]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]}-{place[1]}")
+@pytest.mark.parametrize("make", [tiny_target, lean_target], ids=["transformers", "lean"])
+def test_after_an_interrupt_the_engine_goes_on_with_every_request(
+    make: object, place: tuple[str, int], after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two requests are in the middle of their texts and one joins when Ctrl-C comes; a second Ctrl-C comes where the round is repeated."""
+    where, n = place
+    target = make(eos_token_id=None)
     drafter = tiny_drafter(target)
-    engine = Engine(target, drafter, max_requests=2)
-    one = engine.submit([5, 6, 7], max_new_tokens=12)
-    engine.step()
-    if where == "prefill":
-        two = engine.submit([8, 9], max_new_tokens=12)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(*((drafter, "_sample") if where == "draft" else (engine, "verifier")), interrupt)
-        engine.step()
-    if where != "prefill":
-        two = engine.submit([8, 9], max_new_tokens=12)
+    asked = {(5, 6, 7): 12, (8, 9): 9, tuple(range(10, 30)): 7}
+    expected = [greedy_reference(target, list(prompt), limit) for prompt, limit in asked.items()]
+    engine = Engine(target, drafter, dspark.FixedWindow(), max_requests=3)
+    requests = []
+    for i, (prompt, limit) in enumerate(asked.items()):
+        requests.append(engine.submit(list(prompt), max_new_tokens=limit))
+        if i < 2:
+            engine.step()
+    owner, name = where.rsplit(".", 1)
+    real = pkgutil.resolve_name(owner).__dict__[name]
+    for expecting in (pytest.raises(KeyboardInterrupt), suppress(KeyboardInterrupt)):
+        with monkeypatch.context() as patch, expecting:
+            patch.setattr(pkgutil.resolve_name(owner), name, interrupted(real, n, after))
+            engine.step()
     list(engine.run())
-    assert [r.token_ids for r in (one, two)] == [greedy_reference(target, p, 12) for p in ([5, 6, 7], [8, 9])]
+    assert [request.token_ids for request in requests] == expected
+    assert not engine.active and not getattr(engine.cache, "slots", ())
 
 
-def interrupt(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
+@pytest.mark.parametrize("n", range(1, 8))
+def test_an_interrupt_in_a_streamer_loses_no_token_and_ends_the_text_in_time(n: int) -> None:
+    target = lean_target(eos_token_id=None)
+    expected = greedy_reference(target, [5, 6, 7], 7)
+    engine = Engine(target, None)
+    streamer = Failing(99)
+    streamer.put = interrupted(streamer.put, n, after=True)
+    request = engine.submit([5, 6, 7], max_new_tokens=7, streamer=streamer)
+    found = []
+    with pytest.raises(KeyboardInterrupt):
+        found.extend(engine.run())
+    while engine.active or engine._finished:
+        found.extend(engine.step())
+    assert request.token_ids == expected and request.status == "finished"
+    assert len(request.rounds) == 7 and [r for _, r in found] == request.rounds[-len(found) :]
+
+
+def test_an_interrupt_while_a_slot_opens_loses_neither_the_request_nor_the_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = lean_target(eos_token_id=None)
+    asked = [[5, 6, 7], [8, 9], [10, 11]]
+    expected = [greedy_reference(target, prompt, 8) for prompt in asked]
+    engine = Engine(target, None, max_requests=3)
+    requests = [engine.submit(prompt, max_new_tokens=8) for prompt in asked[:1]]
+    engine.step()
+    requests += [engine.submit(prompt, max_new_tokens=8) for prompt in asked[1:]]
+    for n in (1, 2, 5):  # in one layer after the other while the buffers grow
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(torch.Tensor, "new_zeros", interrupted(torch.Tensor.new_zeros, n))
+            engine.step()
+    list(engine.run())
+    assert [request.token_ids for request in requests] == expected and not engine.cache.slots
+
+
+def test_a_streamer_may_cancel_its_own_request_and_others() -> None:
+    target = lean_target(eos_token_id=None)
+    engine = Engine(target, tiny_drafter(target), max_requests=3)
+    cancelling = Failing(99)
+    first = engine.submit([5, 6, 7], max_new_tokens=9, streamer=cancelling)
+    second, third = (engine.submit(prompt, max_new_tokens=9) for prompt in ([8, 9], [10]))
+    cancelling.put = lambda _: [engine.cancel(request) for request in (first, second) if len(first.rounds) == 3]
+    list(engine.run())
+    assert [r.status for r in (first, second, third)] == ["cancelled", "cancelled", "finished"] and cancelling.ended
+    assert third.token_ids == greedy_reference(target, [10], 9) and len(first.rounds) == 3 and len(second.rounds) == 2
+
+
+@pytest.mark.parametrize("fails", ["prefill", "round", "everything"])
+def test_nothing_is_lost_when_a_pass_fails(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefill without memory fails its request alone; a round that fails is raised, and can be repeated."""
+    target = lean_target(eos_token_id=None)
+    engine = Engine(target, tiny_drafter(target), max_requests=3)
+    one = engine.submit([5, 6, 7], max_new_tokens=8)
+    engine.step()
+    two = engine.submit([8, 9], max_new_tokens=8)
+    verifier = engine.verifier
+
+    def out_of_memory(tokens: list[list[int]], *arguments: object, last_only: bool = False) -> object:
+        if fails == "everything" or last_only == (fails == "prefill"):
+            raise MemoryError("no room")
+        return verifier(tokens, *arguments, last_only=last_only)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "verifier", out_of_memory)
+        if fails == "prefill":
+            engine.step()
+        else:
+            with pytest.raises(MemoryError):
+                engine.step()
+    list(engine.run())
+    assert one.token_ids == greedy_reference(target, [5, 6, 7], 8)
+    assert two.status == ("finished" if fails == "round" else "failed") and (fails == "round" or isinstance(two.error, MemoryError))
+    assert not engine.cache.slots and two.token_ids == (greedy_reference(target, [8, 9], 8) if fails == "round" else [])
 
 
 def test_a_cancelled_request_keeps_what_it_wrote_and_frees_its_place() -> None:
@@ -199,8 +288,12 @@ def test_a_cancelled_request_keeps_what_it_wrote_and_frees_its_place() -> None:
     assert len(first.token_ids) == 1 and first.status == "cancelled"
     list(engine.run())
     assert second.status == "finished"
-    with pytest.raises(ValueError, match="is cancelled here"):
-        engine.cancel(first)
+    for request, status in ((first, "cancelled"), (second, "finished")):
+        with pytest.raises(ValueError, match=f"is {status} here"):
+            engine.cancel(request)
+    with pytest.raises(ValueError, match="is waiting here"):
+        engine.cancel(Engine(target, None).submit([5]))
+    assert engine.submit([5], id=first.id).id == first.id, "the id of a request that left is free again"
 
 
 def test_the_text_ends_with_the_first_stop_string() -> None:
@@ -220,7 +313,12 @@ def test_the_text_ends_with_the_first_stop_string() -> None:
         ({"max_requests": 0}, "max_requests"),
         ({"max_requests": -1}, "max_requests"),
         ({"max_requests": 1.5}, "max_requests"),
+        ({"max_requests": True}, "max_requests"),
+        ({"max_requests": None}, "max_requests"),
         ({"memory": 0}, "memory"),
+        ({"memory": -5}, "memory"),
+        ({"memory": True}, "memory"),
+        ({"memory": float("nan")}, "memory"),
     ],
 )
 def test_an_impossible_engine_is_refused(settings: dict[str, object], words: str) -> None:
@@ -255,3 +353,7 @@ def test_threads_that_share_a_target_and_a_drafter_do_not_disturb_each_other(mak
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda p: dspark.generate(target, drafter, list(p), max_new_tokens=12).token_ids, expected)
     assert list(found) == list(expected.values())
+    groups = [[list(p) for p in expected][i::2] for i in range(2)]
+    with ThreadPoolExecutor(2) as pool:  # two engines of several requests each
+        both = pool.map(lambda group: [out.token_ids for out in dspark.generate(target, drafter, group, max_new_tokens=12)], groups)
+    assert list(both) == [[expected[tuple(p)] for p in group] for group in groups]

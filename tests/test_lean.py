@@ -18,8 +18,9 @@ from transformers import (
 )
 
 import dspark
+from dspark.engine import Engine
 from dspark.target.target import Target
-from dspark.verify.lean import FAMILIES, lean_pass
+from dspark.verify.lean import FAMILIES, Product, lean_pass, plain_product
 from dspark.verify.passes import TransformersPass
 
 SHAPE = {
@@ -56,7 +57,11 @@ MODELS = {
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "qwen3, tied": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
 }
+
+
+NUMBERS = {3: 30, 9: 30, 30: 30, 80: 14}  # length of a prompt in tokens → prompts of that length, 104 in all
 
 
 def random_target(name: str) -> Target:
@@ -101,6 +106,53 @@ def test_greedy_text_is_that_of_model_generate(name: str) -> None:
         for source in (None, drafter, dspark.ContextLookup(drafter, 1)):
             assert dspark.generate(target, source, prompt, max_new_tokens=20).token_ids == greedy_reference(target, prompt, 20)
     assert target.pass_name == "lean"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_greedy_texts_of_a_hundred_prompts_are_those_of_transformers(name: str) -> None:
+    """All prompts at once: short ones, and ones longer than the windows and than the context that scaled positions started from."""
+    target, new = random_target(name), 10
+    target.verifier = lean = lean_pass(target)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(4, 100, (count, length), generator=generator) for length, count in NUMBERS.items()]
+    expected = [row for p in prompts for row in target.model.generate(p, do_sample=False, max_new_tokens=new, pad_token_id=0).tolist()]
+    rows = [row for p in prompts for row in p.tolist()]
+    outputs = dspark.generate(target, dspark.ContextLookup(None, 1, target=target), rows, max_new_tokens=new)
+    assert [row + out.token_ids for row, out in zip(rows, outputs, strict=True)] == expected
+    rounds = [r for out in outputs for r in out.rounds]
+    assert len(rows) > 100 and sum(r.verify_length for r in rounds) > 100 and sum(r.accepted for r in rounds) > 0
+
+    cache = lean.new_cache()
+    found, _ = lean(expected, [cache.open() for _ in expected], cache)
+    theirs = [logits for p in prompts for logits in target.forward(torch.tensor([expected.pop(0) for _ in p]), None)[0]]
+    for mine, whole in zip(found, theirs, strict=True):
+        assert (mine - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize(
+    "policy", [dspark.FixedWindow(3), dspark.ConfidenceThreshold(0.4, on="conditional"), dspark.Autoregressive()], ids=str
+)
+def test_products_run_over_the_tokens_that_are_there(policy: dspark.Policy) -> None:
+    """Verify lengths differ from request to request; no product of the pass sees padding."""
+    target, rows = tiny_target(eos_token_id=None), []
+
+    def counting(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        product = plain_product(weight, bias)
+        return lambda x: (rows.append(tuple(x.shape[:-1])), product(x))[1]
+
+    target.verifier = lean_pass(target, counting)
+    engine = Engine(target, dspark.ContextLookup(tiny_drafter(target), 1, 7), policy, max_requests=5)
+    requests = [engine.submit([5, 6, 7, 8] * i + [9], max_new_tokens=12 + i) for i in range(5)]
+    products, lengths = 4 * target.num_layers, set()
+    engine.step()
+    assert rows == [((n,), (1,))[i == products] for n in (1, 5, 9, 13, 17) for i in range(products + 1)]  # the head: the last token alone
+    while engine.active:
+        rows.clear()
+        finished = engine.step()
+        lengths.add(tuple(r.verify_length for _, r in finished))
+        assert rows == [(sum(1 + r.verify_length for _, r in finished),)] * (products + 1)
+    assert all(request.status == "finished" for request in requests)
+    assert isinstance(policy, dspark.Autoregressive) or any(len(set(each)) > 1 for each in lengths)
 
 
 def test_closing_a_slot_moves_the_last_request_and_nothing_else() -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -22,7 +22,7 @@ from dspark.bench.provenance import utc
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
 from dspark.bench.stock import by_transformers
-from dspark.target.target import Target
+from dspark.verify.passes import Slot, TargetPass, TransformersPass, pass_of
 
 
 def check_identity(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
@@ -33,18 +33,19 @@ def check_identity(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     first_divergence: index of the first new token that differs, −1 for none.
     margin, noise: see :func:`weigh`; NaN for none.
     """
-    decoders = {arm.name: models.decoder(arm, plan.settings) for arm in plan.parsed_arms}
+    decoders = {arm: models.decoder(arm, plan.settings) for arm in plan.parsed_arms}
     reference, constant = by_transformers(models.stock, plan.settings), constant_columns(plan, models)
 
     def measure(unit: Unit) -> list[Row]:
         prompt, rows = models.target.encode(unit.item.messages), []
         expected = reference(prompt, 0).token_ids
-        for name, decoder in decoders.items():
+        for arm, decoder in decoders.items():
             trial = decoder(prompt, 0)
             i = first_divergence(trial.token_ids, expected)
-            margin, noise = weigh(models, prompt, expected, trial, i) if i >= 0 else (math.nan, math.nan)
-            row = {"arm": name, "tokens": len(expected), "equal": i < 0, "first_divergence": i, "margin": margin, "noise": noise}
-            rows.append(unit.columns() | row | {"utc": utc()} | constant[name])
+            ran = replace(models, target=models.stock) if arm.peer else models
+            margin, noise = weigh(ran, prompt, expected, trial, i) if i >= 0 else (math.nan, math.nan)
+            row = {"arm": arm.name, "tokens": len(expected), "equal": i < 0, "first_divergence": i, "margin": margin, "noise": noise}
+            rows.append(unit.columns() | row | {"utc": utc()} | constant[arm.name])
         return rows
 
     ledger = Ledger(out, plan.configuration("identity", models.target.digest, models.drafter))
@@ -54,35 +55,44 @@ def check_identity(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
 def weigh(models: Models, prompt: list[int], expected: list[int], trial: Trial, i: int) -> tuple[float, float]:
     """How far apart two tokens are where the texts diverge, and how much of that rounding removes; both in logits, ≥ 0.
 
-    The common prefix runs twice up to new token i: on the stock target token by token, as the reference ran, and on the arm's target in
-    the passes of its rounds. Both use transformers' own cache, so a fault of ours cannot pass for rounding.
+    The text up to new token i runs again: on the stock target as the reference ran, and on the arm's target through the pass and in the
+    widths of its rounds.
     margin: the first run's lead of the reference's token over the arm's.
-    noise: by how much that lead is smaller in the second run. Rounding swapped the tokens if and only if margin ≤ noise.
+    noise: by how much that lead is smaller in the second run, but at most twice what rounding moves any logit. That is measured on
+        the stock target with transformers' own cache, between the text in one pass and token by token; so a fault of our pass or
+        our cache, which the second run repeats, cannot pass for rounding. Rounding swapped the tokens if and only if margin ≤ noise.
     A text that is only longer or shorter has an infinite margin: rounding does not end a text.
     """
     if i >= min(len(expected), len(trial.token_ids)):
         return math.inf, 0.0
-    alone = logits_of(models.stock, prompt, (([token], 1) for token in expected), i)
-    passes = (([r.anchor, *r.draft_tokens[: r.verify_length]], 1 + r.accepted) for r in trial.rounds)
-    together = logits_of(models.target, prompt, passes, i)
+    modules, verifier, text = TransformersPass(models.stock), pass_of(models.target), [*prompt, *expected[:i]]
+    alone = logits_of(modules, DynamicCache(), prompt, (([token], 1) for token in expected), i)
+    # Peers show no drafts: what they committed ran in one pass.
+    passes = (([r.anchor, *(r.draft_tokens[: r.verify_length] or r.committed[:-1])], len(r.committed)) for r in trial.rounds)
+    together = logits_of(verifier, (cache := verifier.new_cache()).open(), prompt, passes, i, cache)
+    singly = logits_of(modules, DynamicCache(), text[:1], (([token], 1) for token in text[1:]), len(text) - 1)
+    at_once = logits_of(modules, DynamicCache(), text, (), 0)
     lead, left = (float(row[expected[i]] - row[trial.token_ids[i]]) for row in (alone, together))
-    return abs(lead), max(0.0, lead - left)
+    return abs(lead), min(max(0.0, lead - left), 2 * float((singly - at_once).abs().max()))
 
 
-def logits_of(target: Target, prompt: list[int], passes: Iterable[tuple[Sequence[int], int]], i: int) -> Tensor:
+def logits_of(
+    verifier: TargetPass, slot: Slot, prompt: list[int], passes: Iterable[tuple[Sequence[int], int]], i: int, cache: object = None
+) -> Tensor:
     """The logits [vocab] float32 that choose new token ``i`` after ``prompt``.
 
-    passes: the text as it runs: tokens of a pass, and how many of them stay in the cache.
+    slot: empty; of ``cache`` if the pass needs one.
+    passes: the text as it runs: tokens of a pass, and how many of them stay in the slot.
     """
-    cache, passes = DynamicCache(), iter(passes)
-    logits, _ = target.forward(torch.tensor([prompt], device=target.device), cache, logits_to_keep=1)
-    first, rows = 0, logits[0]  # rows[k] chooses new token first + k
+    [rows], _ = verifier([prompt], [slot], cache, last_only=True)
+    first, held, passes = 0, len(prompt), iter(passes)  # rows[k] chooses new token first + k
     while i >= first + len(rows):
         tokens, kept = next(passes)
-        logits, _ = target.forward(torch.tensor([tokens], device=target.device), cache)
+        first, held = first + len(rows), held + kept
+        [rows], _ = verifier([tokens], [slot], cache)
         if kept < len(tokens):
-            cache.crop(kept - len(tokens))
-        first, rows = first + len(rows), logits[0, :kept]
+            slot.rewind(held)
+        rows = rows[:kept]
     return rows[i - first].float()
 
 
