@@ -40,8 +40,8 @@ class Sampling:
         Greedy is the one-hot distribution of the arg max, so one acceptance rule serves every temperature.
         """
         if self.temperature == 0:
-            best = logits.float().argmax(-1, keepdim=True)  # in bfloat16 it takes four times as long on a CPU
-            return torch.zeros(logits.shape, dtype=torch.float32, device=logits.device).scatter_(-1, best, 1.0)
+            one_hot = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
+            return one_hot.scatter_(-1, _argmax(logits.float()), 1.0)
         logits = logits.float()
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # ≤ 0, so a tiny temperature cannot overflow to ∞
         if 0 < self.top_k < logits.shape[-1]:
@@ -49,6 +49,11 @@ class Sampling:
             logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
         probs = logits.softmax(-1)
         return nucleus(probs, self.top_p) if self.top_p < 1 else probs
+
+
+def _argmax(x: Tensor) -> Tensor:
+    """The first index of the largest of each row. [..., n] float32 → [..., 1]. On a CPU NumPy finds it ten times as fast as PyTorch."""
+    return torch.from_numpy(x.detach().numpy().argmax(-1, keepdims=True)) if x.device.type == "cpu" else x.argmax(-1, keepdim=True)
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
