@@ -9,7 +9,7 @@ linted := dspark tests notebooks paper data
 nbval := --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-notebooks test-browser train bench proof results paper lint clean
+.PHONY: help demo lab test test-notebooks test-gpu test-browser train bench proof results paper lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: $(stamp)  ## run the tests
 
 test-notebooks: $(stamp)  ## run every notebook at its defaults, asserts included
 	$(python) -m pytest -q -n auto --maxprocesses 2 --dist loadfile $(nbval) notebooks
+
+test-gpu: $(stamp)  ## test CUDA graphs and the round on the device; skipped without a GPU
+	$(python) -m pytest -q -rs tests/gpu
 
 test-browser: $(stamp)  ## use the live notebook in JupyterLab and Chromium as a reader would
 	$(pip) install --quiet --retries 1 --timeout 15 -c constraints.txt playwright || true  # without it the test reports that it was skipped

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from dspark.bench.gpu import SHARES, tokens_per_second
 from dspark.bench.policies import ORACLE, pooled, replayed, windows
 from dspark.bench.results import read_rows
 from dspark.bench.rollouts import FIT, FITTED, judged, rollouts_of
@@ -65,6 +66,7 @@ def results_page(data: Path) -> str:
         "Schedules on the same texts": _each(results, "traces-test", _schedules, ".traces"),
         "Calibration of the confidence": _each(results, "rollouts-dev", _calibration, ".rollouts"),
         "Exactness": _exactness(results / "proof.json"),
+        "On a GPU": _gpu(results / "gpu"),
         "Drafters trained alike": paragraphs((_decoded(results), _sizes(results))),
     }
     return paragraphs([INTRODUCTION, *(f"## {title}\n\n{text}" for title, text in sections.items() if text)]) + "\n"
@@ -209,6 +211,32 @@ def _exactness(path: Path) -> str:
     lines = [f"- {words.format(**parts[name])} (Commit {parts[name]['commit']}.)" for name, words in sentences.items() if name in parts]
     words = "The text keeps the target's distribution (`make proof`, [notebook](notebooks/07_losslessness.ipynb)):"
     return "\n".join([words, "", *lines]) if lines else ""
+
+
+def _gpu(folder: Path) -> str:
+    """What ``python -m dspark.bench gpu`` measured, part by part; files of rehearsals do not count."""
+    files = {part: folder / f"gpu-{part}.json" for part in SHARES}
+    parts = {part: json.loads(path.read_text(encoding="utf-8")) for part, path in files.items() if path.is_file()}
+    parts = {part: content for part, content in parts.items() if content["rows"] and not content["plan"]["rehearse"]}
+    if not parts:
+        return "Not measured on a GPU. `make test-gpu` and `python -m dspark.bench gpu` test and measure there."
+    about = next(iter(parts.values()))["environment"]
+    words = [f"{about['device']}, {about['target']}, one command (`python -m dspark.bench gpu`):"]
+    if rows := parts.get("equality", {}).get("rows"):
+        words.append(
+            f"- {sum(row['equal'] for row in rows)} of {sum(row['texts'] for row in rows)} greedy float32 texts are transformers' own."
+        )
+    if rows := parts.get("speed", {}).get("rows"):
+        speeds = tokens_per_second(rows)
+        each = ", ".join(f"`{arm}` {value:.0f} ({value / speeds['plain']:.2f}×)" for arm, value in speeds.items())
+        words.append(f"- Tokens per second of one request, geometric mean, and ratio to graphed plain decoding: {each}.")
+    lines = parts.get("requests", {}).get("rows", [])
+    if rows := [row for row in lines if "error" not in row]:
+        speeds = {(row["requests"], row["arm"]): f"{row['tokens'] / row['seconds']:.0f}" for row in rows}
+        arms, counts = (list(dict.fromkeys(key[i] for key in speeds)) for i in (1, 0))
+        cells = ([str(count), *(speeds.get((count, arm), "") for arm in arms)] for count in counts)
+        words += ["- Tokens per second of all requests together:", "", table(["requests", *(f"`{arm}`" for arm in arms)], cells)]
+    return "\n".join([words[0], "", *words[1:]])
 
 
 def _decoded(folder: Path) -> str:

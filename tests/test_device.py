@@ -15,6 +15,7 @@ from dspark.decode import rounds
 from dspark.device.round import StaticRound, static_round
 from dspark.engine import Engine
 from dspark.schedule import POLICIES, Policy, make_policy
+from dspark.tune.profile import profile_drafts
 from dspark.verify import graphs
 from dspark.verify.lean import lean_pass
 from dspark.verify.sampling import Rng, Sampling
@@ -165,3 +166,14 @@ def test_a_source_without_a_static_form_drafts_on_the_host_and_the_pass_stays() 
     request = engine.submit([5, 6, 7], max_new_tokens=20)
     list(engine.run())
     assert request.token_ids == greedy_reference(target, [5, 6, 7], 20)
+
+
+def test_drafts_are_timed_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device, not token by token from the host: schedules rest on these times."""
+    target = static_target(eos_token_id=None)
+    drafter = tiny_drafter(target)
+    monkeypatch.setattr(drafter, "propose", None)
+    curve = profile_drafts(target, drafter, requests=(1, 2, 5), repeats=2)
+    assert curve.widths == (1, 2, 5) and all(seconds > 0 for seconds in curve.seconds)
+    found = dspark.generate(target, drafter, [5, 6, 7], max_new_tokens=9, policy=dspark.FixedWindow()).token_ids
+    assert found == greedy_reference(target, [5, 6, 7], 9)  # on the buffers that the measurement left

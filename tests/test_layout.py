@@ -21,9 +21,9 @@ LEVELS = (
     ("target",),
     ("verify", "schedule"),
     ("draft",),
-    ("tune",),
     ("request",),
     ("device",),
+    ("tune",),
     ("engine",),
     ("decode",),
     ("formats", "cpu"),
@@ -118,7 +118,7 @@ def test_the_core_stays_small():
 
 
 def test_the_package_stays_small():
-    assert lines(*FILES) <= 12_400
+    assert lines(*FILES) <= 12_550
 
 
 def test_exactness_stays_small():

@@ -182,9 +182,7 @@ class StaticRound:
         self._send(turns, shape.rows, lengths, copies, mode, static)
         drawing = [width for width, copy in zip(widths, copies, strict=True) if width and not copy[0]]
         if drawing:
-            context = self.cache.shape(slots, [self.drafter.block_size] * len(slots)).context
-            key = "draw", shape.rows, context, max(drawing), mode
-            run(key, partial(self.programs.draw, static, context, max(drawing), mode))
+            self.draw(slots, max(drawing), mode)
         if reads:
             host = graphs.to_host(static.drawn.confidence) if drawing else None
             each = zip(slots, widths, copies, strict=True)
@@ -199,9 +197,17 @@ class StaticRound:
         found = graphs.to_host(out)
         for slot, length in zip(slots, lengths, strict=True):
             slot.length += 1 + length
-        rows = found[[slot.index for slot in slots]]
-        verdicts = [self._verdict(*parts) for parts in zip(turns, rows, widths, lengths, copies, strict=True)]
+        rows = found.tolist()
+        each = zip(turns, (rows[slot.index] for slot in slots), widths, lengths, copies, strict=True)
+        verdicts = [self._verdict(*parts) for parts in each]
         return verdicts, *marks.seconds()
+
+    @torch.inference_mode()
+    def draw(self, slots: Sequence[Slot], width: int, mode: str = GREEDY) -> None:
+        """Draft ``width`` tokens in these slots and all before them, into the static buffers."""
+        shape = self.cache.shape(slots, [self.drafter.block_size] * len(slots))
+        static, key = self.programs.static(shape.rows, mode), ("draw", shape.rows, shape.context, width, mode)
+        self._run(mode)(key, partial(self.programs.draw, static, shape.context, width, mode))
 
     def _run(self, mode: str) -> object:
         """What runs the programs of this round. Sorting a vocabulary asks the host for scratch memory, so it stays out of graphs."""
@@ -243,14 +249,14 @@ class StaticRound:
                 torch.rand(static.uniforms.shape[1], generator=turn.request.rng.generator, dtype=torch.float64, out=static.uniforms[row])
         self.cache.buffers.upload(("samplings", rows), chosen, torch.float64)
 
-    def _verdict(self, turn: Turn, row: Tensor, width: int, length: int, copy: tuple[list[int], list[float]]) -> Verdict:
-        """The host's record of one turn. row: [2 + 4W], see :meth:`_Programs.verify`."""
-        accepted, following = row[:2].long().tolist()
-        tokens, p_target, p_draft, confidence = row[2:].view(4, -1)
-        drawn = torch.tensor(copy[1]) if copy[0] else confidence[:width].float()
+    def _verdict(self, turn: Turn, row: list[float], width: int, length: int, copy: tuple[list[int], list[float]]) -> Verdict:
+        """The host's record of one turn. row: 2 + 4W numbers, see :meth:`_Programs.verify`."""
+        most = self.programs.block_size
+        tokens, p_target, p_draft, confidence = (row[2 + i * most : 2 + (i + 1) * most] for i in range(4))
+        drawn = torch.tensor(copy[1] if copy[0] else confidence[:width])
         source = COPY if copy[0] else "drafter" if width else ""
-        turn.draft, turn.verify_length = Draft(tokens[:width].long().tolist(), NONE, drawn, source), length
-        return Verdict(accepted, following, tuple(p_target[:length].tolist()), tuple(p_draft[:width].tolist()))
+        turn.draft, turn.verify_length = Draft([int(token) for token in tokens[:width]], NONE, drawn, source), length
+        return Verdict(int(row[0]), int(row[1]), tuple(p_target[:length]), tuple(p_draft[:width]))
 
 
 NONE = torch.empty(0)

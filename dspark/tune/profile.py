@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dspark.clock import now
+from dspark.device.round import StaticRound, static_round
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import Ask, DraftSource, propose
 from dspark.files import cache_dir, digest, write_atomically
@@ -206,6 +207,8 @@ def step_times(target: Target, drafter: DraftSource) -> SPSCurve:
 def profile_drafts(target: Target, drafter: DraftSource, *, requests: Sequence[int] = REQUESTS, repeats: int = 5) -> SPSCurve:
     """Drafts per second by the number of requests that draft a whole block together."""
     context = min(CONTEXT, target.max_context - 1)
+    if static := static_round(pass_of(target), drafter):
+        return _static_drafts(static, drafter.block_size, min(context, target.max_context - drafter.block_size - 1), requests, repeats)
     tokens, taps = _context(target, drafter, context)
     states = [drafter.new_state(tokens) for _ in range(max(requests))]
     for state in states:
@@ -219,6 +222,21 @@ def profile_drafts(target: Target, drafter: DraftSource, *, requests: Sequence[i
         for state in states[:count]:  # as after a round: the next draft has context to absorb
             drafter.extend(state, tokens[-1:], None if taps is None else taps[:, -1:])
         return taken
+
+    measured = _medians(draft, requests, repeats)
+    return SPSCurve(tuple(measured), tuple(measured.values()))
+
+
+def _static_drafts(static: StaticRound, width: int, context: int, requests: Sequence[int], repeats: int) -> SPSCurve:
+    """The same where the round stays on the device; what the slots hold does not matter."""
+    slots = [static.cache.open() for _ in range(max(requests))]
+    for slot in slots:
+        slot.length = context
+
+    def draft(count: int) -> float:
+        start = now(static.cache.buffers.device)
+        static.draw(slots[:count], width)
+        return now(static.cache.buffers.device) - start
 
     measured = _medians(draft, requests, repeats)
     return SPSCurve(tuple(measured), tuple(measured.values()))
