@@ -57,7 +57,7 @@ do not edit it. What was tried without a result file is in [data/LOG.md](data/LO
 
 
 def results_page(data: Path) -> str:
-    """All of RESULTS.md, made from the result files in ``data``/results. Sections without a file are left out."""
+    """All of RESULTS.md, made from the result files in ``data``/results. Sections without a file are left out, but for the GPU's."""
     results = data / "results"
     sections = {
         "Speed": _each(results, "speed-*", speed_table),
