@@ -63,6 +63,7 @@ def results_page(data: Path) -> str:
         "Speed": _each(results, "speed-*", speed_table),
         "Other methods of transformers, and more policies": _each(results, "peers-*", speed_table),
         "Time and memory": paragraphs((_each(results, "sps-*", _steps, ".sps"), _each(results, "memory-*", _memory, " memory"))),
+        "The target's pass": _passes(results),
         "Schedules on the same texts": _each(results, "traces-test", _schedules, ".traces"),
         "Calibration of the confidence": _each(results, "rollouts-dev", _calibration, ".rollouts"),
         "Exactness": _exactness(results / "proof.json"),
@@ -149,6 +150,25 @@ def _steps(frame: pd.DataFrame) -> str:
     heads = ["tokens of context", *(f"{width} tokens" if width > 1 else "1 token" for width in widths), "a drafted block"]
     about = f"One target pass over so many tokens, in ms (medians; {frame.iloc[0]['dtype']}, {place(frame)}):"
     return f"{about}\n\n{table(heads, rows)}"
+
+
+def _passes(folder: Path) -> str:
+    """One target pass in three ways, from ``data/passes.py``."""
+    parts = []
+    for path in sorted(folder.glob("passes-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        times = {(row["pass"], row["context"], row["tokens"]): row["ms"] for row in found["passes"]}
+        ways, contexts, widths = (dict.fromkeys(key[i] for key in sorted(times)) for i in range(3))
+        rows = [[f"{way}, after {c:,}", *(f"{times[way, c, w]:.1f}" for w in sorted(widths))] for c in sorted(contexts) for way in ways]
+        inside = (
+            f"A drafted block takes {found['round']['block_ms']:.1f} ms, a round outside both models {found['round']['outside_ms']:.1f} ms"
+        )
+        about = (
+            f"{found['dtype'].removeprefix('torch.')}, {found['threads']} threads of {found['cpu']}, medians of {found['repeats']} in turns"
+        )
+        parts += [f"Milliseconds of one target pass ({about}). {inside} (median of {found['round']['rounds']} rounds)."]
+        parts += [table(["pass, tokens before", *(f"{w} {'token' if w == 1 else 'tokens'}" for w in sorted(widths))], rows)]
+    return paragraphs(parts)
 
 
 def _memory(frame: pd.DataFrame) -> str:

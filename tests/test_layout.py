@@ -126,7 +126,7 @@ def test_exactness_stays_small():
     assert lines(*(tests / "exact").glob("*.py"), tests / "test_exact.py", tests / "test_planted.py") <= 1_300
 
 
-@pytest.mark.parametrize(("page", "limit"), [("README.md", 110), ("data/README.md", 80), ("RESULTS.md", 170)])
+@pytest.mark.parametrize(("page", "limit"), [("README.md", 110), ("data/README.md", 80), ("RESULTS.md", 220)])
 def test_pages_stay_short(page, limit):
     assert lines(ROOT / page) <= limit
 
