@@ -114,7 +114,7 @@ def test_the_core_stays_small():
     rooms = {"decode", "draft", "verify", "schedule", "rewind", "target"}
     left_out = "schedule/auto verify/graphs verify/static draft/gemma4 draft/scaling".split()
     beside = {PACKAGE / f"{name}.py" for name in left_out}
-    assert lines(*(path for path in INSIDE if room(path) in rooms and path not in beside)) <= 2_420
+    assert lines(*(path for path in INSIDE if room(path) in rooms and path not in beside)) <= 2_430
 
 
 def test_the_package_stays_small():
