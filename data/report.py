@@ -68,6 +68,7 @@ def results_page(data: Path) -> str:
         "Calibration of the confidence": _each(results, "rollouts-dev", _calibration, ".rollouts"),
         "Exactness": _exactness(results / "proof.json"),
         "On a GPU": _gpu(results / "gpu"),
+        "The drafter in llama.cpp": _llamacpp(results / "llamacpp.json"),
         "Drafters trained alike": paragraphs((_decoded(results), _sizes(results))),
     }
     return paragraphs([INTRODUCTION, *(f"## {title}\n\n{text}" for title, text in sections.items() if text)]) + "\n"
@@ -257,6 +258,29 @@ def _gpu(folder: Path) -> str:
         cells = ([str(count), *(speeds.get((count, arm), "") for arm in arms)] for count in counts)
         words += ["- Tokens per second of all requests together:", "", table(["requests", *(f"`{arm}`" for arm in arms)], cells)]
     return "\n".join([words[0], "", *words[1:]])
+
+
+def _llamacpp(path: Path) -> str:
+    """Tokens per round of llama.cpp with our drafter, beside ours on the same prompts."""
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    about, prompts = found["about"], pd.DataFrame(found["prompts"])
+    names = {"llamacpp": about["xllamacpp"], "dspark": "this repository"}
+    tau = {name: prompts[f"{name}_tokens"] / prompts[f"{name}_rounds"] for name in names}
+    difference, sums = tau["llamacpp"] - tau["dspark"], prompts.sum(numeric_only=True)
+    rows = [
+        [words, *(f"{sums[f'{name}_{kind}']:,}" for kind in ("tokens", "rounds")), f"{sums[f'{name}_tokens'] / sums[f'{name}_rounds']:.3f}"]
+        for name, words in names.items()
+    ]
+    words = (
+        f"The shipped drafter, exported to GGUF, on {len(prompts)} {about['split']} prompts (greedy, {about['dtype']}, at most "
+        f"{about['max_new_tokens']} new tokens, blocks of {about['block_size']}). Per prompt llama.cpp's tokens per round are "
+        f"{difference.mean():+.3f} ± {1.96 * difference.sem():.3f} (95 %) from ours. On llama.cpp's own texts, as many of our drafts "
+        f"survive as llama.cpp accepted in {sums['equal_rounds']:,} of {sums['compared_rounds']:,} rounds ({sums['dspark_accepted']:,} and "
+        f"{sums['llamacpp_accepted']:,} drafts in all)."
+    )
+    return f"{words}\n\n{table(['', 'tokens', 'rounds', 'τ'], rows)}"
 
 
 def _decoded(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import gguf
@@ -21,6 +22,8 @@ from dspark.formats.gguf import export_gguf, export_target
 from dspark.schedule import FixedWindow
 from dspark.target.target import Target
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+survivors = __import__("llamacpp").survivors  # data/ is no package
 LAYER = {  # transformers' name → llama.cpp's
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -221,6 +224,19 @@ def test_llamacpp_commits_round_by_round_what_we_commit(tmp_path: Path, name: st
         assert [token for r in other.rounds for token in r.committed] == other.token_ids[1:]
         same += [r.committed for r in other.rounds] == [r.committed for r in mine.rounds]
     assert same >= 7  # with its taps one layer off, or two norms exchanged: 0 and 1
+
+
+def test_our_own_rounds_are_the_ones_that_our_drafter_finds_in_the_text() -> None:
+    """What data/llamacpp.py asks of llama.cpp's texts."""
+    target = tiny_target(vocab_size=12, initializer_range=0.8)
+    target.head_weight[[token for token in range(12) if token not in SPOKEN]] = 0
+    drafter = tiny_drafter(target)
+    for seed in range(2):
+        prompt = random_prompt(seed, 20, 12)
+        trial = by_dspark(target, drafter, FixedWindow(), Settings(max_new_tokens=24))(prompt, 0)
+        accepted = [len(r.committed) - 1 for r in trial.rounds[:-1]]
+        assert survivors(target, drafter, prompt, trial.token_ids, trial.rounds) == accepted
+        assert survivors(target, tiny_drafter(target, seed=8), prompt, trial.token_ids, trial.rounds) != accepted
 
 
 # ---- what is refused

@@ -148,3 +148,17 @@ def test_every_file_that_a_page_links_to_is_there(name):
 def test_readme_lists_every_notebook():
     listed = set(re.findall(r"\((notebooks/[^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")} == listed
+
+
+def test_llamacpps_counts_stand_beside_ours_with_their_difference(tmp_path):
+    assert report._llamacpp(tmp_path / "llamacpp.json") == ""
+    about = {"xllamacpp": "xllamacpp 1", "split": "dev", "dtype": "bfloat16", "max_new_tokens": 33, "block_size": 5}
+    prompts = [
+        {"prompt_id": f"code/{i}", "llamacpp_tokens": 32, "llamacpp_rounds": 16, "dspark_tokens": 32, "dspark_rounds": n}
+        | {"compared_rounds": 15, "equal_rounds": 14, "llamacpp_accepted": 16, "dspark_accepted": 15}
+        for i, n in enumerate((16, 20))
+    ]
+    (tmp_path / "llamacpp.json").write_text(json.dumps({"about": about, "prompts": prompts}), encoding="utf-8")
+    words, table = report._llamacpp(tmp_path / "llamacpp.json").split("\n\n")
+    assert "+0.200 ± 0.392 (95 %)" in words and "28 of 30 rounds (30 and 32 drafts" in words
+    assert table.splitlines()[2:] == ["| xllamacpp 1 | 64 | 32 | 2.000 |", "| this repository | 64 | 36 | 1.778 |"]
