@@ -52,6 +52,8 @@ def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     target, stock = load_target(), load_target(pack=False)
     drafter = load_drafter("default", stock)  # a packed one computes in 8 bits
+    about = {name: environment(target)[name] for name in ABOUT} | {"drafter_digest": drafter_columns(drafter)["drafter_digest"]}
+    about |= {"xllamacpp": package_version(), "split": "dev", "max_new_tokens": options.tokens, "block_size": drafter.block_size}
     settings = Settings(max_new_tokens=options.tokens)
     theirs, ours = by_llamacpp(target, drafter, settings), by_dspark(target, drafter, FixedWindow(), settings)
     rows = []
@@ -65,8 +67,6 @@ def main(options: argparse.Namespace) -> None:
             row |= {f"{name}_tokens": len(trial.token_ids) - 1, f"{name}_rounds": len(trial.rounds)}
         row |= {"compared_rounds": len(there), "equal_rounds": sum(map(int.__eq__, there, here))}
         rows.append(row | {"llamacpp_accepted": sum(there), "dspark_accepted": sum(here)})
-    about = {name: environment(target)[name] for name in ABOUT} | {"drafter_digest": drafter_columns(drafter)["drafter_digest"]}
-    about |= {"xllamacpp": package_version(), "split": "dev", "max_new_tokens": options.tokens, "block_size": drafter.block_size}
     write_atomically(options.out, json.dumps({"about": about, "prompts": rows}, indent=1).encode() + b"\n")
 
 

@@ -275,8 +275,8 @@ def _llamacpp(path: Path) -> str:
     ]
     words = (
         f"The shipped drafter, exported to GGUF, on {len(prompts)} {about['split']} prompts (greedy, {about['dtype']}, at most "
-        f"{about['max_new_tokens']} new tokens, blocks of {about['block_size']}). Per prompt llama.cpp's tokens per round are "
-        f"{difference.mean():+.3f} ± {1.96 * difference.sem():.3f} (95 %) from ours. On llama.cpp's own texts, as many of our drafts "
+        f"{about['max_new_tokens']} new tokens, blocks of {about['block_size']}). Per prompt llama.cpp's tokens per round differ from ours "
+        f"by {difference.mean():+.3f} ± {1.96 * difference.sem():.3f} (95 %). On llama.cpp's own texts, as many of our drafts "
         f"survive as llama.cpp accepted in {sums['equal_rounds']:,} of {sums['compared_rounds']:,} rounds ({sums['dspark_accepted']:,} and "
         f"{sums['llamacpp_accepted']:,} drafts in all)."
     )
