@@ -11,6 +11,7 @@ from dspark.request import Request
 from dspark.round import Output, Round
 from dspark.schedule import Policy
 from dspark.target.target import Prompt, Target
+from dspark.verify.processors import Processors
 from dspark.verify.sampling import Rng, Sampling
 
 
@@ -23,7 +24,8 @@ def decode(
     prompt: a string (one user turn), chat messages, or token ids.
     policy: how many tokens to draft and verify; None to copy and draft where that pays on this machine, which takes some seconds to
         measure once.
-    options: max_new_tokens, temperature, top_p, top_k, seed, stop, stop_ids, streamer; see :meth:`dspark.engine.Engine.submit`.
+    options: max_new_tokens, temperature, top_p, top_k, seed, stop, stop_ids, streamer, processors, logprobs;
+        see :meth:`dspark.engine.Engine.submit`.
     Raises ValueError, before anything runs, for an empty or too long prompt, a bad option, or a policy that the drafter cannot serve.
     """
     engine = Engine(target, drafter, policy)
@@ -52,11 +54,18 @@ def generate(
 
 
 def rounds(
-    target: Target, drafter: DraftSource | None, prompt: list[int], limit: int, policy: Policy | None, sampling: Sampling, rng: Rng
+    target: Target,
+    drafter: DraftSource | None,
+    prompt: list[int],
+    limit: int,
+    policy: Policy | None,
+    sampling: Sampling,
+    rng: Rng,
+    processors: Processors | None = None,
 ) -> Iterator[Round]:
     """As :func:`decode`, for a caller with its own sampling and rng. prompt: token ids. limit: new tokens at most."""
-    engine = Engine(target, drafter, policy)
-    request = Request(id=0, prompt=prompt, limit=limit, sampling=sampling, rng=rng, end_ids=target.eos_token_ids)
+    engine, ends = Engine(target, drafter, policy), target.eos_token_ids
+    request = Request(id=0, prompt=prompt, limit=limit, sampling=sampling, rng=rng, end_ids=ends, processors=processors)
     return _stream(engine, engine.enqueue(request))
 
 

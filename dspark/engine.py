@@ -8,6 +8,7 @@ from itertools import count
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from dspark.clock import Clock
 from dspark.device.round import static_round
@@ -19,7 +20,8 @@ from dspark.target.target import Prompt, Target
 from dspark.tune.auto import prepared
 from dspark.verify.accept import accept
 from dspark.verify.passes import pass_of
-from dspark.verify.sampling import LazyProbs, Rng, Sampling
+from dspark.verify.processors import Processors
+from dspark.verify.sampling import Rng, Sampling
 
 
 class Engine:
@@ -79,6 +81,8 @@ class Engine:
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         streamer: Streamer | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        logprobs: bool = False,
         id: object = None,
     ) -> Request:
         """Queue one request; :meth:`step` serves it.
@@ -89,6 +93,8 @@ class Engine:
         seed: of this request's draws.
         stop, stop_ids: strings and token ids that end the text, besides the target's own end-of-text tokens.
         streamer: ``put`` is called with each round's tokens, ``end`` after the last.
+        processors: logit processors of transformers, or your own; see :class:`~dspark.verify.processors.Processors`.
+        logprobs: rounds and output carry ``logprobs``, the target's own of each committed token.
         id: any hashable name; None for the next number.
         Raises ValueError for a bad option, a prompt that is empty or too long, an id that is taken, or a request larger than the memory.
         """
@@ -103,21 +109,21 @@ class Engine:
             raise ValueError(f"{self.target.name} has no tokenizer, so stop strings cannot be found: pass stop_ids")
         if not all(strings):
             raise ValueError("a stop string is empty: leave it out")
-        ends = self.target.eos_token_ids | frozenset(stop_ids)
-        request = Request(id=id, prompt=ids, limit=limit, sampling=sampling, rng=rng, end_ids=ends, stop=strings, streamer=streamer)
-        return self.enqueue(request)
+        ends, around = self.target.eos_token_ids | frozenset(stop_ids), Processors.ordered(processors)
+        asked = {"sampling": sampling, "rng": rng, "end_ids": ends, "stop": strings, "processors": around, "logprobs": logprobs}
+        return self.enqueue(Request(id=id, prompt=ids, limit=limit, streamer=streamer, **asked))
 
     def enqueue(self, request: Request) -> Request:
-        """Queue a request that the caller has built. Raises ValueError for an id that is taken, or one that can never fit."""
+        """Queue a request that the caller has built. Raises ValueError for an id that is taken, or what this engine cannot serve."""
+        if self.static and (request.processors or request.logprobs):
+            raise ValueError("processors and logprobs need rounds on the host: load_target(…, pack=False)")
         if request.id is None:
             request.id = next(number for number in self._ids if number not in self._known)
         if request.id in self._known:
             raise ValueError(f"request id {request.id!r} is taken: choose another, or leave it out")
         if self.memory is not None and (needed := self._bytes(request)) > self.memory:
-            raise ValueError(
-                f"the request needs {needed} bytes of keys and values ({len(request.prompt)} prompt and {request.limit} new tokens), "
-                f"but memory is {self.memory}: shorten it, or give the engine more"
-            )
+            size = f"{needed} bytes of keys and values ({len(request.prompt)} prompt and {request.limit} new tokens)"
+            raise ValueError(f"the request needs {size}, but memory is {self.memory}: shorten it, or give the engine more")
         self._known.add(request.id)
         self.waiting.append(request)
         return request
@@ -195,8 +201,9 @@ class Engine:
             self.drafter.extend(request.state, request.prompt, taps[0])
             if self.static:
                 self.static.join(request.slot, taps[0])
-        first = request.rng.choose(request.sampling.probs(logits[0][-1]))
-        self._commit(request, Round(index=0, committed=(first,), verify_seconds=verify_seconds, seconds=clock.total()))
+        first = request.rng.choose(request.p_target(logits[0])[0])
+        logprobs = request.logprobs_of(logits[0], [first])
+        self._commit(request, Round(index=0, committed=(first,), logprobs=logprobs, verify_seconds=verify_seconds, seconds=clock.total()))
 
     def _round(self, turns: Sequence[Turn]) -> None:
         """One round for these requests. An error or an interrupt leaves them as they were, so the next round repeats it."""
@@ -238,10 +245,11 @@ class Engine:
         self, request: Request, turn: Turn, logits: Tensor, taps: Tensor | None, draft_seconds: float, verify_seconds: float, clock: Clock
     ) -> None:
         """Accept drafts by the rule. logits: [ℓ+1, vocab]; taps: [1, ℓ+1, m·hidden]."""
-        checked, draft, p_target = turn.tokens[1:], turn.draft, LazyProbs(request.sampling, logits)
+        checked, draft, p_target = turn.tokens[1:], turn.draft, request.p_target(logits, turn.tokens[1:])
         accepted, next_token = accept(checked, draft.probs, p_target, request.rng)
         draft_probs = tuple(float(draft.probs[k, token]) for k, token in enumerate(draft.tokens))
-        verdict = Verdict(accepted, next_token, probs_of_drafts(p_target, checked), draft_probs)
+        logprobs = request.logprobs_of(logits, [*checked[:accepted], next_token])
+        verdict = Verdict(accepted, next_token, probs_of_drafts(p_target, checked), draft_probs, logprobs)
         self._settle(request, turn, verdict, taps, draft_seconds, verify_seconds, clock)
 
     def _settle(
@@ -251,9 +259,10 @@ class Engine:
         if verdict.next_token < 0:
             raise ValueError("cannot sample from probabilities without mass: the model's weights are damaged")
         (anchor, *checked), draft, accepted = turn.tokens, turn.draft, verdict.accepted
+        committed = until_end([*checked[:accepted], verdict.next_token], request.end_ids)
         outcome = Round(
             index=len(request.rounds),
-            committed=until_end([*checked[:accepted], verdict.next_token], request.end_ids),
+            committed=committed,
             anchor=anchor,
             window=turn.window,
             draft_tokens=tuple(draft.tokens),
@@ -262,6 +271,7 @@ class Engine:
             accepted=accepted,
             target_probs_of_drafts=verdict.target_probs,
             draft_probs_of_drafts=verdict.draft_probs,
+            logprobs=verdict.logprobs[: len(committed)],
             source=draft.source,
             draft_seconds=draft_seconds,
             verify_seconds=verify_seconds,
@@ -277,7 +287,7 @@ class Engine:
         committed = until_stop(request, outcome.committed, self.target.decode)
         stopped = committed is not None
         if stopped:
-            outcome = replace(outcome, committed=committed)
+            outcome = replace(outcome, committed=committed, logprobs=outcome.logprobs[: len(committed)])
         request.rounds.append(outcome)
         request.token_ids.extend(outcome.committed)
         self._finished.append((request, outcome))

@@ -1,7 +1,7 @@
 """``model.generate(**inputs, custom_generate=dspark_generate, drafter=…, policy=…)``: our loop inside transformers' own call.
 
-Everything that the call asks for is done exactly (length, end-of-text tokens, stopping criteria, temperature, top-k, top-p, PyTorch's
-global generator) or refused in one sentence. Two arguments never reach a custom loop: instead of ``streamer`` pass ``on_round``, and
+Everything that the call asks for is done exactly (length, end-of-text tokens, stopping criteria, logit processors, PyTorch's global
+generator) or refused in one sentence. Two arguments never reach a custom loop: instead of ``streamer`` pass ``on_round``, and
 instead of ``stop_strings`` pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
 """
 
@@ -29,9 +29,10 @@ from dspark.schedule import Policy
 from dspark.target.families import checked_layers
 from dspark.target.target import Target
 from dspark.tune.auto import prepared
+from dspark.verify.processors import LAST, Processors
 from dspark.verify.sampling import Rng, Sampling
 
-# Warper → its number, of the same name in Sampling, which applies them in this order.
+# Warper → its number in Sampling, which applies them in this order; in another order they are processors.
 WARPERS = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k", TopPLogitsWarper: "top_p"}
 PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}  # by generate itself
 
@@ -53,8 +54,8 @@ def dspark_generate(
         needs no training.
     policy: None to copy and draft where that pays on this machine, which takes some seconds to measure once.
     on_round: called with every :class:`~dspark.round.Round` when it is finished.
-    Raises ValueError for what cannot be done exactly: more than one sequence, padding, beams, other logits processors, scores, a
-    filled cache, inputs other than token ids, models that keep more than keys and values, texts too long for LongRoPE's short factors.
+    Raises ValueError for what cannot be done exactly: more than one sequence, padding, beams, watermarks, guidance, scores, a filled cache,
+    inputs other than token ids, models that keep more than keys and values, texts too long for LongRoPE's short factors.
 
     A bfloat16 model on a CPU verifies blocks slowly unless it is given a faster pass first, which stays with the model:
     ``pack_target(Target(model, tokenizer, name))`` of :mod:`dspark.cpu`.
@@ -66,7 +67,7 @@ def dspark_generate(
     if getattr(getattr(source, "drafter", source), "embed", target.embedding) is not target.embedding:
         raise ValueError("the drafter is attached to another model: load_drafter(…, target) with a Target made of this very model")
     source, policy = prepared(target, source, policy)
-    sampling = _sampling(logits_processor, generation_config.do_sample)
+    sampling, processors = _sampling(logits_processor, generation_config.do_sample)
     prompt = input_ids[0].tolist()
     lengths = [c for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
     limit = min([generation_config.max_length, *(c.max_length for c in lengths)]) - len(prompt)
@@ -76,7 +77,7 @@ def dspark_generate(
     criteria = StoppingCriteriaList(c for c in stopping_criteria if c not in ends and c not in lengths)
 
     text = input_ids
-    for r in rounds(target, source, prompt, limit, policy, sampling, Rng()):
+    for r in rounds(target, source, prompt, limit, policy, sampling, Rng(), processors):
         before, longer = text.shape[1], torch.cat([text, torch.tensor([r.committed], device=text.device)], 1)
         end = _end(criteria, longer, before)
         text = longer[:, :end]
@@ -104,15 +105,26 @@ def _end(criteria: StoppingCriteriaList, text: Tensor, before: int) -> int | Non
     return next((n for n in lengths if bool(criteria(text[:, :n], None).all())), None)
 
 
-def _sampling(processors: LogitsProcessorList, do_sample: bool) -> Sampling:
-    """The Sampling equivalent to these processors. Raises ValueError for others than temperature, top-k and top-p in this order."""
-    kinds, usual = [type(p) for p in processors], {"filter_value": -torch.inf, "min_tokens_to_keep": 1}
-    changed = [name for p in processors for name, value in usual.items() if getattr(p, name, value) != value]
-    if changed or kinds != [kind for kind in WARPERS if kind in kinds and do_sample]:
-        found = ", ".join([kind.__name__ for kind in kinds] + changed)
-        raise ValueError(f"{found}: only temperature, top_k, top_p are supported, in this order, when sampling; pass their numbers alone")
-    numbers = {WARPERS[kind]: getattr(p, WARPERS[kind]) for kind, p in zip(kinds, processors, strict=True)}
-    return Sampling(**{"temperature": 1.0 if do_sample else 0.0} | numbers)
+def _sampling(processors: LogitsProcessorList, do_sample: bool) -> tuple[Sampling, Processors | None]:
+    """The same distribution as numbers for temperature, top-k and top-p, which the drafter sees too, and what comes before and after them.
+
+    Raises ValueError for processors that are not supported.
+    """
+    n = len(processors) if do_sample else 0
+    while n and isinstance(processors[n - 1], LAST):
+        n -= 1
+    start, numbers = n, {}
+    for kind, name in reversed(WARPERS.items()):
+        if do_sample and start and type(processors[start - 1]) is kind and _is_usual(processors[start - 1]):
+            start -= 1
+            numbers[name] = getattr(processors[start], name)
+    first, last = (processors[:start], processors[n:]) if do_sample else (processors, [])
+    sampling = Sampling(**{"temperature": 1.0 if do_sample else 0.0} | numbers)
+    return sampling, Processors(first, last) if first or last else None
+
+
+def _is_usual(warper: object) -> bool:
+    return getattr(warper, "filter_value", -torch.inf) == -torch.inf and getattr(warper, "min_tokens_to_keep", 1) == 1
 
 
 def _check(model: nn.Module, input_ids: Tensor, config: GenerationConfig, kwargs: dict[str, object]) -> None:

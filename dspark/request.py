@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from dspark.draft.source import NOTHING, Draft
 from dspark.round import Round
 from dspark.verify.passes import Slot
+from dspark.verify.processors import ProcessedProbs, Processors
 from dspark.verify.sampling import LazyProbs, Rng, Sampling
 
 
@@ -34,6 +36,8 @@ class Request:
     end_ids: token ids that end the text.
     stop: strings that end the text; what follows the first of them is never committed.
     streamer: receives every committed token.
+    processors: change the target's logits before they are sampled, None for none. The drafter does not see them.
+    logprobs: whether rounds carry the log-probabilities of their tokens.
     rounds: finished rounds, the prefill first.
     token_ids: the new tokens so far.
     state: what the draft source remembers about it, None while it waits or if nobody drafts.
@@ -50,6 +54,8 @@ class Request:
     end_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     streamer: Streamer | None = None
+    processors: Processors | None = None
+    logprobs: bool = False
     rounds: list[Round] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     state: object = None
@@ -65,6 +71,18 @@ class Request:
     def anchor(self) -> int:
         """x_0, the last committed token."""
         return self.token_ids[-1]
+
+    def p_target(self, logits: Tensor, drafts: Sequence[int] = ()) -> LazyProbs:
+        """The distributions after the text and after each further draft. logits: [1 + drafts, vocab]."""
+        if self.processors is None:
+            return LazyProbs(self.sampling, logits)
+        return ProcessedProbs(self.sampling, logits, [*self.prompt, *self.token_ids, *drafts], self.processors)
+
+    def logprobs_of(self, logits: Tensor, tokens: Sequence[int]) -> tuple[float, ...]:
+        """log p_t of these tokens, each in its row of the logits as the target gave them; () unless they are wanted."""
+        if not self.logprobs:
+            return ()
+        return tuple(logits[: len(tokens)].float().log_softmax(-1)[range(len(tokens)), list(tokens)].tolist())
 
 
 @dataclass
@@ -104,12 +122,14 @@ class Verdict(NamedTuple):
     next_token: the token after them.
     target_probs: p_t of each checked draft, as :func:`probs_of_drafts` gives them.
     draft_probs: p_d of each draft.
+    logprobs: of the accepted drafts and the next token, () unless they are wanted.
     """
 
     accepted: int
     next_token: int
     target_probs: tuple[float, ...]
     draft_probs: tuple[float, ...]
+    logprobs: tuple[float, ...] = ()
 
 
 def until_end(tokens: list[int], end_ids: frozenset[int]) -> tuple[int, ...]:

@@ -22,6 +22,8 @@ class Round:
     accepted: how many of those it accepted.
     target_probs_of_drafts: ℓ numbers, p_t(x_k) of the checked drafts (at temperature 1 when decoding is greedy).
     draft_probs_of_drafts: w numbers, p_d(x_k), the probabilities with which the drafts were drawn.
+    logprobs: one number per committed token, natural log of the target's probability at temperature 1, before logit processors; () unless
+        they were asked for.
     source: who drafted, such as "drafter" or "copy"; "" if nobody did.
     draft_seconds: host seconds of drafting and scheduling, for all requests of the step together.
     verify_seconds: host seconds of the target's pass, for all of them.
@@ -38,6 +40,7 @@ class Round:
     accepted: int = 0
     target_probs_of_drafts: tuple[float, ...] = ()
     draft_probs_of_drafts: tuple[float, ...] = ()
+    logprobs: tuple[float, ...] = ()
     source: str = ""
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -63,6 +66,11 @@ class Output:
     token_ids: list[int]
     rounds: list[Round]
     seconds: float
+
+    @property
+    def logprobs(self) -> list[float]:
+        """One number per new token, as in :class:`Round`; empty unless they were asked for."""
+        return [number for r in self.rounds for number in r.logprobs]
 
     @property
     def tokens_per_round(self) -> float:

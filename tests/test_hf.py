@@ -24,6 +24,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TopKLogitsWarper,
+    WatermarkingConfig,
 )
 
 import dspark
@@ -161,7 +162,19 @@ def test_the_distribution_is_that_of_transformers_warpers(llama, options):
     warpers = llama._get_logits_processor(GenerationConfig(do_sample=True, **options))
     logits = 3 * torch.randn(200, 100, generator=torch.Generator().manual_seed(1))
     expected = warpers(PROMPT, logits).softmax(-1)
-    assert torch.allclose(sampling_of(warpers, True).probs(logits), expected, atol=1e-6)
+    sampling, processors = sampling_of(warpers, True)
+    assert processors is None and torch.allclose(sampling.probs(logits), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("warper", [TopKLogitsWarper(3), TopKLogitsWarper(3, min_tokens_to_keep=5)], ids=["another order", "more kept"])
+def test_warpers_in_another_order_are_applied_in_theirs(llama, warper):
+    options = {"do_sample": True, "temperature": 0.5, "top_k": 0, "top_p": 0.9}
+    warpers = llama._get_logits_processor(GenerationConfig(**options), logits_processor=LogitsProcessorList([warper]))
+    sampling, processors = sampling_of(warpers, True)
+    assert (sampling.temperature, sampling.top_p) == (0.5, 0.9)
+    logits = 3 * torch.randn(1, 100, generator=torch.Generator().manual_seed(1))
+    expected = warpers(PROMPT, logits.clone()).softmax(-1)[0]
+    assert torch.allclose(processors.probs(sampling, PROMPT[0].tolist(), logits[0]), expected, atol=1e-6)
 
 
 def test_a_drafted_token_follows_that_distribution(llama):
@@ -212,10 +225,8 @@ def test_a_dictionary_is_returned_where_one_is_asked_for(llama):
         ({"inputs": PROMPT.repeat(2, 1)}, "got 2 sequences"),
         ({"num_beams": 2}, "beam_search"),
         ({"attention_mask": torch.tensor([[0] + [1] * 9])}, "padded"),
-        ({"repetition_penalty": 1.2}, "RepetitionPenaltyLogitsProcessor"),
-        ({"do_sample": True, "min_p": 0.1}, "MinPLogitsWarper"),
-        ({"do_sample": True, "top_p": 0.9, "logits_processor": LogitsProcessorList([TopKLogitsWarper(3)]), "temperature": 0.5}, "order"),
-        ({"do_sample": True, "logits_processor": LogitsProcessorList([TopKLogitsWarper(3, min_tokens_to_keep=2)])}, "min_tokens_to_keep"),
+        ({"watermarking_config": WatermarkingConfig()}, "WatermarkLogitsProcessor"),
+        ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor"),
         ({"logits_to_keep": 5}, "logits_to_keep is 5"),
         ({"return_dict_in_generate": True, "output_scores": True}, "scores cannot be returned"),
         ({"policy": dspark.FixedWindow(99)}, "a window of 99"),

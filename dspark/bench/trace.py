@@ -22,11 +22,11 @@ from dspark.decode import rounds
 from dspark.draft.source import COPY, DraftSource
 from dspark.round import Round
 from dspark.schedule import FixedWindow
+from dspark.target.stream import BROKEN
 from dspark.target.target import Prompt, Target
 from dspark.tune.profile import SPSCurve, draft_times, median_steps
 from dspark.verify.sampling import Rng, Sampling
 
-BROKEN = "\ufffd"  # what decoding returns where bytes of a character are missing
 LONGEST_CHARACTER = 4  # tokens, one byte each
 
 

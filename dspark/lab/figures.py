@@ -16,9 +16,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from dspark.bench.arms import arm_colour, arm_label
-from dspark.bench.trace import BROKEN, LONGEST_CHARACTER
+from dspark.bench.trace import LONGEST_CHARACTER
 from dspark.draft.source import COPY
 from dspark.round import Round
+from dspark.target.stream import BROKEN
 
 Decode = Callable[[Sequence[int]], str]
 

@@ -12,10 +12,10 @@ from html import escape
 from itertools import accumulate
 
 from dspark.bench.arms import arm_colour, arm_label
-from dspark.bench.trace import BROKEN
 from dspark.draft.source import COPY
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, Decode, Look, draft_numbers, draft_states, fates
 from dspark.round import Round
+from dspark.target.stream import BROKEN
 
 COLOURS = {"fate": "what became of the draft", "confidence": "the drafter's confidence c", "target": "the target's probability p_target"}
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # in XML

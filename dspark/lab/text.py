@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 
-from dspark.bench.trace import BROKEN
 from dspark.lab.figures import DRAFT_STATES, Decode, draft_numbers, draft_states, fates, legend, span, whole_pieces
 from dspark.round import Round
+from dspark.target.stream import BROKEN
 
 BOX = "line-height:1.9;font-size:15px;white-space:pre-wrap;overflow-wrap:anywhere"
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dspark.files import digest
 from dspark.rewind import RewindCache
 from dspark.target.families import NO_LIMIT, checked_layers, decoder_of, num_shared_layers, steady_context
+from dspark.target.stream import TextStream
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
@@ -133,6 +134,10 @@ class Target:
         if self.tokenizer is None:
             return " ".join(map(str, token_ids))
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def stream(self) -> TextStream:
+        """For text that is shown while it is being decoded."""
+        return TextStream(self.decode)
 
     def check_taps(self, target_layer_ids: Sequence[int]) -> None:
         """Raises ValueError unless each id lies in −1 … layers − 2. The last layer is no tap: it is returned after the final norm."""

@@ -81,8 +81,11 @@ class LazyProbs:
         """Row k [vocab], or for (k, token) one probability []."""
         k, *token = index if isinstance(index, tuple) else (index,)
         if k not in self.computed:
-            self.computed[k] = self.sampling.probs(self.logits[k])
+            self.computed[k] = self.row(k)
         return self.computed[k][token[0]] if token else self.computed[k]
+
+    def row(self, k: int) -> Tensor:
+        return self.sampling.probs(self.logits[k])
 
 
 class Rng:

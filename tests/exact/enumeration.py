@@ -29,6 +29,7 @@ from dspark.schedule import POLICIES as REGISTRY
 from dspark.schedule import SPS, FixedWindow, Policy, PrefixScheduler, make_policy, parse_policy
 from dspark.target.target import Target
 from dspark.verify.lean import lean_pass
+from dspark.verify.processors import Process, Processors
 from dspark.verify.sampling import Sampling
 from exact.branches import Branch, Distribution, every_branch, exact
 
@@ -200,25 +201,36 @@ def prove(case: Case) -> Proof:
     return compared(target, source, POLICIES[case.policy], case.sampling, case.tokens)
 
 
-def compared(target: Target, source: DraftSource, policy: Policy, sampling: ExactSampling, limits: Sequence[int]) -> Proof:
+def compared(
+    target: Target, source: DraftSource, policy: Policy, sampling: ExactSampling, limits: Sequence[int], processor: Process | None = None
+) -> Proof:
     """The texts after PROMPTS, decoded together, against the target's: one fresh pass per prefix, no cache."""
 
     def row(text: Sequence[int]) -> np.ndarray:
-        return sampling.probs(target.forward(torch.tensor([text]), None)[0][0, -1])
+        ids = torch.tensor([text])
+        logits = target.forward(ids, None)[0][0, -1]
+        return sampling.probs(processor(ids, logits.float()[None])[0] if processor else logits)
 
-    return enumerated(target, ExactSource(source), policy, sampling, list(zip(PROMPTS, limits, strict=False)), row)
+    asked, around = list(zip(PROMPTS, limits, strict=False)), Processors([processor]) if processor else None
+    return enumerated(target, ExactSource(source), policy, sampling, asked, row, around)
 
 
 def enumerated(
-    target: Target, source: DraftSource, policy: Policy, sampling: Sampling, asked: Sequence[tuple[list[int], int]], row: NextToken
+    target: Target,
+    source: DraftSource,
+    policy: Policy,
+    sampling: Sampling,
+    asked: Sequence[tuple[list[int], int]],
+    row: NextToken,
+    processors: Processors | None = None,
 ) -> Proof:
     """Every branch of an engine with these requests. asked: (prompt, length limit) of each."""
     met: Counter[Round] = Counter()
 
     def run(branch: Branch) -> list[tuple[int, ...]]:
         engine, ends = Engine(target, source, policy, max_requests=len(asked)), target.eos_token_ids
-        made = (Request(id=None, prompt=prompt, limit=limit, sampling=sampling, rng=branch, end_ids=ends) for prompt, limit in asked)
-        requests = [engine.enqueue(request) for request in made]
+        common = {"sampling": sampling, "rng": branch, "end_ids": ends, "processors": processors}
+        requests = [engine.enqueue(Request(id=None, prompt=prompt, limit=limit, **common)) for prompt, limit in asked]
         met.update(replace(r, draft_seconds=0, verify_seconds=0, seconds=0) for _, r in engine.run() if r.index)
         for error in (request.error for request in requests if request.error):
             raise error

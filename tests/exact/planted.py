@@ -49,6 +49,7 @@ TAPS = "test_rewind.py::test_taps_are_the_residual_stream_after_the_named_layers
 CLOSING = "test_lean.py::test_closing_a_slot_moves_the_last_request_and_nothing_else"
 LEAN = "test_lean.py::test_logits_and_taps_are_those_of_transformers[llama]"
 NEIGHBOURS = "test_engine.py::test_a_requests_draws_are_its_own[0.7]"
+PENALTY = "test_processors.py::test_sampled_text_has_the_distribution_of_the_processed_target[penalty, drafter]"
 TAU = "test_rounds.py::test_tokens_after_the_end_of_the_text_count_towards_nothing"
 LONGROPE = "test_families.py::test_a_text_ends_where_longrope_would_move_the_positions"
 FUSED = "test_fused.py::test_the_fused_backbone_drafts_as_the_plain_one"
@@ -172,6 +173,9 @@ BUGS = {  # what breaks → how
     ),
     "Only the drafter's side applies top-p: tokens come up outside the nucleus.": Bug(
         "verify.sampling.LazyProbs.__init__", TOP_P, given(sampling=lambda sampling: replace(sampling, top_p=1.0))
+    ),
+    "Every row of a block is processed with the text before the block.": Bug(
+        "verify.processors.ProcessedProbs.row", PENALTY, lambda real, self, k: real(changed(self, logits=self.logits[[k]]), 0)
     ),
     "Greedy decoding compares logits rounded to bfloat16.": Bug(
         "verify.sampling.Sampling.probs", NEAR_TIE, lambda real, self, x: real(self, x if self.temperature else x.bfloat16())
