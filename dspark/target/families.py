@@ -41,10 +41,11 @@ def steady_context(config: PretrainedConfig) -> int:
     """Longest context in tokens for which a position has the same embedding in every pass.
 
     LongRoPE and dynamic scaling choose the embedding of a whole pass by its last position, so beyond this length the keys of a
-    block would differ from those of the same tokens one at a time.
+    block would differ from those of the same tokens one at a time. LongRoPE with the same factors for short and long does not.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [part for part in (rope, *rope.values()) if isinstance(part, dict) and part.get("rope_type") in LENGTH_DEPENDENT]
+    ropes = [part for part in ropes if part.get("short_factor", 0) != part.get("long_factor", 1)]
     usual = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", None)
     return min((int(part.get("original_max_position_embeddings") or usual or NO_LIMIT) for part in ropes), default=NO_LIMIT)
 
