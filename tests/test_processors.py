@@ -81,7 +81,7 @@ def made(target: Target, options: dict[str, object], **more: object) -> LogitsPr
 
 @pytest.mark.parametrize(
     ("processor", "source"),
-    [(RepetitionPenaltyLogitsProcessor(1.7), "vanilla"), (ByLength(), "copying")],
+    [(RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=3), "vanilla"), (ByLength(), "copying")],
     ids=["penalty, drafter", "own, copying"],
 )
 def test_sampled_text_has_the_distribution_of_the_processed_target(processor, source):
