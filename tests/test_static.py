@@ -26,9 +26,10 @@ def test_logits_and_taps_are_those_of_the_lean_pass(name: str) -> None:
     target = random_target(name)
     lean, static = lean_pass(target), static_pass(target, pretended_graphs)
     caches = lean.new_cache(), static.new_cache()
-    slots = [[cache.open() for _ in range(3)] for cache in caches]
+    slots, kept = [[cache.open() for _ in range(4)] for cache in caches], []
     generator = torch.Generator().manual_seed(0)
-    for counts in [(5, 20, 1), *[(1, 1, 1)] * 3, *[(6, 1, 3)] * 3, (70, 2, 1), *[(0, 3, 2), (0, 0, 1)] * 3, (0, 150, 0), *[(0, 60, 1)] * 3]:
+    shapes = [(5, 20, 1, 3), *[(1, 1, 1, 1)] * 3, *[(6, 1, 3, 1)] * 3, (70, 2, 1, 1), *[(0, 3, 2, 0), (0, 0, 1, 2)] * 3]
+    for counts in [*shapes, (0, 150, 0, 0), *[(0, 60, 1, 2)] * 3]:
         tokens = [torch.randint(100, (n,), generator=generator).tolist() for n in counts[::-1] if n]
         chosen = [[slot for slot, n in zip(s, counts, strict=True) if n][::-1] for s in slots]
         found, expected = (
@@ -37,10 +38,14 @@ def test_logits_and_taps_are_those_of_the_lean_pass(name: str) -> None:
         for mine, theirs in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
             assert mine.shape == theirs.shape
             assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        assert all(torch.equal(tensor, copy) for tensor, copy in kept)  # results outlive the next replay
+        kept = [(tensor, tensor.clone()) for tensor in (*found[0], *found[1])]
         for pair in zip(*slots, strict=True):
             for slot in pair:
                 slot.rewind(slot.length - min(2, slot.length - 1))
-    assert caches[1].capacity == 512
+    assert caches[1].capacity == 512 and caches[1].buffers.programs
+    caches[1].reserve(513)
+    assert not caches[1].buffers.programs  # graphs of the old buffers are gone
 
 
 def test_buckets_waste_at_most_a_third() -> None:
