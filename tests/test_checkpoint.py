@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import full_disk, tiny_drafter, tiny_target
+from tiny import full_disk, sliding_target, tiny_drafter, tiny_target
 from torch import Tensor
 from transformers import Qwen3Config
 
@@ -291,6 +291,16 @@ def test_the_command_writes_what_vllm_serves(target: Target, tmp_path: Path, cap
     assert command(["export", str(tmp_path / "native"), "--to", to, "--out", str(tmp_path / to), "--target", str(tmp_path / "model")]) == 0
     assert f'"model": "{tmp_path / to}"' in capsys.readouterr().out.splitlines()[-1]
     assert_same_drafts(dspark.load_drafter(tmp_path / to, target), tiny_drafter(target), target)
+
+
+def test_a_scaled_embedding_goes_out_only_where_the_drafter_reads_the_table_itself(tmp_path: Path) -> None:
+    target = sliding_target("eager")  # a Gemma, whose module scales the table
+    with pytest.raises(ValueError, match=r"embedding_scale is None.*tiny-gemma3's table"):
+        export_speculators(tiny_drafter(target), target, tmp_path)
+    drafter = tiny_drafter(target, embedding_scale=1.0)
+    drafter.load_state_dict({name: weight.bfloat16() for name, weight in drafter.state_dict().items()})
+    export_speculators(drafter, target, tmp_path)
+    assert_same_drafts(dspark.load_drafter(tmp_path, target), drafter, target)
 
 
 def test_speculators_without_sample_from_anchor_is_another_block_layout(target: Target, tmp_path: Path) -> None:

@@ -86,14 +86,17 @@ def weights_of(drafter: Drafter) -> dict[str, Tensor]:
     return tensors
 
 
-def refuse_unwritten(drafter: Drafter, layout: str, **only: object) -> None:
+def refuse_unwritten(drafter: Drafter, layout: str, target: Target | None = None, **only: object) -> None:
     """Raises ValueError, naming the field, for a drafter that another program's layout cannot hold.
 
+    target: given where that program reads the target's embedding table as it is stored, even if the target itself scales it.
     only: fields for which that layout has no other value. Unusual fields no layout is written with.
     """
     if type(drafter) is not Drafter:
         raise ValueError(f"{layout} holds a {Drafter.architecture}, not a {drafter.architecture}: use save_drafter")
     odd = drafter.config.unusual() | {name: value for name, value in ((n, getattr(drafter.config, n)) for n in only) if value != only[name]}
+    if target is not None and type(target.embedding) is not nn.Embedding and (scale := odd.pop("embedding_scale", None)) != 1.0:
+        raise ValueError(f"embedding_scale is {scale!r}, and {layout} takes {target.name}'s table as it is stored: use save_drafter")
     for name, value in odd.items():
         holds = f"holds only {only[name]!r}" if name in only else "has no such field"
         raise ValueError(f"{name} is {value!r}, and {layout} {holds}: use save_drafter")

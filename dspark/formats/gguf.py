@@ -46,7 +46,7 @@ def export_gguf(drafter: Drafter, target: Target, path: str | Path, target_gguf:
     Raises ValueError, naming the field, for a drafter that llama.cpp would compute as another one, and for another target's file.
     """
     shape = drafter.config
-    refuse_unwritten(drafter, "llama.cpp's layout", **({"markov_head_type": "vanilla"} if shape.markov_rank else {}))
+    refuse_unwritten(drafter, "llama.cpp's layout", target, **({"markov_head_type": "vanilla"} if shape.markov_rank else {}))
     reader = _read(target_gguf)
     _check_target(reader, target, target_gguf)
     weights = weights_of(drafter)

@@ -42,7 +42,7 @@ def export_speculators(drafter: Drafter, target: Target, folder: str | Path) -> 
     Its own head goes along only for a reduced draft vocabulary, its embedding never: readers take the target's.
     Calibration is left out. Raises ValueError for a baseline, and where ``save_drafter`` does.
     """
-    refuse_unwritten(drafter, "speculators' layout")
+    refuse_unwritten(drafter, "speculators' layout", target)
     shape, tensors = drafter.config, weights_of(drafter)
     if shape.draft_vocab_size < shape.vocab_size:
         d2t = drafter.d2t.cpu()
