@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from http.client import HTTPConnection
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby, pairwise
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,7 +29,7 @@ CONTEXT = 4096  # tokens for which llama.cpp reserves memory
 
 
 def by_llamacpp(target: Target, drafter: Drafter | None, settings: Settings) -> Decoder:
-    """llama.cpp's own server in this process, on as many threads as PyTorch has. With a drafter: its DSpark drafting, whole blocks.
+    """llama.cpp's own server in another process, with as many threads as PyTorch has. With a drafter: its DSpark drafting, whole blocks.
 
     Raises ValueError where the comparison would be another one: sampled text, a target other than the bundled one, other types.
     """
@@ -68,29 +70,49 @@ def passes(start: float, answers: Sequence[tuple[float, dict]]) -> list[tuple[in
     return ends
 
 
+def serve(address: Connection, target_gguf: str, drafter_gguf: str, context: int, block_size: int, threads: int) -> None:
+    """A process that is llama.cpp's server until its parent goes. drafter_gguf: "" for plain decoding. Sends the address it listens at.
+
+    In one process its threads and PyTorch's would count as more than the cores, and then OpenMP lets both sleep where they should wait:
+    our passes took twice as long so.
+    """
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = target_gguf
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.cache_ram_mib = context, 1, 0, 0
+    params.fit_params, params.verbosity = False, -1
+    draft = params.speculative.draft
+    for each in (params.cpuparams, params.cpuparams_batch, draft.cpuparams, draft.cpuparams_batch):
+        each.n_threads = threads
+    if drafter_gguf:
+        draft.mparams.path = drafter_gguf
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_DSPARK]
+        draft.n_max, draft.n_min, draft.p_min, draft.n_gpu_layers = block_size, 0, 0.0, 0
+    server = xllamacpp.Server(params)
+    address.send(server.listening_address)
+    address.poll(None)
+
+
 class LlamaCpp:
     """A running server. target_gguf: the file of ``target``; drafter: exported for this server alone."""
 
     def __init__(self, target_gguf: Path, target: Target, drafter: Drafter | None = None) -> None:
         package_version()
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path = str(target_gguf)
-        params.n_ctx = min(target.max_context, CONTEXT)
-        params.n_parallel, params.n_gpu_layers, params.cache_ram_mib = 1, 0, 0
-        params.fit_params, params.verbosity = False, -1
-        draft = params.speculative.draft
-        for threads in (params.cpuparams, params.cpuparams_batch, draft.cpuparams, draft.cpuparams_batch):
-            threads.n_threads = torch.get_num_threads()
+        spawn, context = get_context("spawn"), min(target.max_context, CONTEXT)
+        self.pipe, there = spawn.Pipe()  # the server ends when this end of the pipe is closed
         with tempfile.TemporaryDirectory() as scratch:
+            file, block_size = "", 0
             if drafter is not None:
-                draft.mparams.path = f"{scratch}/drafter.gguf"
-                export_gguf(drafter, target, draft.mparams.path, target_gguf)
-                params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_DSPARK]
-                draft.n_max, draft.n_min, draft.p_min, draft.n_gpu_layers = drafter.block_size, 0, 0.0, 0
-            self.server = xllamacpp.Server(params)
-        self.address = urlsplit(self.server.listening_address).netloc
+                file, block_size = f"{scratch}/drafter.gguf", drafter.block_size
+                export_gguf(drafter, target, file, target_gguf)
+            options = (there, str(target_gguf), file, context, block_size, torch.get_num_threads())
+            spawn.Process(target=serve, args=options, daemon=True).start()
+            there.close()
+            try:
+                self.address = urlsplit(self.pipe.recv()).netloc
+            except EOFError:
+                raise ValueError(f"llama.cpp's server did not start with {target_gguf}: its own message is above") from None
 
     def decoder(self, settings: Settings) -> Decoder:
         """Greedy. Times inside a round are NaN, and rejected drafts are not seen."""
