@@ -202,8 +202,8 @@ class Engine:
             if self.static:
                 self.static.join(request.slot, taps[0])
         first = request.rng.choose(request.p_target(logits[0])[0])
-        logprobs = request.logprobs_of(logits[0], [first])
-        self._commit(request, Round(index=0, committed=(first,), logprobs=logprobs, verify_seconds=verify_seconds, seconds=clock.total()))
+        about = {"context": len(request.prompt), "logprobs": request.logprobs_of(logits[0], [first])}
+        self._commit(request, Round(index=0, committed=(first,), verify_seconds=verify_seconds, seconds=clock.total(), **about))
 
     def _round(self, turns: Sequence[Turn]) -> None:
         """One round for these requests. An error or an interrupt leaves them as they were, so the next round repeats it."""
@@ -217,7 +217,7 @@ class Engine:
                 self._guard(turn.request, self._settle, turn, verdict, None, draft_seconds, verify_seconds, clock)
             return
         self._draft(turns)
-        lengths = self.policy.lengths([turn.draft.confidence for turn in turns])  # once, for all requests
+        lengths = self.policy.lengths([t.draft.confidence for t in turns], [t.request.rounds for t in turns])  # once, for all requests
         for turn, length in zip(turns, lengths, strict=True):
             turn.verify_length = min(length, len(turn.draft.tokens))
         draft_seconds = clock.lap()
@@ -272,6 +272,7 @@ class Engine:
             target_probs_of_drafts=verdict.target_probs,
             draft_probs_of_drafts=verdict.draft_probs,
             logprobs=verdict.logprobs[: len(committed)],
+            context=turn.start + 1 + accepted,
             source=draft.source,
             draft_seconds=draft_seconds,
             verify_seconds=verify_seconds,

@@ -24,6 +24,7 @@ class Round:
     draft_probs_of_drafts: w numbers, p_d(x_k), the probabilities with which the drafts were drawn.
     logprobs: one number per committed token, natural log of the target's probability at temperature 1, before logit processors; () unless
         they were asked for.
+    context: tokens of the request in the target's cache after the round; 0 if unknown, as in older traces.
     source: who drafted, such as "drafter" or "copy"; "" if nobody did.
     draft_seconds: host seconds of drafting and scheduling, for all requests of the step together.
     verify_seconds: host seconds of the target's pass, for all of them.
@@ -41,6 +42,7 @@ class Round:
     target_probs_of_drafts: tuple[float, ...] = ()
     draft_probs_of_drafts: tuple[float, ...] = ()
     logprobs: tuple[float, ...] = ()
+    context: int = 0
     source: str = ""
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from dspark.round import Round
 from dspark.schedule import Auto, PrefixScheduler
 from dspark.schedule.auto import RETRY, TRIAL
 from dspark.tune import profile
-from dspark.tune.profile import SPSCurve, step_times
+from dspark.tune.curve import Extra, SPSCurve
+from dspark.tune.profile import step_times
 
 BLOCK = 4
 FLAT = SPSCurve((1, 64), (1.0, 1.0))  # further tokens are free
@@ -119,6 +121,15 @@ def test_a_convex_curve_has_no_staircase_and_keeps_its_ends():
     assert smooth.convex() == smooth
 
 
+def test_after_long_contexts_it_drafts_only_where_tokens_are_still_cheap():
+    """Every token of the pass attends to the whole context, so what is free after a short one is dear after a long one."""
+    curve = SPSCurve((1, 64), (1.0, 1.0), extra=Extra(context=100, attending=0.01))
+    for context, window in ((100, BLOCK), (1000, 0)):
+        rounds = [replace(r, context=context) for r in history(*[drafted(0.5)] * TRIAL)]
+        assert Auto(curve).windows([rounds], BLOCK) == [window]
+        assert Auto(curve).lengths([torch.full((BLOCK,), 0.5)], [rounds]) == [BLOCK * (window > 0)]
+
+
 def test_without_a_policy_the_text_is_the_same_and_times_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
     measured, medians = [], profile._medians
@@ -129,7 +140,7 @@ def test_without_a_policy_the_text_is_the_same_and_times_are_measured_once(tmp_p
     outputs = [dspark.generate(target, drafter, prompt, max_new_tokens=24) for _ in range(2)]
     plain = dspark.generate(target, None, prompt, max_new_tokens=24)
     assert outputs[0].token_ids == outputs[1].token_ids == plain.token_ids
-    assert measured == [profile.WIDTHS, profile.REQUESTS]
+    assert measured == [range(len(profile.SHAPES)), profile.WIDTHS, profile.REQUESTS]
     assert isinstance(Engine(target, drafter).drafter, dspark.ContextLookup)
 
 

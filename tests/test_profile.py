@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from tiny import tiny_target
 
 from dspark.tune import profile
-from dspark.tune.profile import SPSCurve, profile_sps, sps_curve
+from dspark.tune.curve import Extra, SPSCurve
+from dspark.tune.profile import profile_sps, sps_curve
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,43 @@ def test_profile_measures_every_width_and_leaves_a_monotone_curve():
 def test_profile_refuses_what_cannot_be_measured(wrong):
     with pytest.raises(ValueError):
         profile_sps(tiny_target(), **({"context": 8, "widths": (1, 2), "repeats": 1} | wrong))
+
+
+def test_what_requests_and_contexts_add_is_found_from_the_steps(monkeypatch: pytest.MonkeyPatch):
+    """Without noise the coefficients come back; nothing that was measured faster than it can be makes tokens free."""
+    base, true = profile.CONTEXT, Extra(profile.CONTEXT, 0.002, 3e-6, 1e-6)
+
+    def time(requests: int, tokens: int, context: int) -> float:
+        added = true.joining * (requests - 1) + true.reading * requests * (context - base) + true.attending * tokens * (context - base)
+        return 0.01 + 0.001 * tokens + added
+
+    monkeypatch.setattr(profile, "_medians", lambda step, widths, repeats: {i: (step(i), time(*profile.SHAPES[i]))[1] for i in widths})
+    found = profile.profile_extra(tiny_target())
+    assert astuple(found) == pytest.approx(astuple(true))
+    true = Extra(base, -0.002, 3e-6, 1e-6)
+    assert min(astuple(profile.profile_extra(tiny_target()))) == 0
+
+
+def test_the_line_for_these_requests_adds_what_they_add():
+    curve = SPSCurve((1, 8), (0.01, 0.02), extra=Extra(100, 0.003, 1e-5, 2e-6))
+    line = curve.at([200, 300])
+    assert line.step_seconds(8) == pytest.approx(0.02 + 0.003 + 1e-5 * 2 * 200 + 2e-6 * 8 * 200) and line.extra is None
+    assert curve.at([]) == curve and curve.at([100]).seconds == curve.seconds
+    assert min(SPSCurve((1,), (0.01,), extra=Extra(1000, 0, 1e-3)).at([1]).seconds) == pytest.approx(0.005)
+
+
+def test_a_profile_of_another_machine_is_refused_by_name_and_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog):
+    target = tiny_target()
+    monkeypatch.setattr(profile, "profile_sps", lambda *_args, **_options: SPSCurve((1,), (0.01,)))
+    monkeypatch.setattr(profile, "cpu_name", lambda: "machine A")
+    sps_curve(target)
+    (theirs,) = (tmp_path / "cache" / "profiles").iterdir()
+    monkeypatch.setattr(profile, "cpu_name", lambda: "machine B")
+    monkeypatch.setattr(profile, "profile_sps", lambda *_args, **_options: SPSCurve((1,), (0.02,)))
+    sps_curve(target)
+    (ours,) = set((tmp_path / "cache" / "profiles").iterdir()) - {theirs}
+    ours.write_bytes(theirs.read_bytes())
+    assert sps_curve(target).seconds == (0.02,) and "measured on machine A" in caplog.text
 
 
 def test_the_curve_is_measured_once_per_target_and_thread_count(monkeypatch: pytest.MonkeyPatch):

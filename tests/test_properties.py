@@ -17,7 +17,7 @@ from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import LEAST_SURVIVAL, RATES
 from dspark.draft.source import DraftSource
 from dspark.round import Round
-from dspark.schedule import Policy
+from dspark.schedule import AsyncTopK, Policy
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
 
@@ -82,6 +82,7 @@ def policies(block_size: int) -> st.SearchStrategy[Policy]:
         thresholds.map(lambda t: dspark.AdaptiveWindow(*reversed(t))),
         st.builds(dspark.ConfidenceThreshold, st.floats(0, 1), st.sampled_from(["survival", "conditional"])),
         SPEEDS.map(lambda speeds: dspark.PrefixScheduler(speeds.__getitem__)),
+        SPEEDS.map(lambda speeds: AsyncTopK(speeds.__getitem__)),
     )
 
 
@@ -100,13 +101,19 @@ def test_windows_and_lengths_stay_in_bounds_whatever_happened_before(data: st.Da
         last = Round(index=index + 1, committed=(0,), window=window, verify_length=length, target_probs_of_drafts=probs)
 
 
+ROUNDS = st.lists(CONFIDENCE, max_size=5).map(lambda c: Round(index=1, committed=(0,), draft_tokens=(0,) * len(c), confidence=tuple(c)))
+PASTS = st.lists(st.lists(ROUNDS, min_size=1, max_size=4), min_size=4, max_size=4)  # of four requests
+
+
 @examples(300)
-@given(st.data(), policies(8), st.lists(st.lists(CONFIDENCE, min_size=1, max_size=5), min_size=1, max_size=4))
-def test_later_confidences_never_decide_over_an_earlier_draft(data: st.DataObject, policy: Policy, requests: list[list[float]]) -> None:
+@given(st.data(), policies(8), st.lists(st.lists(CONFIDENCE, min_size=1, max_size=5), min_size=1, max_size=4), PASTS)
+def test_later_confidences_never_decide_over_an_earlier_draft(
+    data: st.DataObject, policy: Policy, requests: list[list[float]], pasts: list
+) -> None:
     r = data.draw(st.integers(0, len(requests) - 1))
     j = data.draw(st.integers(1, len(requests[r])))
     changed = [*requests[:r], requests[r][:j] + data.draw(st.lists(CONFIDENCE, max_size=5 - j)), *requests[r + 1 :]]
-    one, other = (policy.lengths([torch.tensor(values) for values in side])[r] for side in (requests, changed))
+    one, other = (policy.lengths([torch.tensor(v) for v in side], pasts[: len(requests)])[r] for side in (requests, changed))
     assert (one >= j) == (other >= j)
 
 

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dspark.round import Round
 from dspark.schedule import (
     MTP1,
     AdaptiveWindow,
+    AsyncTopK,
     Autoregressive,
     ConfidenceThreshold,
     FixedWindow,
@@ -27,6 +29,18 @@ def linear(budget: int) -> float:
     return 1.0 / budget
 
 
+def drafted(*confidence: float) -> Round:
+    return Round(index=1, committed=(1,), draft_tokens=(1,) * len(confidence), confidence=confidence, context=9)
+
+
+def history(*rounds: Round) -> list[Round]:
+    return [Round(index=0, committed=(1,), context=8), *rounds]
+
+
+HISTORY = history(drafted(0.9, 0.9, 0.6, 0.3), drafted(0.5, 0.5))
+PLAIN = Round(index=2, committed=(1,), context=10)
+STAIRS = {4: 1.0, 5: 0.6, 6: 0.6, 7: 0.6, 8: 0.6}  # SPS at 4 to 8 tokens: the fifth pays only together with others
+
 POLICIES = [
     Autoregressive(),
     FixedWindow(),
@@ -38,6 +52,7 @@ POLICIES = [
     PrefixScheduler(flat),
     PrefixScheduler(lambda b: 1 / (1 + 0.2 * b)),
     PrefixScheduler(lambda b: 1 / (1 + 0.2 * b), draft_seconds=2.0),
+    AsyncTopK(lambda b: 1 / (1 + 0.2 * b)),
 ]
 
 
@@ -50,7 +65,7 @@ def test_lengths_never_exceed_what_was_drafted(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         confidence = [torch.rand(int(n), generator=generator) for n in torch.randint(0, 8, (4,), generator=generator)]
-        lengths = policy.lengths(confidence)
+        lengths = policy.lengths(confidence, [HISTORY] * 4)
         assert len(lengths) == 4 and all(0 <= n <= len(c) for n, c in zip(lengths, confidence, strict=True))
 
 
@@ -60,10 +75,10 @@ def test_whether_a_token_is_checked_does_not_depend_on_later_confidence(policy: 
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
         confidence = torch.rand(6, generator=generator)
-        length = policy.lengths([confidence])[0]
+        length = policy.lengths([confidence], [HISTORY])[0]
         for k in range(1, 6):
             changed = torch.cat([confidence[:k], torch.rand(6 - k, generator=generator)])
-            assert (policy.lengths([changed])[0] >= k) == (length >= k)
+            assert (policy.lengths([changed], [HISTORY])[0] >= k) == (length >= k)
 
 
 def test_the_threshold_cuts_before_the_first_token_under_it() -> None:
@@ -100,6 +115,37 @@ def test_the_path_shows_every_step_up_to_the_first_fall() -> None:
     assert [(step.request, step.position, step.admitted) for step in path] == [(0, 0, True), (0, 1, True), (0, 2, True), (1, 1, False)]
     assert [step.throughput for step in path] == pytest.approx([2.0, 2.755, 3.339, 2.005])
     assert [step.budget for step in path] == [2, 3, 4, 5]
+
+
+def test_top_k_finds_a_budget_after_a_step_of_the_curve_where_the_prefix_scheduler_stops() -> None:
+    sure = [torch.tensor([0.95] * 4)] * 4
+    assert PrefixScheduler(STAIRS.__getitem__).lengths(sure) == [0] * 4
+    policy, histories = AsyncTopK(STAIRS.__getitem__), [history(drafted(0.95), PLAIN)] * 4
+    assert policy.budget(histories) == 4 and sum(policy.lengths(sure, histories)) == 4
+
+
+def test_top_ks_budget_comes_from_two_rounds_ago_and_its_drafts_from_now() -> None:
+    policy = AsyncTopK(lambda b: 1 / (1 + 0.2 * b))
+    sure, vain = drafted(0.9, 0.9), drafted(0.1, 0.1)
+    for last in (sure, vain):
+        assert policy.budget([history(sure, last)] * 2) == 4 and policy.budget([history(vain, last)] * 2) == 0
+    assert policy.budget([history(sure, sure), history(vain, vain)]) == 2
+    now = [torch.tensor([0.2, 0.9]), torch.tensor([0.9, 0.7])]
+    assert policy.lengths(now, [history(sure, vain), history(vain, sure)]) == [0, 2]
+
+
+def test_young_requests_lend_the_budget_nothing_and_take_their_share() -> None:
+    """Old confidences are those of the same request: one without any counts as the mean of the others."""
+    policy, sure, vain = AsyncTopK(lambda b: 1 / (1 + 0.02 * b)), drafted(0.9, 0.9), drafted(0.01, 0.01)
+    assert policy.budget([history(), history(sure)]) is None
+    assert policy.lengths([torch.tensor([0.1, 0.1])], [history(sure)]) == [2]
+    assert policy.budget([history(sure, sure), history(vain), history()]) == 6
+    assert policy.budget([history(vain, vain), history(sure), history()]) == 0
+
+
+def test_equal_survivals_are_taken_prefix_first() -> None:
+    policy = AsyncTopK(lambda b: 1.0 if b <= 4 else 0.1)
+    assert policy.lengths([torch.ones(3), torch.ones(3)], [history(drafted(1.0), PLAIN)] * 2) == [2, 0]
 
 
 def test_a_dearer_draft_lets_the_scheduler_check_no_less() -> None:

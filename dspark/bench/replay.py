@@ -21,7 +21,7 @@ class Oracle(Policy):
     An upper bound for every policy, for :func:`replay` alone: it reads the future, so it cannot decode and is never a result.
     """
 
-    def lengths(self, confidence: object) -> list[int]:
+    def lengths(self, confidence: object, histories: object = ()) -> list[int]:
         raise ValueError("the oracle knows only the future of a trace: pass it to dspark.bench.replay.replay")
 
 
@@ -43,14 +43,14 @@ def replay(trace: Trace, policy: Policy) -> list[Round]:
         window = best[done] if best else policy.windows([rounds], block_size)[0]
         drafts = length = max(min(window, limit - done - 1, len(r.draft_tokens)), 0)
         if drafts and not best:
-            (length,) = policy.lengths([torch.tensor(r.confidence[:drafts])])
-        cut = _cut(r, len(rounds), window, drafts, length, trace.times)
-        rounds.append(replace(cut, committed=tuple(text[done : done + cut.accepted + 1])))
+            (length,) = policy.lengths([torch.tensor(r.confidence[:drafts])], [rounds])
+        made = cut(r, len(rounds), window, drafts, length, trace.times)
+        rounds.append(replace(made, committed=tuple(text[done : done + made.accepted + 1])))
         done += len(rounds[-1].committed)
     return rounds
 
 
-def _cut(r: Round, index: int, window: int, drafts: int, length: int, times: StepTimes) -> Round:
+def cut(r: Round, index: int, window: int, drafts: int, length: int, times: StepTimes) -> Round:
     """The round with ``drafts`` drafted tokens, of which ``length`` are checked."""
     source = r.source if drafts else ""
     accepted = min(r.accepted, length)
@@ -66,6 +66,7 @@ def _cut(r: Round, index: int, window: int, drafts: int, length: int, times: Ste
         target_probs_of_drafts=r.target_probs_of_drafts[:length],
         accepted=accepted,
         committed=r.committed[: accepted + 1],
+        context=r.context and r.context + accepted,  # a recorded round accepts nothing
         source=source,
         draft_seconds=drafted,
         verify_seconds=verified,

@@ -74,9 +74,10 @@ class Trace:
 
     rounds: round 0 is the prefill. The anchor of round i is the i-th new token, all γ drafts are checked, and ``accepted`` counts those
         that agree with the greedy text.
-    about: prompt, target, target_digest, drafter, temperature, block_size, has_confidence, complete, max_new_tokens (shortened to the
-        target's context), draft_seconds and verify_seconds (tokens → seconds), copy_seconds, other_seconds, pieces (token id → its
-        text), characters ([token ids, text] of those that several tokens write together; older files have none).
+    about: prompt, prompt_tokens (older files lack it), target, target_digest, drafter, temperature, block_size, has_confidence,
+        complete, max_new_tokens (shortened to the target's context), draft_seconds and verify_seconds (tokens → seconds), copy_seconds,
+        other_seconds, pieces (token id → its text), characters ([token ids, text] of those that several tokens write together; older
+        files have none).
     """
 
     rounds: tuple[Round, ...]
@@ -138,7 +139,7 @@ def record(
             end = len(text)
     kept = tuple(_judged(r, text, target.eos_token_ids) for r in found[: end - 1])
     times = times or _measured_times(target, drafter, prompt_ids, kept, repeats)
-    trace = Trace((prefill, *kept), _about(target, drafter, prompt, limit, times))
+    trace = Trace((prefill, *kept), _about(target, drafter, prompt, limit, times) | {"prompt_tokens": prefill.context})
     return replace(trace, about=trace.about | texts_of(target, trace)) if pieces else trace
 
 

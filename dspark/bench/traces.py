@@ -59,6 +59,8 @@ def row_trace(row: Row) -> Trace:
     about = json.loads(row["about"])
     for name in ("draft_seconds", "verify_seconds", "pieces"):  # JSON has only string keys
         about[name] = {int(key): value for key, value in about[name].items()}
+    tokens = about.get("prompt_tokens", 0)  # a recorded round adds its anchor to them
+    columns["context"] = [tokens and tokens + i for i in range(len(drafted))]
     rows = zip(*columns.values(), strict=True)
     return Trace(tuple(Round(index=i, **dict(zip(columns, values, strict=True))) for i, values in enumerate(rows)), about)
 

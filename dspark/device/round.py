@@ -178,7 +178,7 @@ class StaticRound:
         shape = self.cache.shape(slots, [1 + width for width in widths])
         static, run = self.programs.static(shape.rows, mode), self._run(mode)
         reads = policy.reads_confidence and any(widths)
-        lengths = widths if reads else self._lengths(policy, widths, [torch.full((width,), math.nan) for width in widths])
+        lengths = widths if reads else self._lengths(policy, turns, widths, [torch.full((width,), math.nan) for width in widths])
         self._send(turns, shape.rows, lengths, copies, mode, static)
         drawing = [width for width, copy in zip(widths, copies, strict=True) if width and not copy[0]]
         if drawing:
@@ -187,7 +187,7 @@ class StaticRound:
             host = graphs.to_host(static.drawn.confidence) if drawing else None
             each = zip(slots, widths, copies, strict=True)
             confidence = [torch.tensor(rates) if tokens else host[slot.index, :w] if w else NONE for slot, w, (tokens, rates) in each]
-            lengths = self._lengths(policy, widths, confidence)
+            lengths = self._lengths(policy, turns, widths, confidence)
             self._send(turns, shape.rows, lengths, copies, GREEDY, static)
         marks.add()
         shape = self.cache.shape(slots, [1 + length for length in lengths])
@@ -220,8 +220,9 @@ class StaticRound:
         return [self.copier.copy(turn.request.state, turn.request.anchor, turn.draft_limit) for turn in turns]
 
     @staticmethod
-    def _lengths(policy: Policy, widths: Sequence[int], confidence: Sequence[Tensor]) -> list[int]:
-        return [min(length, width) for length, width in zip(policy.lengths(confidence), widths, strict=True)]
+    def _lengths(policy: Policy, turns: Sequence[Turn], widths: Sequence[int], confidence: Sequence[Tensor]) -> list[int]:
+        lengths = policy.lengths(confidence, [turn.request.rounds for turn in turns])
+        return [min(length, width) for length, width in zip(lengths, widths, strict=True)]
 
     def _send(
         self,

@@ -14,6 +14,7 @@ from dspark.schedule.policies import (
 )
 from dspark.schedule.prefix import Admission, PrefixScheduler
 from dspark.schedule.registry import POLICIES, Parameter, PolicyRow, make_policy, parse_policy
+from dspark.schedule.topk import AsyncTopK
 
 __all__ = [
     "MTP1",
@@ -21,6 +22,7 @@ __all__ = [
     "SPS",
     "AdaptiveWindow",
     "Admission",
+    "AsyncTopK",
     "Auto",
     "Autoregressive",
     "ConfidenceThreshold",

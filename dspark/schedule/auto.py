@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from dspark.round import Round
-from dspark.schedule.policies import SPS, Policy
+from dspark.schedule.policies import SPS, Histories, Policy
 from dspark.schedule.prefix import PrefixScheduler
 
 RECENT = 8  # drafts of a request that its outlook is the mean of
@@ -29,40 +29,50 @@ class Auto(Policy):
     round a plain step. So a busy engine, or a pair of models that does not pay, becomes plain decoding by itself. Any choice
     made here is exact, since no token of the round exists yet.
 
-    sps: target steps per second at B tokens; a method ``draft_seconds(requests)``, if it has one, is the time of one parallel draft
-        (:func:`dspark.tune.profile.step_times`), else drafting counts as free.
+    sps: target steps per second at B tokens, such as :func:`dspark.tune.profile.step_times`. If it has them, ``draft_seconds(requests)``
+        is the time of one parallel draft (else drafting counts as free), and ``at(contexts)`` knows what the requests' contexts add.
     """
 
     sps: SPS
 
-    def draft_seconds(self, requests: int) -> float:
-        """Seconds of one parallel draft for so many requests."""
-        measured = getattr(self.sps, "draft_seconds", None)
-        return measured(requests) if measured and requests else 0.0
-
-    def windows(self, histories: Sequence[Sequence[Round]], block_size: int) -> list[int]:
+    def windows(self, histories: Histories, block_size: int) -> list[int]:
         outlooks = _outlooks(histories)
         if outlooks is None:
             return [block_size] * len(histories)
-        ranked = sorted(range(len(outlooks)), key=lambda r: -sum(outlooks[r]))
+        ranked, sps = sorted(range(len(outlooks)), key=lambda r: -sum(outlooks[r])), after_contexts(self.sps, histories)
         nobody = [()] * len(ranked)
-        best = max(_counts(len(ranked)), key=lambda n: self._throughput([*(outlooks[r] for r in ranked[:n]), *nobody[n:]], n))
-        drafting = {*ranked[:best], *(r for r, rounds in enumerate(histories) if _is_due(rounds, len(histories)))}
+
+        def throughput(drafting: int) -> float:
+            """Expected tokens per second of a round in which so many requests draft."""
+            scheduler = PrefixScheduler(sps, draft_seconds(sps, drafting))
+            survival = [*(outlooks[r] for r in ranked[:drafting]), *nobody[drafting:]]
+            return max(step.throughput for step in scheduler.admissions(survival))
+
+        drafting = {*ranked[: max(_counts(len(ranked)), key=throughput)]}
+        drafting |= {r for r, rounds in enumerate(histories) if _is_due(rounds, len(histories))}
         return [block_size if r in drafting else 0 for r in range(len(histories))]
 
-    def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
+    def lengths(self, confidence: Sequence[Tensor], histories: Histories = ()) -> list[int]:
         """Algorithm 1; a draft without confidences is checked whole. confidence: R tensors [w_r] float32."""
         known = [c if len(c) and not c.isnan().any() else c[:0] for c in confidence]
-        scheduler = PrefixScheduler(self.sps, self.draft_seconds(sum(len(c) > 0 for c in confidence)))
+        sps = after_contexts(self.sps, histories)
+        scheduler = PrefixScheduler(sps, draft_seconds(sps, sum(len(c) > 0 for c in confidence)))
         return [n if len(k) else len(c) for n, k, c in zip(scheduler.lengths(known), known, confidence, strict=True)]
 
-    def _throughput(self, survival: Sequence[Sequence[float]], drafting: int) -> float:
-        """Expected tokens per second of a round in which ``drafting`` requests draft. survival: R sequences, a_{r,k}."""
-        scheduler = PrefixScheduler(self.sps, self.draft_seconds(drafting))
-        return max(step.throughput for step in scheduler.admissions(survival))
+
+def draft_seconds(sps: SPS, requests: int) -> float:
+    """Seconds of one parallel draft for so many requests; 0 if ``sps`` does not know."""
+    measured = getattr(sps, "draft_seconds", None)
+    return measured(requests) if measured and requests else 0.0
 
 
-def _outlooks(histories: Sequence[Sequence[Round]]) -> list[list[float]] | None:
+def after_contexts(sps: SPS, histories: Histories) -> SPS:
+    """The step times of a pass that these requests share, if ``sps`` knows what their contexts add."""
+    at = getattr(sps, "at", None)
+    return at([rounds[-1].context for rounds in histories]) if at and histories else sps
+
+
+def _outlooks(histories: Histories) -> list[list[float]] | None:
     """Per request, the survivals a_1, a_2, … to expect of its next draft; None while too few drafts are known.
 
     The mean over its own recent drafts and, with little weight, everybody's; scaled down where fewer drafts were accepted than their

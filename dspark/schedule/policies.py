@@ -2,8 +2,8 @@
 
 A policy answers two questions in a round. ``windows``, before drafting: how many tokens to draft, from past rounds alone (0: a plain
 step, the drafter is not run); most answer request by request, in ``window``. ``lengths``, after it: how many of them to verify, from
-the survival a_k = Π_{i≤k} c_i of all requests. c_k does not depend on x_k, and cutting at k reads only c_1..c_k, so no cut depends on
-the token it cuts: that keeps the target's distribution exact. A new policy is one class and one row of
+past rounds and the survival a_k = Π_{i≤k} c_i of all requests. c_k does not depend on x_k, and cutting at k reads only c_1..c_k, so no
+cut depends on the token it cuts: that keeps the target's distribution exact. A new policy is one class and one row of
 :data:`dspark.schedule.POLICIES`, where names, sliders, labels and colours live.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dspark.round import Round
 
+Histories = Sequence[Sequence[Round]]  # of R requests: the finished rounds of each, the prefill first
 SPS = Callable[[int], float]  # target steps per second when one step checks B tokens, such as a dspark.tune.profile.SPSCurve
 
 
@@ -26,11 +27,11 @@ class Policy:
         """Tokens to draft, 0..block_size, for a request whose last round was ``last`` (None at the start)."""
         return block_size
 
-    def windows(self, histories: Sequence[Sequence[Round]], block_size: int) -> list[int]:
-        """Tokens to draft for each of R requests. histories: R lists of finished rounds, the prefill first."""
+    def windows(self, histories: Histories, block_size: int) -> list[int]:
+        """Tokens to draft for each of R requests."""
         return [self.window(rounds[-1] if len(rounds) > 1 else None, block_size) for rounds in histories]
 
-    def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
+    def lengths(self, confidence: Sequence[Tensor], histories: Histories = ()) -> list[int]:
         """Tokens to verify for each of R requests. confidence: R tensors [w_r] float32, c_k of each request's draft."""
         return [len(c) for c in confidence]
 
@@ -136,11 +137,11 @@ class Shortened(Policy):
         if self.n < 1:
             raise ValueError(f"a block has at least 1 token, got {self.n}: use Autoregressive() for plain decoding")
 
-    def windows(self, histories: Sequence[Sequence[Round]], block_size: int) -> list[int]:
+    def windows(self, histories: Histories, block_size: int) -> list[int]:
         return self.policy.windows(histories, self.n)
 
-    def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
-        return self.policy.lengths(confidence)
+    def lengths(self, confidence: Sequence[Tensor], histories: Histories = ()) -> list[int]:
+        return self.policy.lengths(confidence, histories)
 
     @property
     def reads_confidence(self) -> bool:
@@ -177,7 +178,7 @@ class ConfidenceThreshold(NeedsConfidence):
         if self.on not in ("conditional", "survival"):
             raise ValueError(f"on must be 'conditional' or 'survival', got {self.on!r}")
 
-    def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
+    def lengths(self, confidence: Sequence[Tensor], histories: Histories = ()) -> list[int]:
         if self.on == "survival":
             confidence = [c.cumprod(-1) for c in confidence]
         return [int((c >= self.threshold).int().cumprod(-1).sum()) for c in confidence]

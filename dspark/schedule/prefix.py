@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dspark.round import Round
-from dspark.schedule.policies import SPS, NeedsConfidence
+from dspark.schedule.policies import SPS, Histories, NeedsConfidence
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PrefixScheduler(NeedsConfidence):
         if self.max_window is not None and not 1 <= self.max_window <= block_size:
             raise ValueError(f"max_window {self.max_window} must lie in 1..{block_size}, the drafter's block size")
 
-    def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
+    def lengths(self, confidence: Sequence[Tensor], histories: Histories = ()) -> list[int]:
         lengths = [0] * len(confidence)
         for step in self.admissions([c.cumprod(-1).tolist() for c in confidence]):
             if step.admitted and step.position:

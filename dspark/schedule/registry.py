@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from dspark.schedule.auto import Auto
 from dspark.schedule.policies import MTP1, SPS, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, Shortened
 from dspark.schedule.prefix import PrefixScheduler
+from dspark.schedule.topk import AsyncTopK
 
 Values = Mapping[str, float | None]
 
@@ -78,6 +79,7 @@ _THRESHOLD = Parameter("threshold", "threshold", "The block is cut before the fi
 _ROWS = (
     PolicyRow("auto", "automatic", "#882255", lambda v, sps: Auto(sps()), needs_step_times=True),
     PolicyRow("prefix", "prefix scheduler", "#0072b2", lambda v, sps: PrefixScheduler(sps()), needs_confidence=True, needs_step_times=True),
+    PolicyRow("async", "asynchronous top-K", "#999933", lambda v, sps: AsyncTopK(sps()), needs_confidence=True, needs_step_times=True),
     PolicyRow("fixed", "fixed window", "#e69f00", lambda v, sps: FixedWindow(v["window"]), (_WINDOW,)),
     PolicyRow("mtp1", "one token (MTP-1)", "#cc79a7", lambda v, sps: MTP1()),
     PolicyRow(

@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import platform
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,79 +23,18 @@ from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import Ask, DraftSource, propose
 from dspark.files import cache_dir, digest, write_atomically
 from dspark.target.target import Target
+from dspark.tune.curve import Extra, SPSCurve
 from dspark.verify.passes import pass_of
 from dspark.verify.sampling import Rng, Sampling
 
 log = logging.getLogger(__name__)
+T = TypeVar("T", SPSCurve, Extra)
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 REQUESTS = (1, 2, 4, 8, 16, 32)  # that draft together
 CONTEXT = 256  # cached tokens before the steps that are measured
-FORMAT = 4  # of the cached files; files of another format are measured again
-
-
-@dataclass(frozen=True)
-class SPSCurve:
-    """SPS(B): target steps per second when one step checks B tokens. Called with B, it never rises in B.
-
-    widths: measured B, ascending.
-    seconds: median step time at each; the running maximum is kept, so a wider step that was measured faster takes as long.
-    Between widths the step TIME is linear. Below the first it is constant; beyond the last it grows with the last or the mean slope,
-    whichever is steeper, so that noise cannot make tokens look free.
-    draft: the drafter's own curve, over the number of requests that draft together; None if nobody drafts, or for free.
-    """
-
-    widths: tuple[int, ...]
-    seconds: tuple[float, ...]
-    draft: SPSCurve | None = None
-
-    def __post_init__(self) -> None:
-        if not self.widths or len(self.widths) != len(self.seconds):
-            raise ValueError(f"a step-time curve needs one time per width, got {len(self.widths)} widths and {len(self.seconds)} times")
-        if self.widths[0] < 1 or any(b <= a for a, b in zip(self.widths, self.widths[1:], strict=False)):
-            raise ValueError(f"widths must ascend from at least 1, got {self.widths}")
-        if not all(0 < s < float("inf") for s in self.seconds):
-            raise ValueError(f"step times must be positive seconds, got {self.seconds}")
-        object.__setattr__(self, "widths", tuple(self.widths))
-        object.__setattr__(self, "seconds", tuple(accumulate(self.seconds, max)))
-
-    def __call__(self, tokens: int) -> float:
-        return 1.0 / self.step_seconds(tokens)
-
-    def step_seconds(self, tokens: int) -> float:
-        """Seconds of one step over ``tokens`` tokens."""
-        w, s = self.widths, self.seconds
-        if tokens <= w[0]:
-            return s[0]
-        if tokens >= w[-1]:
-            slope = max(self._slope(-2, -1), self._slope(0, -1)) if len(w) > 1 else 0.0
-            return s[-1] + slope * (tokens - w[-1])
-        i = bisect_right(w, tokens) - 1
-        return s[i] + self._slope(i, i + 1) * (tokens - w[i])
-
-    def draft_seconds(self, requests: int) -> float:
-        """Seconds of one parallel draft for so many requests."""
-        return self.draft.step_seconds(requests) if self.draft else 0.0
-
-    def convex(self) -> SPSCurve:
-        """The curve without staircases: slopes that fall are averaged until every slope is at least the one before.
-
-        Kernels come in steps, and Algorithm 1 stops at the first token that does not pay, so it would never see behind a step.
-        The first and last times stay as measured.
-        """
-        pieces: list[tuple[float, int]] = []  # slope, tokens
-        for i in range(len(self.widths) - 1):
-            slope, tokens = self._slope(i, i + 1), self.widths[i + 1] - self.widths[i]
-            while pieces and pieces[-1][0] > slope:
-                before, more = pieces.pop()
-                slope, tokens = (before * more + slope * tokens) / (more + tokens), tokens + more
-            pieces.append((slope, tokens))
-        widths = accumulate((tokens for _, tokens in pieces), initial=self.widths[0])
-        seconds = accumulate((slope * tokens for slope, tokens in pieces), initial=self.seconds[0])
-        return SPSCurve(tuple(widths), tuple(seconds), self.draft)
-
-    def _slope(self, i: int, j: int) -> float:
-        return (self.seconds[j] - self.seconds[i]) / (self.widths[j] - self.widths[i])
+SHAPES = ((1, 1, CONTEXT), (1, 8, CONTEXT), (8, 8, CONTEXT), (1, 1, 768), (1, 8, 768), (2, 8, 768))  # requests, tokens, cached tokens
+FORMAT = 5  # of the cached files; files of another format are measured again
 
 
 def profile_sps(target: Target, *, context: int = CONTEXT, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> SPSCurve:
@@ -190,18 +129,55 @@ def sps_curve(target: Target) -> SPSCurve:
     One file per machine, device, target digest, dtype, weight layout, thread count and torch version, in ``cache_dir()/profiles``.
     """
     context = min(CONTEXT, target.max_context - WIDTHS[-1])
-    return _kept(target, {"context": context}, lambda: profile_sps(target, context=context, repeats=5))
+    return _kept(target, {"context": context}, SPSCurve, lambda: profile_sps(target, context=context, repeats=5))
 
 
 def step_times(target: Target, drafter: DraftSource) -> SPSCurve:
-    """:func:`sps_curve` with the drafter's own times, measured and kept like it: all that :class:`dspark.schedule.Auto` reads,
-    without staircases."""
-    trained = drafter.drafter if isinstance(drafter, ContextLookup) else drafter
+    """:func:`measured_times` without staircases: all that :class:`dspark.schedule.Auto` reads."""
+    return measured_times(target, drafter).convex()
+
+
+def measured_times(target: Target, drafter: DraftSource) -> SPSCurve:
+    """:func:`sps_curve` with what requests and contexts add, and the drafter's own times; measured and kept like it."""
+    extra = _kept(target, {"shapes": SHAPES}, Extra, lambda: profile_extra(target))
+    curve, trained = replace(sps_curve(target), extra=extra), drafter.drafter if isinstance(drafter, ContextLookup) else drafter
     if trained is None:  # copying costs nothing
-        return sps_curve(target).convex()
+        return curve
     config = str(getattr(trained, "config", vars(type(trained))))
     key = {"drafter": digest(f"{type(trained).__name__} {config}"), "fused": type(getattr(trained, "fused", None)).__name__}
-    return replace(sps_curve(target).convex(), draft=_kept(target, key, lambda: profile_drafts(target, trained)))
+    return replace(curve, draft=_kept(target, key, SPSCurve, lambda: profile_drafts(target, trained)))
+
+
+def profile_extra(target: Target, repeats: int = 5) -> Extra:
+    """What several requests and longer contexts add to a pass: least squares over the medians of SHAPES, nothing below 0."""
+    longest = target.max_context - 8  # a shorter context than SHAPES asks for is measured where the target takes no more
+    shapes = [(requests, tokens, min(context, longest)) for requests, tokens, context in SHAPES]
+    ids = torch.randint(target.vocab_size, (longest + 8,), generator=torch.Generator().manual_seed(0)).tolist()
+    run, held = pass_of(target), {}
+    for context in {context for _, _, context in shapes}:
+        cache = run.new_cache()
+        slots = [cache.open() for _ in range(max(requests for requests, _, c in shapes if c == context))]
+        for slot in slots:
+            run([ids[:context]], [slot], cache, last_only=True)
+        held[context] = cache, slots
+
+    def step(i: int) -> float:
+        requests, tokens, context = shapes[i]
+        cache, slots = held[context]
+        chosen = slots[:requests][::-1]  # out of order, as after some requests have left
+        start = now(target.device)
+        run([ids[: tokens // requests]] * requests, chosen, cache)
+        taken = now(target.device) - start
+        for slot in chosen:
+            slot.rewind(context)
+        return taken
+
+    times = _medians(step, range(len(shapes)), repeats)
+    base, alone = shapes[0][2], {tokens: i for i, (_, tokens, _) in enumerate(shapes[:2])}
+    others = range(2, len(shapes))
+    terms = [(r - 1, r * (c - base), n * (c - base)) for r, n, c in (shapes[i] for i in others)]
+    found = np.linalg.lstsq(np.array(terms, dtype=float), np.array([times[i] - times[alone[shapes[i][1]]] for i in others]))[0]
+    return Extra(base, *np.maximum(found, 0.0).tolist())
 
 
 def profile_drafts(target: Target, drafter: DraftSource, *, requests: Sequence[int] = REQUESTS, repeats: int = 5) -> SPSCurve:
@@ -242,8 +218,8 @@ def _static_drafts(static: StaticRound, width: int, context: int, requests: Sequ
     return SPSCurve(tuple(measured), tuple(measured.values()))
 
 
-def _kept(target: Target, more: dict[str, object], measure: Callable[[], SPSCurve]) -> SPSCurve:
-    """A curve from the cache, else measured and kept there under all that it depends on."""
+def _kept(target: Target, more: dict[str, object], kind: type[T], measure: Callable[[], T]) -> T:
+    """Step times from the cache, else measured and kept there under all that they depend on."""
     key = more | {
         "format": FORMAT,
         "machine": cpu_name(),
@@ -257,18 +233,20 @@ def _kept(target: Target, more: dict[str, object], measure: Callable[[], SPSCurv
     }
     path = cache_dir() / "profiles" / f"{digest(json.dumps(key, sort_keys=True))}.json"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))["curve"]
-        return SPSCurve(tuple(kept["widths"]), tuple(kept["seconds"]))
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["key"] != json.loads(json.dumps(key)):
+            raise ValueError(f"it was measured on {kept['key']['machine']}, {kept['key']['cores']} cores")
+        return kind(**kept["times"])
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the profile %s cannot be read and is measured again (%s)", path.name, error)
-    curve = measure()
+    times = measure()
     try:
-        write_atomically(path, json.dumps({"key": key, "curve": asdict(curve)}, indent=1).encode())
+        write_atomically(path, json.dumps({"key": key, "times": asdict(times)}, indent=1).encode())
     except ValueError as error:
         log.warning("the profile could not be kept and will be measured again: %s", error)
-    return curve
+    return times
 
 
 def cpu_name() -> str:

@@ -82,7 +82,7 @@ def steps_per_second(*curve: float) -> SPS:
 
 SMOOTH = steps_per_second(1.0, 0.7, 0.58, 0.5, 0.44)
 JAGGED = steps_per_second(1.0, 0.62, 0.62, 0.53, 0.57)
-SPECS = ("plain", "mtp1", "fixed:1", "fixed:2", "fixed:3", "fixed:4", "adaptive:0.6,0.5,0.3", "confidence:0.3", "conditional:0.5", "prefix")
+SPECS = "plain mtp1 fixed:1 fixed:2 fixed:3 fixed:4 adaptive:0.6,0.5,0.3 confidence:0.3 conditional:0.5 prefix async".split()
 POLICIES: dict[str, Policy] = {spec.split(",")[0]: parse_policy(spec, lambda: JAGGED) for spec in SPECS}
 POLICIES |= {name: make_policy(name, {}, lambda: SMOOTH) for name in REGISTRY if name not in {spec.split(":")[0] for spec in SPECS}}
 POLICIES["prefix smooth"] = PrefixScheduler(SMOOTH)
@@ -134,6 +134,7 @@ def few_cases() -> list[Case]:
         Case("fixed:4", "copying", block_size=4, tokens=(6,), eos=True),
         Case("fixed:2", "rnn", block_size=2, tokens=(3, 3)),
         Case("prefix", "gated", tokens=(3, 2)),
+        Case("async", "gated", block_size=2, tokens=(5,)),
     ]
     return list(dict.fromkeys(by_source + by_sampling + shapes))
 
@@ -145,6 +146,7 @@ def every_case() -> list[Case]:
     deep = [Case(policy, head, TOP_TWO, 3, tokens=(5,), eos=True) for policy in served(3) for head in HEADS]
     longest = [Case(policy, block_size=4, tokens=(6,), eos=True) for policy in served(4)]
     together = [Case(policy, "rnn", tokens=(4, 3)) for policy in served(3)]
+    together += [Case("async", "gated", block_size=1, tokens=(5, 5))]  # long enough for a round whose budget is two rounds old
     return list(dict.fromkeys(few_cases() + by_source + by_sampling + deep + longest + together))
 
 

@@ -232,16 +232,16 @@ BUGS = {  # what breaks → how
         "target.target.Target.max_context", LONGROPE, lambda real, self: self.config.max_position_embeddings
     ),
     "The best budget over all candidates reads later confidences (Appendix A).": Bug(
-        "schedule.PrefixScheduler.lengths", APPENDIX, lambda real, self, confidence: GlobalArgmax(self.sps).lengths(confidence)
+        "schedule.PrefixScheduler.lengths", APPENDIX, lambda real, self, confidence, *_: GlobalArgmax(self.sps).lengths(confidence)
     ),
     "The scheduler weighs no step times, so all drafts are verified.": Bug(
         "schedule.PrefixScheduler._throughput", SCHEDULE, lambda real, self, expected, budget: expected
     ),
     "The target runs over the whole block whatever the schedule says.": Bug(
-        "schedule.ConfidenceThreshold.lengths", THRESHOLD, lambda real, self, confidence: [len(c) for c in confidence]
+        "schedule.ConfidenceThreshold.lengths", THRESHOLD, lambda real, self, confidence, *_: [len(c) for c in confidence]
     ),
     "All confidences above the threshold count, so later ones decide.": Bug(
-        "schedule.ConfidenceThreshold.lengths", CONDITIONAL, lambda real, self, cs: [int((c >= self.threshold).sum()) for c in cs]
+        "schedule.ConfidenceThreshold.lengths", CONDITIONAL, lambda real, self, cs, *_: [int((c >= self.threshold).sum()) for c in cs]
     ),
     "Probabilities over the reduced vocabulary are read as if its ids were the target's.": Bug(
         "draft.drafter.Drafter._spread", REDUCED, given(self=lambda d: changed(d, d2t=torch.arange(len(d.d2t))))

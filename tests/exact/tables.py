@@ -108,7 +108,7 @@ def served_together(requests: Sequence[Tables], policy: Policy) -> Proof:
         return tenths(requests[r].p_target, tuple(text[1:])) if text else tenths((10,), ())
 
     verifier = TablePass(lambda tokens: (row(tokens), None))
-    target = SimpleNamespace(device=torch.device("cpu"), verifier=verifier, eos_token_ids=frozenset())
+    target = SimpleNamespace(device=torch.device("cpu"), verifier=verifier, eos_token_ids=frozenset(), decode=None)
     sampling = SimpleNamespace(temperature=1.0, probs=lambda row: row)
     return enumerated(target, TableSource(requests), policy, sampling, [([r], BLOCK_SIZE + 2) for r in range(len(requests))], row)
 
@@ -127,7 +127,7 @@ class GlobalArgmax(PrefixScheduler):
     always kept and a drafted 1 is always drawn again.
     """
 
-    def lengths(self, confidence: Sequence[Tensor]) -> list[int]:
+    def lengths(self, confidence: Sequence[Tensor], histories: object = ()) -> list[int]:
         requests = len(confidence)
         survival = sorted(((a, r) for r, c in enumerate(confidence) for a in c.cumprod(-1).tolist()), key=lambda each: -each[0])
         expected = accumulate((a for a, _ in survival), initial=float(requests))
