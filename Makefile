@@ -9,7 +9,7 @@ linted := dspark tests notebooks paper data
 nbval := --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-notebooks test-gpu test-browser train bench proof results paper lint clean
+.PHONY: help demo lab test test-notebooks test-gpu test-browser soak train bench proof results paper lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test-gpu: $(stamp)  ## test CUDA graphs and the round on the device; skipped wit
 test-browser: $(stamp)  ## use the live notebook in JupyterLab and Chromium as a reader would
 	$(pip) install --quiet --retries 1 --timeout 15 -c constraints.txt playwright || true  # without it the test reports that it was skipped
 	$(python) -m pytest -q -rs tests/browser
+
+soak: $(stamp)  ## a minute of random arrivals, cancels and bad requests on tiny models; an hour on the real one: python -m dspark.bench.soak
+	DSPARK_SOAK=60 $(python) -m pytest -q tests/test_load.py -k random_arrivals
 
 train: $(stamp)  ## train a drafter; ARGS="--help" lists the options
 	$(python) -m dspark.train $(ARGS)

@@ -221,6 +221,21 @@ def test_your_model_runs_on_another_model_without_a_drafter(tmp_path, tiny_folde
     assert "identical" in printed and "refused: RepetitionPenalty" in printed
 
 
+def test_under_load_runs_on_another_model_without_recorded_loads(tmp_path, tiny_folders):
+    executed = tmp_path / "load.ipynb"
+    small = {"live_arms": "plain,fixed:2,async", "live_users": "1,3", "live_tokens": 6, "threads": 1, "dtype": "float32", "arm": "async"}
+    papermill.execute_notebook(
+        str(ROOT / "notebooks" / "06_under_load.ipynb"),
+        str(executed),
+        small | tiny_folders | {"baseline": "fixed:2", "results": str(tmp_path)},
+        kernel_name="python3",
+        cwd=str(tmp_path),
+    )
+    printed = "".join(out.text for cell in cells(executed) for out in cell.outputs if out.output_type == "stream" and out.name == "stdout")
+    for words in ("no recorded loads", "async over the best window", "fixed:2 with 3 users", "request 0 is active, request 1 is waiting"):
+        assert words in printed
+
+
 @pytest.mark.parametrize(
     "changed",
     [

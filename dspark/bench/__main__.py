@@ -1,4 +1,4 @@
-"""``python -m dspark.bench [speed|identity|memory|gpu]``: measure ways to decode against each other on fixed prompts."""
+"""``python -m dspark.bench [speed|identity|memory|load|gpu]``: measure ways to decode against each other on fixed prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dspark.bench import gpu
+from dspark.bench import gpu, load
 from dspark.bench.arms import CHOICES
 from dspark.bench.identity import beyond_rounding, check_identity
 from dspark.bench.memory import measure_memory
@@ -22,16 +22,19 @@ MODES = {
     "identity": "is every arm's greedy text model.generate's, token for token (exit status 1 if not, in float32)",
     "memory": "peak memory of each arm in a process of its own",
 }
-GPU = "gpu"  # has a command line of its own
+OWN = {  # have command lines of their own
+    "load": (load.main, "many users of one engine: throughput and what each user sees"),
+    "gpu": (gpu.main, "everything that needs a GPU, in one go"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see :func:`dspark.cli.run_main`. Also returns 1 for texts that differ in float32 or by more than rounding explains."""
-    modes = "\n".join(f"  {name:9} {text}" for name, text in MODES.items())
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == [GPU]:
-        return gpu.main(arguments[1:])
-    modes += f"\n  {GPU:9} everything that needs a GPU, in one go; its options: {GPU} --help"
+    if arguments and arguments[0] in OWN:
+        return OWN[arguments[0]][0](arguments[1:])
+    modes = "\n".join(f"  {name:9} {text}" for name, text in MODES.items())
+    modes += "".join(f"\n  {name:9} {text}; its options: {name} --help" for name, (_, text) in OWN.items())
     about = f"{__doc__}\n\nmodes:\n{modes}\n\narms: {CHOICES}"
     parser = argparse.ArgumentParser(prog="python -m dspark.bench", description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", nargs="?", choices=MODES, default="speed", metavar="mode", help="see above; default speed")

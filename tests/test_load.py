@@ -1,0 +1,324 @@
+"""Loads: all policies serve the same requests, a killed run resumes, bad loads are refused, the simulation makes the engine's rounds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_bench import LetterTokenizer
+from tiny import random_prompt, tiny_drafter, tiny_target
+
+from dspark.bench import __main__ as command
+from dspark.bench import load
+from dspark.bench.arms import Models
+from dspark.bench.costs import Costs
+from dspark.bench.load import COSTS, LoadPlan, closed, measure_load, read_load, server
+from dspark.bench.provenance import drafter_digest
+from dspark.bench.results import Ledger, write_results
+from dspark.bench.simulate import Shared, Simulated, simulate, simulated_grid
+from dspark.bench.soak import soak
+from dspark.bench.trace import StepTimes, record
+from dspark.engine import Engine
+from dspark.lab import load as figures
+from dspark.schedule import FixedWindow, PrefixScheduler
+from dspark.target.target import Target
+from dspark.tune.curve import Extra, SPSCurve
+
+ARMS = "plain,fixed:2,prefix,async,auto"
+TIMES = SPSCurve((1, 8, 64), (0.010, 0.012, 0.060), draft=SPSCurve((1, 8), (0.002, 0.005)), extra=Extra(16, 0.001, 1e-6, 1e-6))
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    target = tiny_target()
+    target.tokenizer = LetterTokenizer()
+    target.encode = lambda prompt: prompt if isinstance(prompt[0], int) else Target.encode(target, prompt)
+    return Models(target, tiny_drafter(target))
+
+
+@pytest.fixture(autouse=True)
+def times_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is profiled on a busy machine."""
+    monkeypatch.setattr("dspark.bench.costs.USERS", (1, 3))
+    monkeypatch.setattr("dspark.bench.costs.TOKENS", 4)
+    for module in ("arms.step_times", "costs.measured_times"):
+        monkeypatch.setattr(f"dspark.bench.{module}", lambda target, drafter: TIMES)
+
+
+def small(**changed: object) -> LoadPlan:
+    options = {"arms": ARMS, "users": "1,3", "rates": "500", "requests": 4, "domains": "code,chat", "prompts": 3, "tokens": 8, "threads": 1}
+    return LoadPlan(**(options | changed))
+
+
+# ---- loads
+
+
+def test_every_policy_serves_the_same_requests_in_turns():
+    plan = small()
+    for level in plan.loads:
+        jobs = plan.jobs(*level)
+        assert jobs == small().jobs(*level) and {4 <= job.limit <= 12 for job in jobs} == {True} and len({job.limit for job in jobs}) > 1
+    cells = plan.cells()
+    places = pd.DataFrame([(kind, n, place, arm.name) for kind, n, place, arm in cells.values()], columns=["kind", "level", "place", "arm"])
+    assert (places.groupby(["kind", "level"])["arm"].nunique() == 5).all() and not places.duplicated(["level", "place"]).any()
+    assert places.loc[places["place"] == 0, "arm"].nunique() == 3  # of three loads
+
+
+def test_a_load_has_a_row_for_every_policy_and_one_of_the_step_times(models, tmp_path):
+    frame = measure_load(small(), models, tmp_path / "load.parquet")
+    found = read_load(tmp_path / "load.parquet")
+    assert len(found) == len(frame) == 1 + 5 * 3 and set(closed(found).columns) == {1, 3}
+    rows = found[found["kind"] != COSTS]
+    assert (rows["tokens_per_second"] > 0).all() and (rows["token_ms_p50"] <= rows["token_ms_p99"]).all() and (rows["kv_mib"] > 0).all()
+    plain = rows[rows["arm"] == "plain"].set_index(["kind", "level"])
+    assert (plain["tokens_per_round"] == 1).all() and (plain["checked"] == 0).all()
+    assert plain.loc[("closed", 3.0), "budget"] == plain.loc[("closed", 3.0), "active"] > 2
+    assert (rows[rows["arm"] == "fixed:2"]["checked"] > 1).all()
+    costs = Costs.of(json.loads(found.loc[found["kind"] == COSTS, "costs"].iloc[0]))
+    assert costs.times == TIMES and costs.prompts.keys() == {unit.item.id for unit in small().units} and costs.bytes_per_token > 0
+
+
+def test_an_interrupted_load_keeps_its_cells_and_resumes_there(models, tmp_path, monkeypatch):
+    add, out, measured = Ledger.add, tmp_path / "load.parquet", []
+
+    def third_is_interrupted(self: Ledger, key: str, rows: list) -> None:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(key)
+        add(self, key, rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Ledger, "add", third_is_interrupted)
+        measure_load(small(), models, out)
+    kept = [json.loads(line) for line in Path(f"{out}.partial.jsonl").read_text().splitlines()[1:]]
+    frame = measure_load(small(), models, out)
+    assert [line["unit"] for line in kept] == measured and len(frame) == 16
+    assert frame["utc"][: len(kept)].tolist() == [line["rows"][0]["utc"] for line in kept]
+    with pytest.raises(ValueError, match=r"tokens=8.*tokens=9"):
+        measure_load(small(tokens=9), models, out)
+
+
+def test_more_users_than_the_memory_holds_wait_and_the_row_says_so(models):
+    plan = small(memory=60 * Engine(models.target, None).bytes_per_token / load.MIB)  # a request needs 28 to 36 tokens
+    engine, send = server(plan, models, plan.parsed_arms[0], 3)
+    found = load.serve(engine, plan.jobs("closed", 3), send, 3)
+    assert found["waited"] > 0 and found["active"] < 3
+    engine, send = server(small(), models, plan.parsed_arms[0], 3)
+    assert load.serve(engine, plan.jobs("closed", 3), send, 3)["waited"] == 0
+
+
+def test_the_time_to_the_first_token_counts_from_the_arrival(models):
+    """On a made-up clock: a step takes a second, four requests arrive in the first, one is served at a time."""
+    engine, clock = Engine(models.target, None, max_requests=1), [0.0]
+    jobs = [load.Job(unit.item, 2, 0, at=i / 4) for i, unit in enumerate(small().units[:4])]
+    step = engine.step
+    engine.step = lambda: (step(), clock.__setitem__(0, clock[0] + 1.0))[0]
+    found = load.serve(engine, jobs, lambda job: engine.submit(job.item.messages, max_new_tokens=2), None, lambda: clock[0])
+    assert found["first_ms_p99"] > 5000 and found["first_ms_p50"] > 2000 and found["token_ms_p50"] == found["token_ms_p99"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"rates": "-1"}, "rates must lie above 0 and be at most 1000, got -1"),
+        ({"rates": "1e9"}, "rates must lie above 0 and be at most 1000, got 1e"),
+        ({"rates": "nan"}, "rates must lie above 0"),
+        ({"rates": "fast"}, "rates must be numbers separated by commas, got 'fast'"),
+        ({"users": "0"}, "users must lie above 0"),
+        ({"users": "2.5"}, "users must be numbers"),
+        ({"users": "", "rates": ""}, "there is no load"),
+        ({"memory": -1.0}, "memory must be at least 0 MiB"),
+        ({"requests": 0}, "requests must be at least 1"),
+        ({"arms": "plain,generate"}, "'generate' serves one request at a time"),
+        ({"arrivals": "nowhere.csv"}, "cannot read arrivals from nowhere.csv"),
+    ],
+    ids=str,
+)
+def test_an_impossible_load_is_refused_before_anything_runs(changed, words):
+    with pytest.raises(ValueError, match=words):
+        small(**changed)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seconds,tokens\n", "holds no arrivals"),
+        ("", "cannot read arrivals"),
+        ("seconds,words\n1,2\n", "columns seconds,tokens"),
+        ("seconds,tokens\n2,5\n1,5\n", "rising seconds"),
+        ("seconds,tokens\n-1,5\n", "rising seconds"),
+        ("seconds,tokens\n1,0\n", "at least 1 token"),
+        ("seconds,tokens\nsoon,5\n", "cannot read arrivals"),
+    ],
+)
+def test_arrivals_that_cannot_be_served_are_refused_with_the_file(tmp_path, text, words):
+    (tmp_path / "arrivals.csv").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        small(arrivals=str(tmp_path / "arrivals.csv"))
+    assert "arrivals.csv" in str(error.value)
+
+
+def test_arrivals_of_a_file_come_at_its_times_with_its_lengths(tmp_path):
+    (tmp_path / "arrivals.csv").write_text("seconds,tokens\n0.5,3\n0.5,9\n4,1\n")
+    plan = small(arrivals=str(tmp_path / "arrivals.csv"), users="", rates="")
+    assert [(job.at, job.limit) for job in plan.jobs(*plan.loads[0])] == [(0.5, 3), (0.5, 9), (4.0, 1)]
+
+
+def test_a_grid_of_another_schema_or_kind_is_refused(tmp_path):
+    frame = pd.DataFrame({"arm": ["plain"], "schema_version": [99]})
+    for version, words in ((99, "schema version 99"), (1, "holds no load, it lacks")):
+        write_results(frame.assign(schema_version=version), tmp_path / "other.parquet")
+        with pytest.raises(ValueError, match=words):
+            read_load(tmp_path / "other.parquet")
+
+
+def test_the_command_measures_prints_and_is_a_mode_of_bench(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(LoadPlan, "load", lambda self: models)
+    options = "load --arms plain,fixed:2 --users 1,2 --rates= --domains code --prompts 2 --tokens 6 --threads 1 --memory 0.03 --out".split()
+    assert command.main([*options, str(tmp_path / "load.parquet")]) == 0
+    printed = capsys.readouterr().out
+    assert "tokens per second in all" in printed and "fixed:2" in printed and "memory was full" in printed
+    assert command.main(["load", "--rates", "-3"]) == 2 and "rates must lie above 0" in capsys.readouterr().err
+
+
+# ---- the simulation
+
+
+@pytest.fixture(scope="module")
+def traces(models) -> dict[str, object]:
+    times = StepTimes(dict.fromkeys(range(1, 5), 0.002), {1: 0.01, 8: 0.012})
+    return {u.item.id: record(models.target, models.drafter, u.item.messages, max_new_tokens=12, times=times) for u in small().units}
+
+
+@pytest.mark.parametrize("spec", ["plain", "fixed:2", "confidence:0.2", "prefix", "async", "auto"])
+def test_a_simulated_engine_makes_the_rounds_of_the_real_one(models, traces, spec):
+    """The same requests join and leave, and every round drafts, checks and commits the same."""
+    plan = small(arms=spec)
+    engine, send = server(plan, models, plan.parsed_arms[0], 3)
+    policy = engine.policy
+    known = Costs(TIMES, prompts={name: trace.about["prompt_tokens"] for name, trace in traces.items()})
+    simulated = Simulated(traces, known, policy, 3)
+    jobs = plan.jobs("closed", 3)
+    real, made = [send(job) for job in jobs], [simulated.send(job) for job in jobs]
+    while engine.active or engine.waiting:
+        engine.step(), simulated.step()
+    assert not simulated.active and not simulated.waiting and simulated.now() > 0
+    for one, other in zip(real, made, strict=True):
+        of = [
+            [(r.committed, r.window, r.draft_tokens, r.verify_length, r.accepted, r.context) for r in each.rounds] for each in (one, other)
+        ]
+        assert of[0] == of[1]
+
+
+def test_simulated_seconds_are_those_of_the_step_times(models, traces):
+    name, trace = next(iter(traces.items()))
+    known = Costs(TIMES, (0.1, 0.2, 0.3), (1.0, 0.5), prompts={name: 10})
+    simulated = Simulated({name: trace}, known, FixedWindow(2), 2)
+    item = next(unit.item for unit in small().units if unit.item.id == name)
+    simulated.send(load.Job(item, 12, 0)), simulated.send(load.Job(item, 12, 0))
+    simulated.step()
+    assert simulated.now() == pytest.approx(2 * (1.0 + 0.5 * 10))
+    before = simulated.now()
+    simulated.step()
+    expected = TIMES.at([10, 10]).step_seconds(6) + TIMES.draft_seconds(2) + 0.1 + 0.2 * 2 + 0.3 * 6
+    assert simulated.now() - before == pytest.approx(expected)
+
+
+def test_a_sample_stands_for_many_users(models, traces, monkeypatch):
+    """Twice as many users as are simulated: the same rounds, with the step times of twice as many."""
+    known = Costs(TIMES, prompts={name: trace.about["prompt_tokens"] for name, trace in traces.items()})
+    jobs = small().jobs("closed", 3)
+    few = simulate(traces, known, "auto", jobs, 3)
+    monkeypatch.setattr("dspark.bench.simulate.SAMPLE", 3)
+    many = simulate(traces, known, "auto", jobs, 3000)
+    assert many["active"] == pytest.approx(1000 * few["active"], rel=0.5) and many["user_tokens_per_second"] < few["user_tokens_per_second"]
+    assert many["checked"] < few["checked"] / 2, "so many users leave no room for drafts"
+    assert Shared(TIMES, 2.0)(4) == TIMES(8) and Shared(TIMES, 2.0).at([9, 5])(4) == TIMES.at([9] * 4)(8)
+    assert PrefixScheduler(Shared(TIMES, 2.0)).lengths([]) == []
+
+
+def test_a_simulated_grid_stands_beside_the_measured_one(models, traces, tmp_path):
+    frame = measure_load(small(arms="plain,auto"), models, tmp_path / "load.parquet")
+    known = Costs.of(json.loads(frame.loc[frame["kind"] == COSTS, "costs"].iloc[0]))
+    found = simulated_grid(frame, traces, known, [1, 3, 100_000])
+    assert found["simulated"].all() and len(found) == 6 and found["measured"].notna().sum() == 4
+    assert (found["tokens_per_second"] > 0).all()
+    trace = next(iter(traces.values()))
+    other = {"x": type(trace)(trace.rounds, trace.about | {"drafter": "0" * 16})}
+    with pytest.raises(ValueError, match=f"drafter {'0' * 16}, the grid is of {drafter_digest(models.drafter)}"):
+        simulated_grid(frame, other, known, [1])
+
+
+def test_what_cannot_be_simulated_is_refused(models, traces):
+    known, item = Costs(TIMES), small().units[0].item
+    with pytest.raises(ValueError, match="copying is decided"):
+        simulate(traces, known, "fixed+copy", [], 1)
+    engine = Simulated(traces, known, FixedWindow(), 1)
+    with pytest.raises(ValueError, match="longer than its trace"):
+        engine.send(load.Job(item, 99, 0))
+    with pytest.raises(ValueError, match="no trace of prompt"):
+        Simulated({"y": next(iter(traces.values()))}, known, FixedWindow(), 1).send(load.Job(item, 9, 0))
+
+
+# ---- figures
+
+
+def grid(speeds: dict[str, list[float]]) -> pd.DataFrame:
+    """Tokens per second in all with 1, 2 and 4 users."""
+    rows = [
+        {"kind": "closed", "arm": arm, "level": 2.0**i, "tokens_per_second": total, "user_tokens_per_second": total / 2**i}
+        for arm, totals in speeds.items()
+        for i, total in enumerate(totals)
+    ]
+    return pd.DataFrame(rows).assign(token_ms_p99=1.0, first_ms_p99=1.0, checked=1.0, kv_mib=1.0)
+
+
+def test_a_policy_is_compared_with_the_best_window_of_each_load_and_the_best_single_one():
+    frame = grid({"plain": [10, 20, 40], "fixed:2": [20, 20, 20], "fixed:2+copy": [99, 99, 99], "auto": [22, 20, 36]})
+    ratios, overall, single = figures.against_windows(frame, "auto")
+    assert ratios.tolist() == pytest.approx([1.1, 1.0, 0.9]) and single == "plain"
+    assert overall == pytest.approx((2.2 * 1.0 * 0.9) ** (1 / 3))
+    with pytest.raises(ValueError, match="'prefix' cannot be compared: measured were plain"):
+        figures.against_windows(frame, "prefix")
+
+
+def test_the_gain_at_matched_throughput_is_read_from_the_line():
+    frame = grid({"mtp1": [10, 16, 50], "auto": [12, 20, 40]})
+    gains = figures.gain_at_matched_throughput(frame, "auto", "mtp1")
+    assert gains[2] == pytest.approx(11 / 8 - 1), "between 12 tokens/s a user at 12 in all and 10 at 20 lies 11 at 16"
+    assert gains[[1, 4]].isna().all()
+
+
+def test_the_slider_shows_the_table_of_its_number_of_users():
+    frame = grid({"plain": [10, 20, 40], "auto": [22, 20, 36]})
+    slider, shown = figures.level_slider(frame).children
+    assert shown.value == figures.at_level(frame, 1).to_html() and "automatic" in shown.value
+    slider.value = 4
+    assert shown.value == figures.at_level(frame, 4).to_html() and list(figures.at_level(frame, 4).index) == ["plain decoding", "automatic"]
+    assert len(figures.pareto(frame, "").data) == len(figures.budgets(frame, "").data) == 2
+
+
+# ---- soak
+
+
+def test_random_arrivals_cancels_and_bad_requests_do_no_harm(models):
+    """A few seconds; DSPARK_SOAK gives more of them (make soak: 60)."""
+    prompts = [random_prompt(i, 3 + 4 * i) for i in range(6)]
+    found = soak(models.target, models.drafter, prompts, float(os.environ.get("DSPARK_SOAK", 3)), users=4, tokens=12)
+    assert found["requests"] > 20 and found["cancelled"] and found["refused"] and not math.isnan(found["growth"])
+
+
+def test_a_soak_finds_a_text_that_is_not_its_own(models, monkeypatch):
+    settle = Engine._commit
+
+    def shifted(self: Engine, request: object, outcome: object) -> None:
+        settle(self, request, replace(outcome, committed=tuple((t + 1) % 100 for t in outcome.committed)) if self.drafter else outcome)
+
+    monkeypatch.setattr(Engine, "_commit", shifted)
+    with pytest.raises(AssertionError, match="another text than alone"):
+        soak(models.target, models.drafter, [random_prompt(0, 5)], 2, users=2, tokens=8)
