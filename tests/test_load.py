@@ -122,6 +122,20 @@ def test_the_time_to_the_first_token_counts_from_the_arrival(models):
     assert found["first_ms_p99"] > 5000 and found["first_ms_p50"] > 2000 and found["token_ms_p50"] == found["token_ms_p99"] == 1000
 
 
+def test_a_closed_loop_is_measured_while_all_users_are_served(models):
+    """On a made-up clock: the step that starts all of them is not counted, nor what happens after a user has no request left."""
+    engine, clock = Engine(models.target, None, max_requests=2), [0.0]
+    items = [unit.item for unit in small().units[:4]]
+    step = engine.step
+    engine.step = lambda: (step(), clock.__setitem__(0, clock[0] + 1.0))[0]
+    send = lambda job: engine.submit(job.item.messages, max_new_tokens=job.limit)  # noqa: E731
+    jobs = [load.Job(item, limit, 0) for item, limit in zip(items, (3, 5, 4, 9), strict=True)]
+    found = load.serve(engine, jobs, send, 2, lambda: clock[0])
+    lengths = [len(request.token_ids) for request in engine.active]
+    assert found["seconds"] == clock[0] - 1 and len(lengths) == 1 and found["requests"] == 2
+    assert found["tokens_per_second"] == pytest.approx(2, abs=0.5) and found["active"] <= 2
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -134,6 +148,7 @@ def test_the_time_to_the_first_token_counts_from_the_arrival(models):
         ({"users": "", "rates": ""}, "there is no load"),
         ({"memory": -1.0}, "memory must be at least 0 MiB"),
         ({"requests": 0}, "requests must be at least 1"),
+        ({"per_user": 1}, "per_user must be at least 2"),
         ({"arms": "plain,generate"}, "'generate' serves one request at a time"),
         ({"arrivals": "nowhere.csv"}, "cannot read arrivals from nowhere.csv"),
     ],

@@ -63,9 +63,9 @@ class LoadPlan(Plan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("requests", "per_user"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("requests", 1), ("per_user", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.memory < math.inf:
             raise ValueError(f"memory must be at least 0 MiB, got {self.memory}: 0 sets no limit")
         for arm in self.parsed_arms:
@@ -144,17 +144,18 @@ def serve(
 ) -> Row:
     """Serve the jobs and report what their users saw.
 
-    send: submits a job to the engine. users: of a closed loop, which is measured while all of them are served; None for an open loop,
-    measured to its end. now, idle: the clock; a simulation has its own.
+    send: submits a job to the engine. users: of a closed loop, which is measured from the first token of the last of them until no
+    request is left for one of them; None for an open loop, measured to its end. now, idle: the clock; a simulation has its own.
 
-    tokens_per_second: of all together. user_tokens_per_second: of one, between its first and last token.
+    tokens_per_second: of all together; decode_tokens_per_second: without prefills, their tokens and their time;
+    user_tokens_per_second: of one, between its first and last token.
     token_ms_*, first_ms_*: percentiles of the time per token, and from arrival to the first token.
     tokens_per_round, checked, drafted: per request and round; budget: tokens in a pass; active: requests in it.
     waited: share of steps in which a request waited for its turn. kv_mib: peak of keys and values.
     Raises the error of a request that failed.
     """
     pending, sent, last = deque(jobs), {}, {}
-    per_token, first, rounds, steps, start = [], [], [], [], now()
+    per_token, first, rounds, steps, start, full = [], [], [], [], now(), not users
     while True:
         while pending and (len(sent) < users if users else pending[0].at <= now() - start):
             job = pending.popleft()
@@ -173,18 +174,22 @@ def serve(
                 per_token += [(after - last[request]) / len(r.committed)] * len(r.committed)
             last[request] = after
         held = sum(request.rounds[-1].context for request in engine.active if request.rounds)
-        steps.append((sum(len(r.committed) for _, r in done), sum(r.index > 0 for _, r in done), held, bool(engine.waiting)))
+        prefill = sum(r.seconds for _, r in done if r.index == 0)
+        steps.append((sum(len(r.committed) for _, r in done), sum(r.index > 0 for _, r in done), held, bool(engine.waiting), prefill))
+        if not full and len(last) >= users:
+            per_token, first, rounds, steps, start, full = [], [], [], [], after, True
         for request in [request for request in sent if request.done]:
             if request.error:
                 raise request.error
             del sent[request]
-    tokens, active, held, waiting = np.array(steps, dtype=float).T
+    tokens, active, held, waiting, prefills = np.array(steps, dtype=float).T
     seconds, passes = now() - start, max(int((active > 0).sum()), 1)
     milliseconds = {"token_ms": per_token, "first_ms": first}
     return {
         "requests": len(first),
         "seconds": seconds,
         "tokens_per_second": tokens.sum() / seconds,
+        "decode_tokens_per_second": len(per_token) / (seconds - prefills.sum()),
         "user_tokens_per_second": len(per_token) / math.fsum(per_token) if per_token else math.nan,
         **{f"{name}_p{p}": 1e3 * float(np.percentile(values or [math.nan], p)) for name, values in milliseconds.items() for p in (50, 99)},
         "tokens_per_round": sum(len(r.committed) for r in rounds) / max(len(rounds), 1),

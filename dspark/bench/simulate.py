@@ -85,8 +85,9 @@ class Simulated:
         while self.waiting and len(self.active) < self.max_requests:
             request = self.waiting.pop(0)
             self.active.append(request)
-            self.seconds += self.each * self.costs.prompt(request.prompt)
-            finished.append((request, replace(request.trace.rounds[0], context=request.prompt)))
+            seconds = self.each * self.costs.prompt(request.prompt)
+            self.seconds += seconds
+            finished.append((request, replace(request.trace.rounds[0], context=request.prompt, seconds=seconds)))
         if going:
             finished += zip(going, self._rounds(going), strict=True)
         for request, r in finished:
@@ -142,7 +143,7 @@ def simulate(traces: Mapping[str, Trace], costs: Costs, arm: str, jobs: Sequence
         raise ValueError(f"{arm!r} cannot be simulated: copying is decided when a trace is recorded")
     engine = Simulated(traces, costs, parse_policy(arm, lambda: sps), sample, each)
     found = serve(engine, jobs, engine.send, sample, engine.now, engine.idle)
-    return found | {name: each * found[name] for name in ("tokens_per_second", "budget", "active", "requests")}
+    return found | {name: each * found[name] for name in ("tokens_per_second", "decode_tokens_per_second", "budget", "active", "requests")}
 
 
 def simulated_grid(grid: pd.DataFrame, traces: Mapping[str, Trace], costs: Costs, users: Sequence[int]) -> pd.DataFrame:

@@ -65,13 +65,13 @@ def level_slider(frame: pd.DataFrame) -> object:
     return w.VBox([slider, shown])
 
 
-def against_windows(frame: pd.DataFrame, arm: str) -> tuple[pd.Series, float, str]:
+def against_windows(frame: pd.DataFrame, arm: str, column: str = "tokens_per_second") -> tuple[pd.Series, float, str]:
     """An arm's tokens per second in all, against plain decoding and fixed windows.
 
     Returns its ratio to the best of them with each number of users, its ratio to the best single one of them over all numbers
     (geometric means), and the name of that one. Raises ValueError for an arm that was not measured.
     """
-    table = closed(frame)
+    table = closed(frame, column)
     windows = [name for name in table.index if name.partition(":")[0] in WINDOWS and "+" not in name]
     if arm not in table.index or not windows:
         raise ValueError(f"{arm!r} cannot be compared: measured were {', '.join(table.index)}")
