@@ -48,12 +48,12 @@ do not edit it. What was tried without a result file is in [data/LOG.md](data/LO
   drafts with the target's first layers.
 - `mtp1` verifies one draft per round, `fixed:5` the whole block, `prefix` as many as pay off given this machine's step times. `+copy`
   adds copying from the context.
-- Speeds, memory and step times were measured before the lean pass (`dspark/verify/lean.py`), through packed modules of transformers;
-  [LOG](data/LOG.md) compares the two.
+- Speeds, memory and step times, but for the tables of llama.cpp and of the target's pass, were measured before the lean pass
+  (`dspark/verify/lean.py`), through packed modules of transformers; [LOG](data/LOG.md) compares the two.
 - In bfloat16 a pass over a block and a pass over one token round differently, so greedy texts part where two tokens are nearly tied.
   In float32 they are equal.
 - AVX512 is a Zen 5 processor with bfloat16 kernels. AVX2 is a Zen 3 processor without them, which uses float16 copies of the weights;
-  it was measured with an earlier drafter."""
+  its first speed table was measured with an earlier drafter."""
 
 
 def results_page(data: Path) -> str:
