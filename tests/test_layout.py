@@ -118,7 +118,7 @@ def test_the_core_stays_small():
 
 
 def test_the_package_stays_small():
-    assert lines(*FILES) <= 13_920
+    assert lines(*FILES) <= 13_930
 
 
 def test_exactness_stays_small():
