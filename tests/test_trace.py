@@ -226,9 +226,18 @@ def test_a_foreign_or_damaged_file_is_one_clear_error(tmp_path) -> None:
         load_traces(path)[0][1]
     write_results(pd.concat([frame, frame]), path)
     assert len(load_traces(path)) == 2
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="not a Parquet"):
-        load_traces(path)[0][1]
+    for content in ("{}", "a,b\n1,2\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="not a Parquet") as error:
+            load_traces(path)
+        assert "delete" not in str(error.value)
+    with pytest.raises(ValueError, match="is a folder"):
+        load_traces(tmp_path)
+    for about in ("", "{}", "[]", None):
+        write_results(frame.assign(about=[about]), path)
+        with pytest.raises(ValueError, match=r"trace\.parquet holds a trace that cannot be read") as error:
+            load_traces(path)
+        assert "\n" not in str(error.value)
 
 
 def test_a_full_disk_leaves_the_old_trace(tmp_path) -> None:

@@ -116,12 +116,14 @@ def read_results(path: Path, remedy: str = COMMAND) -> pd.DataFrame:
 
     Raises ValueError if there is no such file or it is not Parquet.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: pass a file in it that {remedy} has made")
     try:
         frame = pd.read_parquet(path)
     except FileNotFoundError:
         raise ValueError(f"no results at {path}: make them with {remedy}") from None
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file ({one_line(error)}): delete it, and make it again with {remedy}") from error
+        raise ValueError(f"{path} is not a Parquet file ({one_line(error)}): pass one that {remedy} has made") from error
     if "arm" in frame and (gone := frame["arm"].str.contains(GONE, na=False)).any():
         frame = frame[~gone].reset_index(drop=True)
     return frame

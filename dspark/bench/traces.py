@@ -22,6 +22,7 @@ from dspark.bench.results import Ledger, Row, read_rows, write_results
 from dspark.bench.trace import StepTimes, Trace, record
 from dspark.cli import run_main
 from dspark.draft.source import DraftSource
+from dspark.files import one_line
 from dspark.round import Round
 
 SCHEMA_VERSION = 1  # of the trace in a row
@@ -84,7 +85,10 @@ def load_traces(path: str | Path) -> Traces:
     frame = read_rows(Path(path), COMMAND, SCHEMA_VERSION)
     if missing := {"about", *NUMBERS, *LISTS, *LENGTHS} - set(frame.columns):
         raise ValueError(f"{path} holds no traces, it lacks {min(missing)}: pass a file of {COMMAND}")
-    return traces_of(frame)
+    try:
+        return traces_of(frame)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} holds a trace that cannot be read ({one_line(error)}): pass a file of {COMMAND}") from error
 
 
 def traces_of(frame: pd.DataFrame) -> Traces:

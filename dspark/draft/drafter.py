@@ -94,6 +94,7 @@ class Drafter(nn.Module):
             embed = lambda tokens: F.embedding(tokens, table) * factor  # noqa: E731
         # Borrowed, not submodules: never saved, never trained.
         object.__setattr__(self, "embed", embed)
+        object.__setattr__(self, "attached_to", target.embedding)
         object.__setattr__(self, "head", partial(F.linear, weight=self.head_weight))
         return self
 

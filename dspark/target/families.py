@@ -5,11 +5,23 @@ from __future__ import annotations
 import inspect
 
 from torch import nn
-from transformers import GenerationMixin, PretrainedConfig
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values of tokens, nothing else
 LENGTH_DEPENDENT = {"longrope", "dynamic"}  # rotary embeddings that depend on the length of the text
 NO_LIMIT = 1 << 30  # tokens
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The model inside torch.compile, DataParallel and the like. Raises ValueError for what is no model of transformers."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and not (name == "module" and isinstance(model, PreTrainedModel)):
+            return unwrapped(inner)
+    if isinstance(model, PreTrainedModel):
+        return model
+    remedy = "merge its adapters first, model.merge_and_unload()" if hasattr(model, "merge_and_unload") else "see dspark.load_target"
+    raise ValueError(f"{type(model).__name__} is no causal LM of transformers: {remedy}")
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -64,6 +76,10 @@ def _layer_stacks(model: nn.Module) -> list[nn.ModuleList]:
     return stacks
 
 
+def _is_offloaded(model: nn.Module, _: PretrainedConfig) -> bool:
+    return any(weight.is_meta for part in (model.base_model, model.get_output_embeddings()) for weight in part.parameters())
+
+
 def _reads_both_ways(model: nn.Module, config: PretrainedConfig) -> bool:
     both_ways = any(getattr(c, "use_bidirectional_attention", None) in (True, "all") for c in (model.config, config))
     return both_ways or getattr(config, "is_causal", True) is False or not isinstance(model, GenerationMixin)
@@ -83,6 +99,7 @@ def _cannot_rewind(model: nn.Module, config: PretrainedConfig) -> bool:
 REFUSALS = {  # why a model is refused → whether that holds, given the model and its text config; checked in this order
     "has an encoder: dspark decodes causal LMs": lambda model, _: model.config.is_encoder_decoder,
     "has no head that predicts the next token: load it with AutoModelForCausalLM": lambda model, _: model.get_output_embeddings() is None,
+    "has weights that are not in memory (on disk, or offloaded by a device_map): load it whole": _is_offloaded,
     "does not read from left to right: dspark decodes causal LMs": _reads_both_ways,
     "reads more than tokens: dspark decodes from token ids alone": _reads_more_than_tokens,
     "is no plain stack of attention layers: dspark cannot rewind its cache": _cannot_rewind,

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dspark.files import digest
+from dspark.files import digest, one_line
 from dspark.rewind import RewindCache
-from dspark.target.families import NO_LIMIT, checked_layers, decoder_of, num_shared_layers, steady_context
+from dspark.target.families import NO_LIMIT, checked_layers, decoder_of, num_shared_layers, steady_context, unwrapped
+from dspark.target.prompt import Prompt, checked
 from dspark.target.stream import TextStream
-
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
 class Target:
     """The full model M_t: frozen, never changed, run through :meth:`forward`.
 
-    model: a causal LM of transformers.
+    model: a causal LM of transformers; one wrapped by torch.compile or for parallel training is unwrapped.
     tokenizer: None if prompts are token ids.
     name: used in messages and files.
     Raises ValueError, before anything is frozen, for a model that cannot be a target (:func:`dspark.target.families.checked_layers`).
     """
 
     def __init__(self, model: nn.Module, tokenizer: object | None, name: str) -> None:
+        model = unwrapped(model)
         self.layers = checked_layers(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
+        self.template_kwargs: dict[str, object] = {}  # arguments of the chat template, for every prompt
         self.verifier: Any = getattr(model, "dspark_pass", None)  # a faster TargetPass, set by dspark.cpu; None for its own modules
         self.config = model.config.get_text_config()
         self.head_weight: Tensor = model.get_output_embeddings().weight  # [vocab, hidden]
@@ -99,21 +100,14 @@ class Target:
     def new_cache(self) -> RewindCache:
         return RewindCache(self.num_layers - self.num_shared_layers)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """A string (as one user turn), chat messages, or token ids → token ids.
+    def encode(self, prompt: Prompt, **template: object) -> list[int]:
+        """A string (as one user turn), chat messages, or token ids, as a tensor or a tokenizer's encoding too → token ids.
 
+        template: arguments of the chat template, such as ``enable_thinking=False``, besides :attr:`template_kwargs`.
         Raises ValueError for an empty prompt, ids outside the vocabulary, and prompts longer than :attr:`max_context`.
         """
-        if isinstance(prompt, Tensor):
-            prompt = prompt.flatten().tolist()
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
-        if len(prompt) == 0:
-            raise ValueError("the prompt is empty: pass some text, a list of chat messages, or token ids")
-        if isinstance(prompt[0], dict):
-            ids = self._apply_template(prompt)
-        else:
-            ids = [int(token) for token in prompt]
+        prompt = checked(prompt)
+        ids = self._apply_template(prompt, template) if isinstance(prompt[0], Mapping) else prompt
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}: encode the text with its tokenizer")
@@ -121,13 +115,17 @@ class Target:
             raise ValueError(f"the prompt has {len(ids)} tokens but {self.name} takes at most {self.max_context}: shorten it")
         return ids
 
-    def _apply_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def _apply_template(self, messages: list[dict[str, str]], template: Mapping[str, object]) -> list[int]:
         if self.tokenizer is None:
             raise ValueError("this target has no tokenizer: pass token ids instead of text")
-        if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
+        template = {"add_generation_prompt": True} | self.template_kwargs | template
+        try:
+            if getattr(self.tokenizer, "chat_template", None):
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False, **template)
+                return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return self.tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
+        except Exception as error:  # whatever a template raises
+            raise ValueError(f"{self.name} cannot encode this prompt: {type(error).__name__}: {one_line(error)}") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Token ids → text, special tokens left out. Without a tokenizer: the ids, separated by spaces."""
@@ -164,7 +162,8 @@ class Target:
             keep = torch.arange(-keep, 0, device=token_ids.device)
         with Taps(self, taps) as tapped:
             out = self.model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
-        return out.logits[:, -logits_to_keep:], tapped.joined()  # a few models ignore logits_to_keep and return all
+        logits = out.logits[:, -logits_to_keep:]  # a few models ignore logits_to_keep and return all
+        return logits.to(token_ids.device), tapped.joined()  # a model may be split over devices
 
 
 class Taps:

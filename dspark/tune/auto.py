@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
 from dspark.schedule import Auto, Autoregressive, Policy
@@ -14,14 +17,21 @@ def prepared(target: Target, drafter: DraftSource | None, policy: Policy | None)
 
     Without a policy the context is copied where it repeats itself, and :class:`~dspark.schedule.Auto` decides on this machine's step
     times, which are measured the first time (some seconds). Without a drafter nothing is drafted: plain decoding.
-    Raises ValueError for a policy that the drafter cannot serve.
+    Raises ValueError for a policy that the drafter cannot serve, and for a drafter that is attached to another model.
     """
     if drafter is None:
         if policy is not None and not isinstance(policy, Autoregressive):
             raise ValueError(f"{policy} needs a drafter: pass one, or leave the policy out for plain decoding")
         return None, Autoregressive()
+    embedding = getattr(getattr(drafter, "drafter", drafter), "attached_to", target.embedding)
+    if embedding is not target.embedding and not _equal(embedding.weight, target.embedding.weight):
+        raise ValueError(f"the drafter is attached to another model than {target.name}: load_drafter(…, target) with this very target")
     if policy is None:
         source = drafter if isinstance(drafter, ContextLookup) else ContextLookup(drafter, target=target)
         return source, Auto(step_times(target, drafter))
     policy.check(drafter.block_size, drafter.has_confidence)
     return drafter, policy
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
