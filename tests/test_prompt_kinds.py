@@ -110,7 +110,7 @@ def test_a_chat_that_the_template_refuses_is_one_line() -> None:
     target = tiny_target()
     target.tokenizer = letter_tokenizer()
     target.tokenizer.chat_template = "{{ raise_exception('no system role\nhere') }}"
-    with pytest.raises(ValueError, match="tiny cannot encode this prompt.*no system role") as error:
+    with pytest.raises(ValueError, match=r"tiny cannot encode this prompt.*no system role") as error:
         target.encode(CHAT)
     assert "\n" not in str(error.value)
 

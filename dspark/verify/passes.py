@@ -78,7 +78,9 @@ class TransformersPass:
             one = getattr(layer, "multi_query", False) and not getattr(layer, "new_decoder_architecture", False)  # as in Falcon
             heads = 1 if one else getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
             each = 2 * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
-            if latent := getattr(layer, "kv_lora_rank", None):  # as in DeepSeek: transformers keeps the latent, before 5.23 what it expands to
+            if latent := getattr(
+                layer, "kv_lora_rank", None
+            ):  # as in DeepSeek: transformers keeps the latent, before 5.23 what it expands to
                 kept = hasattr(self.target.layers[i].self_attn, "expand_kv")
                 heads = 1 if kept else heads
                 each = layer.qk_rope_head_dim + (latent if kept else layer.qk_nope_head_dim + layer.v_head_dim)
