@@ -134,7 +134,7 @@ def test_without_a_policy_the_text_is_the_same_and_times_are_measured_once(tmp_p
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
     measured, medians = [], profile._medians
     monkeypatch.setattr("dspark.tune.auto.step_times", step_times)
-    monkeypatch.setattr(profile, "_medians", lambda step, widths, repeats: measured.append(widths) or medians(step, widths, 1))
+    monkeypatch.setattr(profile, "_medians", lambda step, widths, *_: measured.append(widths) or medians(step, widths, 1))
     target = tiny_target()
     drafter, prompt = tiny_drafter(target), random_prompt(0, 6) * 3
     outputs = [dspark.generate(target, drafter, prompt, max_new_tokens=24) for _ in range(2)]

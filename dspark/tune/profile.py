@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from dspark.device.round import StaticRound, static_round
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import Ask, DraftSource, propose
 from dspark.files import cache_dir, digest, write_atomically
+from dspark.rewind import SlotCache
 from dspark.target.target import Target
 from dspark.tune.curve import Extra, SPSCurve
 from dspark.verify.passes import pass_of
@@ -34,16 +37,21 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 REQUESTS = (1, 2, 4, 8, 16, 32)  # that draft together
 CONTEXT = 256  # cached tokens before the steps that are measured
 SHAPES = ((1, 1, CONTEXT), (1, 8, CONTEXT), (8, 8, CONTEXT), (1, 1, 768), (1, 8, 768), (2, 8, 768))  # requests, tokens, cached tokens
+PATIENCE = 2.0  # seconds for one kind of step where the default policy waits for it
 FORMAT = 5  # of the cached files; files of another format are measured again
 
 
-def profile_sps(target: Target, *, context: int = CONTEXT, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> SPSCurve:
+def profile_sps(
+    target: Target, *, context: int = CONTEXT, widths: Sequence[int] = WIDTHS, repeats: int = 9, patience: float = math.inf
+) -> SPSCurve:
     """The curve of :func:`median_steps` on this machine. Raises ValueError as it does."""
-    measured = median_steps(target, context=context, widths=widths, repeats=repeats)
+    measured = median_steps(target, context=context, widths=widths, repeats=repeats, patience=patience)
     return SPSCurve(tuple(measured), tuple(measured.values()))
 
 
-def median_steps(target: Target, *, context: int = CONTEXT, widths: Sequence[int] = WIDTHS, repeats: int = 9) -> dict[int, float]:
+def median_steps(
+    target: Target, *, context: int = CONTEXT, widths: Sequence[int] = WIDTHS, repeats: int = 9, patience: float = math.inf
+) -> dict[int, float]:
     """Width, ascending → median seconds of a step over that many tokens after ``context`` cached ones, as measured.
 
     Raises ValueError for a context that is empty or does not fit the target, or fewer than one repeat.
@@ -68,16 +76,20 @@ def median_steps(target: Target, *, context: int = CONTEXT, widths: Sequence[int
         slot.rewind(context)
         return taken
 
-    return _medians(step, widths, repeats)
+    return _medians(step, widths, repeats, patience)
 
 
-def _medians(step: Callable[[int], float], widths: Sequence[int], repeats: int) -> dict[int, float]:
+def _medians(step: Callable[[int], float], widths: Sequence[int], repeats: int, patience: float = math.inf) -> dict[int, float]:
     """Width → median of ``step(width)``. The first of each width is left out: it allocates buffers or absorbs the prompt.
 
-    The widths take turns, starting with another one each time, so a slow period of the machine affects all of them.
+    The widths take turns, starting with another one each time, so a slow period of the machine affects all of them. After ``patience``
+    seconds three repeats are enough.
     """
+    start = time.perf_counter()
     times: dict[int, list[float]] = {width: [] for width in widths}
     for turn in tqdm(range(1 + repeats), "measuring step times", leave=False, delay=1):
+        if turn > 3 and time.perf_counter() - start > patience:
+            break
         for i in range(len(widths)):
             width = widths[(turn + i) % len(widths)]
             times[width].append(step(width))
@@ -129,7 +141,7 @@ def sps_curve(target: Target) -> SPSCurve:
     One file per machine, device, target digest, dtype, weight layout, thread count and torch version, in ``cache_dir()/profiles``.
     """
     context = min(CONTEXT, target.max_context - WIDTHS[-1])
-    return _kept(target, {"context": context}, SPSCurve, lambda: profile_sps(target, context=context, repeats=5))
+    return _kept(target, {"context": context}, SPSCurve, lambda: profile_sps(target, context=context, repeats=5, patience=PATIENCE))
 
 
 def step_times(target: Target, drafter: DraftSource) -> SPSCurve:
@@ -158,7 +170,11 @@ def profile_extra(target: Target, repeats: int = 5) -> Extra:
         cache = run.new_cache()
         slots = [cache.open() for _ in range(max(requests for requests, _, c in shapes if c == context))]
         for slot in slots:
-            run([ids[:context]], [slot], cache, last_only=True)
+            if isinstance(cache, SlotCache):  # what it holds does not change the time
+                cache.reserve(context)
+                slot.length = context
+            else:
+                run([ids[:context]], [slot], cache, last_only=True)
         held[context] = cache, slots
 
     def step(i: int) -> float:
@@ -172,7 +188,7 @@ def profile_extra(target: Target, repeats: int = 5) -> Extra:
             slot.rewind(context)
         return taken
 
-    times = _medians(step, range(len(shapes)), repeats)
+    times = _medians(step, range(len(shapes)), repeats, PATIENCE)
     base, alone = shapes[0][2], {tokens: i for i, (_, tokens, _) in enumerate(shapes[:2])}
     others = range(2, len(shapes))
     terms = [(r - 1, r * (c - base), n * (c - base)) for r, n, c in (shapes[i] for i in others)]
@@ -199,7 +215,7 @@ def profile_drafts(target: Target, drafter: DraftSource, *, requests: Sequence[i
             drafter.extend(state, tokens[-1:], None if taps is None else taps[:, -1:])
         return taken
 
-    measured = _medians(draft, requests, repeats)
+    measured = _medians(draft, requests, repeats, PATIENCE)
     return SPSCurve(tuple(measured), tuple(measured.values()))
 
 
@@ -214,7 +230,7 @@ def _static_drafts(static: StaticRound, width: int, context: int, requests: Sequ
         static.draw(slots[:count], width)
         return now(static.cache.buffers.device) - start
 
-    measured = _medians(draft, requests, repeats)
+    measured = _medians(draft, requests, repeats, PATIENCE)
     return SPSCurve(tuple(measured), tuple(measured.values()))
 
 
