@@ -154,7 +154,8 @@ def test_ranking_quality_is_the_share_of_pairs_in_order() -> None:
 
 def test_rollouts_give_back_the_logits_and_leave_unchecked_positions_out() -> None:
     target = tiny_target(eos_token_id=None)
-    rounds = dspark.generate(target, tiny_drafter(target), [5, 6, 7], max_new_tokens=40, temperature=1.0).rounds
+    policy = dspark.FixedWindow()
+    rounds = dspark.generate(target, tiny_drafter(target), [5, 6, 7], policy=policy, max_new_tokens=40, temperature=1.0).rounds
     data, drafted = rollouts(rounds, 4), [r for r in rounds if r.source]
     for row, r in zip(data.logits, drafted, strict=True):
         assert torch.allclose(row[: len(r.confidence)].sigmoid(), torch.tensor(r.confidence), atol=1e-6)

@@ -23,8 +23,8 @@ def prepared(target: Target, drafter: DraftSource | None, policy: Policy | None)
         if policy is not None and not isinstance(policy, Autoregressive):
             raise ValueError(f"{policy} needs a drafter: pass one, or leave the policy out for plain decoding")
         return None, Autoregressive()
-    embedding = getattr(getattr(drafter, "drafter", drafter), "attached_to", target.embedding)
-    if embedding is not target.embedding and not _equal(embedding.weight, target.embedding.weight):
+    mine = getattr(getattr(drafter, "drafter", drafter), "attached_to", None)  # the embedding of the target it was made for
+    if mine is not None and mine is not target.embedding and not _equal(mine.weight, target.embedding.weight):
         raise ValueError(f"the drafter is attached to another model than {target.name}: load_drafter(…, target) with this very target")
     if policy is None:
         source = drafter if isinstance(drafter, ContextLookup) else ContextLookup(drafter, target=target)

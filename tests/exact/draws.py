@@ -63,7 +63,9 @@ class Tree:
 def sample(target: Target, tree: Tree, source: DraftSource, policy: Policy, sampling: Sampling, n: int, seed: int) -> Counter[Text]:
     """The first tokens of n texts drawn by the product's engine → how often each came."""
     rng, drawn = Rng(torch.Generator().manual_seed(seed)), Counter()
-    looked_up = SimpleNamespace(device=target.device, eos_token_ids=target.eos_token_ids, verifier=TablePass(tree.look), decode=None)
+    looked_up = SimpleNamespace(
+        device=target.device, eos_token_ids=target.eos_token_ids, verifier=TablePass(tree.look), decode=None, embedding=target.embedding
+    )
     for _ in range(n):
         text: Text = ()
         for r in rounds(looked_up, source, tree.prompt, 64, policy, sampling, rng):
