@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from dspark.cpu.fused import FusedBackbone
-from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, pack_linears
-from dspark.verify.lean import lean_pass, plain_product
+from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, compute_dtype, pack_linears
+from dspark.verify.lean import lean_pass
 from dspark.verify.static import static_pass
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def pack_target(target: Target) -> Target:
 def _fast_pass(target: Target, packs: bool) -> TargetPass | None:
     if target.device.type == "cuda":
         return static_pass(target)
-    return lean_pass(target, PackedLinear if packs else plain_product)
+    return lean_pass(target, PackedLinear, compute_dtype()) if packs else lean_pass(target)
 
 
 def _refuse_to_save(*_: object, **__: object) -> None:

@@ -28,7 +28,7 @@ class PackedLinear(nn.Module):
 
     weight: [out, in] bfloat16; bias: [out].
     keep_weight: also keep the plain weight, so that it can be saved.
-    Called with x [..., in] of any float dtype; returns [..., out] bfloat16.
+    Called with x [..., in]; returns [..., out] in x's dtype, bfloat16 or float32.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, keep_weight: bool = False) -> None:
@@ -44,9 +44,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.native:
-            return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, self.bias, "none", [], "")
-        rows = x.bfloat16().float().reshape(-1, self.in_features)
-        return torch.ops.quantized.linear_dynamic_fp16(rows, self.packed).bfloat16().view(*x.shape[:-1], self.out_features)
+            return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.packed, self.bias, "none", [], "").to(x.dtype)
+        product = torch.ops.quantized.linear_dynamic_fp16(x.float().reshape(-1, self.in_features), self.packed)
+        return product.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class QuantizedLinear(nn.Module):
@@ -80,6 +80,11 @@ def has_bfloat16_kernels() -> bool:
     """Whether oneDNN multiplies bfloat16 matrices on this CPU, and this build of PyTorch lets it keep them in its own layout."""
     ops = torch.ops.mkldnn
     return hasattr(ops, "_linear_pointwise") and hasattr(ops, "_is_mkldnn_bf16_supported") and ops._is_mkldnn_bf16_supported()
+
+
+def compute_dtype() -> torch.dtype:
+    """What activations are kept in between the products of bfloat16 weights: converting to it and back would cost as much as these."""
+    return torch.bfloat16 if has_bfloat16_kernels() else torch.float32
 
 
 @cache

@@ -2,7 +2,7 @@
 
 A pass over a few tokens spends its time on reading weights and calling kernels. Here projections of the same input are one product, the
 heads that share keys are folded into the queries of one attention call, and products run over the tokens of all requests without
-padding. The caller chooses how a product's weight is laid out (:mod:`dspark.load` packs it for a CPU).
+padding. The caller chooses how a product's weight is laid out and in which dtype the pass computes (:mod:`dspark.cpu` does for a CPU).
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ class LeanPass:
 
     name = "lean"
 
-    def __init__(self, target: Target, family: Family, make: MakeProduct) -> None:
+    def __init__(self, target: Target, family: Family, make: MakeProduct, dtype: torch.dtype) -> None:
         config, decoder = target.config, target.decoder
-        self.device, self.dtype, self.rotary = target.device, target.dtype, decoder.rotary_emb
+        self.device, self.dtype, self.rotary = target.device, dtype, decoder.rotary_emb
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.eps, self.scale = config.rms_norm_eps, self.head_dim**-0.5
         windows = family.windows(config, target.num_layers)
         self.layers = [self._layer(layer, window, family, make) for layer, window in zip(target.layers, windows, strict=True)]
-        self.norm = decoder.norm.weight
+        self.norm = decoder.norm.weight.detach().to(dtype)
         self.embedding = target.embedding.weight
         self.head = make(target.head_weight, None)
         self.table = (torch.empty(0), torch.empty(0))
@@ -96,14 +96,14 @@ class LeanPass:
         attention, mlp = layer.self_attn, layer.mlp
         norms = None
         if family.qk_norm:
-            norms = torch.stack([attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads)
+            norms = torch.stack([attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads).detach().to(self.dtype)
         return _Layer(
             _joined(make, attention.q_proj, attention.k_proj, attention.v_proj),
             _joined(make, attention.o_proj),
             _joined(make, mlp.gate_proj, mlp.up_proj),
             _joined(make, mlp.down_proj),
-            layer.input_layernorm.weight,
-            layer.post_attention_layernorm.weight,
+            layer.input_layernorm.weight.detach().to(self.dtype),
+            layer.post_attention_layernorm.weight.detach().to(self.dtype),
             norms,
             window,
         )
@@ -135,14 +135,14 @@ class LeanPass:
 
     def decoder(self, ids: Tensor, attend: _Attention, taps: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """All layers. ids: [N] → the residual stream [N, hidden] after the last, and the taps [N, m·hidden], None if none are asked for."""
-        x, tapped = F.embedding(ids, self.embedding), {}
+        x, tapped = F.embedding(ids, self.embedding).to(self.dtype), {}
         if -1 in taps:
             tapped[-1] = x
         for i, layer in enumerate(self.layers):
             x = self._decoder_layer(layer, x, i, attend)
             if i in taps:
                 tapped[i] = x
-        return x, torch.cat([tapped[i] for i in taps], -1) if taps else None
+        return x, torch.cat([tapped[i] for i in taps], -1).to(self.embedding.dtype) if taps else None
 
     def logits(self, x: Tensor) -> Tensor:
         """The residual stream [N, hidden] after the last layer → [N, vocab]."""
@@ -151,20 +151,25 @@ class LeanPass:
     def _decoder_layer(self, layer: _Layer, x: Tensor, index: int, attend: _Attention) -> Tensor:
         """x: [N, hidden] → [N, hidden], for the N new tokens of all requests; index: of the layer."""
         qkv = layer.qkv(F.rms_norm(x, x.shape[-1:], layer.before_attention, self.eps)).unflatten(-1, (-1, self.head_dim))
-        queries_keys, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), 1)  # [N, heads, head_dim]
+        queries_keys, values = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]  # [N, heads, head_dim]
         if layer.qk_norms is not None:
             queries_keys = F.rms_norm(queries_keys, (self.head_dim,), None, self.eps) * layer.qk_norms
-        queries, keys = attend.rotate(queries_keys).split((self.heads, self.kv_heads), 1)
-        x = x + layer.out(attend(index, layer.window, queries, keys, values))
+        rotated = attend.rotate(queries_keys)
+        x = x + layer.out(attend(index, layer.window, rotated[:, : self.heads], rotated[:, self.heads :], values))
         gate, up = layer.gate_up(F.rms_norm(x, x.shape[-1:], layer.before_mlp, self.eps)).chunk(2, -1)
         return x + layer.down(F.silu(gate) * up)
 
     def rope(self, longest: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of the positions 0, 1, … up to at least ``longest``, two of [positions, 1, head_dim], by the model's own module."""
+        """cos and sin of the positions 0, 1, … up to at least ``longest``, two of [positions, 1, head_dim], by the model's own module.
+
+        The first half of each sine is negated, so that rotating x is x · cos + roll(x) · sin.
+        """
         table = self.table  # other threads may replace it
         if len(table[0]) < longest:
             every = torch.arange(max(FIRST_TABLE, 1 << (longest - 1).bit_length()), device=self.device)[None]
-            table = self.table = tuple(part[0][:, None] for part in self.rotary(self.embedding[:1, None], every))
+            cos, sin = (part[0][:, None] for part in self.rotary(self.embedding[:1, None].to(self.dtype), every))
+            left, right = sin.chunk(2, -1)
+            table = self.table = (cos, torch.cat([-left, right], -1))
         return table
 
 
@@ -194,8 +199,7 @@ class _Attention:
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotary embedding. x: [N, heads, head_dim]."""
-        left, right = x.chunk(2, -1)
-        return x * self.cos + torch.cat([-right, left], -1) * self.sin
+        return x * self.cos + x.roll(x.shape[-1] // 2, -1) * self.sin
 
     def __call__(self, index: int, window: int | None, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """queries: [N, heads, head_dim]; keys, values: [N, kv_heads, head_dim]. Returns [N, heads · head_dim]."""
@@ -232,8 +236,11 @@ class _Attention:
         return self.masks[window]
 
 
-def lean_pass(target: Target, make: MakeProduct = plain_product) -> LeanPass | None:
-    """The lean pass of this target, or None if its architecture is not in FAMILIES or its modules are not the plain ones."""
+def lean_pass(target: Target, make: MakeProduct = plain_product, dtype: torch.dtype | None = None) -> LeanPass | None:
+    """The lean pass of this target, or None if its architecture is not in FAMILIES or its modules are not the plain ones.
+
+    dtype: of hidden states, keys, values and logits between the products; None for the model's own.
+    """
     family, config = FAMILIES.get(target.config.model_type), target.config
     devices = {str(weight.device) for weight in target.model.parameters()}
     if len(devices) > 1:
@@ -244,7 +251,7 @@ def lean_pass(target: Target, make: MakeProduct = plain_product) -> LeanPass | N
     fits = fits and target.steady_context >= (getattr(config, "max_position_embeddings", None) or 0)
     if not fits or not all(_is_plain(layer, family) for layer in target.layers):
         return None
-    return LeanPass(target, family, make)
+    return LeanPass(target, family, make, dtype or target.dtype)
 
 
 def _is_plain(layer: nn.Module, family: Family) -> bool:
