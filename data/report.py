@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from dspark.bench.gpu import SHARES, tokens_per_second
+from dspark.bench.load import closed
 from dspark.bench.policies import ORACLE, pooled, replayed, windows
-from dspark.bench.results import read_rows
+from dspark.bench.results import read_rows, rows_so_far
 from dspark.bench.rollouts import FIT, FITTED, judged, rollouts_of
 from dspark.bench.stats import ALL, summarise
 from dspark.bench.table import caption, place
@@ -236,28 +236,19 @@ def _exactness(path: Path) -> str:
 
 def _gpu(folder: Path) -> str:
     """What ``python -m dspark.bench gpu`` measured, part by part; files of rehearsals do not count."""
-    files = {part: folder / f"gpu-{part}.json" for part in SHARES}
-    parts = {part: json.loads(path.read_text(encoding="utf-8")) for part, path in files.items() if path.is_file()}
-    parts = {part: content for part, content in parts.items() if content["rows"] and not content["plan"]["rehearse"]}
+    parts = {part: rows_so_far(folder / f"gpu-{part}.parquet") for part in ("equality", "speed", "requests")}
+    parts = {part: frame for part, frame in parts.items() if len(frame) and (frame["device"] != "cpu").all()}
     if not parts:
         return "Not measured on a GPU. `make test-gpu` and `python -m dspark.bench gpu` test and measure there."
-    about = next(iter(parts.values()))["environment"]
-    words = [f"{about['device']}, {about['target']}, one command (`python -m dspark.bench gpu`):"]
-    if rows := parts.get("equality", {}).get("rows"):
-        words.append(
-            f"- {sum(row['equal'] for row in rows)} of {sum(row['texts'] for row in rows)} greedy float32 texts are transformers' own."
-        )
-    if rows := parts.get("speed", {}).get("rows"):
-        speeds = tokens_per_second(rows)
-        each = ", ".join(f"`{arm}` {value:.0f} ({value / speeds['plain']:.2f}×)" for arm, value in speeds.items())
-        words.append(f"- Tokens per second of one request, geometric mean, and ratio to graphed plain decoding: {each}.")
-    lines = parts.get("requests", {}).get("rows", [])
-    if rows := [row for row in lines if "error" not in row]:
-        speeds = {(row["requests"], row["arm"]): f"{row['tokens'] / row['seconds']:.0f}" for row in rows}
-        arms, counts = (list(dict.fromkeys(key[i] for key in speeds)) for i in (1, 0))
-        cells = ([str(count), *(speeds.get((count, arm), "") for arm in arms)] for count in counts)
-        words += ["- Tokens per second of all requests together:", "", table(["requests", *(f"`{arm}`" for arm in arms)], cells)]
-    return "\n".join([words[0], "", *words[1:]])
+    texts = parts.get("equality", pd.DataFrame({"equal": []}))["equal"]
+    words = [f"{int(texts.sum())} of {len(texts)} greedy float32 texts are those of `model.generate`." if len(texts) else ""]
+    if "speed" in parts:
+        words.append(speed_table(parts["speed"]))
+    if "requests" in parts:
+        speeds = closed(parts["requests"])
+        cells = ([str(n), *(f"{speed:.0f}" for speed in column)] for n, column in speeds.items())
+        words += ["Tokens per second of all users together:", table(["users", *(f"`{arm}`" for arm in speeds.index)], cells)]
+    return paragraphs(words)
 
 
 def _llamacpp(path: Path) -> str:

@@ -212,7 +212,7 @@ def test_greedy_arms_in_float32_give_identical_ids(models, tmp_path):
     assert "2 of 2" in identity_table(frame)
 
 
-PEERS = "generate,lookup,assisted,copy,copy:1,copy+block:3"
+PEERS = "eager,generate,lookup,assisted,copy,copy:1,copy+block:3"
 
 
 def test_every_peers_greedy_text_in_float32_is_plains(models, tmp_path):

@@ -2,85 +2,96 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from test_bench import kill_before
 
-from dspark.bench import gpu, gpu_parts
-from dspark.bench.gpu import SHARES, measure, run_part, tokens_per_second
-from dspark.bench.gpu_parts import PARTS, TOY, GpuPlan
+from dspark.bench import gpu, memory
+from dspark.bench.gpu import BUDGETS, PARTS, TOY_BUDGETS, Part, ToyPlan, measure, run_part
+from dspark.bench.plan import Plan
+from dspark.bench.results import Ledger, read_results, rows_so_far, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data"))
 report = __import__("report")  # data/ is no package
-REHEARSAL = GpuPlan(rehearse=True, minutes=1.0)
+REHEARSAL = ToyPlan(arms="plain,fixed,prefix")
 
 
-def read(folder: Path, part: str) -> dict:
-    return json.loads((folder / f"gpu-{part}.json").read_text(encoding="utf-8"))
+@pytest.fixture(autouse=True)
+def one_process_and_its_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(memory, "in_new_process", lambda function, plan: function(plan))
 
 
 def test_the_rehearsal_runs_every_part_and_what_it_wrote_becomes_a_page(tmp_path: Path) -> None:
-    assert list(PARTS) == list(SHARES) and sum(SHARES.values()) == pytest.approx(1)
+    assert sum(part.share for part in PARTS.values()) == pytest.approx(1)
     for part in PARTS:
-        run_part(REHEARSAL, part, tmp_path, 120.0)
-        found = read(tmp_path, part)
-        assert found["complete"] and not found["error"] and found["environment"]["pass"] == "static"
-    assert all(row["equal"] == row["texts"] == 4 for row in read(tmp_path, "equality")["rows"])
-    speed = read(tmp_path, "speed")["rows"]
-    graphed = [row for row in speed if row["arm"] != "plain eager"]
-    assert len(speed) == 4 * 6 and all(0.9 <= row["waits_per_round"] <= 2 for row in graphed)
-    assert {(row["tokens"], row["pass"]) for row in read(tmp_path, "sps")["rows"]} == {
-        (b, p) for b in TOY.budgets for p in ("graphed", "eager")
+        run_part(REHEARSAL, part, tmp_path)
+    found = {part: read_results(tmp_path / f"gpu-{part}.parquet") for part in PARTS}
+    assert len(found["equality"]) == 4 * 3 and found["equality"]["equal"].all()
+    assert set(found["equality"]["dtype"]) == {"float32"} and set(found["equality"]["pass"]) == {"static"}
+    assert found["speed"].groupby("arm")["pass"].first().to_dict() == dict.fromkeys(gpu.ARMS.split(","), "static") | {"eager": "lean"}
+    assert set(zip(found["sps"]["tokens"], found["sps"]["pass"], strict=True)) == {
+        (b, p) for b in TOY_BUDGETS for p in ("graphed", "eager")
     }
-    assert [row["requests"] for row in read(tmp_path, "requests")["rows"]] == [1] * 3 + [3] * 3
+    assert len(found["requests"]) == 1 + 2 * 3 and list(found["memory"]["arm"]) == ["plain", "fixed", "prefix"]
     assert "Not measured on a GPU" in report._gpu(tmp_path)  # a rehearsal is no measurement
-    for part in PARTS:
-        content = read(tmp_path, part)
-        (tmp_path / f"gpu-{part}.json").write_text(json.dumps(content | {"plan": content["plan"] | {"rehearse": False}}))
+    for part, frame in found.items():
+        write_results(frame.assign(device="H200"), tmp_path / f"gpu-{part}.parquet")
     page = report._gpu(tmp_path)
-    assert "24 of 24 greedy float32 texts" in page and f"`fixed` {tokens_per_second(speed)['fixed']:.0f}" in page and "| 3 |" in page
+    assert "12 of 12 greedy float32 texts" in page and "H200" in page and "| `eager` |" in page and "| 3 |" in page
 
 
-def dying(plan: GpuPlan, part: str, folder: Path, seconds: float) -> None:
-    """Writes a row, and then one part is killed and one never ends."""
-    sheet = gpu_parts.Sheet(folder / f"gpu-{part}.json", {"part": part, "plan": {}})
-    sheet.add(arm="plain")
+def dying(plan: Plan, part: str, folder: Path) -> None:
+    """Measures a row, and then one part is killed and one never ends."""
+    ledger = Ledger(folder / f"gpu-{part}.parquet", {})
+    ledger.add("0", [{"arm": "plain"}])
     if part == "speed":
         os._exit(9)
     if part == "sps":
         time.sleep(3600)
-    sheet.write(complete=True)
+    shutil.copy(folder / "whole.parquet", ledger.out)
 
 
 def test_a_part_that_dies_or_hangs_costs_itself_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "GRACE", 30.0)  # the import of PyTorch on a busy machine
-    monkeypatch.setattr(gpu, "SHARES", {"speed": 0.3, "sps": 0.3, "memory": 0.4})
-    (tmp_path / "gpu-memory.json").write_text("{}")  # an earlier run's
-    found = measure(GpuPlan(rehearse=True, minutes=0.01), tmp_path, dying)
-    assert [len(content["rows"]) for content in found.values()] == [1, 1, 1]
-    assert [content["complete"] for content in found.values()] == [False, False, True]
-    assert found["speed"]["error"] == "its process ended with status 9" and "status -9" in found["sps"]["error"]
-    assert read(tmp_path, "sps") == found["sps"]
+    monkeypatch.setattr(gpu, "PARTS", {name: Part(share, print, {}) for name, share in (("speed", 0.3), ("sps", 0.3), ("memory", 0.4))})
+    monkeypatch.setattr(gpu, "get_context", lambda _: get_context("fork"))  # starts at once
+    write_results(pd.DataFrame({"arm": ["plain"]}), tmp_path / "whole.parquet")
+    found = measure(REHEARSAL, 0.1, tmp_path, dying)
+    assert [len(frame) for frame in found.values()] == [1, 1, 1]
+    assert [(tmp_path / f"gpu-{part}.parquet").exists() for part in found] == [False, False, True]
 
 
-def test_an_error_and_the_end_of_the_time_stand_in_the_parts_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_part(REHEARSAL, "sps", tmp_path, -1.0)
-    assert read(tmp_path, "sps")["error"].startswith("TimeoutError") and not read(tmp_path, "sps")["complete"]
+def test_a_part_that_was_stopped_resumes_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        kill_before(2, patched)
+        with pytest.raises(SystemExit, match=r"sps stopped \(KeyboardInterrupt\); what it has measured is kept"):
+            run_part(REHEARSAL, "sps", tmp_path)
+    kept = rows_so_far(tmp_path / "gpu-sps.parquet")
+    run_part(REHEARSAL, "sps", tmp_path)
+    whole = rows_so_far(tmp_path / "gpu-sps.parquet")
+    assert len(kept) == 2 and len(whole) == 2 * len(TOY_BUDGETS) and whole["seconds"][:2].tolist() == kept["seconds"].tolist()
 
-    def small(self: object, run: str, requests: int, *_: object) -> float:
-        if requests > 1:
+
+def test_memory_that_runs_out_ends_the_part_with_a_line_and_keeps_the_smaller_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(_: object, shapes: list[tuple[int, int, int]], **__: object) -> dict[tuple[int, int, int], float]:
+        if shapes[0][0] > 1:
             raise RuntimeError("CUDA out of memory.\nmore")
-        return 0.001
+        return dict.fromkeys(shapes, 0.001)
 
-    monkeypatch.setattr(gpu_parts.Bench, "step_seconds", small)
-    run_part(REHEARSAL, "sps", tmp_path, 60.0)
-    rows = read(tmp_path, "sps")["rows"]
-    assert [row.get("error") for row in rows] == [None] * 4 + ["CUDA out of memory."] * 2
+    monkeypatch.setattr(gpu, "pass_times", small)
+    with pytest.raises(SystemExit, match=r"sps stopped \(CUDA out of memory\.\)"):
+        run_part(REHEARSAL, "sps", tmp_path)
+    assert list(rows_so_far(tmp_path / "gpu-sps.parquet")["tokens"]) == [1, 1, 4, 4] and max(BUDGETS) == 4096
 
 
 def test_the_command_names_a_missing_gpu(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

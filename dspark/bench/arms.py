@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,16 +17,32 @@ from dspark.draft.source import DraftSource
 from dspark.schedule import POLICIES, Policy, parse_policy
 from dspark.target.target import Target
 from dspark.tune.profile import step_times
+from dspark.verify.lean import lean_pass
+from dspark.verify.passes import TargetPass
+
+
+def lean_of(target: Target) -> TargetPass | None:
+    """The lean pass of a target, kernel by kernel where its own pass replays CUDA graphs."""
+    return getattr(target.verifier, "lean", None) or lean_pass(target)
+
+
+def by_eager(target: Target, settings: Settings) -> Decoder:
+    """Our plain loop without CUDA graphs."""
+    eager = copy.copy(target)
+    eager.verifier = lean_of(target)
+    return by_dspark(eager, None, None, settings)
+
 
 HEADLINE = "plain,generate,mtp1,fixed:5,fixed+copy,prefix+copy"
 PEERS: dict[str, Callable[[Target, Settings], Decoder]] = {
     "generate": by_transformers,
     "lookup": partial(by_transformers, prompt_lookup_num_tokens=10),  # as in transformers' own documentation (Saxena, 2023)
     "assisted": by_early_exit,
+    "eager": by_eager,
 }
 LLAMACPP = {"llamacpp": False, "llamacpp+dspark": True}  # name → whether our drafter drafts there
 CHOICES = (
-    f"{', '.join(['plain', *PEERS])} (the last {len(PEERS)} are transformers' own), {', '.join(LLAMACPP)}, copy[:N] (no drafter), "
+    f"{', '.join(['plain', *PEERS])} (transformers' own, and plain without CUDA graphs), {', '.join(LLAMACPP)}, copy[:N] (no drafter), "
     f"{', '.join(name for name in POLICIES if name != 'plain')} with their numbers, as in fixed:5 or confidence:0.3; "
     "+copy[:N] after one with a drafter copies from the context where N tokens repeat, +block:N drafts at most N tokens"
 )
@@ -39,7 +56,7 @@ class Arm:
     spec: the policy for :func:`dspark.schedule.parse_policy`; "" where our loop drafts nothing.
     min_match: tokens that must repeat before the context is copied; 0 copies nothing.
     trained: whether it needs the trained drafter.
-    peer: another library's loop, run on the stock target.
+    peer: another loop than ours, run on the stock target.
     """
 
     name: str
@@ -51,7 +68,7 @@ class Arm:
     @property
     def pass_name(self) -> str:
         """What runs the target's pass; "" for the target itself."""
-        return package_version() if self.name in LLAMACPP else "transformers" if self.peer else ""
+        return package_version() if self.name in LLAMACPP else "lean" if self.peer is by_eager else "transformers" if self.peer else ""
 
     def policy(self, target: Target, source: DraftSource) -> Policy:
         """The policy on this target; ``auto`` and ``prefix`` measure step times if they are not in the cache."""

@@ -1,85 +1,175 @@
 """``python -m dspark.bench gpu --minutes 8``: everything that has to be measured on a GPU, in one command.
 
-First equality: the graphed texts are transformers' own. Then speed with one request, step times up to 4 096 tokens, throughput with 1 to
-512 requests, memory. Each part is a process of its own and writes its rows as it goes, so a part that fails or is cut off costs itself
-alone and keeps what it has. ``--rehearse`` runs every line but the capture itself at toy size on a CPU.
+First equality: the graphed texts are transformers' own. Then speed with one user, step times up to 4 096 tokens, throughput with 1 to 512
+users, peak memory. Each part is a process of its own with its share of the time. It keeps what it has measured, and the same command
+resumes there. ``--rehearse`` runs every line but the capture itself at toy size on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import geometric_mean
+from typing import NamedTuple
 
-from dspark.bench.gpu_parts import GRAPHED, PARTS, Bench, GpuPlan, Sheet
-from dspark.bench.provenance import environment, utc
+import pandas as pd
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dspark.bench.arms import Models, lean_of
+from dspark.bench.identity import check_identity
+from dspark.bench.load import LoadPlan, closed, measure_load
+from dspark.bench.memory import measure_memory
+from dspark.bench.plan import Plan
+from dspark.bench.provenance import utc
+from dspark.bench.results import Ledger, Row, rows_so_far
+from dspark.bench.speed import measure_speed
+from dspark.bench.table import TABLES
 from dspark.cli import add_fields, from_fields, run_main
-from dspark.files import one_line, write_atomically
+from dspark.draft.backbone import DrafterConfig
+from dspark.draft.drafter import Drafter
+from dspark.files import one_line
+from dspark.load import DTYPES
+from dspark.target.target import Target
+from dspark.tune.profile import CONTEXT, pass_times
+from dspark.verify.static import static_pass
 
-SHARES = {"equality": 0.15, "speed": 0.35, "sps": 0.12, "requests": 0.3, "memory": 0.08}  # of the time, in the order of running
-GRACE = 60.0  # seconds beyond its share after which a part is ended: it checks the time between rows itself
+OPTIONS = ("target", "drafter", "device", "dtype")  # of dspark.bench that this command has
+ARMS = "eager,plain,fixed,prefix,fixed+copy,prefix+copy"
+BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens in a pass
+EACH = 8  # tokens of a user in the wide passes
+USERS = "1,2,4,8,16,32,64,128,256,512"
+TOY = {"prompts": 1, "tokens": 8, "threads": 1}  # of a rehearsal
+TOY_BUDGETS, TOY_USERS = (1, 4, 32), "1,3"
+GRACE = 60.0  # seconds in which a part whose time is over may end its step
 
 
-def run_part(plan: GpuPlan, part: str, folder: Path, seconds: float) -> None:
-    """One part, in the process that calls this; an error ends in its file."""
-    sheet = Sheet(folder / f"gpu-{part}.json", {"part": part, "plan": asdict(plan), "utc": utc()})
+class Part(NamedTuple):
+    """share: of the time. measure: from a plan into a file. differs: how this plan differs from the command's."""
+
+    share: float
+    measure: Callable[[Plan, Path], object]
+    differs: dict[str, object]
+
+
+def measure_steps(plan: Plan, out: Path) -> pd.DataFrame:
+    """Seconds of a pass over B tokens, graphed and eager: of one request as far as that goes, then of many with ``EACH`` tokens."""
+    models = plan.load()
+    target, constant = models.target, plan.provenance(models)
+    passes = {"graphed": target.verifier, "eager": lean_of(target)}
+
+    def measure(budget: int) -> list[Row]:
+        shape = (1 if budget <= 2 * EACH else budget // EACH, budget, min(CONTEXT, target.max_context // 2))
+        seconds = {name: pass_times(target, [shape], repeats=15, run=run)[shape] for name, run in passes.items()}
+        about = constant | {"tokens": budget, "requests": shape[0], "utc": utc()}
+        return [about | {"pass": name, "seconds": each} for name, each in seconds.items()]
+
+    ledger = Ledger(out, plan.configuration("gpu-sps", target.digest, models.drafter))
+    return ledger.run({str(budget): budget for budget in (TOY_BUDGETS if isinstance(plan, Toy) else BUDGETS)}, measure)
+
+
+def measure_users(plan: Plan, out: Path) -> pd.DataFrame:
+    """The closed loops of ``python -m dspark.bench load``, each user with two requests."""
+    kind, users = (ToyLoad, TOY_USERS) if isinstance(plan, Toy) else (LoadPlan, USERS)
+    load = kind(**asdict(plan), users=users, rates="", per_user=2)
+    return measure_load(load, load.load(), out)
+
+
+PARTS = {  # in the order of running
+    "equality": Part(0.15, lambda plan, out: check_identity(plan, plan.load(stock=True), out), {"dtype": "float32", "tokens": 64}),
+    "speed": Part(0.35, lambda plan, out: measure_speed(plan, plan.load(), out), {"arms": ARMS}),
+    "sps": Part(0.12, measure_steps, {}),
+    "requests": Part(0.3, measure_users, {"tokens": 64}),
+    "memory": Part(0.08, measure_memory, {}),
+}
+
+
+class Toy:
+    """Mixed into a plan: random models of a few thousand weights instead of the plan's, and prompts of a few letters."""
+
+    def load(self, stock: bool = False) -> Models:
+        shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = LlamaConfig(num_hidden_layers=3, max_position_embeddings=512, initializer_range=0.3, eos_token_id=None, **shape)
+            target = ToyTarget(LlamaForCausalLM(config).to(DTYPES[self.dtype]), None, "toy")
+            drafter = Drafter(
+                DrafterConfig(**shape, num_hidden_layers=1, head_dim=8, target_layer_ids=(0, 1), mask_token_id=3, block_size=3)
+            )
+        target.verifier = static_pass(target)
+        return Models(target, drafter.to(target.dtype).attach(target).eval().requires_grad_(False), stock=target)
+
+
+class ToyTarget(Target):
+    def _apply_template(self, messages: list[dict[str, str]], _: object) -> list[int]:
+        return [5 + ord(letter) % 50 for letter in messages[0]["content"][:24]]
+
+
+class ToyPlan(Toy, Plan):
+    pass
+
+
+class ToyLoad(Toy, LoadPlan):
+    pass
+
+
+def run_part(plan: Plan, part: str, folder: Path) -> None:
+    """One part, in the process that calls this. Ends it with a line on stderr and status 1 if the part stops early."""
+    differs = PARTS[part].differs | (TOY if isinstance(plan, Toy) else {})
     try:
-        bench = Bench(plan, part, seconds)
-        sheet.write(environment=environment(bench.target) | {"pass": bench.passes[GRAPHED].name})
-        PARTS[part](bench, sheet)
-        sheet.write(complete=True)
-    except Exception as error:
-        sheet.write(error=f"{type(error).__name__}: {one_line(error)}")
+        PARTS[part].measure(replace(plan, **differs), folder / f"gpu-{part}.parquet")
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        sys.exit(f"dspark.bench gpu: {part} stopped ({one_line(error)}); what it has measured is kept")
 
 
-def measure(plan: GpuPlan, folder: Path, run: Callable[..., None] = run_part) -> dict[str, dict]:
-    """All parts, one after another, each with its share of the time that is left. Returns part → what its file holds."""
-    ends, found = time.monotonic() + 60 * plan.minutes, {}
-    for i, (part, share) in enumerate(SHARES.items()):
-        seconds = max(ends - time.monotonic(), 1.0) * share / sum(list(SHARES.values())[i:])
-        path = folder / f"gpu-{part}.json"
-        path.unlink(missing_ok=True)  # an earlier run's
-        process = get_context("spawn").Process(target=run, args=(plan, part, folder, seconds))
+def measure(plan: Plan, minutes: float, folder: Path, run: Callable[..., None] = run_part) -> dict[str, pd.DataFrame]:
+    """All parts, one after another, each with its share of the time that is left. Returns part → its rows so far."""
+    ends, left = time.monotonic() + 60 * minutes, sum(part.share for part in PARTS.values())
+    for name, part in PARTS.items():
+        process = get_context("spawn").Process(target=run, args=(plan, name, folder))
         process.start()
-        process.join(seconds + GRACE)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        found[part] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": [], "complete": False, "error": ""}
-        if not found[part]["complete"] and not found[part]["error"]:
-            found[part]["error"] = f"its process ended with status {process.exitcode}"
-            write_atomically(path, json.dumps(found[part], indent=1).encode())
-    return found
+        process.join(max(ends - time.monotonic(), 1.0) * part.share / left)
+        for stop in (partial(os.kill, process.pid, signal.SIGINT), process.kill):
+            if process.is_alive():
+                stop()
+                process.join(GRACE)
+        left -= part.share
+    return {name: rows_so_far(folder / f"gpu-{name}.parquet") for name in PARTS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; see :func:`dspark.cli.run_main`. Also returns 1 if a part failed or texts differ."""
+    """The command; see :func:`dspark.cli.run_main`. Also returns 1 if a part is incomplete or texts differ."""
     parser = argparse.ArgumentParser(prog="python -m dspark.bench gpu", description=__doc__.splitlines()[0])
-    add_fields(parser, GpuPlan)
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything; default %(default)s")
+    add_fields(parser, Plan, [name for name in Plan.__dataclass_fields__ if name not in OPTIONS], device="cuda")
     parser.add_argument("--rehearse", action="store_true", help="toy models on the CPU: is every line in order?")
-    parser.add_argument("--out", type=Path, default=Path("runs") / "bench" / "gpu", help="folder of gpu-PART.json; default runs/bench/gpu")
-    return run_main(parser, _run, arguments)
+    parser.add_argument("--out", type=Path, default=Path("runs") / "bench" / "gpu", help="folder of the parts' files; default %(default)s")
+    return run_main(parser, _run, arguments, kept="finished rows")
 
 
 def _run(options: argparse.Namespace) -> int:
-    found = measure(from_fields(GpuPlan, options), options.out)
-    for part, content in found.items():
-        state = "complete" if content["complete"] else f"incomplete ({content['error']})"
-        print(f"{part:9} {len(content['rows']):4} rows, {state}")
-    rows = found["speed"]["rows"]
-    if rows:
-        print("tokens per second, geometric mean over prompts: " + ", ".join(f"{a} {s:.1f}" for a, s in tokens_per_second(rows).items()))
-    print(f"in {options.out}")
-    unequal = any(row["equal"] < row["texts"] for row in found["equality"]["rows"])
-    return int(unequal or not all(content["complete"] for content in found.values()))
-
-
-def tokens_per_second(rows: Sequence[dict]) -> dict[str, float]:
-    """Arm → geometric mean over prompts, of the rows of the part ``speed``."""
-    arms = dict.fromkeys(row["arm"] for row in rows)
-    return {arm: geometric_mean(row["tokens"] / row["seconds"] for row in rows if row["arm"] == arm) for arm in arms}
+    if not options.minutes > 0:
+        raise ValueError(f"minutes must be positive, got {options.minutes}")
+    if options.rehearse:
+        options.device = "cpu"
+    elif not (options.device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(
+            f"device {options.device!r} is no GPU that PyTorch can use here: --rehearse runs everything at toy size on the CPU"
+        )
+    plan = from_fields(ToyPlan if options.rehearse else Plan, options, arms="plain,fixed,prefix", prompts=8, tokens=128)
+    found = measure(plan, options.minutes, options.out)
+    complete = {name: (options.out / f"gpu-{name}.parquet").exists() for name in PARTS}
+    for name, frame in found.items():
+        print(f"{name:9} {len(frame):4} rows, {'complete' if complete[name] else 'incomplete: the same command resumes there'}")
+    if complete["speed"]:
+        print(TABLES["speed"](found["speed"], "plain"))
+    if complete["requests"]:
+        print(f"{closed(found['requests']).round(0).to_string()}\ntokens per second in all, by number of users")
+    return int(not all(complete.values()) or not found["equality"]["equal"].all())

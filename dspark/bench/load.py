@@ -26,7 +26,7 @@ from dspark.bench.arms import Arm, Models
 from dspark.bench.costs import measure_costs
 from dspark.bench.plan import Plan, rotated
 from dspark.bench.prompts import PromptItem
-from dspark.bench.provenance import peak_rss_mib, utc
+from dspark.bench.provenance import peaks, utc
 from dspark.bench.results import Ledger, Row, read_rows
 from dspark.cli import add_fields, from_fields, option, run_main
 from dspark.engine import Engine
@@ -224,7 +224,7 @@ def measure_load(plan: LoadPlan, models: Models, out: Path) -> pd.DataFrame:
         kind, level, place, arm = cell
         users = int(level) if kind == CLOSED else None
         engine, send = server(plan, models, arm, users or 1 << 20)
-        found = serve(engine, jobs[kind, level], send, users) | {"peak_rss_mib": peak_rss_mib(), "utc": utc()}
+        found = serve(engine, jobs[kind, level], send, users) | peaks(models.target.device) | {"utc": utc()}
         return [{"kind": kind, "level": level, "arm": arm.name, "place": place} | found | constant]
 
     return ledger.run({COSTS: None} | plan.cells(), measure)

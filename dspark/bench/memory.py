@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +14,7 @@ import pandas as pd
 import torch
 
 from dspark.bench.plan import Plan, rotated
-from dspark.bench.provenance import peak_rss_mib, utc
+from dspark.bench.provenance import peaks, utc
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
 
@@ -39,16 +38,10 @@ def measure_memory(plan: Plan, out: Path) -> pd.DataFrame:
 
 
 def peak_of(plan: Plan) -> Row:
-    """Load the plan's one arm and decode all prompts.
-
-    peak_rss_mib: of the whole process, loading included.
-    device_peak_mib: on a GPU; NaN without one.
-    """
+    """Load the plan's one arm and decode all prompts."""
     (arm,) = plan.parsed_arms
     torch.set_num_threads(plan.threads)
     models = plan.load()
     target, decoder = models.target, models.decoder(arm, plan.settings)
     tokens = sum(len(decoder(target.encode(unit.item.messages), unit.seed).token_ids) for unit in plan.units)
-    gpu = torch.cuda.max_memory_allocated(target.device) / (1 << 20) if target.device.type == "cuda" else math.nan
-    peaks = {"peak_rss_mib": peak_rss_mib(), "device_peak_mib": gpu}
-    return {"arm": arm.name, "tokens": tokens} | peaks | {"utc": utc()} | constant_columns(plan, models)[arm.name]
+    return {"arm": arm.name, "tokens": tokens} | peaks(target.device) | {"utc": utc()} | constant_columns(plan, models)[arm.name]

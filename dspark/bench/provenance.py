@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -95,3 +96,9 @@ def peak_rss_mib() -> float:
     """Peak memory of this process, MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """Columns of the peak memory of this process, MiB: of the whole process, and of the GPU; NaN without one."""
+    gpu = torch.cuda.max_memory_allocated(device) / (1 << 20) if device.type == "cuda" else math.nan
+    return {"peak_rss_mib": peak_rss_mib(), "device_peak_mib": gpu}

@@ -32,7 +32,7 @@ class Ledger:
 
     def __init__(self, out: Path, configuration: Row) -> None:
         self.out, self.configuration = out, configuration
-        self.partial = out.with_name(out.name + ".partial.jsonl")
+        self.partial = _partial(out)
         self.done: dict[str, list[Row]] = {}
         self.complete = out.exists()
         if self.complete:
@@ -73,6 +73,17 @@ class Ledger:
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def rows_so_far(out: Path) -> pd.DataFrame:
+    """The rows of a run that may not be finished; none if it has not begun."""
+    if out.exists():
+        return read_results(out)
+    return pd.DataFrame([row for line in _whole_lines(_partial(out))[1:] for row in line["rows"]])
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial.jsonl")
 
 
 def _whole_lines(path: Path) -> list[Row]:

@@ -16,27 +16,28 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from dspark.clock import now
-from dspark.device.round import StaticRound, static_round
+from dspark.device.round import static_round
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import Ask, DraftSource, propose
 from dspark.files import cache_dir, digest, write_atomically
 from dspark.rewind import SlotCache
 from dspark.target.target import Target
 from dspark.tune.curve import Extra, SPSCurve
-from dspark.verify.passes import pass_of
+from dspark.verify.passes import TargetPass, pass_of
 from dspark.verify.sampling import Rng, Sampling
 
 log = logging.getLogger(__name__)
 T = TypeVar("T", SPSCurve, Extra)
+K = TypeVar("K")
+Shape = tuple[int, int, int]  # of a pass: requests that share it, tokens of all of them, tokens in the cache of each
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 REQUESTS = (1, 2, 4, 8, 16, 32)  # that draft together
 CONTEXT = 256  # cached tokens before the steps that are measured
-SHAPES = ((1, 1, CONTEXT), (1, 8, CONTEXT), (8, 8, CONTEXT), (1, 1, 768), (1, 8, 768), (2, 8, 768))  # requests, tokens, cached tokens
+SHAPES = ((1, 1, CONTEXT), (1, 8, CONTEXT), (8, 8, CONTEXT), (1, 1, 768), (1, 8, 768), (2, 8, 768))
 PATIENCE = 2.0  # seconds for one kind of step where the default policy waits for it
 FORMAT = 5  # of the cached files; files of another format are measured again
 
@@ -62,38 +63,56 @@ def median_steps(
     longest = target.max_context - widths[-1]
     if not 1 <= context <= longest:
         raise ValueError(f"context must lie in 1..{longest}, so that {widths[-1]} more tokens fit into {target.name}, got {context}")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(target.vocab_size, (context + widths[-1],), generator=generator).tolist()
-    run = pass_of(target)
-    cache = run.new_cache()
-    slot = cache.open()
-    run([tokens[:context]], [slot], cache, last_only=True)
+    times = pass_times(target, [(1, width, context) for width in widths], repeats=repeats, patience=patience)
+    return {width: seconds for (_, width, _), seconds in times.items()}
 
-    def step(width: int) -> float:
+
+def pass_times(
+    target: Target, shapes: Sequence[Shape], *, repeats: int, patience: float = math.inf, run: TargetPass | None = None
+) -> dict[Shape, float]:
+    """Shape → median seconds of one pass. run: None for the target's own pass."""
+    run, held = run or pass_of(target), {}
+    most = max(tokens + context for _, tokens, context in shapes)
+    ids = torch.randint(target.vocab_size, (most,), generator=torch.Generator().manual_seed(0)).tolist()
+    for context in {context for *_, context in shapes}:
+        cache = run.new_cache()
+        slots = [cache.open() for _ in range(max(requests for requests, _, c in shapes if c == context))]
+        for slot in slots:
+            if isinstance(cache, SlotCache):  # what it holds does not change the time
+                cache.reserve(context)
+                slot.length = context
+            else:
+                run([ids[:context]], [slot], cache, last_only=True)
+        held[context] = cache, slots
+
+    def step(shape: Shape) -> float:
+        requests, tokens, context = shape
+        cache, slots = held[context]
+        chosen = slots[:requests][::-1]  # out of order, as after some requests have left
         start = now(target.device)
-        run([tokens[context : context + width]], [slot], cache)
+        run([ids[: tokens // requests]] * requests, chosen, cache)
         taken = now(target.device) - start
-        slot.rewind(context)
+        for slot in chosen:
+            slot.rewind(context)
         return taken
 
-    return _medians(step, widths, repeats, patience)
+    return _medians(step, shapes, repeats, patience)
 
 
-def _medians(step: Callable[[int], float], widths: Sequence[int], repeats: int, patience: float = math.inf) -> dict[int, float]:
-    """Width → median of ``step(width)``. The first of each width is left out: it allocates buffers or absorbs the prompt.
+def _medians(step: Callable[[K], float], kinds: Sequence[K], repeats: int, patience: float = math.inf) -> dict[K, float]:
+    """Kind of step → median of ``step(kind)``. The first of each kind is left out: it allocates buffers or absorbs the prompt.
 
-    The widths take turns, starting with another one each time, so a slow period of the machine affects all of them. After ``patience``
+    The kinds take turns, starting with another one each time, so a slow period of the machine affects all of them. After ``patience``
     seconds three repeats are enough.
     """
-    start = time.perf_counter()
-    times: dict[int, list[float]] = {width: [] for width in widths}
+    start, times = time.perf_counter(), {kind: [] for kind in kinds}
     for turn in tqdm(range(1 + repeats), "measuring step times", leave=False, delay=1):
         if turn > 3 and time.perf_counter() - start > patience:
             break
-        for i in range(len(widths)):
-            width = widths[(turn + i) % len(widths)]
-            times[width].append(step(width))
-    return {width: median(times[width][1:]) for width in widths}
+        first = turn % len(kinds)
+        for kind in (*kinds[first:], *kinds[:first]):
+            times[kind].append(step(kind))
+    return {kind: median(found[1:]) for kind, found in times.items()}
 
 
 def profile_draft(target: Target, drafter: DraftSource, *, context: int = CONTEXT, repeats: int = 9) -> float:
@@ -111,28 +130,41 @@ def draft_times(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    prompt_ids, taps = _context(target, drafter, context)
-    last = None if taps is None else taps[:, -1:]  # lookups read none
-    state, rng = drafter.new_state(prompt_ids), Rng(torch.Generator(target.device).manual_seed(0))
-    drafter.extend(state, prompt_ids, taps)
+    shapes = [(1, width) for width in widths or range(1, drafter.block_size + 1)]
+    return {width: seconds for (_, width), seconds in _block_times(target, drafter, shapes, context, repeats).items()}
 
-    def draft(width: int) -> float:
+
+def _block_times(
+    target: Target, drafter: DraftSource, shapes: Sequence[tuple[int, int]], context: int, repeats: int, patience: float = math.inf
+) -> dict[tuple[int, int], float]:
+    """(requests, tokens of each) → median seconds of drafting them together, where this target's rounds draft: on the device, or here."""
+    static = None if isinstance(drafter, ContextLookup) else static_round(pass_of(target), drafter)
+    most, states, slots, rng = max(n for n, _ in shapes), [], [], Rng(torch.Generator(target.device).manual_seed(0))
+    if static:
+        slots = [static.cache.open() for _ in range(most)]
+        for slot in slots:
+            slot.length = context  # what the slots hold does not matter
+    else:
+        tokens = torch.randint(target.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
+        cache = (run := pass_of(target)).new_cache()
+        _, (taps,) = run([tokens], [cache.open()], cache, drafter.target_layer_ids, last_only=True)
+        states = [drafter.new_state(tokens) for _ in range(most)]
+        for state in states:
+            drafter.extend(state, tokens, taps)
+
+    def draft(shape: tuple[int, int]) -> float:
+        requests, width = shape
         start = now(target.device)
-        drafter.draft(state, prompt_ids[-1], width, Sampling(), rng)
+        if static:
+            static.draw(slots[:requests], width)
+        else:
+            propose(drafter, [Ask(state, tokens[-1], width, Sampling(), rng) for state in states[:requests]])
         taken = now(target.device) - start
-        drafter.extend(state, prompt_ids[-1:], last)  # as after a round: the next draft has context to absorb
+        for state in states[:requests]:  # as after a round: the next draft has context to absorb
+            drafter.extend(state, tokens[-1:], None if taps is None else taps[:, -1:])
         return taken
 
-    return _medians(draft, widths or range(1, drafter.block_size + 1), repeats)
-
-
-def _context(target: Target, drafter: DraftSource, length: int) -> tuple[list[int], Tensor | None]:
-    """Random tokens and the target's taps over them."""
-    tokens = torch.randint(target.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-    run = pass_of(target)
-    cache = run.new_cache()
-    _, taps = run([tokens], [cache.open()], cache, drafter.target_layer_ids, last_only=True)
-    return tokens, taps[0]
+    return _medians(draft, shapes, repeats, patience)
 
 
 def sps_curve(target: Target) -> SPSCurve:
@@ -164,74 +196,17 @@ def profile_extra(target: Target, repeats: int = 5) -> Extra:
     """What several requests and longer contexts add to a pass: least squares over the medians of SHAPES, nothing below 0."""
     longest = target.max_context - 8  # a shorter context than SHAPES asks for is measured where the target takes no more
     shapes = [(requests, tokens, min(context, longest)) for requests, tokens, context in SHAPES]
-    ids = torch.randint(target.vocab_size, (longest + 8,), generator=torch.Generator().manual_seed(0)).tolist()
-    run, held = pass_of(target), {}
-    for context in {context for _, _, context in shapes}:
-        cache = run.new_cache()
-        slots = [cache.open() for _ in range(max(requests for requests, _, c in shapes if c == context))]
-        for slot in slots:
-            if isinstance(cache, SlotCache):  # what it holds does not change the time
-                cache.reserve(context)
-                slot.length = context
-            else:
-                run([ids[:context]], [slot], cache, last_only=True)
-        held[context] = cache, slots
-
-    def step(i: int) -> float:
-        requests, tokens, context = shapes[i]
-        cache, slots = held[context]
-        chosen = slots[:requests][::-1]  # out of order, as after some requests have left
-        start = now(target.device)
-        run([ids[: tokens // requests]] * requests, chosen, cache)
-        taken = now(target.device) - start
-        for slot in chosen:
-            slot.rewind(context)
-        return taken
-
-    times = _medians(step, range(len(shapes)), repeats, PATIENCE)
-    base, alone = shapes[0][2], {tokens: i for i, (_, tokens, _) in enumerate(shapes[:2])}
-    others = range(2, len(shapes))
-    terms = [(r - 1, r * (c - base), n * (c - base)) for r, n, c in (shapes[i] for i in others)]
-    found = np.linalg.lstsq(np.array(terms, dtype=float), np.array([times[i] - times[alone[shapes[i][1]]] for i in others]))[0]
+    times, base, others = pass_times(target, shapes, repeats=repeats, patience=PATIENCE), shapes[0][2], shapes[2:]
+    terms = np.array([(r - 1, r * (c - base), n * (c - base)) for r, n, c in others], dtype=float)
+    found = np.linalg.lstsq(terms, np.array([times[r, n, c] - times[1, n, base] for r, n, c in others]))[0]
     return Extra(base, *np.maximum(found, 0.0).tolist())
 
 
 def profile_drafts(target: Target, drafter: DraftSource, *, requests: Sequence[int] = REQUESTS, repeats: int = 5) -> SPSCurve:
     """Drafts per second by the number of requests that draft a whole block together."""
-    context = min(CONTEXT, target.max_context - 1)
-    if static := static_round(pass_of(target), drafter):
-        return _static_drafts(static, drafter.block_size, min(context, target.max_context - drafter.block_size - 1), requests, repeats)
-    tokens, taps = _context(target, drafter, context)
-    states = [drafter.new_state(tokens) for _ in range(max(requests))]
-    for state in states:
-        drafter.extend(state, tokens, taps)
-    rng = Rng(torch.Generator(target.device).manual_seed(0))
-
-    def draft(count: int) -> float:
-        start = now(target.device)
-        propose(drafter, [Ask(state, tokens[-1], drafter.block_size, Sampling(), rng) for state in states[:count]])
-        taken = now(target.device) - start
-        for state in states[:count]:  # as after a round: the next draft has context to absorb
-            drafter.extend(state, tokens[-1:], None if taps is None else taps[:, -1:])
-        return taken
-
-    measured = _medians(draft, requests, repeats, PATIENCE)
-    return SPSCurve(tuple(measured), tuple(measured.values()))
-
-
-def _static_drafts(static: StaticRound, width: int, context: int, requests: Sequence[int], repeats: int) -> SPSCurve:
-    """The same where the round stays on the device; what the slots hold does not matter."""
-    slots = [static.cache.open() for _ in range(max(requests))]
-    for slot in slots:
-        slot.length = context
-
-    def draft(count: int) -> float:
-        start = now(static.cache.buffers.device)
-        static.draw(slots[:count], width)
-        return now(static.cache.buffers.device) - start
-
-    measured = _medians(draft, requests, repeats, PATIENCE)
-    return SPSCurve(tuple(measured), tuple(measured.values()))
+    context = min(CONTEXT, target.max_context - drafter.block_size - 1)
+    times = _block_times(target, drafter, [(n, drafter.block_size) for n in requests], context, repeats, PATIENCE)
+    return SPSCurve(tuple(requests), tuple(times.values()))
 
 
 def _kept(target: Target, more: dict[str, object], kind: type[T], measure: Callable[[], T]) -> T:
