@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dspark.bench.load import closed
+from dspark.bench.load import CLOSED, closed, read_load
 from dspark.bench.policies import ORACLE, pooled, replayed, windows
 from dspark.bench.results import read_rows, rows_so_far
 from dspark.bench.rollouts import FIT, FITTED, judged, rollouts_of
@@ -64,6 +64,7 @@ def results_page(data: Path) -> str:
         "Other methods of transformers, and more policies": _each(results, "peers-*", speed_table),
         "Time and memory": paragraphs((_each(results, "sps-*", _steps, ".sps"), _each(results, "memory-*", _memory, " memory"))),
         "The target's pass": _passes(results),
+        "Under load": _load(results),
         "Schedules on the same texts": _each(results, "traces-test", _schedules, ".traces"),
         "Calibration of the confidence": _each(results, "rollouts-dev", _calibration, ".rollouts"),
         "Exactness": _exactness(results / "proof.json"),
@@ -169,6 +170,34 @@ def _passes(folder: Path) -> str:
         )
         parts += [f"Milliseconds of one target pass ({about}). {inside} (median of {found['round']['rounds']} rounds)."]
         parts += [table(["pass, tokens before", *(f"{w} {'token' if w == 1 else 'tokens'}" for w in sorted(widths))], rows)]
+    return paragraphs(parts)
+
+
+def _load(folder: Path) -> str:
+    """Tokens per second of all users together in closed loops, measured and simulated."""
+    path, far = folder / "load-bfloat16.parquet", folder / "load-simulated.parquet"
+    if not path.is_file():
+        return ""
+    frame = read_load(path)
+    grid, about, repeats = closed(frame), frame.iloc[0], frame.groupby(["kind", "level", "arm"]).size().max()
+    heads = ["users", *(f"{users:.0f}" for users in grid.columns)]
+    words = (
+        f"Tokens per second of all users together, prompts included, who each send the next request when the last is answered "
+        f"({about['dtype']}, {about['threads']} threads of {about['machine']}, {about['split']} prompts, {about['tokens']} new tokens in "
+        f"the mean; {f'medians of {repeats} runs' if repeats > 1 else 'one run a cell, so small differences are noise'})."
+    )
+    parts = [words, table(heads, ([f"`{arm}`", *(f"{value:.0f}" for value in row)] for arm, row in grid.iterrows()))]
+    if far.is_file():
+        rows = read_rows(far, "python -m dspark.bench.simulate")
+        both = rows[rows["measured"].notna()]
+        error = (both["tokens_per_second"] / both["measured"] - 1).abs()
+        grid = rows[rows["kind"] == CLOSED].pivot(index="arm", columns="level", values="tokens_per_second").loc[list(grid.index)]
+        words = (
+            f"The same, **simulated** from recorded traces and the step times measured with the run, then far more users. On the "
+            f"{len(both)} loads that were measured the two differ by {error.median():.0%} in the median and {error.max():.0%} at most."
+        )
+        heads = ["users", *(f"{users:,.0f}" for users in grid.columns)]
+        parts += [words, table(heads, ([f"`{arm}`", *(f"{value:.0f}" for value in row)] for arm, row in grid.iterrows()))]
     return paragraphs(parts)
 
 
