@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
@@ -49,6 +50,16 @@ def digest(*parts: str | bytes | memoryview) -> str:
     for part in parts:
         sha.update(part.encode() if isinstance(part, str) else part)
     return sha.hexdigest()[:16]
+
+
+def weights_digest(module: nn.Module, *more: str) -> str:
+    """16 hex digits that change with any training: SHA-256 over ``more`` and strided samples of every weight, in bfloat16."""
+    parts: list[str | bytes] = [*more]
+    for name, weight in sorted(module.named_parameters()):
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16)
+        parts += [name, sample.contiguous().view(torch.uint8).numpy().tobytes()]
+    return digest(*parts)
 
 
 def file_sha256(path: str | Path) -> str:

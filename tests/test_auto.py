@@ -132,15 +132,17 @@ def test_after_long_contexts_it_drafts_only_where_tokens_are_still_cheap():
 
 def test_without_a_policy_the_text_is_the_same_and_times_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
-    measured, medians = [], profile._medians
+    measured, medians = [], profile.medians
     monkeypatch.setattr("dspark.tune.auto.step_times", step_times)
-    monkeypatch.setattr(profile, "_medians", lambda step, widths, *_: measured.append(widths) or medians(step, widths, 1))
+    monkeypatch.setattr(profile, "medians", lambda step, widths, *_: measured.append(widths) or medians(step, widths, 1))
     target = tiny_target()
     drafter, prompt = tiny_drafter(target), random_prompt(0, 6) * 3
     outputs = [dspark.generate(target, drafter, prompt, max_new_tokens=24) for _ in range(2)]
     plain = dspark.generate(target, None, prompt, max_new_tokens=24)
     assert outputs[0].token_ids == outputs[1].token_ids == plain.token_ids
-    assert measured == [range(len(profile.SHAPES)), profile.WIDTHS, profile.REQUESTS]
+    passes, widths, drafts = (list(zip(*kinds, strict=True)) for kinds in measured)
+    assert passes[2][0] == profile.CONTEXT and len(passes[0]) == len(profile.SHAPES)
+    assert widths[1] == profile.WIDTHS and drafts[0] == profile.REQUESTS
     assert isinstance(Engine(target, drafter).drafter, dspark.ContextLookup)
 
 

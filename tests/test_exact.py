@@ -1,5 +1,4 @@
-"""Exactness: over every branch of draft, schedule, verify and rewind, in fractions, the output has the target's distribution; greedy texts
-are those of ``model.generate`` (``python -m tests.exact`` runs the long versions)."""
+"""Exactness: every branch of a round, in fractions, gives the target's distribution; greedy texts are those of ``model.generate``."""
 
 from __future__ import annotations
 

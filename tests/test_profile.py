@@ -67,7 +67,7 @@ def test_what_requests_and_contexts_add_is_found_from_the_steps(monkeypatch: pyt
         added = true.joining * (requests - 1) + true.reading * requests * (context - base) + true.attending * tokens * (context - base)
         return 0.01 + 0.001 * tokens + added
 
-    monkeypatch.setattr(profile, "_medians", lambda step, shapes, *_: {shape: (step(shape), time(*shape))[1] for shape in shapes})
+    monkeypatch.setattr(profile, "medians", lambda step, shapes, *_: {shape: (step(shape), time(*shape))[1] for shape in shapes})
     found = profile.profile_extra(tiny_target())
     assert astuple(found) == pytest.approx(astuple(true))
     true = Extra(base, -0.002, 3e-6, 1e-6)

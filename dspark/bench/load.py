@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -119,16 +119,15 @@ def read_arrivals(path: str) -> list[tuple[float, int]]:
     if not path:
         return []
     try:
-        frame = pd.read_csv(path)
-        found = [(float(row["seconds"]), int(row["tokens"])) for _, row in frame.iterrows()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        frame = pd.read_csv(path, usecols=["seconds", "tokens"]).astype({"seconds": float, "tokens": int})
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read arrivals from {path} ({error}): it needs a CSV file with the columns seconds,tokens") from None
-    if not found:
+    seconds, tokens = frame["seconds"], frame["tokens"]
+    if frame.empty:
         raise ValueError(f"{path} holds no arrivals: add at least one line")
-    ordered = all(a[0] <= b[0] for a, b in pairwise(found))
-    if not ordered or not all(0 <= at < math.inf and tokens >= 1 for at, tokens in found):
+    if not (seconds.is_monotonic_increasing and 0 <= seconds.iloc[0] and seconds.iloc[-1] < math.inf and (tokens >= 1).all()):
         raise ValueError(f"{path}: arrivals must be rising seconds from 0 with at least 1 token each")
-    return found
+    return list(zip(seconds.tolist(), tokens.tolist(), strict=True))
 
 
 # ---- serving one load

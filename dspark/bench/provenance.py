@@ -18,7 +18,7 @@ import transformers
 import dspark
 from dspark.bench.results import SCHEMA_VERSION
 from dspark.draft.drafter import Drafter
-from dspark.files import digest
+from dspark.files import weights_digest
 from dspark.target.target import Target
 from dspark.tune.profile import cpu_name, device_name
 
@@ -60,13 +60,8 @@ def drafter_columns(drafter: Drafter | None) -> dict[str, object]:
 
 
 def drafter_digest(drafter: Drafter) -> str:
-    """16 hex digits that change with training or calibration: SHA-256 over strided samples of every weight, in bfloat16."""
-    parts: list[str | bytes] = [repr(drafter.sts_temperatures)]
-    for name, weight in sorted(drafter.named_parameters()):
-        flat = weight.detach().reshape(-1)
-        part = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).contiguous()
-        parts += [name, part.view(torch.uint8).numpy().tobytes()]
-    return digest(*parts)
+    """16 hex digits that change with training or calibration."""
+    return weights_digest(drafter, repr(drafter.sts_temperatures))
 
 
 def cores() -> int:

@@ -85,11 +85,8 @@ class StaticDrafter:
         base, previous, state = drafter.head(hidden[:, :width]).float(), anchors, None
         before = []
         for k in range(width):
-            logits = base[:, k]
             before.append(previous)
-            if heads is not None:
-                latent, state = heads.step(hidden[:, k], heads.markov_w1.weight[previous], state)
-                logits = logits + heads.markov_w2(latent)
+            logits, state = drafter.next_logits(base[:, k], hidden[:, k], previous, state)
             if samplings is None:
                 chosen = logits.argmax(-1)
                 out.probs[:, k] = 1.0

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dspark.verify.sampling import nucleus
+
 
 class Samplings(NamedTuple):
     """How the next token is chosen, row by row.
@@ -44,10 +46,8 @@ class Samplings(NamedTuple):
             logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
         probs = logits.softmax(-1)
         if self.filtered:
-            ordered, index = probs.sort(dim=-1, descending=True)
-            kept = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p[:, None], 0.0)
-            nucleus = torch.zeros_like(probs).scatter_(-1, index, kept / kept.sum(-1, keepdim=True))
-            probs = nucleus.where(self.top_p[:, None] < 1, probs)
+            top_p = self.top_p[:, None]
+            probs = nucleus(probs, top_p).where(top_p < 1, probs)
         return one_hot.where(greedy, probs)
 
 

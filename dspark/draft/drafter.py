@@ -228,16 +228,20 @@ class Drafter(nn.Module):
         tokens: list[list[int]] = [[] for _ in asks]
         rows: list[list[Tensor]] = [[] for _ in asks]
         for k in range(widest):
-            logits = base[:, k]
-            if self.markov_head is not None:
-                latent, state = self.markov_head.step(hidden[:, k], self.markov_head.markov_w1.weight[previous], state)
-                logits = logits + self.markov_head.markov_w2(latent)
+            logits, state = self.next_logits(base[:, k], hidden[:, k], previous, state)
             for r, ask in enumerate(asks):
                 if k < ask.window:
                     rows[r].append(ask.sampling.probs(logits[r]))
                     previous[r] = int(self.d2t[ask.rng.choose(rows[r][k])])
                     tokens[r].append(previous[r])
         return tokens, rows
+
+    def next_logits(self, base: Tensor, hidden: Tensor, previous: Sequence[int] | Tensor, state: Any) -> tuple[Tensor, Any]:
+        """U_k + B_k, [..., draft_vocab], and the Markov head's next state. base: U_k; hidden: h_k; previous: x_{k−1}."""
+        if self.markov_head is None:
+            return base, None
+        latent, state = self.markov_head.step(hidden, self.markov_head.markov_w1.weight[previous], state)
+        return base + self.markov_head.markov_w2(latent), state
 
     def _confidence(self, hidden: Tensor, previous: Sequence[int]) -> Tensor:
         """c_1..c_w, calibrated. hidden: [w, hidden]; previous: x_0..x_{w−1}. Returns [w] float32; NaN without a head."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspark.files import digest, one_line
+from dspark.files import one_line, weights_digest
 from dspark.rewind import RewindCache
 from dspark.target.families import NO_LIMIT, checked_layers, decoder_of, num_shared_layers, steady_context, unwrapped
 from dspark.target.prompt import Prompt, checked
@@ -84,18 +84,8 @@ class Target:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits that change with any fine-tuning: SHA-256 over strided samples of every weight, in bfloat16.
-
-        A model whose weights were laid out for a CPU keeps the digest of the plain ones as ``weight_digest``.
-        """
-        if kept := getattr(self.model, "weight_digest", None):
-            return kept
-        parts: list[str | bytes] = []
-        for name, weight in sorted(self.model.named_parameters()):
-            flat = weight.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16)
-            parts += [name, sample.contiguous().view(torch.uint8).numpy().tobytes()]
-        return digest(*parts)
+        """Of the weights. A model whose weights were laid out for a CPU keeps that of the plain ones as ``weight_digest``."""
+        return getattr(self.model, "weight_digest", None) or weights_digest(self.model)
 
     def new_cache(self) -> RewindCache:
         return RewindCache(self.num_layers - self.num_shared_layers)

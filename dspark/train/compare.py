@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 
 import pandas as pd
 import torch
@@ -34,7 +33,7 @@ from dspark.train.corpus import Corpus, load_corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer, train_to
 from dspark.train.start import BLOCK_SIZE, LAYERS, drafter_for, frequent_tokens, spread, spread_taps, unused_token
-from dspark.tune.profile import median_steps, profile_draft
+from dspark.tune.profile import median_steps, medians, profile_draft
 
 
 @dataclass(frozen=True)
@@ -219,14 +218,14 @@ def _times(target: Target, drafter: Drafter, context: int) -> dict[str, float]:
 @torch.inference_mode()
 def _head_seconds(drafter: Drafter, hidden: Tensor, repeats: int = 5) -> float:
     """Median seconds that the Markov head adds to the draft of a whole block, 0 without a head. hidden: [γ, hidden]."""
-    if (head := drafter.markov_head) is None:
+    if drafter.markov_head is None:
         return 0.0
-    seconds = []
-    for _ in range(1 + repeats):
+
+    def block(_: object) -> float:
         start, state = now(hidden.device), None
         logits = torch.zeros(len(drafter.d2t), device=hidden.device)
         for row in hidden:
-            latent, state = head.step(row, head.markov_w1.weight[0], state)
-            logits = logits + head.markov_w2(latent)
-        seconds.append(now(hidden.device) - start)
-    return median(seconds[1:])  # the first call allocates memory
+            logits, state = drafter.next_logits(logits, row, 0, state)
+        return now(hidden.device) - start
+
+    return medians(block, [None], repeats)[None]

@@ -96,10 +96,10 @@ def pass_times(
             slot.rewind(context)
         return taken
 
-    return _medians(step, shapes, repeats, patience)
+    return medians(step, shapes, repeats, patience)
 
 
-def _medians(step: Callable[[K], float], kinds: Sequence[K], repeats: int, patience: float = math.inf) -> dict[K, float]:
+def medians(step: Callable[[K], float], kinds: Sequence[K], repeats: int, patience: float = math.inf) -> dict[K, float]:
     """Kind of step → median of ``step(kind)``. The first of each kind is left out: it allocates buffers or absorbs the prompt.
 
     The kinds take turns, starting with another one each time, so a slow period of the machine affects all of them. After ``patience``
@@ -164,7 +164,7 @@ def _block_times(
             drafter.extend(state, tokens[-1:], None if taps is None else taps[:, -1:])
         return taken
 
-    return _medians(draft, shapes, repeats, patience)
+    return medians(draft, shapes, repeats, patience)
 
 
 def sps_curve(target: Target) -> SPSCurve:

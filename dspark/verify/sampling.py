@@ -56,10 +56,10 @@ def _argmax(x: Tensor) -> Tensor:
     return torch.from_numpy(x.detach().numpy().argmax(-1, keepdims=True)) if x.device.type == "cpu" else x.argmax(-1, keepdim=True)
 
 
-def nucleus(probs: Tensor, top_p: float) -> Tensor:
+def nucleus(probs: Tensor, top_p: float | Tensor) -> Tensor:
     """Keep the smallest set of most probable tokens whose mass reaches ``top_p`` and renormalise (Holtzman et al., 2020, §3.1).
 
-    probs: [..., vocab] float32, rows sum to 1. Returns the same shape.
+    probs: [..., vocab] float32, rows sum to 1; top_p: one number, or [..., 1]. Returns the shape of probs.
     """
     ordered, index = probs.sort(dim=-1, descending=True)
     mass_before = ordered.cumsum(-1) - ordered  # 0 for the first: one token always stays

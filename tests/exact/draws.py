@@ -1,5 +1,4 @@
-"""By draws: the first new tokens under every policy, drawn by the product's engine, against the target's distribution, for models that are
-too large to enumerate.
+"""For models too large to enumerate: the first new tokens that the product's engine draws, against the target's distribution.
 
 The expected distribution is a product of the target's own rows along a tree of prefixes, and Pearson's χ² compares. The engine reads the
 same rows from the tree, which makes draws quick; drafting, scheduling, acceptance and all randomness run for every draw.

@@ -1,5 +1,4 @@
-"""Greedy texts of tiny random models in float32: every way to decode must give the text of transformers' ``model.generate``, token for
-token.
+"""Greedy texts of tiny random models in float32: every way to decode must give every token of transformers' ``model.generate``.
 
 The prompts are chosen for what breaks speculative decoding. Drafts are the coming text with errors, and copies, so that some are accepted
 and some rejected.

@@ -64,7 +64,6 @@ DAMAGE = "test_checkpoint.py::test_a_flipped_bit_is_damage"
 SPECULATORS = "test_checkpoint.py::test_speculators_layout_is_read"
 
 TAP_IDS = "aux_hidden_state_layer_ids"  # as speculators call them
-
 Function = Callable[..., object]
 
 
@@ -265,17 +264,13 @@ BUGS = {  # what breaks → how
         "draft.drafter.Drafter.new_state", PLAIN, lambda real, self, prompt=(): vars(self).setdefault("slot", real(self, prompt))
     ),
     "A request copies from what the one before it said.": Bug(
-        "draft.lookup.ContextLookup.new_state",
-        COPYING,
-        lambda real, self, prompt=(): replace(real(self, prompt), follows=vars(self).setdefault("follows", {})),
+        "draft.lookup.ContextLookup.new_state", COPYING, lambda real, s, *p: replace(real(s, *p), follows=vars(s).setdefault("f", {}))
     ),
     "Copies begin with a token that is already there.": Bug(
         "draft.lookup.ContextLookup._continuation", COPY, given(follows=lambda follows: {gram: gram[-1] for gram in follows})
     ),
     "A copied token is reported with the rate at which copies came true.": Bug(
-        "draft.lookup.ContextLookup._one_hot",
-        COPY,
-        lambda real, self, tokens, r: replace(real(self, tokens, r), probs=real(self, tokens, r).probs * torch.tensor(r)[:, None]),
+        "draft.lookup.ContextLookup._one_hot", COPY, lambda real, *a: replace(d := real(*a), probs=d.probs * torch.tensor(a[2])[:, None])
     ),
     "In training a block sees the taps of its anchor, which drafting lacks.": Bug(
         "draft.backbone.block_mask", BLOCKS, given(anchors=lambda anchors: anchors + 1)

@@ -41,13 +41,10 @@ class TablePass:
     bytes_per_token = 0
 
     def __init__(self, look: Callable[[Text], tuple[object, Tensor | None]]) -> None:
-        self.look, self.open = look, TokenSlot
+        self.look, self.open, self.close = look, TokenSlot, TokenSlot.clear
 
     def new_cache(self) -> TablePass:
         return self
-
-    def close(self, slot: TokenSlot) -> None:
-        pass
 
     def __call__(
         self, tokens: Sequence[list[int]], slots: Sequence[TokenSlot], cache: object, taps: Sequence[int] = (), *, last_only: bool = False
