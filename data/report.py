@@ -44,16 +44,13 @@ do not edit it. What was tried without a result file is in [data/LOG.md](data/LO
   of ratios: do not divide one by another. Two runs of one machine differ on top of that: compare `generate` in two tables.
 - τ is tokens per round: accepted drafts + 1, over all prompts of a domain.
 - `plain` is our loop without a drafter. `generate` is transformers' own loop on weights as transformers loads them; ours are packed
-  for the CPU first. `lookup` and `assisted` are transformers' own methods on those weights; for lack of a smaller model, `assisted`
-  drafts with the target's first layers.
+  for the CPU first. `lookup` and `assisted`, which drafts with the target's first layers, are transformers' own methods on those.
 - `mtp1` verifies one draft per round, `fixed:5` the whole block, `prefix` as many as pay off given this machine's step times. `+copy`
   adds copying from the context.
 - Speeds, memory and step times, but for the tables of llama.cpp and of the target's pass, were measured before the lean pass
   (`dspark/verify/lean.py`), through packed modules of transformers; [LOG](data/LOG.md) compares the two.
-- In bfloat16 a pass over a block and a pass over one token round differently, so greedy texts part where two tokens are nearly tied.
-  In float32 they are equal.
-- AVX512 is a Zen 5 processor with bfloat16 kernels. AVX2 is a Zen 3 processor without them, which uses float16 copies of the weights;
-  its first speed table was measured with an earlier drafter."""
+- In bfloat16 a block and a single token round differently, so greedy texts part at near ties; in float32 they are equal.
+- AVX512 is a Zen 5 processor with bfloat16 kernels, AVX2 a Zen 3 without; its first speed table is of an earlier drafter."""
 
 
 def results_page(data: Path) -> str:
