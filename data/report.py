@@ -177,25 +177,24 @@ def _load(folder: Path) -> str:
         return ""
     frame = read_load(path)
     grid, about, repeats = closed(frame), frame.iloc[0], frame.groupby(["kind", "level", "arm"]).size().max()
-    heads = ["users", *(f"{users:.0f}" for users in grid.columns)]
     words = (
         f"Tokens per second of all users together, prompts included, who each send the next request when the last is answered "
         f"({about['dtype']}, {about['threads']} threads of {about['machine']}, {about['split']} prompts, {about['tokens']} new tokens in "
         f"the mean; {f'medians of {repeats} runs' if repeats > 1 else 'one run a cell, so small differences are noise'})."
     )
-    parts = [words, table(heads, ([f"`{arm}`", *(f"{value:.0f}" for value in row)] for arm, row in grid.iterrows()))]
+    grid.columns = [f"{users:.0f}" for users in grid.columns]
     if far.is_file():
         rows = read_rows(far, "python -m dspark.bench.simulate")
-        both = rows[rows["measured"].notna()]
+        both, beyond = rows[rows["measured"].notna()], rows[rows["measured"].isna() & (rows["kind"] == CLOSED)]
         error = (both["tokens_per_second"] / both["measured"] - 1).abs()
-        grid = rows[rows["kind"] == CLOSED].pivot(index="arm", columns="level", values="tokens_per_second").loc[list(grid.index)]
-        words = (
-            f"The same, **simulated** from recorded traces and the step times measured with the run, then far more users. On the "
-            f"{len(both)} loads that were measured the two differ by {error.median():.0%} in the median and {error.max():.0%} at most."
+        words += (
+            f" In italics **simulated** loads, from recorded traces and the step times measured with the run: on the {len(both)} loads "
+            f"that were measured too, the two differ by {error.median():.0%} in the median and {error.max():.0%} at most."
         )
-        heads = ["users", *(f"{users:,.0f}" for users in grid.columns)]
-        parts += [words, table(heads, ([f"`{arm}`", *(f"{value:.0f}" for value in row)] for arm, row in grid.iterrows()))]
-    return paragraphs(parts)
+        simulated = beyond.pivot(index="arm", columns="level", values="tokens_per_second")
+        grid = grid.join(simulated.rename(columns=lambda users: f"*{users:,.0f}*"))
+    rows = ([f"`{arm}`", *(f"{value:.0f}" for value in row)] for arm, row in grid.iterrows())
+    return f"{words}\n\n{table(['users', *grid.columns], rows)}"
 
 
 def _memory(frame: pd.DataFrame) -> str:

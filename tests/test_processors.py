@@ -9,8 +9,13 @@ from tiny import Wavering, letter_tokenizer, random_prompt, tiny_drafter, tiny_t
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, MinPLogitsWarper
 from transformers.generation import (
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     SuppressTokensLogitsProcessor,
+    TypicalLogitsWarper,
     WatermarkLogitsProcessor,
 )
 
@@ -79,16 +84,27 @@ def made(target: Target, options: dict[str, object], **more: object) -> LogitsPr
     return seen[0]
 
 
-@pytest.mark.parametrize(
-    ("processor", "source"),
-    [(RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=3), "vanilla"), (ByLength(), "copying")],
-    ids=["penalty, drafter", "own, copying"],
-)
-def test_sampled_text_has_the_distribution_of_the_processed_target(processor, source):
+ENUMERATED = {  # name: number of tokens in the vocabulary, processor
+    "repetition": (2, RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=3)),
+    "counts": (2, CountPenalty(0.9, 0.4, prompt_length=3)),
+    "own, copying": (2, ByLength()),
+    "no repeated n-gram": (3, NoRepeatNGramLogitsProcessor(3)),
+    "bad words": (3, NoBadWordsLogitsProcessor([[2], [1, 0, 1]])),
+    "suppressed": (3, SuppressTokensLogitsProcessor([1])),
+    "min new tokens": (3, MinNewTokensLengthLogitsProcessor(3, 2, 2)),
+    "bias": (2, SequenceBiasLogitsProcessor([[[0, 1], 0.8], [[1], -0.4]])),
+    "min-p": (3, MinPLogitsWarper(0.8)),
+    "typical": (3, TypicalLogitsWarper(0.6)),
+}
+
+
+@pytest.mark.parametrize("name", ENUMERATED)
+def test_sampled_text_has_the_distribution_of_the_processed_target(name):
     """Enumerated. What they do to a token changes from draft to draft within a block."""
-    small = small_target(2, False)
+    vocab, processor = ENUMERATED[name]
+    small = small_target(vocab, False)
     drafter = small_drafter(small, "vanilla", 3, False)
-    drafts = dspark.ContextLookup(drafter, 1, max_copy=3) if source == "copying" else drafter
+    drafts = dspark.ContextLookup(drafter, 1, max_copy=3) if "copying" in name else drafter
     proof = compared(small, drafts, POLICIES["fixed:3"], ExactSampling(1.0), [4], processor)
     assert proof.difference == 0
     assert {r.accepted for r in proof.met} >= {0, 1, 2}, "drafts of one block are accepted and rejected"
