@@ -13,7 +13,7 @@ from transformers import LogitsProcessor
 from dspark.clock import Clock
 from dspark.device.round import static_round
 from dspark.draft.source import Ask, DraftSource, propose
-from dspark.request import Request, Streamer, Turn, Verdict, probs_of_drafts, until_end, until_stop
+from dspark.request import Request, Streamer, Turn, Verdict, endings, probs_of_drafts, until_end, until_stop
 from dspark.round import Round
 from dspark.schedule import Autoregressive, Policy
 from dspark.target.target import Prompt, Target
@@ -33,8 +33,8 @@ class Engine:
     drafter: who proposes; None for plain decoding.
     policy: how many tokens to draft and verify; None to copy and draft where that pays (:func:`dspark.tune.auto.prepared`).
     max_requests: how many are served at once, at least 1; the others wait in order.
-    memory: bytes of keys and values at most, the drafter's included; None for no limit. A request is admitted when prompt and limit fit
-        beside the others; nobody passes one that waits.
+    memory: bytes of keys and values at most, the drafter's included; None for no limit. A request is admitted when prompt and
+        limit fit beside the others; nobody passes one that waits.
     Raises ValueError for a policy that the drafter cannot serve, or a number out of range.
     """
 
@@ -64,8 +64,7 @@ class Engine:
         self.waiting: list[Request] = []
         self.active: list[Request] = []
         self._finished: list[tuple[Request, Round]] = []  # rounds that a step finished before it was interrupted
-        self._ids = count()
-        self._known: set[object] = set()
+        self._ids, self._known = count(), set()
 
     # ---- requests join and leave
 
@@ -79,7 +78,7 @@ class Engine:
         top_k: int = 0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
+        stop_ids: int | Sequence[int] = (),
         streamer: Streamer | None = None,
         processors: Sequence[LogitsProcessor] = (),
         logprobs: bool = False,
@@ -104,12 +103,7 @@ class Engine:
         sampling, ids = Sampling(temperature, top_k, top_p), self.target.encode(prompt)
         limit = min(max_new_tokens, self.target.max_context - len(ids))
         rng = Rng(torch.Generator(self.target.device).manual_seed(seed))
-        strings = (stop,) if isinstance(stop, str) else tuple(stop)
-        if strings and self.target.tokenizer is None:
-            raise ValueError(f"{self.target.name} has no tokenizer, so stop strings cannot be found: pass stop_ids")
-        if not all(strings):
-            raise ValueError("a stop string is empty: leave it out")
-        ends, around = self.target.eos_token_ids | frozenset(stop_ids), Processors.ordered(processors)
+        (ends, strings), around = endings(self.target, stop, stop_ids), Processors.ordered(processors)
         asked = {"sampling": sampling, "rng": rng, "end_ids": ends, "stop": strings, "processors": around, "logprobs": logprobs}
         return self.enqueue(Request(id=id, prompt=ids, limit=limit, streamer=streamer, **asked))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from dspark.draft.source import NOTHING, Draft
 from dspark.round import Round
+from dspark.target.prompt import plain
+from dspark.target.target import Target
 from dspark.verify.passes import Slot
 from dspark.verify.processors import ProcessedProbs, Processors
 from dspark.verify.sampling import LazyProbs, Rng, Sampling
@@ -130,6 +133,20 @@ class Verdict(NamedTuple):
     target_probs: tuple[float, ...]
     draft_probs: tuple[float, ...]
     logprobs: tuple[float, ...] = ()
+
+
+def endings(target: Target, stop: str | Sequence[str], stop_ids: int | Sequence[int]) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Token ids, the target's own included, and strings that end a text. Raises ValueError for what is none, or cannot be found."""
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if strings and target.tokenizer is None:
+        raise ValueError(f"{target.name} has no tokenizer, so stop strings cannot be found: pass stop_ids")
+    if not all(strings):
+        raise ValueError("a stop string is empty: leave it out")
+    try:
+        ids = plain(stop_ids)
+        return target.eos_token_ids.union(map(index, (ids,) if isinstance(ids, int) else ids)), strings
+    except TypeError:
+        raise ValueError(f"stop_ids must be token ids, got {stop_ids!r}: strings that end the text are passed as stop") from None
 
 
 def until_end(tokens: list[int], end_ids: frozenset[int]) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, DynamicLayer
 
 FIRST_CAPACITY = 256  # tokens; grows by doubling, so extending costs amortised O(1) per token
 
@@ -54,22 +54,16 @@ class GrowingKV:
             setattr(self, name, bigger)
 
 
-class _RewindLayer(CacheLayerMixin):
+class RewindLayer(DynamicLayer):
     """One layer as transformers sees it.
 
     It never claims to be a sliding-window layer: all keys and values stay, and the model's own mask applies the window. So a
-    rewind never needs keys that were dropped. −1 as maximum length: no limit.
+    rewind never needs keys that were dropped.
     """
 
-    is_sliding = False
-    is_compileable = False
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **states: int) -> None:
+        super().__init__(**states)
         self.kv = GrowingKV()
-
-    def lazy_initialization(self, *_: Tensor) -> None:
-        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         self.is_initialized = True
@@ -78,24 +72,12 @@ class _RewindLayer(CacheLayerMixin):
     def get_seq_length(self, *_: object) -> int:
         return self.kv.length
 
-    def get_mask_sizes(self, query_length: int | Tensor, *_: object) -> tuple[int, int]:
-        """Keys that the mask covers, and the position of the first."""
-        # transformers before 5.20 passes the positions of the queries, later releases their number.
-        new = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.kv.length + new, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
-
 
 class RewindCache(Cache):
     """A transformers cache for any causal LM, passed as ``past_key_values``; :meth:`rewind` costs O(layers), whatever the length."""
 
     def __init__(self, num_hidden_layers: int) -> None:
-        super().__init__(layers=[_RewindLayer() for _ in range(num_hidden_layers)])
+        super().__init__(layers=[RewindLayer() for _ in range(num_hidden_layers)])
 
     @property
     def length(self) -> int:

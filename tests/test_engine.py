@@ -296,6 +296,14 @@ def test_a_cancelled_request_keeps_what_it_wrote_and_frees_its_place() -> None:
     assert engine.submit([5], id=first.id).id == first.id, "the id of a request that left is free again"
 
 
+@pytest.mark.parametrize("wrap", [int, lambda i: [i], torch.tensor, lambda i: torch.tensor([i])], ids=["int", "list", "[]", "[1]"])
+def test_one_stop_id_may_come_without_a_list(wrap: Callable[[int], object]) -> None:
+    target = tiny_target(eos_token_id=None)
+    text = greedy_reference(target, [5, 6, 7], 12)
+    expected = text[: text.index(text[6]) + 1]
+    assert dspark.generate(target, None, [5, 6, 7], max_new_tokens=12, stop_ids=wrap(text[6])).token_ids == expected
+
+
 def test_the_text_ends_with_the_first_stop_string() -> None:
     target = tiny_target(eos_token_id=None)
     target.tokenizer = letter_tokenizer()
@@ -336,6 +344,9 @@ def test_bad_requests_are_refused_before_anything_runs() -> None:
         ({"seed": None}, "seed"),
         ({"temperature": None}, "temperature"),
         ({"stop": "x"}, "no tokenizer"),
+        ({"stop_ids": "x"}, "stop_ids must be token ids, got 'x'"),
+        ({"stop_ids": [None]}, "stop_ids must be token ids"),
+        ({"stop_ids": 2.5}, "stop_ids must be token ids, got 2.5"),
     ):
         with pytest.raises(ValueError, match=words):
             engine.submit([5, 6], **options)

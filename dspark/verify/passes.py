@@ -4,6 +4,7 @@ faster passes (:mod:`dspark.verify.lean`) give the same numbers for some."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -49,19 +50,6 @@ class TargetPass(Protocol):
         """
 
 
-class _OwnCaches:
-    """A transformers cache for each request, which is also its slot."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-
-    def open(self) -> RewindCache:
-        return self.target.new_cache()
-
-    def close(self, slot: RewindCache) -> None:
-        """Nothing to do: the request holds the only reference."""
-
-
 class TransformersPass:
     """The model's own modules, one request after another: exact for every architecture, without sharing work between requests."""
 
@@ -87,14 +75,15 @@ class TransformersPass:
             total += heads * each
         return total * self.target.dtype.itemsize
 
-    def new_cache(self) -> _OwnCaches:
-        return _OwnCaches(self.target)
+    def new_cache(self) -> SimpleNamespace:
+        """A cache of transformers for each request, which is also its slot; the request holds the only reference to it."""
+        return SimpleNamespace(open=self.target.new_cache, close=lambda slot: None)
 
     def __call__(
         self,
         tokens: Sequence[Sequence[int]],
         slots: Sequence[RewindCache],
-        cache: _OwnCaches,
+        cache: SimpleNamespace,
         taps: Sequence[int] = (),
         *,
         last_only: bool = False,

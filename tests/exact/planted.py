@@ -201,7 +201,7 @@ BUGS = {  # what breaks → how
         "rewind.GrowingKV._grow", CACHE, given(valid=lambda valid: max(0, valid - 1))
     ),
     "Every pass but the first gives the target positions that are one too low.": Bug(
-        "rewind._RewindLayer.get_seq_length", PLAIN, lambda real, self, *arguments: max(0, real(self, *arguments) - 1)
+        "rewind.RewindLayer.get_seq_length", PLAIN, lambda real, self, *arguments: max(0, real(self, *arguments) - 1)
     ),
     "A closed slot leaves the last request's keys and values where they were.": Bug(
         "rewind.SlotCache.close", CLOSING, given(self=lambda cache: changed(cache, layers=[]))
