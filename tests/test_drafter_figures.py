@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny import tiny_drafter, tiny_target
 
+from dspark.bench import published
 from dspark.bench.results import write_results
 from dspark.cpu.packed import QuantizedLinear, can_quantize
 from dspark.draft.eagle import EagleDrafter
-from dspark.lab import bias, drafters
-from dspark.lab.training import training_curves
+from dspark.lab import drafters
 from dspark.verify.sampling import Rng, Sampling
 
 EAGLE = {"kind": EagleDrafter, "num_hidden_layers": 1, "markov_rank": 0}
@@ -55,10 +55,10 @@ def test_a_known_block_is_the_block_that_drafting_makes(head: str) -> None:
     state = drafter.new_state(text[:5])
     drafter.extend(state, text[:5], target.forward(torch.tensor([text[:5]]), None, drafter.target_layer_ids)[1])
     draft = drafter.draft(state, text[5], 4, Sampling(1.0), Rng(torch.Generator().manual_seed(0)))
-    biased, base, _ = bias.known_blocks(target, drafter, [*text[:6], *draft.tokens], torch.tensor([5]))
+    biased, base, _ = drafters.known_blocks(target, drafter, [*text[:6], *draft.tokens], torch.tensor([5]))
     assert torch.allclose(draft.probs[:, drafter.d2t], biased[0], atol=1e-5)
     assert not torch.allclose(base, biased, atol=1e-2)
-    other = bias.known_blocks(target, drafter, [*text[:6], 50, 51, 52, 53], torch.tensor([5]))
+    other = drafters.known_blocks(target, drafter, [*text[:6], 50, 51, 52, 53], torch.tensor([5]))
     assert torch.allclose(base, other[1], atol=1e-6) and not torch.allclose(biased, other[0], atol=1e-2)
 
 
@@ -71,9 +71,9 @@ def test_a_known_block_is_the_same_alone_and_among_others() -> None:
     object.__setattr__(drafter, "head", QuantizedLinear(drafter.head_weight))
     drafter.markov_head.markov_w2 = QuantizedLinear(drafter.markov_head.markov_w2.weight)
     text = torch.randint(4, 90, (24,), generator=torch.Generator().manual_seed(0)).tolist()
-    together = bias.known_blocks(target, drafter, text, torch.arange(3, 20))
+    together = drafters.known_blocks(target, drafter, text, torch.arange(3, 20))
     for i in (0, 9, 16):
-        alone = bias.known_blocks(target, drafter, text, torch.tensor([3 + i]))
+        alone = drafters.known_blocks(target, drafter, text, torch.tensor([3 + i]))
         assert all(torch.allclose(one[0], all_of_them[i], atol=1e-4) for one, all_of_them in zip(alone, together, strict=True))
 
 
@@ -81,23 +81,23 @@ def test_the_figure_of_a_slot_shows_the_block_of_its_anchor() -> None:
     target = tiny_target()
     drafter = tiny_drafter(target)
     text = list(range(10, 24))
-    biased, base = bias.known_text_acceptance(target, drafter, text, first=4)
+    biased, base = drafters.known_text_acceptance(target, drafter, text, first=4)
     assert biased.shape == base.shape == (7, 4)
-    figure = bias.bias_figure(target, drafter, text, at=6, slot=2, top=4)
-    assert "after “17”" in figure.layout.title.text
-    assert f"{base[2, 1]:.0%} accepted without the bias, {biased[2, 1]:.0%} with it" in figure.layout.title.text
-    assert len(figure.data) == 3 and all(len(bar.x) == 4 for bar in figure.data)
+    figure = drafters.bias_figure(target, drafter, text, at=6, slot=2, top=4)
+    assert "after “17”" in figure.get_suptitle()
+    assert f"{base[2, 1]:.0%} accepted without the bias, {biased[2, 1]:.0%} with it" in figure.get_suptitle()
+    assert [len(bars) for bars in figure.axes[0].containers] == [4, 4, 4]
     with pytest.raises(ValueError, match="slot 9"):
-        bias.bias_figure(target, drafter, text, at=6, slot=9)
+        drafters.bias_figure(target, drafter, text, at=6, slot=9)
     for at in (0, 11):
         with pytest.raises(ValueError, match=str(at)):
-            bias.bias_figure(target, drafter, text, at=at, slot=1)
+            drafters.bias_figure(target, drafter, text, at=at, slot=1)
 
 
 def test_a_drafter_without_a_markov_head_is_the_same_with_and_without_its_bias() -> None:
     target = tiny_target()
     for drafter in (tiny_drafter(target, markov_rank=0), tiny_drafter(target, **EAGLE)):
-        biased, base = bias.known_text_acceptance(target, drafter, list(range(10, 24)), first=4)
+        biased, base = drafters.known_text_acceptance(target, drafter, list(range(10, 24)), first=4)
         assert np.array_equal(biased, base) and ((0 < biased) & (biased <= 1)).all()
 
 
@@ -120,10 +120,11 @@ def test_a_missing_results_folder_is_named(tmp_path: Path) -> None:
         drafters.read_drafters(tmp_path / "elsewhere", 1.0)
 
 
-def test_the_table_gives_tau_and_the_gain_of_the_reference() -> None:
-    table = drafters.tau_table(rows())
-    assert table.loc["dspark", "code"] == "2.10" and table.loc["dflash", "mean"] == "1.70"
-    assert table.loc["dspark", "gain of dspark"] == "–" and table.loc["dflash", "gain of dspark"].startswith(f"{2.1 / 1.7 - 1:+.1%} [+")
+def test_the_gain_of_the_reference_comes_with_an_interval_over_prompts() -> None:
+    gains = drafters.tau_gains(rows()).set_index("drafter")
+    assert gains.loc["dspark", "code"] == pytest.approx(2.1) and gains.loc["dflash", "mean"] == pytest.approx(1.7)
+    low, gain, high = gains.loc["dflash", ["low", "gain", "high"]]
+    assert gain == pytest.approx(2.1 / 1.7 - 1) and low <= gain <= high and gains.loc["dspark", "gain"] == 0
 
 
 def test_positions_are_pooled_by_their_counts_and_drawn_per_drafter() -> None:
@@ -132,49 +133,39 @@ def test_positions_are_pooled_by_their_counts_and_drawn_per_drafter() -> None:
     first = positions[positions["drafter"] == "dspark"]
     assert first["n"].tolist() == [60, 48, 24] and first["acceptance"].tolist() == [0.8, 0.5, 0.25]
     of_few = pd.DataFrame({"drafter": "dspark", "position": [1, 2], "n": 2, "acceptance": [0.1, 0.9], "error": 0.4})
-    bars = drafters.acceptance_figure(of_few, "a test").data[0]
-    assert (bars.y - bars.error_y.arrayminus == pytest.approx([0, 0.5])) and (bars.y + bars.error_y.array == pytest.approx([0.5, 1]))
+    bars = drafters.acceptance_figure(of_few, "a test").axes[0].collections[0].get_segments()
+    assert np.array(bars)[:, :, 1] == pytest.approx(np.array([[0, 0.5], [0.5, 1]]))
     assert first["error"].iloc[1] == pytest.approx(1.959964 * (0.25 / 48) ** 0.5)
     figure = drafters.acceptance_figure(positions, "n = 6 prompts")
-    assert [line.name for line in figure.data] == [look[0] for look in drafters.LOOKS.values()]
-    assert [line.line.color for line in figure.data] == [look[1] for look in drafters.LOOKS.values()]
-    assert "n = 6 prompts" in figure.layout.title.text
-
-
-def test_the_heads_share_is_the_median_repeats_part_of_a_whole_round() -> None:
-    draft, head, verify = [6.0, 5.0, 90.0], [0.5, 0.7, 0.6], [24.0, 30.0, 23.0]
-    times = pd.DataFrame({"drafter": "dspark", "draft_ms": draft, "head_ms": head, "verify_ms": verify})
-    table = drafters.cost_table(pd.concat([times, times.assign(drafter="dflash", head_ms=0.0)]))
-    assert table.loc["dspark"].tolist() == [6.0, 0.6, 24.0, "2.0%"]
-    assert table.loc["dflash", "head's share of a round"] == "0.0%"
+    lines = figure.axes[0].lines
+    assert [(line.get_label(), line.get_color(), line.get_linestyle()) for line in lines] == list(drafters.LOOKS.values())
+    assert "n = 6 prompts" in figure.get_supxlabel() and "DSpark 80% → 25%" in figure.get_suptitle()
 
 
 def trained() -> pd.DataFrame:
     """Training records of five drafters and of another head."""
     shapes = [(name, layers, block, tau) for name, (tau, layers, block) in ARMS.items()] + [("gated", 2, 5, 2.05)]
-    return pd.DataFrame(shapes, columns=["drafter", "layers", "block_size", "held_out_tau"]).assign(steps=9)
+    return pd.DataFrame(shapes, columns=["drafter", "layers", "block_size", "held_out_tau"]).assign(steps=9, machine="a machine")
 
 
 def test_depth_and_block_size_are_compared_at_the_base_of_the_other() -> None:
-    by_layers, by_block = (drafters.size_figure(trained(), field) for field in ("layers", "block_size"))
-    assert [list(line.x) for line in by_layers.data] == [[2], [2, 4]]
-    assert [list(line.x) for line in by_block.data] == [[5, 8], [5]]
-    assert list(by_block.data[0].y) == [2.0, 2.2]
+    by_layers, by_block = (drafters.size_figure(trained(), field).axes[0].lines for field in ("layers", "block_size"))
+    assert [list(line.get_xdata()) for line in by_layers] == [[2], [2, 4]]
+    assert [list(line.get_xdata()) for line in by_block] == [[5, 8], [5]]
+    assert list(by_block[0].get_ydata()) == [2.0, 2.2]
     with pytest.raises(ValueError, match="--only dspark"):
         drafters.size_figure(trained().query("drafter != 'dspark'"), "layers")
 
 
 def test_the_published_gain_is_that_of_the_published_numbers() -> None:
-    table = drafters.published_tau()
-    assert list(table.index) == ["eagle", "dflash", "dspark"] and table.loc["dspark", "MT-Bench"] == 3.64
-    assert table.loc["dflash", "DSpark's gain"] == "+16%"
+    assert f"{published.gain('dflash'):+.0%}" == "+16%" and published.TAU["Qwen3-4B", "DSpark"][6] == 3.64
 
 
 def test_training_curves_grow_with_the_records() -> None:
     held = {"loss": 2.0, "tau": 1.2, "acceptance": [0.3, 0.2]}
     records = [{"step": 1, "loss": 3.0, "tau": 1.1}, {"step": 2, "loss": 2.5, "tau": 1.2, "held_out": held}]
-    begun, later = (training_curves(records[:n], steps=9) for n in (1, 2))
-    assert {line.name for line in begun.data} == {"training batch"}
-    assert {line.name for line in later.data} == {"training batch", "held-out rows", "position 1", "position 2"}
-    losses = {line.name: list(line.y) for line in later.data if line.xaxis == "x"}
-    assert losses == {"training batch": [3.0, 2.5], "held-out rows": [2.0]} and later.layout.title.text == "Training, n = 2 of 9 steps"
+    begun, later = (drafters.training_curves(records[:n], steps=9) for n in (1, 2))
+    names = [{line.get_label() for panel in figure.axes for line in panel.lines} for figure in (begun, later)]
+    assert names == [{"training batch"}, {"training batch", "held-out rows", "position 1", "position 2"}]
+    losses = {line.get_label(): list(line.get_ydata()) for line in later.axes[0].lines}
+    assert losses == {"training batch": [3.0, 2.5], "held-out rows": [2.0]} and "n = 2 of 9 steps" in later.get_supxlabel()

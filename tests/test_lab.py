@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 from html import unescape
+from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
+from PIL import Image
 from rounds import ROUNDS, TEXT, decode, ids, round_of
 
 from dspark.bench.arms import arm_colour, arm_label
 from dspark.bench.measure import Trial, summary
 from dspark.bench.results import SCHEMA_VERSION, read_rows, write_results
+from dspark.bench.stats import BUSY, busy, spread
+from dspark.bench.table import speed_table
 from dspark.bench.trace import BROKEN
 from dspark.files import data_dir
 from dspark.lab import drafters, figures, scheduling, speed
@@ -128,9 +133,9 @@ def test_the_same_records_give_the_same_figures_and_are_not_changed():
 
 def test_the_schedulers_path_names_the_drafts_up_to_the_first_fall():
     path = list(PrefixScheduler({1: 1.0, 2: 0.9, 3: 0.5, 4: 0.4}.__getitem__).admissions([[0.9, 0.18, 0.162]]))
-    bars = scheduling.admission_path(path, ["a", "b", "c"]).data[0]
-    assert list(bars.x) == ["anchor alone", "1: “a”", "2: “b”"]
-    assert [round(y, 3) for y in bars.y] == [1.0, 1.71, 1.04]
+    (axes,) = scheduling.admission_path(path, ["a", "b", "c"], "a machine").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["anchor alone", "1: “a”", "2: “b”"]
+    assert [round(bar.get_height(), 3) for bar in axes.patches] == [1.0, 1.71, 1.04]
 
 
 # What red-green blindness leaves of a colour (Machado, Oliveira and Fernandes, 2009, severity 1), on linear RGB.
@@ -191,7 +196,41 @@ def test_race_numbers_are_the_benchs_paired_medians():
     assert frame["equals_baseline"].all()
     table = speed.race_table(frame)
     assert list(table.index) == ["a", "b", "c"]
-    assert list(table["tokens/s", "fixed"]) == pytest.approx([15, 20, 40])
+    assert list(table["tokens/s", "median", "fixed"]) == pytest.approx([15, 20, 40])
+    assert not numbers["busy"]
+
+
+def test_the_race_shows_the_heat_with_the_median_speed_up():
+    text = list(range(9))
+    heats = [{"plain": trial(text, 1, 0.8), "fixed": trial(text, per, 0.8 / ratio)} for per, ratio in ((2, 1.5), (3, 2.0), (4, 4.0))]
+    (plain, _), (arm, rounds) = speed.median_heat(heats, "fixed")
+    assert (plain, arm) == ("plain", "fixed") and [len(r.committed) for r in rounds] == [1, 3, 3, 2]
+
+
+def test_with_fewer_than_three_prompts_there_is_no_interval_and_the_table_says_so():
+    text = list(range(9))
+    heats = [{"plain": trial(text, 1, 0.8), "fixed": trial(text, 2, 0.4)}] * 3
+    assert speed.flat_summary(speed.race_frame(heats, ["a", "b", "c"]), "fixed")["low"] == pytest.approx(2.0)
+    for prompts in (["a", "a", "a"], ["a", "b", "b"]):
+        numbers = speed.flat_summary(speed.race_frame(heats, prompts), "fixed")
+        assert np.isnan(numbers["low"]) and np.isnan(numbers["high"]) and numbers["speedup"] == pytest.approx(2.0)
+    few = results().query("prompt_id.str.endswith('/0')")
+    assert "[n too small]" in speed_table(few, "plain") and "[" not in re.sub(r"\[n too small\]|\[95 %", "", speed_table(few, "plain"))
+
+
+@pytest.mark.parametrize("slow", ["one heat of three", "one step in five"])
+def test_a_busy_machine_is_noticed_in_the_summary_the_table_and_the_figure(slow):
+    assert busy(results()) == "" and spread(results()) < BUSY
+    uneven = results()
+    if slow == "one heat of three":
+        uneven.loc[uneven.index % 3 == 0, "latency_ms"] *= 3  # every third row is one of plain decoding
+        uneven.loc[uneven["prompt_id"].str.contains("[1-5]$"), "latency_ms"] /= 3
+    else:
+        uneven["round_ms_p90"] = 2.0 * uneven["round_ms"]
+    assert spread(uneven) > BUSY and "busy" in busy(uneven)
+    assert busy(uneven) in speed_table(uneven, "plain")
+    assert "This machine was busy" in speed.over(uneven, "plain").get_supxlabel()
+    assert speed.flat_summary(uneven, "fixed:5")["busy"]
 
 
 def test_a_repeated_prompt_counts_once():
@@ -228,45 +267,54 @@ def test_a_file_of_another_version_or_without_rows_is_refused(tmp_path):
 
 def test_an_arm_has_one_colour_and_one_label_in_every_figure():
     frame, arm = results(), "fixed:5"
-    mine = [trace for trace in speed.over(frame, "plain").data if trace.name == arm_label(arm)]
-    assert [trace.marker.color for trace in mine] == [arm_colour(arm)]
+    figure = speed.over(frame, "plain")
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [arm_label("generate"), arm_label(arm)]
+    for panel in figure.axes:
+        dots, bars = panel.collections
+        assert [to_hex(colour) for colour in dots.get_facecolors()] == [arm_colour("generate"), arm_colour(arm)]
+        assert [to_hex(colour) for colour in bars.get_colors()] == [arm_colour("generate"), arm_colour(arm)]
 
 
-def test_measured_speed_ups_have_intervals_and_the_domains_their_mean():
-    measured = speed.over(results(), "plain").data[-1]
-    assert (measured.error_y.array >= 0).all() and (measured.error_y.arrayminus >= 0).all()
-    assert list(measured.x) == ["code", "chat", "all"]
-
-
-def test_figures_of_speed_have_units_and_say_how_many():
+def test_measured_speed_ups_have_intervals_round_them_in_every_domain_and_over_all():
     figure = speed.over(results(), "plain")
-    assert "n = " in figure.layout.title.text
-    assert figure.layout.yaxis.title.text and figure.layout.xaxis.title.text
+    assert [panel.get_title("left").partition(",")[0] for panel in figure.axes] == ["all", "code", "chat"]
+    for panel in figure.axes:
+        dots, bars = panel.collections
+        for (speedup, _), ((low, _), (high, _)) in zip(dots.get_offsets(), bars.get_segments(), strict=True):
+            assert low <= speedup <= high
+
+
+def test_figures_of_speed_say_what_they_find_with_units_and_how_many():
+    figure = speed.over(results(), "plain")
+    assert "fixed window 5 is 1.7" in figure.get_suptitle() and "n = 8 test prompts per domain" in figure.get_supxlabel()
+    assert "(×)" in figure.axes[1].get_xlabel() and figure.axes[0].get_title("left") == "all, n = 16"
+
+
+def test_a_figure_travels_as_a_png_with_its_finding_as_the_text_for_screen_readers():
+    figure = figures.distributions({"target": [0.5, 0.5], "drafter": [0.9, 0.1]}, ["$", "“世界”"], "A finding", "n = 1")
+    png, about = figure._repr_png_()
+    assert png.startswith(b"\x89PNG") and about["alt"] == "A finding"
+    ink = np.asarray(Image.open(BytesIO(png)).convert("RGBA"))
+    assert (ink[..., 3] == 0).mean() > 0.5 and len(np.unique(ink[ink[..., 3] > 0][:, :3], axis=0)) > 1, (
+        "a transparent ground with ink on it"
+    )
+    assert ink.shape[1] == 2 * about["width"]
 
 
 def test_the_needed_tau_rises_with_the_window_and_the_speed_up():
     points = break_even(SPSCurve((1, 8), (0.030, 0.044)), range(1, 6), 0.006, [1.0, 1.5])
-    *lines, ceiling = speed.needed(points, "tiny").data
-    assert list(ceiling.y) == [2, 3, 4, 5, 6] and len(lines) == 4
-    slow, _, fast, free = (list(line.y) for line in lines)
+    *lines, ceiling = speed.needed(points, "a finding", "tiny").axes[0].lines
+    assert list(ceiling.get_ydata()) == [2, 3, 4, 5, 6] and len(lines) == 4
+    slow, _, fast, free = (list(line.get_ydata()) for line in lines)
     assert (
         fast == sorted(fast) and all(a < b for a, b in zip(slow, fast, strict=True)) and all(a < b for a, b in zip(free, fast, strict=True))
     )
 
 
-def test_policies_without_numbers_take_those_of_the_notebooks_parameters():
-    names = speed.arms_of("fixed:3,confidence,adaptive+copy,adaptive:0.5,0.2,0.1,lookup,copy", 3, 0.4, (0.6, 0.3, 0.05))
-    assert names[:3] == ["fixed:3+block:3", "confidence:0.4+block:3", "adaptive:0.6,0.3,0.05+copy+block:3"]
-    assert names[3:] == ["adaptive:0.5,0.2,0.1+block:3", "lookup", "copy+block:3"]
-    assert speed.arms_of("fixed", 0, 0.4, (0.6, 0.3, 0.05)) == ["fixed"]
-    with pytest.raises(ValueError, match="'confidnce'"):
-        speed.arms_of("confidnce", 0, 0.4, (0.6, 0.3, 0.05))
-
-
 def test_the_published_range_is_drawn_over_mtp1_alone():
     frame = results().replace({"arm": {"generate": "mtp1"}})
-    note = speed.over(frame, "mtp1", quoted=True).layout.annotations[0].text
-    assert note.startswith("quoted:") and "1.57–1.85×" in note
+    assert "quoted: 1.57–1.85×" in " ".join(speed.over(frame, "mtp1", quoted=True).get_supxlabel().split())
     with pytest.raises(ValueError, match="not over 'plain'"):
         speed.over(frame, "plain", quoted=True)
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import inline
 import nbformat
 import papermill
 import pytest
@@ -15,12 +21,31 @@ from transformers import PreTrainedTokenizerFast
 
 import dspark
 from dspark.draft.lookup import ContextLookup
-from dspark.lab import demo
+from dspark.lab import batch, demo
 from dspark.lab.text import tally
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'assistant: ' }}"
+
+SHORT = {"max_new_tokens": 12, "threads": 1, "dtype": "float32"}
+RUNS = {  # other parameters than the notebook's own, on a tiny model
+    "00_start": SHORT | {"prompts": ["An apple", "他说 <b>&</b> 🙂", "On the one hand"], "repeats": 2, "policy": "fixed:2"},
+    "02_speedup": SHORT
+    | {"policy": "confidence:0.4,adaptive:0.6,0.3,0.05+copy,lookup", "domains": "math,structured", "block_size": 3, "price": 0.5},
+    "03_semi_autoregressive": SHORT | {"prompt": "An apple", "slot": 3, "bias": 0.5, "position": 2, "results": "empty"},
+    "04_confidence": {"thresholds": [0.0, 0.2, 0.6], "temperature": 0.0, "policy": "confidence:0.2"},
+    "05_scheduler": SHORT | {"policies": ["mtp1", "confidence:0.2", "prefix"], "repeats": 1, "chosen_round": 1, "context": 32},
+    "06_under_load": {"live_arms": "plain,fixed:2,async", "live_users": "1,3", "live_tokens": 6, "threads": 1, "dtype": "float32"}
+    | {"arm": "async", "baseline": "fixed:2", "results": "empty"},
+    "07_losslessness": {"target_probs": [0.1, 0.1, 0.8], "draft_probs": [0.5, 0.4, 0.1], "draws": 300, "seed": 3},
+    "08_train_a_drafter": {"rows": 6, "tokens": 200, "steps": 5, "anchors": 4, "block_size": 3, "draft_vocab": 100, "folder": "run"}
+    | SHORT
+    | {"max_new_tokens": 8},
+    "09_your_model": SHORT | {"drafter": "", "prompt": "an apple, an apple, an", "block_size": 4, "profile_repeats": 1, "speedups": [1.2]},
+}
+FIGURES = {"00": 2, "02": 6, "03": 2, "04": 2, "05": 3, "06": 2, "07": 4, "08": 3, "09": 1}  # charts and strips of these runs
+FOLDERS = {"results", "folder"}  # parameters that name a folder, here one in the test's own
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -68,7 +93,15 @@ def test_code_cells_are_short_and_prose_comes_first(path):
     notebook = nbformat.read(path, as_version=4)
     assert notebook.cells[0].cell_type == "markdown"
     for cell in cells(path):
-        assert len(cell.source.splitlines()) <= 20, cell.source
+        is_table = "parameters" in cell.metadata.get("tags", [])  # one parameter a line
+        assert len(cell.source.splitlines()) <= (18 if is_table else 16), cell.source
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem[:2] in FIGURES], ids=lambda path: path.stem)
+def test_every_notebook_checks_its_parameters_in_the_same_next_cell_and_ends_with_the_same_call(path):
+    _, check, *_, last = cells(path)
+    assert check.source == "from dspark.lab import batch\n\nbatch.begin()" and check.metadata["jupyter"]["source_hidden"]
+    assert "batch.finish(" in last.source and "out" in papermill.inspect_notebook(str(path))
 
 
 @each_notebook
@@ -107,133 +140,194 @@ def test_the_python_in_the_readme_runs(tiny_folders, monkeypatch, capsys):
     assert re.search(r"^\d+ \d+ of \d+ drafts: ", capsys.readouterr().out, flags=re.MULTILINE)
 
 
-SMALL = {
-    "prompts": ["An apple", "他说 <b>&</b> 🙂", "On the one hand"],
-    "max_new_tokens": 12,
-    "repeats": 3,
-    "threads": 1,
-    "dtype": "float32",
-}
+@dataclass(frozen=True)
+class Executed:
+    """One run. path: of the notebook with its outputs. folder: of the run's own files."""
+
+    notebook: nbformat.NotebookNode
+    summary: dict[str, object]
+    path: Path
+    folder: Path
+
+    @property
+    def printed(self) -> str:
+        return inline.printed(self.notebook)
 
 
-def test_losslessness_runs_at_other_parameters(tmp_path):
-    executed = tmp_path / "executed.ipynb"
-    other = {"target_probs": [0.1, 0.1, 0.8], "draft_probs": [0.5, 0.4, 0.1], "draws": 300, "seed": 3}
-    papermill.execute_notebook(
-        str(ROOT / "notebooks" / "07_losslessness.ipynb"), str(executed), other, kernel_name="python3", cwd=str(tmp_path)
-    )
-    printed = [out.text for cell in cells(executed) for out in cell.outputs if out.output_type == "stream" and out.name == "stdout"]
-    assert any("'C': '4/5'" in text for text in printed)
+@pytest.fixture(scope="session")
+def executed(tmp_path_factory: pytest.TempPathFactory, tiny_folders: dict[str, str]) -> Callable[[str], Executed]:
+    """Runs a notebook of RUNS, once for all tests."""
+
+    @cache
+    def run(name: str) -> Executed:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "empty").mkdir()
+        has = papermill.inspect_notebook(str(ROOT / "notebooks" / f"{name}.ipynb"))
+        given = {key: str(folder / value) if key in FOLDERS else value for key, value in RUNS[name].items()}
+        parameters = {key: value for key, value in (tiny_folders | given).items() if key in has} | {"out": str(folder / "out.json")}
+        path = folder / f"{name}.ipynb"
+        notebook = inline.execute(ROOT / "notebooks" / f"{name}.ipynb", parameters, path)
+        return Executed(notebook, json.loads((folder / "out.json").read_text()), path, folder)
+
+    return run
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_notebook_runs_at_other_parameters_on_another_model_and_all_its_figures_survive_an_export(executed, name):
+    run = executed(name)
+    assert len(inline.figures(run.notebook)) == FIGURES[name[:2]]
+    first = list(run.summary.values())[:3]
+    assert all(isinstance(value, int | float | str) for value in first), "a sweep shows these three"
+    table = run.notebook.cells[-1].outputs[-1]
+    assert next(iter(run.summary)) in table.data["text/html"], "the last cell is a table"
+
+
+@pytest.mark.parametrize("name", ["00_start", "04_confidence"])
+def test_an_exported_page_shows_every_figure_with_ink_in_a_browser_without_a_network(executed, tmp_path, name):
+    """00 has text and strips, 04 has charts."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium on this machine")
+    exporter = pytest.importorskip("nbconvert").HTMLExporter()
+    page = tmp_path / "page.html"
+    page.write_text(exporter.from_filename(str(executed(name).path))[0].replace("</body>", INK + "</body>"), encoding="utf-8")
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path / 'chromium'}",
+    ]
+    command = [chromium, *options, "--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+    inks = [float(ink) for ink in re.search(r'id="ink">([^<]*)<', dom)[1].split()]
+    pictures = FIGURES[name[:2]] + (name == "00_start")  # and the cartoon in its first cell
+    assert len(inks) == pictures and min(inks) > 0.002, "the share of each picture that is not blank"
+
+
+INK = """<pre id="ink"></pre><script>
+addEventListener("load", async () => {
+  const shares = [];
+  for (const one of document.querySelectorAll(".jp-OutputArea img, .jp-OutputArea svg, .jp-MarkdownOutput img")) {
+    const picture = new Image(), canvas = document.createElement("canvas");
+    picture.src = one.src || "data:image/svg+xml;utf8," + encodeURIComponent(new XMLSerializer().serializeToString(one));
+    await picture.decode().catch(() => 0);
+    [canvas.width, canvas.height] = [600, 300];
+    const ground = canvas.getContext("2d");
+    ground.drawImage(picture, 0, 0, 600, 300);
+    const pixels = ground.getImageData(0, 0, 600, 300).data;
+    shares.push(pixels.filter((value, i) => i % 4 == 3 && value > 40).length / (600 * 300));
+  }
+  document.getElementById("ink").textContent = shares.join(" ");
+});
+</script>"""
+
+
+def test_start_reports_texts_speeds_and_their_spread(executed):
+    run = executed("00_start")
+    summary = run.summary
+    assert summary["policy"] == "fixed:2" and summary["prompt"] == "An apple" and summary["n"] <= 3
+    assert summary["low"] is None or summary["low"] <= summary["speedup"] <= summary["high"]
+    assert 1 <= summary["tokens_per_round"] <= 3 and summary["spread"] >= 1
+    assert summary["text"] == summary["plain_text"] and summary["comparison"].startswith("identical")
+    shown = "".join(out.data.get("text/html", "") for cell in run.notebook.cells for out in cell.get("outputs", []) if "data" in out)
+    assert "pre-wrap" in shown, "the coloured text"
+    for part in (f"DSpark:\n{summary['text']}", "plain decoding:", "tokens/s", "95 % interval", "τ = ", "(n = "):
+        assert part in run.printed
+
+
+def test_start_runs_with_sampling_in_a_kernel_of_its_own(tmp_path, tiny_folders):
+    """The one run with a kernel; nbval runs all notebooks so, at their defaults (make test-notebooks)."""
+    changed = {"policy": "confidence:0.2+copy:2", "temperature": 0.9, "seed": 5, "repeats": 1}
+    summary = demo.run(demo.NOTEBOOK, tmp_path / "folder" / "start.ipynb", RUNS["00_start"] | tiny_folders | changed)
+    assert summary["policy"] == changed["policy"] and summary["temperature"] == 0.9
+    assert len(inline.figures(nbformat.read(tmp_path / "folder" / "start.ipynb", as_version=4))) == 2
+
+
+def test_the_demo_prints_what_the_cells_print(executed, tmp_path, monkeypatch, capsys):
+    run = executed("00_start")
+    monkeypatch.setattr(demo, "run", lambda notebook, path, parameters: shutil.copy(run.path, path))
+    assert demo.main(["--out", str(tmp_path / "demo.ipynb"), "-p", "target", "another"]) == 0
+    printed = capsys.readouterr().out
+    assert "speed-up" in printed and "plain decoding:" in printed and str(tmp_path / "demo.ipynb") in printed
+
+
+def test_losslessness_counts_every_branch_at_other_probabilities(executed):
+    assert "'C': '4/5'" in executed("07_losslessness").printed
 
 
 def test_losslessness_without_results_names_the_command_that_makes_them(tmp_path):
-    notebook, executed = ROOT / "notebooks" / "07_losslessness.ipynb", tmp_path / "executed.ipynb"
-    with pytest.raises(papermill.PapermillExecutionError, match="make proof writes it"):
-        papermill.execute_notebook(str(notebook), str(executed), {"results": str(tmp_path)}, kernel_name="python3", cwd=str(tmp_path))
+    with pytest.raises(ValueError, match="make proof writes it"):
+        inline.execute(ROOT / "notebooks" / "07_losslessness.ipynb", {"results": str(tmp_path)})
 
 
-def test_semi_autoregressive_runs_at_other_parameters_on_another_model(tmp_path, tiny_folders):
-    executed = tmp_path / "executed.ipynb"
-    other = {"prompt": "An apple", "slot": 3, "bias": 0.5, "max_new_tokens": 16, "threads": 1, "dtype": "float32"}
-    papermill.execute_notebook(
-        str(ROOT / "notebooks" / "03_semi_autoregressive.ipynb"),
-        str(executed),
-        other | tiny_folders | {"position": 2, "results": str(tmp_path)},
-        kernel_name="python3",
-        cwd=str(tmp_path),
-    )
-    titles = [
-        output.data["application/vnd.plotly.v1+json"]["layout"]["title"]["text"]
-        for cell in cells(executed)
-        for output in cell.outputs
-        if "application/vnd.plotly.v1+json" in output.get("data", {})
+def test_semi_autoregressive_leaves_out_figures_of_comparisons_that_were_not_made(executed):
+    shown = [
+        out.metadata["image/png"]["alt"]
+        for cell in executed("03_semi_autoregressive").notebook.cells
+        for out in cell.get("outputs", [])
+        if "image/png" in out.get("metadata", {})
     ]
-    assert len(titles) == 2 and titles[1].startswith("Slot 3, after"), "no comparison is in that folder, so its figures are left out"
+    assert len(shown) == 2 and shown[1].startswith("Slot 3, after")
 
 
-def test_a_drafter_is_trained_for_another_model_at_other_parameters(tmp_path, tiny_folders):
-    executed, out, folder = tmp_path / "executed.ipynb", tmp_path / "out.json", tmp_path / "run"
-    other = {"rows": 6, "tokens": 400, "steps": 5, "anchors": 4, "block_size": 3, "draft_vocab": 100, "max_new_tokens": 8, "threads": 1}
-    papermill.execute_notebook(
-        str(ROOT / "notebooks" / "08_train_a_drafter.ipynb"),
-        str(executed),
-        other | {"target": tiny_folders["target"], "dtype": "float32", "folder": str(folder), "out": str(out)},
-        kernel_name="python3",
-        cwd=str(tmp_path),
+def test_a_drafter_trained_in_the_notebook_loads_and_drafts_blocks_of_the_asked_size(executed, tiny_folders):
+    run = executed("08_train_a_drafter")
+    assert (
+        run.summary["steps"] == len(run.summary["losses"]) == 5 and len(run.summary["acceptance"]) == 3 and run.summary["resumed_at"] == 2
     )
-    summary = json.loads(out.read_text())
-    assert summary["steps"] == len(summary["losses"]) == 5 and len(summary["acceptance"]) == 3 and summary["resumed_at"] == 2
     target = dspark.load_target(tiny_folders["target"], dtype="float32")
-    assert dspark.load_drafter(folder / "drafter", target).block_size == 3
+    assert dspark.load_drafter(run.folder / "run" / "drafter", target).block_size == 3
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"policy": "fixed:2"}, {"policy": "confidence:0.2+copy:2", "temperature": 0.9, "seed": 5, "repeats": 1}],
-    ids=lambda changed: changed["policy"],
-)
-def test_start_runs_at_other_parameters_on_another_model(tmp_path, tiny_folders, changed):
-    executed = tmp_path / "folder" / "start.ipynb"
-    summary = demo.run(demo.NOTEBOOK, executed, SMALL | tiny_folders | changed)
-
-    assert summary["policy"] == changed["policy"] and summary["temperature"] == changed.get("temperature", 0.0)
-    assert summary["prompt"] == SMALL["prompts"][0] and summary["n"] <= len(SMALL["prompts"])
-    assert summary["low"] <= summary["speedup"] <= summary["high"]
-    assert 1 <= summary["tokens_per_round"] <= 5
-    if "temperature" not in changed:
-        assert summary["text"] == summary["plain_text"] and summary["comparison"].startswith("identical")
-
-    shown = "".join(output["data"].get("text/html", "") for cell in cells(executed) for output in cell.outputs if "data" in output)
-    assert shown.count("<svg") == 2 and "pre-wrap" in shown, "the text, the race and the drafts"
-    printed = demo.report(summary, executed)
-    for part in (summary["text"], "plain decoding", "tokens/s", "95 % interval", "τ", str(executed)):
-        assert part in printed
-
-
-SPEED = {
-    "policy": "confidence,adaptive+copy,lookup",
-    "domains": "math,structured",
-    "max_new_tokens": 10,
-    "block_size": 3,
-    "threads": 1,
-    "dtype": "float32",
-    "price": 0.5,
-}
-
-
-def test_speedup_runs_at_other_parameters_on_another_model(tmp_path, tiny_folders):
-    executed = tmp_path / "folder" / "speedup.ipynb"
-    summary = demo.run(ROOT / "notebooks" / "02_speedup.ipynb", executed, SPEED | tiny_folders)
-    assert summary["policy"] == SPEED["policy"] and summary["arm"] == "confidence:0.4+block:3"
-    assert summary["n"] == 2 and summary["low"] == pytest.approx(summary["speedup"]) == summary["high"], "one prompt a domain has no spread"
+def test_speedup_saves_a_flat_row_of_the_first_policy(executed):
+    summary = executed("02_speedup").summary
+    assert summary["policy"] == RUNS["02_speedup"]["policy"] and summary["arm"] == "confidence:0.4+block:3"
+    assert summary["n"] == 2 and summary["low"] is None and summary["high"] is None, "one prompt a domain has no interval"
     assert {"speedup_over_mtp1", "speedup_math", "speedup_over_mtp1_structured"} <= set(summary)
     assert not any(isinstance(value, dict | list) for value in summary.values()), "a row of a table is flat"
     assert summary["saved_per_million"] == pytest.approx(0.5 * (1 - 1 / summary["speedup"]))
 
 
-def test_your_model_runs_on_another_model_without_a_drafter(tmp_path, tiny_folders):
-    changed = {"drafter": "", "prompt": "an apple, an apple, an", "max_new_tokens": 12, "threads": 1, "dtype": "float32", "block_size": 4}
-    notebook, executed = ROOT / "notebooks" / "09_your_model.ipynb", tmp_path / "folder" / "yours.ipynb"
-    summary = demo.run(notebook, executed, changed | {"target": tiny_folders["target"], "profile_repeats": 1, "speedups": [1.2]})
-    assert summary["target"] == Path(tiny_folders["target"]).name and summary["fastest"] in ("plain", "copy")
-    assert summary["tau_for_1.2"] > 0 and summary["limit"] > 0 and summary["tau_copy"] >= 1
-    printed = "".join(out.text for cell in cells(executed) for out in cell.outputs if out.output_type == "stream")
-    assert "identical" in printed and "refused: generate was asked for beam_search" in printed
+def test_your_model_decodes_without_a_drafter_and_refuses_what_it_cannot_keep(executed, tiny_folders):
+    run = executed("09_your_model")
+    assert run.summary["target"] == Path(tiny_folders["target"]).name and run.summary["fastest"] in ("plain", "copy")
+    assert run.summary["tau_for_1.2"] > 0 and run.summary["limit"] > 0 and run.summary["tau_copy"] >= 1
+    assert "identical" in run.printed and "refused: generate was asked for beam_search" in run.printed
 
 
-def test_under_load_runs_on_another_model_without_recorded_loads(tmp_path, tiny_folders):
-    executed = tmp_path / "load.ipynb"
-    small = {"live_arms": "plain,fixed:2,async", "live_users": "1,3", "live_tokens": 6, "threads": 1, "dtype": "float32", "arm": "async"}
-    papermill.execute_notebook(
-        str(ROOT / "notebooks" / "06_under_load.ipynb"),
-        str(executed),
-        small | tiny_folders | {"baseline": "fixed:2", "results": str(tmp_path)},
-        kernel_name="python3",
-        cwd=str(tmp_path),
-    )
-    printed = "".join(out.text for cell in cells(executed) for out in cell.outputs if out.output_type == "stream" and out.name == "stdout")
+def test_under_load_shows_a_small_run_where_no_loads_are_recorded(executed):
     for words in ("no recorded loads", "async over the best window", "fixed:2 with 3 users", "request 0 is active, request 1 is waiting"):
-        assert words in printed
+        assert words in executed("06_under_load").printed
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_new_token": 8}, "no parameter 'max_new_token': did you mean 'max_new_tokens'"),
+        ({"max_new_tokens": "many"}, "max_new_tokens needs int, got 'many'"),
+        ({"max_new_tokens": True}, "max_new_tokens needs int, got True"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"prompts": "Hello"}, r"prompts needs list\[str\] with an entry, got 'Hello'"),
+        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ({"temperature": "warm"}, "temperature needs float, got 'warm'"),
+        ({"dtype": "bfloat"}, "no dtype 'bfloat': did you mean 'bfloat16'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_notebook_checks_what_papermill_passes_before_it_loads_a_model(given, said, monkeypatch):
+    monkeypatch.setattr(dspark, "load_target", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=said):
+        inline.execute(demo.NOTEBOOK, given)
+
+
+@pytest.mark.parametrize(
+    "kind, name, wrong", [("float", "top_p", 1.5), ("list[float]", "thresholds", [0.1, -0.1]), ("str", "domains", "code,maths")]
+)
+def test_shares_lists_and_domains_are_checked_as_well(kind, name, wrong):
+    batch.check({name: {"float": 1, "list[float]": [0, 0.5], "str": "code,math"}[kind]}, {name: kind})
+    with pytest.raises(ValueError, match=str(wrong)[-5:].strip("[]. ")):
+        batch.check({name: wrong}, {name: kind})
 
 
 @pytest.mark.parametrize(
@@ -245,9 +339,9 @@ def test_under_load_runs_on_another_model_without_recorded_loads(tmp_path, tiny_
     ids=lambda changed: changed["policy"],
 )
 def test_live_decoding_runs_at_other_parameters_on_another_model(tmp_path, tiny_folders, changed):
-    executed = tmp_path / "folder" / "live.ipynb"
     small = {"prompt": "他说 <b>&</b> 🙂", "max_new_tokens": 14, "threads": 1, "dtype": "float32"}
-    summary = demo.run(ROOT / "notebooks" / "01_live_decoding.ipynb", executed, small | tiny_folders | changed)
+    path, executed = ROOT / "notebooks" / "01_live_decoding.ipynb", tmp_path / "live.ipynb"
+    summary = inline.run(path, executed, small | tiny_folders | changed)
 
     assert summary["prompt"] == small["prompt"] and summary["policy"] == changed["policy"]
     if "temperature" not in changed:  # the panel and the replay make exactly the rounds of decode
@@ -284,9 +378,10 @@ def test_a_failing_cell_is_one_line_with_its_own_message(tmp_path):
     [
         ([("polcy", "fixed")], "no parameter 'polcy': did you mean 'policy'?"),
         ([("xyz", "1")], "no parameter 'xyz': choose from prompts, max_new_tokens"),
+        ([("threads", "0")], "threads must be at least 1, got 0"),
         ([("max_new_tokens", "many")], "max_new_tokens needs int, got 'many'"),
         ([("temperature", "warm")], "temperature needs float, got 'warm'"),
-        ([("prompts", "Hello")], "prompts needs list\\[str\\], got 'Hello'"),
+        ([("prompts", "Hello")], "prompts needs list\\[str\\] with an entry, got 'Hello'"),
         ([("prompts", "[]")], "prompts needs list"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pytest
 from test_lab import results
 from tiny import tiny_drafter, tiny_target
@@ -14,6 +16,8 @@ from tiny import tiny_drafter, tiny_target
 from dspark.bench.arms import arm_label
 from dspark.bench.results import write_results
 from dspark.bench.trace import StepTimes, record
+from dspark.bench.traces import load_traces
+from dspark.lab.demo import NOTEBOOK
 from dspark.lab.replaying import SAMPLE
 
 FIGURES = Path(__file__).resolve().parents[1] / "data" / "figures"
@@ -28,8 +32,21 @@ def test_the_live_picture_is_drawn_from_the_shipped_trace(tmp_path):
     ET.fromstring(drawn)
     assert drawn == (FIGURES / "live.svg").read_text(encoding="utf-8"), "run python data/figures/build.py"
     assert pictures.main(["--out", str(tmp_path / "again")]) == 0
-    for name in ("live.svg", "headline.svg"):
+    for name in ("live.svg", "headline.svg", pictures.CARTOON):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_the_first_notebook_opens_with_the_cartoon():
+    title = nbformat.read(NOTEBOOK, as_version=4).cells[0]
+    assert f"](attachment:{pictures.CARTOON})" in title.source
+    assert base64.b64decode(title.attachments[pictures.CARTOON]["image/png"]) == (FIGURES / pictures.CARTOON).read_bytes()
+
+
+def test_the_cartoon_drafts_five_keeps_two_and_corrects_the_third():
+    frames = [[text.get_text() for text in panel.texts if text.get_text()] for panel in pictures.cartoon(load_traces(SAMPLE)[0][1]).axes]
+    draft, check, keep = frames
+    assert [mark for mark in check if mark in "✓✗"] == ["✓", "✓", "✗"] and [word for word in check if word not in "✓✗"] == draft
+    assert len(draft) == 6 and len(keep) == 4 and keep[:3] == draft[:3] and keep[3] != draft[3]
 
 
 def test_the_live_picture_is_well_formed_and_limited_in_lines_for_any_tokens():

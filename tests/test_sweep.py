@@ -5,11 +5,12 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import inline
 import nbformat
 import pandas as pd
 import pytest
 
-from dspark.lab import sweep
+from dspark.lab import demo, sweep
 
 CODE = """
 import json
@@ -37,6 +38,16 @@ def notebook(tmp_path: Path, log: Path) -> Path:
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
     return path
+
+
+KERNELS = sweep.ENGINES["local"]
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells run in this process, one after the other; the last test starts processes and kernels."""
+    monkeypatch.setattr(sweep, "run", inline.run)
+    monkeypatch.setitem(sweep.ENGINES, "local", lambda cells, jobs: ((cell, sweep.run_cell(cell)) for cell in cells))
 
 
 def swept(notebook: Path, *words: str) -> int:
@@ -119,6 +130,7 @@ def test_a_kernel_that_does_not_start_is_a_failed_cell(notebook, monkeypatch, ca
         raise RuntimeError("Kernel didn't respond in 60 seconds")
 
     monkeypatch.setattr("papermill.execute_notebook", silent)
+    monkeypatch.setattr(sweep, "run", demo.run)
     cell = sweep.grid(notebook, [("x", "2")], notebook.parent)[0]
     assert sweep.run_cell(cell) == "Kernel didn't respond in 60 seconds" and cell.row() is None
 
@@ -138,6 +150,30 @@ def test_a_changed_notebook_is_run_again(notebook, log, tmp_path):
     assert sweep.grid(notebook, [("x", "2")], tmp_path)[0].key != before
 
 
+def test_a_changed_file_that_a_parameter_names_is_read_again(notebook, log, tmp_path):
+    changed = nbformat.read(notebook, as_version=4)
+    changed.cells[0].source += '\ndrafter: str = "default"  # a folder'
+    nbformat.write(changed, notebook)
+    (folder := tmp_path / "drafter").mkdir()
+    (folder / "config.json").write_text("{}")
+    words = ["-p", "drafter", str(folder), "-p", "x", "2"]
+    assert swept(notebook, *words) == swept(notebook, *words) == 0 and log.read_text() == "2 a "
+    (folder / "config.json").write_text('{"other": 1}')
+    assert swept(notebook, *words) == 0 and log.read_text() == "2 a 2 a "
+
+
+def test_the_table_shows_the_axes_then_three_results(notebook, capsys):
+    changed = nbformat.read(notebook, as_version=4)
+    changed.cells[1].source = changed.cells[1].source.replace(
+        '"square": x * x', '"square": x * x, "cube": x**3, "b": 1, "c": 2, "busy": x > 2'
+    )
+    nbformat.write(changed, notebook)
+    assert swept(notebook, "-p", "word", "a", "-p", "x", "2,3") == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["word", "x", "square", "cube", "b", "busy"] and rows[1].split() == ["a", "3", "9", "27", "1", "True"]
+    assert list(table(notebook))[:7] == ["word", "x", "square", "cube", "b", "busy", "c"] and "cell_seconds" in table(notebook)
+
+
 def test_a_failing_cell_is_named_and_does_not_stop_the_others(notebook, capsys):
     assert swept(notebook, "-p", "x", "13,4") == 1
     assert table(notebook)["square"].tolist() == [16]
@@ -152,7 +188,7 @@ def test_a_failing_cell_is_named_and_does_not_stop_the_others(notebook, capsys):
         (["-p", "x", "1,two"], "'two'"),
         (["-p", "x", "1", "-p", "x", "2"], "'x' is given twice"),
         (["-p", "out", "here"], "'out' is set"),
-        (["-p", "x", ""], "needs int, got ''"),
+        (["-p", "x", ""], "needs int, got None"),
         (["--jobs", "0"], "0"),
         (["--engine", "abacus"], "'abacus'"),
     ],
@@ -172,7 +208,14 @@ def test_a_notebook_that_saves_nothing_is_refused(notebook, tmp_path, capsys):
     assert "'out'" in capsys.readouterr().err
 
 
-def test_the_ray_engine_runs_the_same_cells(notebook):
+def test_processes_and_kernels_run_the_same_cells(notebook, log, monkeypatch):
+    monkeypatch.undo()
+    assert sweep.ENGINES["local"] is KERNELS and swept(notebook, "-p", "x", "2,13,3", "--jobs", "2") == 1
+    assert table(notebook)["square"].tolist() == [4, 9] and sorted(log.read_text().split()) == ["2", "3", "a", "a"]
+
+
+def test_the_ray_engine_runs_the_same_cells(notebook, monkeypatch):
+    monkeypatch.undo()
     ray = pytest.importorskip("ray")
     try:
         assert swept(notebook, "-p", "x", "2,3", "--engine", "ray", "--jobs", "2") == 0

@@ -1,4 +1,4 @@
-"""Draw the pictures of README.md and RESULTS.md from committed results: the same results give the same bytes.
+"""Draw the pictures of README.md, RESULTS.md and the first notebook from committed results: the same results give the same bytes.
 
 ``python data/figures/build.py`` draws; with ``--record`` it first records the trace of the live panel again. The trace keeps this
 machine's step times, so record it on an idle machine.
@@ -7,6 +7,7 @@ machine's step times, so record it on an idle machine.
 from __future__ import annotations
 
 import argparse
+import base64
 import re
 import sys
 import unicodedata
@@ -15,6 +16,7 @@ from pathlib import Path
 from textwrap import shorten
 
 import matplotlib
+import nbformat
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -30,7 +32,8 @@ from dspark.cli import run_main
 from dspark.draft.lookup import ContextLookup
 from dspark.files import data_dir
 from dspark.lab import strips
-from dspark.lab.figures import FATES, GREY, Decode, Look, fates, whole_pieces
+from dspark.lab.demo import NOTEBOOK
+from dspark.lab.figures import DRAFT_STATES, FATES, GREY, Decode, Drawing, Look, draft_states, fates, panels, styled, whole_pieces
 from dspark.lab.replaying import SAMPLE, arm_of, prompt_of, trace_decode
 from dspark.lab.text import tally
 from dspark.load import load_drafter, load_target
@@ -128,14 +131,61 @@ def _box(x: int, y: int, wide: int, part: str, look: Look) -> str:
     )
 
 
+CARTOON = "draft-check-keep.png"
+
+
+@styled
+def cartoon(trace: Trace) -> Drawing:
+    """Three frames of the first recorded round whose third draft was rejected: what was drafted, what the target said, what stays."""
+    rounds, decode = replay(trace, make_policy("fixed")), trace_decode(trace)
+    row = next(
+        r for r in rounds if r.accepted == 2 < r.verify_length - 1 and all(map(str.strip, map(decode, zip(r.draft_tokens, strict=True))))
+    )
+    states, kept = draft_states([row])[0], [*["accepted"] * row.accepted, None]
+    frames = {
+        f"1  Draft {len(states)} tokens, cheaply": [(token, DRAFT_STATES["unchecked"], "") for token in row.draft_tokens],
+        "2  Check them all in one pass": [
+            (token, DRAFT_STATES[state], {"accepted": "✓", "rejected": "✗"}.get(state, ""))
+            for token, state in zip(row.draft_tokens, states, strict=True)
+        ],
+        "3  Keep what is right, correct the next": [
+            (token, DRAFT_STATES[state] if state else FATES["correction"], "") for token, state in zip(row.committed, kept, strict=True)
+        ],
+    }
+    about = f"One round of {trace.about['target']}, as recorded: three tokens for one pass of the full model, and the text is its own"
+    figure, axes = panels("Draft, check, keep", about, 1.5, len(frames))
+    for panel, (title, tokens) in zip(axes, frames.items(), strict=True):
+        for x, (token, look, mark) in enumerate([(row.anchor, Look("", (128, 128, 128), ""), ""), *tokens]):
+            box = matplotlib.patches.FancyBboxPatch(
+                (x + 0.06, 0), 0.88, 1, "round,pad=0,rounding_size=0.1", ec=look.hex, fc=look.hex + "33"
+            )
+            panel.add_patch(box)
+            panel.text(x + 0.5, 0.5, decode([token]).strip() or "·", ha="center", va="center", fontsize=7.5)
+            panel.text(x + 0.5, 1.1, mark, ha="center", fontsize=10, color=look.hex)
+        panel.set(xlim=(0, len(states) + 1), ylim=(-0.1, 1.6), title=title)
+        panel.set_axis_off()
+    return figure
+
+
+def embed(picture: bytes, notebook: Path = NOTEBOOK) -> None:
+    """Put the cartoon into the notebook's first cell, which a reader sees before anything has run."""
+    pages = nbformat.read(notebook, as_version=4)
+    pages.cells[0].attachments = {CARTOON: {"image/png": base64.b64encode(picture).decode()}}
+    nbformat.write(pages, notebook)
+
+
 def draw(options: argparse.Namespace) -> None:
-    """Write headline.svg and live.svg into ``options.out``."""
+    """Write headline.svg, live.svg and the cartoon into ``options.out``; the cartoon also into the notebook, unless --out is given."""
     if options.record:
         target = load_target("default")
         save_trace(record(target, ContextLookup(load_drafter("default", target)), PROMPT, max_new_tokens=128), SAMPLE)
-    panel, figure = still(load_traces(SAMPLE)[0][1]), headline(read_rows(HEADLINE))
+    trace = load_traces(SAMPLE)[0][1]
+    panel, figure, frames = still(trace), headline(read_rows(HEADLINE)), cartoon(trace)._repr_png_()[0]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "live.svg").write_text(panel, encoding="utf-8")
+    (options.out / CARTOON).write_bytes(frames)
+    if options.out == data_dir() / "figures":
+        embed(frames)
     with matplotlib.rc_context({"svg.hashsalt": "dspark"}):
         figure.savefig(options.out / "headline.svg", transparent=True, metadata={"Date": None})
     print(options.out)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from statistics import median
+from statistics import median, quantiles
 
 from dspark.clock import Clock
 from dspark.decode import decode
@@ -74,6 +74,7 @@ def summary(trial: Trial) -> dict[str, object]:
         "draft_ms": 1e3 * median([r.draft_seconds for r in rounds if r.source] or [math.nan]),
         "verify_ms": 1e3 * median([r.verify_seconds for r in rounds] or [math.nan]),
         "round_ms": 1e3 * median([r.seconds for r in rounds] or [math.nan]),
+        "round_ms_p90": 1e3 * quantiles([r.seconds for r in rounds], n=10)[-1] if len(rounds) > 1 else math.nan,
         "drafted": sum(len(r.draft_tokens) for r in rounds),
         "checked": sum(r.verify_length for r in rounds),
         "accepted": sum(accepted),

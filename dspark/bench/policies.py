@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from dspark.bench.replay import Oracle, replay
 from dspark.bench.stats import ALL, RESAMPLES, interval
@@ -37,7 +38,7 @@ def replayed(traces: Traces, names: Iterable[str]) -> pd.DataFrame:
     Columns: domain, prompt_id, policy, tokens, rounds, seconds, drafts (rounds that drafted), checked and accepted (drafts).
     """
     names, rows = list(names), []
-    for about, trace in traces:
+    for about, trace in tqdm(traces, "replaying", leave=False, delay=2):
         for name in names:
             rounds = replay(trace, policy_of(name, trace.times))[1:]
             row = {"domain": about["domain"], "prompt_id": about["prompt_id"], "policy": name, "rounds": len(rounds)}

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 
 RESAMPLES = 10_000
+FEWEST = 3  # prompts of a domain: with fewer there is no interval
+BUSY = 1.5  # a spread beyond which speeds are not to be trusted; idle machines had 1.1, shared ones up to 1.4
 ALL = "all"
 
 
@@ -31,9 +33,26 @@ def speedups(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 
 def resampled_medians(values: np.ndarray, domain: str, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Medians of ``values`` [n] resampled with replacement → [resamples]. The draw depends on seed, domain and n alone."""
+    """Medians of ``values`` [n] resampled with replacement → [resamples], NaN for too few. Draws depend on seed, domain and n alone."""
+    if len(values) < FEWEST:
+        return np.full(resamples, np.nan)
     rng = np.random.default_rng([seed, zlib.crc32(domain.encode())])
     return np.median(values[rng.integers(len(values), size=(resamples, len(values)))], axis=1)
+
+
+def spread(frame: pd.DataFrame) -> float:
+    """How unevenly plain decoding (else the first arm) ran, from 1; NaN if unknown. The larger of two ratios: 90th to 10th percentile of
+    the latency of texts, and 90th percentile to median of the steps of a text."""
+    rows = frame[frame["arm"] == ("plain" if "plain" in set(frame["arm"]) else frame["arm"].iloc[0])].dropna(subset="latency_ms")
+    ratios = [(rows["round_ms_p90"] / rows["round_ms"]).median()] if "round_ms_p90" in rows else []
+    ratios += [rows["latency_ms"].quantile(0.9) / rows["latency_ms"].quantile(0.1)] if len(rows) >= FEWEST else []
+    return float(pd.Series(ratios, dtype=float).max())
+
+
+def busy(frame: pd.DataFrame) -> str:
+    """What to say if this machine was busy with something else while these rows were measured; "" if not."""
+    found = f"This machine was busy (plain steps took up to {spread(frame):.1f}× their usual time): these speeds are not reliable."
+    return f"{found} Close other programs and measure again." if spread(frame) > BUSY else ""
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -46,7 +65,7 @@ def summarise(frame: pd.DataFrame, baseline: str, *, resamples: int = RESAMPLES,
     """One row per arm and domain, and one with domain "all" per arm.
 
     n: prompts.
-    speedup, low, high: with the 95 % bootstrap interval over prompts.
+    speedup, low, high: with the 95 % bootstrap interval over prompts; NaN where a domain has fewer than three.
     tokens_per_round: τ, all tokens after the first over all rounds.
     draft_ms, verify_ms, round_ms: medians over prompts.
     plain_ms: T_plain, the plain arm's verify_ms; NaN if it was not measured.

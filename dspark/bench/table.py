@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from dspark.bench.identity import beyond_rounding
-from dspark.bench.stats import summarise
+from dspark.bench.stats import busy, summarise
 
 
 def place(frame: pd.DataFrame) -> str:
@@ -27,12 +27,17 @@ def caption(frame: pd.DataFrame) -> str:
 def speed_table(frame: pd.DataFrame, baseline: str) -> str:
     """Arm × domain: speed-up over the baseline with its interval, τ, and where the time goes."""
     lines = summarise(frame, baseline)
-    lines["speed-up"] = [f"{s:.2f} [{lo:.2f}, {hi:.2f}]" for s, lo, hi in lines[["speedup", "low", "high"]].to_numpy()]
+    lines["speed-up"] = [f"{s:.2f} {between(lo, hi)}" for s, lo, hi in lines[["speedup", "low", "high"]].to_numpy()]
     names = {"tokens_per_round": "τ", "tokens_per_second": "tok/s", "draft_ms": "T_draft", "verify_ms": "T_verify"}
     names |= {"round_ms": "T_round", "plain_ms": "T_plain", "equal": "same text"}
     shown = lines.rename(columns=names)[["arm", "domain", "n", "speed-up", *names.values()]]
     note = "T in ms, medians. Speed-up: median over prompts of the paired ratio [95 % bootstrap]; all: geometric mean of the domains."
-    return f"{caption(frame)} · speed-up over {baseline}\n{_text(shown.round(2))}\n{note}"
+    return "\n".join(filter(None, [f"{caption(frame)} · speed-up over {baseline}", _text(shown.round(2)), note, busy(frame)]))
+
+
+def between(low: float, high: float) -> str:
+    """An interval for the reader; says so where there is none."""
+    return f"[{low:.2f}, {high:.2f}]" if low == low else "[n too small]"
 
 
 def identity_table(frame: pd.DataFrame, _baseline: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Records → pictures. Pure functions: the same rounds give the same HTML string or plotly figure, and no model is run.
+"""Records → pictures. Pure functions: the same rounds give the same HTML string or figure, and no model is run.
 
 Every token fate has one name and one colour in all figures, and every policy those of :mod:`dspark.schedule`. The colours follow Okabe
 and Ito and can be told apart by colour-blind readers; backgrounds are translucent, so light and dark pages both work.
@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from io import BytesIO
+from textwrap import fill
 
+import matplotlib
+import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from dspark.bench.arms import arm_colour, arm_label
+from dspark.bench.stats import ALL
 from dspark.bench.trace import LONGEST_CHARACTER
 from dspark.draft.source import COPY
 from dspark.round import Round
@@ -40,6 +47,10 @@ class Look:
     def colour(self, alpha: float = 1.0) -> str:
         return f"rgba({self.rgb[0]},{self.rgb[1]},{self.rgb[2]},{alpha:g})"
 
+    @property
+    def hex(self) -> str:
+        return "#{:02x}{:02x}{:02x}".format(*self.rgb)
+
 
 FATES = {
     "draft": Look("accepted draft", (0, 114, 178), "solid"),
@@ -55,6 +66,15 @@ DRAFT_STATES = {
     "accepted": replace(FATES["draft"], label="accepted"),
 }
 GREY = "#7a7a7a"  # readable on white and on near-black
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), GREY),
+    **{"axes.facecolor": "none", "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "axes.titlelocation": "left"},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "legend.frameon": False, "legend.fontsize": 9},
+    "axes.prop_cycle": matplotlib.cycler(color=["#0072b2", "#d55e00", "#00825a", "#cc79a7", "#56b4e9", "#a6761d"]),
+    "text.parse_math": False,  # a token may be a dollar sign
+}
+BESIDE = "outside right center"  # the place of a legend
+styled = matplotlib.rc_context(STYLE)  # decorates every function that draws
 
 
 @dataclass(frozen=True)
@@ -170,32 +190,79 @@ def _state(r: Round, k: int) -> str | None:
     return "accepted" if k < r.accepted else "rejected"
 
 
-def distributions(named: Mapping[str, Sequence[float]], tokens: Sequence[str], title: str) -> go.Figure:
+class Drawing(Figure):
+    """A figure that a notebook shows as a PNG, which survives on exported pages, on paper and on GitHub; the ground is transparent."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, object]]:
+        """The picture at twice its size on the page, and what says so; the finding is read aloud by screen readers."""
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # the font lacks some tokens' letters
+            self.savefig(png := BytesIO(), format="png", dpi=160)
+        width, height = (round(80 * inches) for inches in self.get_size_inches())
+        return png.getvalue(), {"width": width, "height": height, "alt": self.get_suptitle()}
+
+
+def panels(finding: str, caption: str, height: float, columns: int = 1, **options: object) -> tuple[Drawing, Sequence[Axes]]:
+    """An empty figure: what it shows as its title, what was measured (n, machine) below it, and panels side by side.
+
+    height: inches; the width is 9. options: of :meth:`matplotlib.figure.Figure.subplots`.
+    """
+    figure = Drawing(figsize=(9, height), layout="constrained", facecolor="none")
+    axes = figure.subplots(1, columns, squeeze=False, **options)[0]
+    figure.suptitle(fill(finding, 96), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.supxlabel(fill(caption, 150), x=0.01, ha="left", fontsize=8)
+    return figure, axes
+
+
+@styled
+def curves(lines: Iterable[dict[str, object]], finding: str, caption: str, height: float = 4.2, **options: object) -> Drawing:
+    """Lines with marks in one panel; options set its axes.
+
+    lines: x and y; perhaps error, half of an interval within 0 … 1, and notes beside the marks; and what matplotlib's ``plot`` takes.
+    """
+    figure, (axes,) = panels(finding, caption, height)
+    for line in lines:
+        x, y, error, notes = (line.pop(name, None) for name in ("x", "y", "error", "notes"))
+        axes.plot(x, y, **{"marker": "o", "markersize": 5} | line)
+        if error is not None:
+            axes.vlines(x, (y - error).clip(0), (y + error).clip(upper=1), color=axes.lines[-1].get_color(), alpha=0.5)
+        for note, *at in zip(notes, x, y, strict=True) if notes is not None else ():
+            axes.annotate(f"{note:g}", at, (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(**options)
+    figure.legend(loc=BESIDE)
+    return figure
+
+
+@styled
+def distributions(named: Mapping[str, Sequence[float]], tokens: Sequence[str], finding: str, caption: str) -> Drawing:
     """Bars of distributions over the same tokens, side by side; the first one is grey."""
-    colours = [GREY, *(FATES[fate].colour(0.85) for fate in ("draft", "correction", "bonus"))]
-    figure = go.Figure()
-    for (name, values), colour in zip(named.items(), colours, strict=False):
-        figure.add_bar(x=list(tokens), y=list(values), name=name, marker_color=colour, texttemplate="%{y:.2f}")
-    figure.update_xaxes(title="token")
-    figure.update_yaxes(title="probability", range=[0, 1])
-    return dressed(figure, title, 380)
+    figure, (axes,) = panels(finding, caption, 3.6)
+    colours, wide = [GREY, *(FATES[fate].hex for fate in ("draft", "correction", "bonus"))], 0.84 / len(named)
+    for i, ((name, values), colour) in enumerate(zip(named.items(), colours, strict=False)):
+        places = np.arange(len(tokens)) + (i + 0.5) * wide - 0.42
+        axes.bar_label(axes.bar(places, values, 0.92 * wide, label=name, color=colour, alpha=0.85), fmt="%.2f", fontsize=8)
+    axes.set(xlabel="token", ylabel="probability", ylim=(0, 1.05), xticks=range(len(tokens)), xticklabels=tokens)
+    axes.grid(axis="x", visible=False)
+    figure.legend(loc=BESIDE)
+    return figure
 
 
-def arm_colours(arms: pd.Series) -> dict[str, object]:
-    """Arguments of a plotly.express figure that draws every arm with its own name and colour."""
-    return {"color": arms.map(arm_label), "color_discrete_map": {arm_label(arm): arm_colour(arm) for arm in arms.unique()}}
+@styled
+def by_arm(lines: pd.DataFrame, label: str, finding: str, caption: str) -> Drawing:
+    """One row per arm, the fastest on top, and one panel per domain: a dot, with its interval where there is one.
 
-
-def dressed(figure: go.Figure, title: str, height: int) -> go.Figure:
-    """The common style: a title, the legend below, a transparent background, grey text and lines that suit light and dark pages."""
-    figure.update_xaxes(gridcolor="rgba(128,128,128,.25)", zeroline=False)
-    figure.update_yaxes(gridcolor="rgba(128,128,128,.25)", zeroline=False)
-    return figure.update_layout(
-        title={"text": title, "y": 0.97, "yanchor": "top"},
-        height=height,
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": GREY},
-        legend={"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "title": None},
-        margin={"l": 60, "r": 20, "t": 60 + 20 * title.count("<br>"), "b": 110},
-    )
+    lines: columns arm, domain, n, speedup and perhaps low and high; the domain "all" comes first and sorts the arms.
+    """
+    domains = [ALL, *(name for name in dict.fromkeys(lines["domain"]) if name != ALL)]
+    arms = list(lines[lines["domain"] == ALL].sort_values("speedup", na_position="first")["arm"])
+    labels, colours = list(map(arm_label, arms)), list(map(arm_colour, arms))
+    figure, axes = panels(finding, f"{caption}; all: geometric mean", 1.6 + 0.27 * len(arms), len(domains), sharex=True, sharey=True)
+    for panel, domain in zip(axes, domains, strict=True):
+        rows = lines[lines["domain"] == domain].set_index("arm").loc[arms]
+        panel.scatter(rows["speedup"], labels, s=26, c=colours)
+        if "low" in rows:
+            panel.hlines(labels, rows["low"], rows["high"], colours, alpha=0.6)
+        panel.axvline(1, color=GREY, linestyle="--", linewidth=1)
+        panel.set_title(f"{domain}, n = {rows['n'].max()}")
+    axes[len(axes) // 2].set_xlabel(label)
+    return figure

@@ -1,48 +1,26 @@
-"""Figures of speed: pure functions of the frames that :mod:`dspark.bench` writes."""
+"""Figures and tables of speed, of one request and of many: pure functions of the frames that :mod:`dspark.bench` writes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
-import plotly.express as px
-import plotly.graph_objects as go
 
 from dspark.bench import published
-from dspark.bench.arms import arm_label, parse_arm, separated
+from dspark.bench.arms import arm_colour, arm_label
+from dspark.bench.load import CLOSED, closed
 from dspark.bench.measure import Trial, summary
-from dspark.bench.stats import ALL, summarise
-from dspark.lab.figures import GREY, arm_colours, dressed
+from dspark.bench.stats import ALL, BUSY, busy, spread, summarise
+from dspark.bench.table import caption
+from dspark.lab.figures import GREY, Drawing, by_arm, curves
+from dspark.round import Round
 
 PLAIN, MTP1 = "plain", "mtp1"
 
 
-def arms_of(policy: str, block_size: int, confidence: float, adaptive: Sequence[float]) -> list[str]:
-    """The names of arms that a notebook's parameters ask for.
-
-    policy: arms separated by commas; ``confidence``, ``conditional`` and ``adaptive`` without numbers take those given here.
-    block_size: drafted tokens a round at most; 0 for the drafter's own block.
-    adaptive: thresholds to widen, to narrow and to fall back.
-    Raises ValueError for an unknown arm.
-    """
-    numbers = {"confidence": f":{confidence:g}", "conditional": f":{confidence:g}", "adaptive": ":" + ",".join(f"{x:g}" for x in adaptive)}
-    names = []
-    for word in separated(policy):
-        kind, plus, suffixes = word.partition("+")
-        name = kind + numbers.get(kind, "") + plus + suffixes
-        limited = parse_arm(name).spec and block_size and "+block" not in name
-        names.append(f"{name}+block:{block_size}" if limited else name)
-    return list(dict.fromkeys(names))
-
-
-def conditions(frame: pd.DataFrame) -> str:
-    """What was measured, for a title: decoding, dtype and the number of prompts."""
-    first = frame.iloc[0]
-    decoding = "greedy" if first["temperature"] == 0 else f"T = {first['temperature']:g}"
-    return f"{decoding}, {first['dtype']}, n = {frame['prompt_id'].nunique() // frame['domain'].nunique()} prompts a domain"
-
-
-def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> go.Figure:
+def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> Drawing:
     """Speed-up over ``baseline`` of every arm in every domain, with 95 % bootstrap intervals over prompts.
 
     quoted: shade the published range, measured against MTP-1 in production on many GPUs. Raises ValueError for another baseline.
@@ -50,52 +28,49 @@ def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> go.Figure:
     if quoted and baseline != MTP1:
         raise ValueError(f"the published range is a speed-up over {MTP1}, not over {baseline!r}: leave it out")
     lines = summarise(frame, baseline).query("arm != @baseline")
-    bars = {"error_y": lines["high"] - lines["speedup"], "error_y_minus": lines["speedup"] - lines["low"]}
-    hover = {"tokens_per_round": ":.2f", "speedup": ":.2f"}
-    figure = px.scatter(lines, x="domain", y="speedup", hover_data=hover, **bars, **arm_colours(lines["arm"]))
-    figure.update_traces(marker_size=9).add_hline(1, line={"color": GREY, "dash": "dash"})
-    if quoted:
-        low, high = (1 + gain for gain in published.RANGE)
-        note = f"quoted: {low:.2f}–{high:.2f}× over MTP-1"
-        figure.add_hrect(low, high, fillcolor=GREY, opacity=0.18, line_width=0, annotation_text=note, annotation_position="top left")
-    figure.update_xaxes(title="domain; all: their geometric mean")
-    figure.update_yaxes(title=f"speed-up over {arm_label(baseline)} (×)", rangemode="tozero")
-    figure.update_layout(scattermode="group", scattergap=0.3)
-    return dressed(figure, f"Speed-up over {arm_label(baseline)} ({conditions(frame)})", 480)
+    best = lines[lines["domain"] == ALL].sort_values("speedup").iloc[-1]
+    intervals = "lines: 95 % over prompts" if lines["low"].notna().any() else "too few prompts for intervals"
+    low, high = (1 + gain for gain in published.RANGE)
+    range_note = f"grey, quoted: {low:.2f}–{high:.2f}× over MTP-1, of a far larger model on many GPUs" * quoted
+    about = filter(None, [busy(frame), caption(frame), intervals, range_note])
+    finding = f"{arm_label(best['arm'])} is {best['speedup']:.2f}× as fast as {arm_label(baseline)}"
+    figure = by_arm(lines, f"speed-up over {arm_label(baseline)} (×)", finding, "; ".join(about))
+    for panel in figure.axes if quoted else ():
+        panel.axvspan(low, high, color=GREY, alpha=0.18)
+    return figure
 
 
-def needed(points: pd.DataFrame, name: str) -> go.Figure:
+def needed(points: pd.DataFrame, finding: str, about: str) -> Drawing:
     """τ that each window needs for each speed-up (solid; dotted if drafting were free), below the τ of a drafter that is always right.
 
     points: from :func:`dspark.tune.predict.break_even`.
     """
-    lines = points.melt(["window", "speedup"], ["required", "free"], "drafting", "tau")
-    speedup = lines["speedup"].map("{:g}×".format)
-    look = {"line_dash": "drafting", "line_dash_map": {"required": "solid", "free": "dot"}, "markers": True}
-    figure = px.line(lines, x="window", y="tau", color=speedup, **look)
-    windows = lines["window"].unique()
-    figure.add_scatter(x=windows, y=windows + 1, mode="lines", line={"color": GREY, "dash": "dash"}, name="always right: window + 1")
-    figure.update_xaxes(title="window (drafted tokens a round)", dtick=1)
-    figure.update_yaxes(title="τ needed (tokens a round)", rangemode="tozero")
-    return dressed(figure, f"Break-even of {name} on this machine (n = {len(windows)} windows)", 440)
+    windows, lines = np.sort(points["window"].unique()), []
+    for i, (speedup, rows) in enumerate(points.groupby("speedup")):
+        lines.append({"x": rows["window"], "y": rows["required"], "color": f"C{i}", "label": f"{speedup:g}× as fast"})
+        lines.append({"x": rows["window"], "y": rows["free"], "color": f"C{i}", "linestyle": ":", "marker": ""})
+    lines.append({"x": windows, "y": windows + 1, "color": GREY, "linestyle": "--", "marker": "", "label": "always right: window + 1"})
+    axes = {"xlabel": "window (drafted tokens a round)", "ylabel": "τ needed (tokens a round)", "xticks": windows, "ylim": (0, None)}
+    return curves(lines, finding, f"{about}; dotted: if drafting were free", **axes)
 
 
 def flat_summary(frame: pd.DataFrame, arm: str) -> dict[str, float | str | int]:
     """One arm of a run as one flat row; NaN if every text ended with its first token.
 
-    arm, n: its name, and the number of prompts.
     speedup, low, high: over plain decoding, all domains, with the 95 % bootstrap interval; speedup_code, …: by domain.
-    speedup_over_mtp1, …: the same over MTP-1, if that was measured.
     tokens_per_round, tokens_per_second, plain_tokens_per_second: without the prefill.
+    speedup_over_mtp1, …: the same over MTP-1, if that was measured.
+    arm, n: its name, and the number of prompts. spread, busy: how evenly the machine ran, and whether the speeds are unreliable.
     """
-    result: dict[str, float | str | int] = {"arm": arm}
+    result: dict[str, float | str | int] = dict.fromkeys(("speedup", "tokens_per_round", "tokens_per_second"), math.nan)
     for baseline in [b for b in (PLAIN, MTP1) if b in set(frame["arm"])]:
         lines = summarise(frame, baseline).set_index(["arm", "domain"])
         mine, whole, end = lines.loc[arm], lines.loc[(arm, ALL)], "" if baseline == PLAIN else "_over_mtp1"
         result |= {f"{name}{end}": float(whole[name]) for name in ("speedup", "low", "high")}
         result |= {f"speedup{end}_{domain}": float(mine.loc[domain, "speedup"]) for domain in mine.index if domain != ALL}
     result |= {name: float(whole[name]) for name in ("tokens_per_round", "tokens_per_second")}
-    return result | {"n": int(whole["n"]), "plain_tokens_per_second": float(lines.loc[(PLAIN, ALL), "tokens_per_second"])}
+    result |= {"plain_tokens_per_second": float(lines.loc[(PLAIN, ALL), "tokens_per_second"]), "arm": arm, "n": int(whole["n"])}
+    return result | {"spread": spread(frame), "busy": spread(frame) > BUSY}
 
 
 def race_frame(heats: Sequence[Mapping[str, Trial]], prompts: Sequence[str]) -> pd.DataFrame:
@@ -106,14 +81,92 @@ def race_frame(heats: Sequence[Mapping[str, Trial]], prompts: Sequence[str]) -> 
     """
     rows = []
     for trials, prompt in zip(heats, prompts, strict=True):
-        for arm, trial in trials.items():
-            same = trial.token_ids == trials[PLAIN].token_ids
-            rows.append({"prompt_id": prompt, "domain": "race", "arm": arm, "equals_baseline": same} | summary(trial))
+        same = {arm: trial.token_ids == trials[PLAIN].token_ids for arm, trial in trials.items()}
+        about = {"prompt_id": prompt, "domain": "race"}
+        rows += [about | {"arm": arm, "equals_baseline": same[arm]} | summary(trial) for arm, trial in trials.items()]
     return pd.DataFrame(rows)
 
 
 def race_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """For the reader: a row per prompt; tokens/s (median over its heats) and τ of every arm, plain decoding first."""
+    """For the reader: a row per prompt; tokens/s of the slowest, the median and the fastest heat, and τ of every arm."""
     shown = frame.assign(**{"tokens/s": 1e3 / frame["latency_ms"], "τ": frame["tokens_per_round"]}).rename(columns={"prompt_id": "prompt"})
-    shown = shown.sort_values("arm", key=lambda arms: arms != PLAIN, kind="stable")
-    return shown.pivot_table(index="prompt", columns="arm", values=["tokens/s", "τ"], aggfunc="median", sort=False).round(2)
+    how = {"tokens/s": ["min", "median", "max"], "τ": ["median"]}
+    return shown.pivot_table(index="prompt", columns="arm", values=list(how), aggfunc=how, sort=False).round(2)
+
+
+def median_heat(heats: Sequence[Mapping[str, Trial]], arm: str) -> list[tuple[str, list[Round]]]:
+    """The lanes of the heat with the median speed-up, for :func:`dspark.lab.strips.race`: plain decoding and ``arm``."""
+    ratio = [heat[PLAIN].seconds / heat[arm].seconds if heat[arm].seconds else 1.0 for heat in heats]
+    heat = heats[sorted(range(len(heats)), key=ratio.__getitem__)[len(heats) // 2]]
+    return [(name, [Round(index=0, committed=tuple(heat[name].token_ids[:1])), *heat[name].rounds]) for name in (PLAIN, arm)]
+
+
+WINDOWS = ("plain", "mtp1", "fixed")  # arms that decide nothing
+COLUMNS = {  # of the table behind the slider
+    "tokens_per_second": "tokens/s in all",
+    "user_tokens_per_second": "tokens/s a user",
+    "token_ms_p99": "ms a token (p99)",
+    "first_ms_p99": "ms to the first (p99)",
+    "checked": "verified a round and user",
+    "kv_mib": "keys and values (MiB)",
+}
+
+
+def _loops(frame: pd.DataFrame) -> pd.DataFrame:
+    """Closed loops, medians over repeats: one row per arm and number of users."""
+    rows = frame[frame["kind"] == CLOSED]
+    return rows.groupby(["arm", "level"], sort=False)[list(COLUMNS)].median().reset_index().sort_values("level", kind="stable")
+
+
+def _per_arm(frame: pd.DataFrame, x: str, y: str, finding: str, about: str, **axes: object) -> Drawing:
+    """One line per arm over the numbers of users, which stand beside its dots."""
+    lines = [
+        {"x": rows[x], "y": rows[y], "notes": rows["level"], "color": arm_colour(arm), "label": arm_label(arm)}
+        for arm, rows in _loops(frame).groupby("arm", sort=False)
+    ]
+    return curves(lines, finding, f"{about}; numbers beside dots: users", **axes)
+
+
+def pareto(frame: pd.DataFrame, about: str) -> Drawing:
+    """Tokens per second of all users together over those of one user; along a line the number of users grows (the paper's Fig. 7)."""
+    axes = {"xlabel": "tokens/s of one user", "ylabel": "tokens/s in all", "yscale": "log"}
+    return _per_arm(frame, "user_tokens_per_second", "tokens_per_second", "Throughput against speed for one user", about, **axes)
+
+
+def budgets(frame: pd.DataFrame, about: str) -> Drawing:
+    """Verified drafts per request and round over the number of users (the paper's Fig. 8)."""
+    axes = {"xlabel": "users", "ylabel": "drafts verified a round and user", "xscale": "log"}
+    return _per_arm(frame, "level", "checked", "What each policy verifies as the engine gets busier", about, **axes)
+
+
+def at_level(frame: pd.DataFrame, users: int) -> pd.DataFrame:
+    """The arms with so many users, the one with the most tokens per second first."""
+    rows = _loops(frame).query("level == @users").sort_values("tokens_per_second", ascending=False).set_index("arm")
+    return rows[list(COLUMNS)].rename(columns=COLUMNS, index=arm_label).round(1)
+
+
+def against_windows(frame: pd.DataFrame, arm: str, column: str = "tokens_per_second") -> tuple[pd.Series, float, str]:
+    """An arm's tokens per second in all, against plain decoding and fixed windows.
+
+    Returns its ratio to the best of them with each number of users, its ratio to the best single one of them over all numbers
+    (geometric means), and the name of that one. Raises ValueError for an arm that was not measured.
+    """
+    table = closed(frame, column)
+    windows = [name for name in table.index if name.partition(":")[0] in WINDOWS and "+" not in name]
+    if arm not in table.index or not windows:
+        raise ValueError(f"{arm!r} cannot be compared: measured were {', '.join(table.index)}")
+    single = np.log(table.loc[windows]).mean(axis=1)
+    overall = float(np.exp(np.log(table.loc[arm]).mean() - single.max()))
+    return table.loc[arm] / table.loc[windows].max(), overall, str(single.idxmax())
+
+
+def gain_at_matched_throughput(frame: pd.DataFrame, arm: str, baseline: str) -> pd.Series:
+    """Speed of one user over the baseline's with as many tokens per second in all, less 1, at each of the baseline's numbers of users.
+
+    The arm's speed is read from its own line (:func:`pareto`), straight between points; NaN beyond its ends.
+    """
+    of = {name: rows.set_index("level").sort_values("tokens_per_second") for name, rows in _loops(frame).groupby("arm")}
+    mine, base = of[arm], of[baseline].sort_index()
+    x, y = mine["tokens_per_second"], mine["user_tokens_per_second"]
+    reached = np.interp(base["tokens_per_second"], x, y, np.nan, np.nan)
+    return pd.Series(reached / base["user_tokens_per_second"] - 1, base.index.astype(int))

@@ -1,15 +1,14 @@
 """``python -m dspark.lab.sweep NOTEBOOK -p NAME VALUE,VALUE``: one notebook over a grid of parameters, with papermill, in processes.
 
-Every cell of the grid is named by the hash of the notebook's code and its parameters. Finished cells are not run again, so a killed
-sweep resumes, and a wider grid runs only its new cells. The notebook needs a parameter ``out`` and must save a flat JSON object there:
-the cell's row in the combined table.
+Every cell of the grid is named by the hash of the notebook's code, its parameters, and size and time of the files that it may read.
+Finished cells are not run again, so a killed sweep resumes, and a wider grid runs only its new cells. The notebook must save a flat JSON
+object at its parameter ``out``: the row of the cell in the table, its three results first.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import multiprocessing
 import sys
@@ -17,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice, product
 from pathlib import Path
 
@@ -26,10 +26,11 @@ from tqdm.auto import tqdm
 
 from dspark.bench.results import write_results
 from dspark.cli import run_main
-from dspark.files import write_atomically
+from dspark.files import data_dir, digest, write_atomically
 from dspark.lab.demo import ROOT, checked_parameters, notebook_parameters, run, shown
 
 Row = dict[str, object]
+READ = ("target", "drafter", "results", "trace")  # parameters that name files
 
 
 @dataclass(frozen=True, eq=False)  # parameters may be lists, which have no hash
@@ -40,19 +41,22 @@ class Cell:
     parameters: tuple[tuple[str, object], ...]
     folder: Path
 
-    @property
+    @cached_property  # found before the cell runs
     def key(self) -> str:
-        """16 hex digits that change with the notebook's code and with any parameter."""
+        """16 hex digits that change with the notebook's code, with any parameter and with the files that are read."""
         code = [cell.source for cell in nbformat.read(self.notebook, as_version=4).cells if cell.cell_type == "code"]
-        return hashlib.sha256(json.dumps([code, sorted(self.parameters)]).encode()).hexdigest()[:16]
+        return digest(json.dumps([code, sorted(self.parameters), self._files()]))
 
-    @property
-    def row_path(self) -> Path:
-        return self.folder / f"{self.key}.row.json"
+    def _files(self) -> list[str]:
+        """Path, size and time of what the cell may read: the repository's data, and the files that its parameters name."""
+        read = [data_dir(), *(Path(str(value)).expanduser() for name, value in self.parameters if name in READ)]
+        files = (file for path in read for file in (path, *sorted(path.rglob("*"))) if file.is_file())
+        return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
     def row(self) -> Row | None:
         """The finished cell's row, None if it is not finished."""
-        return json.loads(self.row_path.read_text(encoding="utf-8")) if self.row_path.is_file() else None
+        path = self.folder / f"{self.key}.row.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def grid(notebook: Path, pairs: Sequence[tuple[str, str]], folder: Path) -> list[Cell]:
@@ -79,8 +83,8 @@ def run_cell(cell: Cell) -> str:
         summary = run(cell.notebook, executed, dict(cell.parameters), progress=False)
     except (ValueError, OSError, RuntimeError) as error:  # a kernel that does not start is a RuntimeError
         return str(error)
-    row = dict(cell.parameters) | {"cell": cell.key, "cell_seconds": time.perf_counter() - start} | summary
-    write_atomically(cell.row_path, json.dumps(row).encode())
+    row = summary | {k: v for k, v in cell.parameters if k not in summary} | {"cell": cell.key, "cell_seconds": time.perf_counter() - start}
+    write_atomically(executed.with_suffix(".row.json"), json.dumps(row).encode())
     return ""
 
 
@@ -136,8 +140,11 @@ def run_grid(options: argparse.Namespace) -> int:
     failed = sweep(cells, jobs=options.jobs, engine=options.engine)
     table = pd.DataFrame([row for cell in cells if (row := cell.row()) is not None])
     if len(table):
+        axes = list(dict(options.pairs))
+        results = [name for name in table if name not in axes][:3] + ["busy"] * ("busy" in table)
+        table = table[list(dict.fromkeys([*axes, *results, *table]))]
         write_results(table, folder / "table.parquet")
-        print(table.to_string(index=False, max_colwidth=40))
+        print(table[list(dict.fromkeys([*axes, *results]))].to_string(index=False, max_colwidth=40))
         print(f"{len(table)} of {len(cells)} cells in {shown(folder / 'table.parquet')}")
     for cell, problem in failed.items():
         parameters = ", ".join(f"{name}={value}" for name, value in cell.parameters) or "defaults"
