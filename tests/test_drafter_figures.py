@@ -139,7 +139,7 @@ def test_positions_are_pooled_by_their_counts_and_drawn_per_drafter() -> None:
     figure = drafters.acceptance_figure(positions, "n = 6 prompts")
     lines = figure.axes[0].lines
     assert [(line.get_label(), line.get_color(), line.get_linestyle()) for line in lines] == list(drafters.LOOKS.values())
-    assert "n = 6 prompts" in figure.get_supxlabel() and "DSpark 80% → 25%" in figure.get_suptitle()
+    assert "n = 6 prompts" in figure.get_supxlabel() and "DSpark 80% → 25%" in " ".join(figure.get_suptitle().split())
 
 
 def trained() -> pd.DataFrame:

@@ -210,8 +210,10 @@ addEventListener("load", async () => {
   const shares = [];
   for (const one of document.querySelectorAll(".jp-OutputArea img, .jp-OutputArea svg, .jp-MarkdownOutput img")) {
     const picture = new Image(), canvas = document.createElement("canvas");
-    picture.src = one.src || "data:image/svg+xml;utf8," + encodeURIComponent(new XMLSerializer().serializeToString(one));
-    await picture.decode().catch(() => 0);
+    await new Promise((done) => {
+      picture.onload = picture.onerror = done;
+      picture.src = one.src || "data:image/svg+xml;utf8," + encodeURIComponent(new XMLSerializer().serializeToString(one));
+    });
     [canvas.width, canvas.height] = [600, 300];
     const ground = canvas.getContext("2d");
     ground.drawImage(picture, 0, 0, 600, 300);

@@ -199,7 +199,7 @@ class Drawing(Figure):
             warnings.filterwarnings("ignore", "Glyph")  # the font lacks some tokens' letters
             self.savefig(png := BytesIO(), format="png", dpi=160)
         width, height = (round(80 * inches) for inches in self.get_size_inches())
-        return png.getvalue(), {"width": width, "height": height, "alt": self.get_suptitle()}
+        return png.getvalue(), {"width": width, "height": height, "alt": self.get_suptitle().replace("\n", " ")}
 
 
 def panels(finding: str, caption: str, height: float, columns: int = 1, **options: object) -> tuple[Drawing, Sequence[Axes]]:
@@ -209,7 +209,7 @@ def panels(finding: str, caption: str, height: float, columns: int = 1, **option
     """
     figure = Drawing(figsize=(9, height), layout="constrained", facecolor="none")
     axes = figure.subplots(1, columns, squeeze=False, **options)[0]
-    figure.suptitle(fill(finding, 96), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(fill(finding, 80), x=0.01, ha="left", fontsize=12, fontweight="bold")
     figure.supxlabel(fill(caption, 150), x=0.01, ha="left", fontsize=8)
     return figure, axes
 
