@@ -158,13 +158,19 @@ OTHER_ARMS = {  # what figures show beside our policies: label and colour
 COPYING_SHADE = 0.6  # how much of a policy's colour stays when it also copies
 
 
+def _look(arm: str) -> tuple[tuple[str, str], str, list[str]]:
+    """Label and colour of what an arm's name begins with, the numbers after it, and the suffixes that they leave out."""
+    if arm in OTHER_ARMS:
+        return OTHER_ARMS[arm], "", []
+    kind, *suffixes = arm.split("+")
+    name, _, numbers = kind.partition(":")
+    row = POLICIES.get(name)
+    return (row.label, row.colour) if row else OTHER_ARMS.get(name, (name, "#999999")), numbers, suffixes
+
+
 def arm_colour(arm: str) -> str:
     """The colour of an arm such as ``"fixed:5+copy"`` or ``"generate"``, as hex; the same in every figure."""
-    if arm in OTHER_ARMS:
-        return OTHER_ARMS[arm][1]
-    kind, *suffixes = arm.split("+")
-    kind = kind.partition(":")[0]
-    colour = POLICIES[kind].colour if kind in POLICIES else OTHER_ARMS.get(kind, ("", "#999999"))[1]
+    (_, colour), _, suffixes = _look(arm)
     if not any(suffix.startswith("copy") for suffix in suffixes):
         return colour
     return "#" + "".join(f"{round(COPYING_SHADE * int(colour[i : i + 2], 16)):02x}" for i in (1, 3, 5))
@@ -172,11 +178,7 @@ def arm_colour(arm: str) -> str:
 
 def arm_label(arm: str) -> str:
     """What figures call an arm: ``"fixed:5+copy"`` → "fixed window 5, copying"."""
-    if arm in OTHER_ARMS:
-        return OTHER_ARMS[arm][0]
-    kind, *suffixes = arm.split("+")
-    name, _, numbers = kind.partition(":")
-    label = POLICIES[name].label if name in POLICIES else OTHER_ARMS.get(name, (name,))[0]
+    (label, _), numbers, suffixes = _look(arm)
     block = [f"blocks of {s.partition(':')[2]}" for s in suffixes if s.startswith("block:")]
     copying = ["copying"] * any(s.startswith("copy") for s in suffixes)
     return ", ".join([f"{label} {numbers}".strip(), *block, *copying])

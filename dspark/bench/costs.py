@@ -60,7 +60,7 @@ def measure_costs(models: Models, plan: Plan) -> Row:
     """The fields of :class:`Costs`: step times of this machine, and lines fitted to short runs on prompts that are not measured."""
     target, times = models.target, measured_times(models.target, models.drafter)
     items = load_prompts(plan.units[0].item.domain, "test" if plan.split == "dev" else "dev", 8)
-    prefills, terms, rest = [], [], []
+    points = {"rest": [], "prefill": []}  # (terms of the line, seconds)
     for drafter in (None, models.drafter):
         for users in USERS:
             engine = Engine(target, drafter, FixedWindow() if drafter else None, max_requests=users)
@@ -69,18 +69,11 @@ def measure_costs(models: Models, plan: Plan) -> Row:
             while engine.active or engine.waiting:
                 start = time.perf_counter()
                 rounds, seconds = [r for _, r in engine.step()], time.perf_counter() - start
-                prefills += [(1.0, r.context, r.seconds) for r in rounds if r.index == 0]
+                points["prefill"] += [((1.0, r.context), r.seconds) for r in rounds if r.index == 0]
                 if all(r.index for r in rounds):
                     tokens, drafting = sum(1 + r.verify_length for r in rounds), sum(bool(r.draft_tokens) for r in rounds)
-                    terms.append((1.0, len(rounds), tokens))
-                    rest.append(seconds - Costs(times).step(tokens, [r.context for r in rounds], drafting))
+                    seconds -= Costs(times).step(tokens, [r.context for r in rounds], drafting)
+                    points["rest"].append(((1.0, len(rounds), tokens), seconds))
     prompts = {unit.item.id: len(target.encode(unit.item.messages)) for unit in plan.units}
-    fitted = {"rest": np.linalg.lstsq(np.array(terms), np.array(rest))[0], "prefill": _line(prefills)}
-    found = {name: values.tolist() for name, values in fitted.items()}
-    return {"times": asdict(times), **found, "bytes_per_token": engine.bytes_per_token, "prompts": prompts}
-
-
-def _line(points: Sequence[tuple[float, float, float]]) -> np.ndarray:
-    """(1, x, y) of each point → constant and slope."""
-    table = np.array(points)
-    return np.linalg.lstsq(table[:, :2], table[:, 2])[0]
+    lines = {name: np.linalg.lstsq(*map(np.array, zip(*found, strict=True)))[0].tolist() for name, found in points.items()}
+    return {"times": asdict(times), **lines, "bytes_per_token": engine.bytes_per_token, "prompts": prompts}

@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -119,9 +120,8 @@ def observed(target: Target, drafter: DraftSource, sampling: Sampling) -> tuple[
 
 def _halves(units: Iterable[Unit]) -> dict[str, str]:
     """Prompt → its half: every other prompt of each domain."""
-    items = {unit.item.id: unit.item for unit in units}.values()
-    turns = {item.domain: cycle((FIT, JUDGE)) for item in items}
-    return {item.id: next(turns[item.domain]) for item in items}
+    turns = defaultdict(lambda: cycle((FIT, JUDGE)))
+    return {unit.item.id: next(turns[unit.item.domain]) for unit in units if unit.repeat == 0}
 
 
 def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:

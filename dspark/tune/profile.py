@@ -42,11 +42,9 @@ PATIENCE = 2.0  # seconds for one kind of step where the default policy waits fo
 FORMAT = 5  # of the cached files; files of another format are measured again
 
 
-def profile_sps(
-    target: Target, *, context: int = CONTEXT, widths: Sequence[int] = WIDTHS, repeats: int = 9, patience: float = math.inf
-) -> SPSCurve:
-    """The curve of :func:`median_steps` on this machine. Raises ValueError as it does."""
-    measured = median_steps(target, context=context, widths=widths, repeats=repeats, patience=patience)
+def profile_sps(target: Target, **options: object) -> SPSCurve:
+    """The curve of :func:`median_steps` on this machine, with its options. Raises ValueError as it does."""
+    measured = median_steps(target, **options)
     return SPSCurve(tuple(measured), tuple(measured.values()))
 
 
