@@ -322,11 +322,11 @@ def test_the_table_behind_the_slider_has_the_arms_with_so_many_users_the_fastest
 
 
 def test_random_arrivals_cancels_and_bad_requests_do_no_harm(models, monkeypatch):
-    """300 steps, on a clock that counts them; DSPARK_SOAK gives real seconds (make soak: 60)."""
+    """100 steps, on a clock that counts them; DSPARK_SOAK gives real seconds (make soak: 60)."""
     prompts, seconds = [random_prompt(i, 3 + 4 * i) for i in range(6)], os.environ.get("DSPARK_SOAK")
     if seconds is None:
         monkeypatch.setattr("dspark.bench.soak.time", SimpleNamespace(monotonic=count().__next__))
-    found = soak(models.target, models.drafter, prompts, float(seconds or 300), users=4, tokens=12)
+    found = soak(models.target, models.drafter, prompts, float(seconds or 100), users=4, tokens=12)
     assert found["requests"] > 20 and found["cancelled"] and found["refused"] and not math.isnan(found["growth"])
 
 

@@ -28,9 +28,9 @@ def test_break_even_is_the_formula_solved_for_tau():
 def test_drafting_is_timed_at_the_context_asked_for(monkeypatch):
     target = tiny_target()
     drafter, known, seen = tiny_drafter(target), [], []
-    draft, extend = drafter.draft, drafter.extend
+    propose, extend = drafter.propose, drafter.extend
     monkeypatch.setattr(drafter, "extend", lambda state, ids, taps: (known.extend(ids), extend(state, ids, taps))[1])
-    monkeypatch.setattr(drafter, "draft", lambda *arguments: (seen.append(len(known)), draft(*arguments))[1])
+    monkeypatch.setattr(drafter, "propose", lambda asks: (seen.append(len(known)), propose(asks))[1])
     assert profile_draft(target, drafter, context=20, repeats=3) > 0
     assert seen == [20, 21, 22, 23]
 
