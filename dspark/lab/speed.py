@@ -91,6 +91,7 @@ def race_table(frame: pd.DataFrame) -> pd.DataFrame:
     """For the reader: a row per prompt; tokens/s of the slowest, the median and the fastest heat, and τ of every arm."""
     shown = frame.assign(**{"tokens/s": 1e3 / frame["latency_ms"], "τ": frame["tokens_per_round"]}).rename(columns={"prompt_id": "prompt"})
     how = {"tokens/s": ["min", "median", "max"], "τ": ["median"]}
+    shown = shown.sort_values("arm", key=lambda arms: arms != PLAIN, kind="stable")
     return shown.pivot_table(index="prompt", columns="arm", values=list(how), aggfunc=how, sort=False).round(2)
 
 
