@@ -264,5 +264,6 @@ def by_arm(lines: pd.DataFrame, label: str, finding: str, caption: str) -> Drawi
             panel.hlines(labels, rows["low"], rows["high"], colours, alpha=0.6)
         panel.axvline(1, color=GREY, linestyle="--", linewidth=1)
         panel.set_title(f"{domain}, n = {rows['n'].max()}")
+    axes[0].set_ylim(-0.6, len(arms) - 0.4)
     axes[len(axes) // 2].set_xlabel(label)
     return figure
