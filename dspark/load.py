@@ -47,7 +47,7 @@ def load_drafter(name: str | Path, target: Target, *, ignore_fields: Collection[
     Raises ValueError, naming the value and the remedy, for anything missing, damaged, pickled, not finite, of the wrong shape,
     or made for another target.
     """
-    folder = _find_drafter(name)
+    folder = find_drafter(name)
     config, tensors = read_folder(folder)
     try:
         return ready(build(read(config, tensors, ignore_fields), target), target)
@@ -68,7 +68,8 @@ def default_drafter() -> Path:
     return data_dir() / "drafters" / "smollm2-135m-instruct"
 
 
-def _find_drafter(name: str | Path) -> Path:
+def find_drafter(name: str | Path) -> Path:
+    """The folder of a drafter by any name that :func:`load_drafter` takes, fetched if it is on the hub. Raises ValueError as that does."""
     path = default_drafter() if str(name) == "default" else Path(name).expanduser()
     if path.is_dir():
         return path

@@ -14,13 +14,17 @@ from pathlib import Path
 import inline
 import nbformat
 import papermill
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_drafter, tiny_target
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import dspark
+from dspark.bench import published
 from dspark.draft.lookup import ContextLookup
+from dspark.formats.deepspec import export_deepspec
 from dspark.lab import batch, demo
 from dspark.lab.text import tally
 
@@ -296,6 +300,53 @@ def test_your_model_decodes_without_a_drafter_and_refuses_what_it_cannot_keep(ex
     assert run.summary["target"] == Path(tiny_folders["target"]).name and run.summary["fastest"] in ("plain", "copy")
     assert run.summary["tau_for_1.2"] > 0 and run.summary["limit"] > 0 and run.summary["tau_copy"] >= 1
     assert "identical" in run.printed and "refused: generate was asked for beam_search" in run.printed
+
+
+def on_the_hub(cache: Path, repository: str, files: dict[str, Path], revision: str = "main") -> None:
+    """Lay files into a cache as the hub's client does: blobs, links to them under a commit, and a revision that names the commit."""
+    kind = "datasets" if "convert" in revision else "models"
+    folder, commit = cache / f"{kind}--{repository.replace('/', '--')}", "0" * 40
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "refs" / revision).parent.mkdir(parents=True)
+    (folder / "refs" / revision).write_text(commit)
+    for i, (name, path) in enumerate(files.items()):
+        place = folder / "snapshots" / commit / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "blobs" / str(i)).write_bytes(path.read_bytes())
+        place.symlink_to(folder / "blobs" / str(i))
+
+
+@pytest.fixture
+def hub(tmp_path, tiny_folders, monkeypatch) -> None:
+    """A cache that holds, under the names of the paper's pair, a tiny Qwen3 and a tiny drafter in DeepSpec's layout; and a GSM8K of two."""
+    cache, model = tmp_path / "hub", tmp_path / "qwen3"
+    PreTrainedTokenizerFast.from_pretrained(tiny_folders["target"]).save_pretrained(model)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(vocab_size=300, head_dim=8, eos_token_id=2, initializer_range=0.4, tie_word_embeddings=False, **shape)
+    Qwen3ForCausalLM(config).save_pretrained(model)
+    target = dspark.load_target(model, dtype="float32")
+    export_deepspec(tiny_drafter(target), target, tmp_path / "drafter")
+    pq.write_table(pa.table({"question": ["An apple?", "On the one hand?"], "answer": ["1", "2"]}), tmp_path / "gsm8k.parquet")
+    on_the_hub(cache, "Qwen/Qwen3-4B", {path.name: path for path in model.iterdir()})
+    on_the_hub(cache, "deepseek-ai/dspark_qwen3_4b_block7", {path.name: path for path in (tmp_path / "drafter").iterdir()})
+    on_the_hub(cache, "openai/gsm8k", {"main/test/0000.parquet": tmp_path / "gsm8k.parquet"}, "refs/convert/parquet")
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_a_published_pair_is_inspected_decoded_and_judged_beside_the_paper(tmp_path, hub):
+    executed, mine = tmp_path / "folder" / "published.ipynb", tmp_path / "mine.jsonl"
+    mine.write_text(
+        '{"turns": ["Why is an apple red?", "And?"]}\n{"messages": [{"role": "user", "content": "他说 🙂"}]}\n', encoding="utf-8"
+    )
+    changed = {"prompt_sets": f"GSM8K,{mine}", "prompts": 2, "max_new_tokens": 9, "dtype": "float32", "threads": 1}
+    pair = {"target": "Qwen/Qwen3-4B", "drafter": "deepseek-ai/dspark_qwen3_4b_block7"}
+    summary = demo.run(ROOT / "notebooks" / "10_published_drafters.ipynb", executed, changed | pair)
+    assert summary["format"] == "DeepSpec" and summary["block_size"] == 4 and summary["target"] == pair["target"]
+    assert summary["published_tau_GSM8K"] == published.TAU["Qwen3-4B", "DSpark"][0] and "published_tau_mine" not in summary
+    assert all(1 <= summary[f"tau_{name}"] <= 5 and summary[f"speedup_{name}"] > 0 for name in ("GSM8K", "mine"))
+    printed = "".join(out.text for cell in cells(executed) for out in cell.outputs if out.output_type == "stream")
+    assert "identical" in printed and published.TABLE_1 in printed and "the anchor's slot predicts, too" in printed
 
 
 def test_under_load_shows_a_small_run_where_no_loads_are_recorded(executed):

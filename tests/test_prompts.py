@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
+from pathlib import Path
 from types import ModuleType
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from dspark.bench.plan import Plan
 from dspark.bench.prompts import DOMAINS, SPLITS, PromptItem, data_dir, load_prompts
 
 AUTHORED = ("chat", "structured")
@@ -111,6 +115,58 @@ def test_bad_input_raises_value_error_with_the_value_and_the_choices(arguments, 
     with pytest.raises(ValueError) as error:
         load_prompts(*arguments)
     assert all(text in str(error.value) for text in named)
+
+
+def lines(path: Path, *rows: object) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_of_others_is_read_whatever_column_its_prompts_are_in(tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "f?"}, {"role": "assistant", "content": "g"}]
+    rows = [{"question": "a?", "answer": "b"}, {"turns": ["c?", "d?"]}, {"instruction": "e", "input": "x"}, {"messages": chat}]
+    items = load_prompts(lines(tmp_path / "mine.jsonl", *rows, rows[0]))
+    assert [item.messages for item in items[:3]] == [[{"role": "user", "content": text}] for text in ("a?", "c?", "e\n\nx")]
+    assert items[3].messages == chat[:2]
+    assert {item.domain for item in items} == {"mine"} and len({item.id for item in items}) == 5
+
+
+def test_a_benchmark_by_name_is_the_hubs_own_conversion(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"prompt": [["a?", "b?"], ["c?", "d?"]], "reference": [[], []]}), tmp_path / "0000.parquet")
+    asked = []
+    fetch = lambda *where, **how: asked.append((where, how)) or str(tmp_path / "0000.parquet")  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    assert [item.messages[0]["content"] for name in ("MT-Bench", "me/mine:all/dev") for item in load_prompts(name, n=1)] == ["a?", "a?"]
+    assert [(where[0], where[1], how["repo_type"]) for where, how in asked] == [
+        ("HuggingFaceH4/mt_bench_prompts", "default/train/0000.parquet", "dataset"),
+        ("me/mine", "all/dev/0000.parquet", "dataset"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [({"text": "a"}, ["row 1 of mine", "messages"]), (["a"], ["row 1"]), ({"turns": []}, ["row 1"]), ({"prompt": 7}, ["row 1"])],
+)
+def test_a_row_without_a_prompt_is_named(tmp_path, row, named):
+    with pytest.raises(ValueError) as error:
+        load_prompts(lines(tmp_path / "mine.jsonl", row))
+    assert all(text in str(error.value) for text in named)
+
+
+@pytest.mark.parametrize("name", ["{folder}/absent.jsonl", "{folder}/damaged.jsonl", "owner/absent:default/test"])
+def test_a_set_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, name):
+    (tmp_path / "damaged.jsonl").write_text("{", encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"cannot be read .*one prompt a line"):
+        load_prompts(name.format(folder=tmp_path))
+
+
+def test_a_changed_file_is_another_run(tmp_path):
+    configurations = []
+    for text in ("a?", "b?"):
+        name = lines(tmp_path / "mine.jsonl", {"prompt": text})
+        configurations.append(Plan("plain", domains=name, prompts=1).configuration("speed", "", None))
+    assert configurations[0] != configurations[1] and str(tmp_path) not in str(configurations)
 
 
 def test_the_environment_chooses_the_data_folder(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from dspark.bench.results import SCHEMA_VERSION
 from dspark.cli import add_fields, from_fields, option
 from dspark.cpu import is_packed
 from dspark.draft.drafter import Drafter
+from dspark.files import digest
 from dspark.load import DTYPES, load_drafter, load_target
 from dspark.tune.profile import cpu_name
 from dspark.verify.sampling import Sampling
@@ -31,7 +32,7 @@ class Plan:
     baseline: str = option("plain", "the arm that speed and memory are compared with")
     target: str = option("default", "default, a folder, a .gguf file or a hub id")
     drafter: str = option("default", "default, a folder or a hub id")
-    domains: str = option(",".join(DOMAINS), "prompt sets, separated by commas")
+    domains: str = option(",".join(DOMAINS), "prompt sets: of these, .jsonl files, GSM8K and others of the hub, separated by commas")
     split: str = option("test", "dev (to tune on) or test (to report)")
     prompts: int = option(20, "prompts of each domain")
     tokens: int = option(128, "new tokens at most")
@@ -106,6 +107,8 @@ class Plan:
     def configuration(self, mode: str, target_digest: str, drafter: Drafter | None) -> dict[str, object]:
         """All that must be equal for two runs to share a file. Folders by name and digest: paths mean nothing elsewhere."""
         names = {"target": _without_path(self.target), "drafter": _without_path(self.drafter)}
+        if others := [item for item in (unit.item for unit in self.units) if item.domain not in DOMAINS]:
+            names |= {"domains": ",".join(dict.fromkeys(item.domain for item in others)), "prompts_digest": digest(*(i.id for i in others))}
         digests = {"target_digest": target_digest, "drafter_digest": drafter_columns(drafter)["drafter_digest"]}
         machine = {"machine": cpu_name(), "cores": cores()}
         return {"mode": mode, "schema_version": SCHEMA_VERSION} | asdict(self) | names | digests | machine

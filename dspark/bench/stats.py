@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -97,6 +98,17 @@ def summarise(frame: pd.DataFrame, baseline: str, *, resamples: int = RESAMPLES,
     plain = lines.xs("plain")["verify_ms"] if "plain" in arms else pd.Series(dtype=float)
     lines["plain_ms"] = lines.index.get_level_values("domain").map(plain)
     return lines.fillna({"n": 0}).astype({"n": int}).reset_index()
+
+
+def beside(frame: pd.DataFrame, arm: str, quoted: Mapping[str, float]) -> pd.DataFrame:
+    """Of one arm, by prompt set: n, τ, the quoted τ (NaN where there is none), tokens/s, and the speed-up over plain with its interval.
+
+    quoted: from :func:`dspark.bench.published.tau_of`.
+    """
+    lines = summarise(frame, "plain").query("arm == @arm and domain != @ALL").set_index("domain").rename_axis("prompt set")
+    lines = lines.rename(columns={"tokens_per_round": "τ", "tokens_per_second": "tokens/s", "speedup": "speed-up"})
+    lines["τ (paper)"] = [quoted.get(name.lower().replace("-500", "500"), math.nan) for name in lines.index]
+    return lines[["n", "τ", "τ (paper)", "tokens/s", "speed-up", "low", "high"]]
 
 
 def acceptance_by_position(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Drafters on disk, one module per format. Each has ``read(config, tensors)``: what is stored, or None for another format's folder.
+"""Drafters on disk, one module per format. Each has ``read(config, tensors)``: what is stored.
 
 Adding a format is one module and its entry in :data:`FORMATS`. A module names every field that it understands and those that are
 known to be harmless; any other field is refused.
@@ -10,17 +10,23 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from dspark.formats import deepspec, gemma4, liquid, native, refused, specforge, speculators
+from dspark.formats import deepspec, gemma4, liquid, native, specforge, speculators
 from dspark.formats.build import Stored
 from dspark.formats.layers import Refusal, without
+from dspark.formats.refused import refuse
 
-FORMATS = (native, refused, speculators, deepspec, gemma4, specforge, liquid)
-READABLE = (*native.KINDS, deepspec.ARCHITECTURE, gemma4.ARCHITECTURE, "speculators' dspark and dflash", "DSparkDraftModel")
-READABLE += ("DFlashDraftModel", liquid.ARCHITECTURE)
+FORMATS = {  # the architecture in config.json → its module; speculators' files are known by a field of their own
+    **dict.fromkeys(native.KINDS, native),
+    deepspec.ARCHITECTURE: deepspec,
+    "Gemma4DSparkModel": gemma4,
+    "DSparkDraftModel": specforge,
+    "DFlashDraftModel": specforge,
+    "Lfm2DSparkDraftModel": liquid,
+}
 
 
 def read(config: dict, tensors: dict[str, Tensor], ignore_fields: Collection[str] = ()) -> Stored:
-    """What a folder's config.json and tensors describe, in the first format that knows it.
+    """What a folder's config.json and tensors describe.
 
     tensors: by their names in the file; those that are understood may be taken out.
     ignore_fields: names of fields to read as if they were absent, at any depth, or with dots at one place.
@@ -30,8 +36,12 @@ def read(config: dict, tensors: dict[str, Tensor], ignore_fields: Collection[str
         if without(config, [name]) == config:
             raise ValueError(f"ignore_fields names {name!r}, which config.json does not have: leave it out")
     config = without(config, ignore_fields)
-    for module in FORMATS:
-        if stored := module.read(config, tensors):
-            return stored
-    found = f"architectures {config.get('architectures')!r} is no drafter that can be read"
-    raise Refusal("architectures", f"{found}: pass one of {', '.join(READABLE)}")
+    refuse(config)
+    if "speculators_model_type" in config:
+        return speculators.read(config, tensors)
+    names = config.get("architectures")
+    for name, module in FORMATS.items():
+        if names == [name]:
+            return module.read(config, tensors)
+    known = f"{', '.join(FORMATS)}, speculators' {' and '.join(speculators.KINDS)}"
+    raise Refusal("architectures", f"architectures {names!r} is no drafter that can be read: pass one of {known}")

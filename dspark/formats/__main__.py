@@ -12,6 +12,7 @@ from dspark.cli import run_main
 from dspark.formats.deepspec import export_deepspec
 from dspark.formats.describe import describe
 from dspark.formats.speculators import export_speculators
+from dspark.load import find_drafter, load_drafter, load_target
 
 FOLDERS = {"deepspec": export_deepspec, "speculators": export_speculators}  # vLLM reads both
 
@@ -21,29 +22,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dspark.formats", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="what a drafter's folder holds, and what would be refused")
-    inspect.add_argument("folder", type=Path, help="a folder with config.json")
     inspect.set_defaults(work=_inspect)
     export = commands.add_parser("export", help="write a drafter for vLLM or llama.cpp, and print the command that serves it")
-    export.add_argument("folder", help="default, a folder or a hub id")
     export.add_argument("--to", required=True, choices=[*FOLDERS, "gguf"], help="vLLM reads the first two, llama.cpp the third")
     export.add_argument("--out", required=True, type=Path, help="a folder, or the .gguf file")
     export.add_argument("--target", default="default", help="the drafter's target: default, a folder, a .gguf file or a hub id")
     export.add_argument("--target-gguf", type=Path, help="to gguf: the target as llama.cpp will serve it, if --target is no such file")
     export.set_defaults(work=_export)
     for command in (inspect, export):
+        command.add_argument("folder", help="default, a folder or a hub id")
         text = "read a field of config.json as if it were absent, for one that is refused and does not matter; may be repeated"
         command.add_argument("--ignore-field", metavar="NAME", action="append", default=[], help=text)
     return run_main(parser, lambda options: options.work(options), arguments)
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    for name, text in describe(options.folder, options.ignore_field).items():
+    for name, text in describe(find_drafter(options.folder), options.ignore_field).items():
         print(f"{name:12} {text}")
 
 
 def _export(options: argparse.Namespace) -> None:
     from dspark.formats.gguf import default_target_gguf, export_gguf  # only this command needs them
-    from dspark.load import load_drafter, load_target
 
     source = options.target_gguf
     if options.to == "gguf" and source is None:

@@ -11,18 +11,7 @@ from torch import Tensor
 from dspark.draft.drafter import Drafter
 from dspark.formats.build import Stored, refuse_unwritten, weights_of
 from dspark.formats.checkpoint import write_folder
-from dspark.formats.layers import (
-    FULL,
-    HARMLESS,
-    HEADS,
-    LAYERS,
-    PLAIN,
-    TABLES,
-    read_layers,
-    refuse_unknown,
-    refuse_unlike,
-    take_tables,
-)
+from dspark.formats.layers import FULL, HARMLESS, HEADS, LAYERS, PLAIN, TABLES, read_layers, refuse_unknown, refuse_unlike, take_tables
 from dspark.target.target import Target
 
 ARCHITECTURE = "Qwen3DSparkModel"
@@ -75,9 +64,7 @@ def export_deepspec(drafter: Drafter, target: Target, folder: str | Path) -> Non
     write_folder(Path(folder), weights_of(drafter) | tensors, config)
 
 
-def read(config: dict, tensors: dict[str, Tensor]) -> Stored | None:
-    if config.get("architectures") != [ARCHITECTURE]:
-        return None
+def read(config: dict, tensors: dict[str, Tensor]) -> Stored:
     refuse_unknown(config, {*LAYERS, *HEADS, *HARMLESS, *PLAIN_HERE, *OF_TARGETS, "sts_temperatures"})
     refuse_windows(config)
     values = {name: config.get(name) for name in (*HEADS, "sts_temperatures")} | read_layers(config, plain=PLAIN_HERE, rotates_all=True)

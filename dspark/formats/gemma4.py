@@ -8,7 +8,6 @@ from dspark.formats.build import Stored
 from dspark.formats.deepspec import OF_TARGETS, PLAIN_HERE, refuse_windows
 from dspark.formats.layers import HARMLESS, HEADS, LAYERS, read_layers, refuse_unknown, take_tables
 
-ARCHITECTURE = "Gemma4DSparkModel"
 PLAIN = {name: value for name, value in PLAIN_HERE.items() if name != "final_logit_softcapping"} | {
     "enable_moe_block": False,
     "hidden_size_per_layer_input": 0,
@@ -18,9 +17,7 @@ ITS_OWN = {"global_head_dim", "num_global_key_value_heads", "attention_k_eq_v", 
 OF_TARGET = {"num_kv_shared_layers", "top_k_experts", "vocab_size_per_layer_input", "per_layer_config"}
 
 
-def read(config: dict, tensors: dict[str, Tensor]) -> Stored | None:
-    if config.get("architectures") != [ARCHITECTURE]:
-        return None
+def read(config: dict, tensors: dict[str, Tensor]) -> Stored:
     refuse_unknown(config, {*LAYERS, *HEADS, *HARMLESS, *PLAIN, *ITS_OWN, *OF_TARGETS, *OF_TARGET})
     refuse_windows(config)
     shared = bool(config.get("attention_k_eq_v"))

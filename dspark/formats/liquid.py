@@ -8,12 +8,8 @@ from dspark.formats.build import Stored
 from dspark.formats.layers import Refusal, halves
 from dspark.formats.specforge import flat, stored
 
-ARCHITECTURE = "Lfm2DSparkDraftModel"
 
-
-def read(config: dict, tensors: dict[str, Tensor]) -> Stored | None:
-    if config.get("architectures") != [ARCHITECTURE]:
-        return None
+def read(config: dict, tensors: dict[str, Tensor]) -> Stored:
     config = flat(config)
     style = config.pop("rope_is_neox_style", None)
     if type(style) is not bool:

@@ -32,11 +32,8 @@ def save_drafter(drafter: Drafter, target: Target, folder: str | Path, *, traini
     write_folder(Path(folder), tensors, config)
 
 
-def read(config: dict, tensors: dict[str, Tensor]) -> Stored | None:
-    names = config.get("architectures")
-    if names not in [[name] for name in KINDS]:
-        return None
+def read(config: dict, tensors: dict[str, Tensor]) -> Stored:
     if (version := config.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"format_version is {version!r}, not {FORMAT_VERSION}: load it with the dspark that wrote it")
     made_for = (config.get("target"), config.get("target_digest"))
-    return Stored("dspark", config, tensors, kind=KINDS[names[0]], d2t=tensors.pop("d2t", None), made_for=made_for)
+    return Stored("dspark", config, tensors, kind=KINDS[config["architectures"][0]], d2t=tensors.pop("d2t", None), made_for=made_for)

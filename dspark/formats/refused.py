@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from dspark.formats.layers import Refusal
 
 DEEPSEEK_V4 = ("DSparkV4DraftModel", "DeepseekV4ForCausalLM")
 DFLASH_2 = ("selector_", "conv_")  # how its fields begin
 
 
-def read(config: dict, tensors: dict[str, Tensor]) -> None:
+def refuse(config: dict) -> None:
     """Raises Refusal for DeepSeek-V4's and DFlash 2's drafters, and for speculators' of DFlash 2."""
     names = config.get("architectures")
-    if any(name in DEEPSEEK_V4 for name in names if isinstance(name, str)) if isinstance(names, list) else False:
+    if isinstance(names, list) and any(name in names for name in DEEPSEEK_V4):
         reason = "DeepSeek-V4's drafter is made of MLA and MoE stages with hyper-connections, which are not supported"
         raise Refusal("architectures", f"architectures is {names!r}: {reason}. Pass another drafter or train one")
     inner = config.get("dflash_config")

@@ -18,28 +18,17 @@ from dspark.formats.layers import (
     take_tables,
 )
 
-ARCHITECTURES = (["DSparkDraftModel"], ["DFlashDraftModel"])
-PLAIN_HERE = {name: value for name, value in PLAIN.items() if name != "final_logit_softcapping"} | {
-    "output_multiplier": 1.0,
-    "shift_label": False,
-    "pure_draft_prefix_len": 0,
-}
+PLAIN_HERE = {name: value for name, value in PLAIN.items() if name != "final_logit_softcapping"}
+PLAIN_HERE |= {"output_multiplier": 1.0, "shift_label": False, "pure_draft_prefix_len": 0}
 FIELDS = {  # beside those of the heads and layers
     *"is_causal dflash_query_causal sample_from_anchor final_logit_softcapping input_embedding_scale draft_vocab_size".split(),
     *"projector_type attention_mode target_hidden_size".split(),
 }
 BLOCK_SIZE = {"dflash": 16}  # model_type → what TorchSpec and z-lab train with where the file does not say
-RENAMED = {  # early SpecForge and TorchSpec → here
-    "logit_head.": "",
-    "context_proj.": "fc.",
-    "context_norm.": "hidden_norm.",
-    "final_norm.": "norm.",
-}
+RENAMED = {"logit_head.": "", "context_proj.": "fc.", "context_norm.": "hidden_norm.", "final_norm.": "norm."}  # early files → here
 
 
-def read(config: dict, tensors: dict[str, Tensor]) -> Stored | None:
-    if config.get("architectures") not in ARCHITECTURES:
-        return None
+def read(config: dict, tensors: dict[str, Tensor]) -> Stored:
     config = flat(config)
     name = "SpecForge" if config.get("model_type") != "dflash" else "TorchSpec" if "target_num_hidden_layers" in config else "z-lab DFlash"
     return stored(name, config, tensors, {})
@@ -57,14 +46,10 @@ def flat(config: dict) -> dict:
 def stored(name: str, config: dict, tensors: dict[str, Tensor], more: dict[str, object]) -> Stored:
     """What a flat config and its tensors describe. more: fields of DrafterConfig that its format has otherwise than SpecForge."""
     refuse_unknown(config, {*FIELDS, *LAYERS, *HEADS, *HARMLESS, *PLAIN_HERE})
-    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    refuse_unlike(
-        [
-            ("projector_type", config.get("projector_type"), "dflash" if config.get("projector_type") == "dflash" else "dspark"),
-            ("attention_mode", config.get("attention_mode"), "mha" if heads == groups else "gqa"),
-            ("target_hidden_size", config.get("target_hidden_size"), config.get("hidden_size")),
-        ]
-    )
+    one_each = config.get("num_attention_heads") == config.get("num_key_value_heads")
+    projector = "dflash" if config.get("projector_type") == "dflash" else "dspark"
+    only = {"projector_type": projector, "attention_mode": "mha" if one_each else "gqa", "target_hidden_size": config.get("hidden_size")}
+    refuse_unlike([(name, config.get(name), value) for name, value in only.items()])
     for old, new in RENAMED.items():
         for found in [key for key in tensors if key.startswith(old)]:
             tensors[new + found.removeprefix(old)] = tensors.pop(found)

@@ -80,9 +80,7 @@ def export_speculators(drafter: Drafter, target: Target, folder: str | Path) -> 
     write_folder(Path(folder), tensors, config)
 
 
-def read(config: dict, tensors: dict[str, Tensor]) -> Stored | None:
-    if "speculators_model_type" not in config:
-        return None
+def read(config: dict, tensors: dict[str, Tensor]) -> Stored:
     if (kind := config["speculators_model_type"]) not in KINDS:
         raise Refusal("speculators_model_type", f"speculators_model_type is {kind!r}, and only {', '.join(KINDS)} are supported")
     refuse_unknown(config, {*FIELDS, *HEADS, *HARMLESS})
