@@ -1,9 +1,13 @@
-"""Does llama.cpp draft with our drafter what we draft? Counts only, so a busy machine will do.
+"""Does llama.cpp draft with our drafter what we draft, and does drafting pay there? The first is counts only, so a busy machine will do.
 
     python data/llamacpp.py --out data/results/llamacpp.json
+    python data/llamacpp.py --out data/results/llamacpp.json --times   # on a quiet machine, about two minutes; the counts stay
 
 Ten ``dev`` prompts, greedy, bfloat16, whole blocks. Each is decoded by llama.cpp and by us. Where the two texts differ, so do the rounds,
 so our drafter is also asked at the start of each of llama.cpp's rounds, on llama.cpp's text: how many of its drafts would have survived?
+
+``--times``: llama.cpp's own times of passes over one to six tokens, and its speed with windows of one to five drafts on the first prompts.
+What a round with one draft takes beyond a pass over two tokens is the drafting's time. From these the other windows are predicted.
 """
 
 from __future__ import annotations
@@ -12,24 +16,28 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 from tqdm.auto import tqdm
 
-from dspark.bench.llamacpp import by_llamacpp, package_version
+from dspark.bench.llamacpp import LlamaCpp, by_llamacpp, package_version
 from dspark.bench.measure import Settings, by_dspark, first_divergence
 from dspark.bench.plan import Plan
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.cli import run_main
 from dspark.draft.drafter import Drafter
 from dspark.files import write_atomically
+from dspark.formats.gguf import default_target_gguf
 from dspark.load import load_drafter, load_target
 from dspark.round import Round
 from dspark.schedule import FixedWindow
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
 
+FREE = 1000  # ids from here on are ordinary tokens
 ABOUT = ("target", "target_digest", "dtype", "machine", "threads", "python", "torch", "dspark", "revision")
 
 
@@ -48,16 +56,69 @@ def survivors(target: Target, drafter: Drafter, prompt_ids: Sequence[int], token
     return found
 
 
+def pass_ms(server: LlamaCpp, text: Sequence[int], widths: Sequence[int], repeats: int) -> list[float]:
+    """Medians of llama.cpp's own time of a pass over so many tokens after ``text``, which stays in its cache. Only the last has logits."""
+    found: dict[int, list[float]] = {width: [] for width in widths}
+    for i, width in enumerate(
+        [0, *list(widths) * repeats]
+    ):  # the first request fills the cache; later ones differ from their first token on
+        prompt = [*text, *(FREE + 10 * i + k for k in range(max(width, 1)))]
+        (answer,) = server.ask({"prompt": prompt, "n_predict": 1, "temperature": 0, "samplers": ["temperature"], "cache_prompt": True})
+        if width:
+            assert answer["timings"]["prompt_n"] == width, "the cache was not kept"
+            found[width].append(answer["timings"]["prompt_ms"])
+    return [median(times) for times in found.values()]
+
+
+def measure_times(target: Target, drafter: Drafter, prompts: Sequence[Sequence[int]], tokens: int, repeats: int) -> dict[str, object]:
+    """pass_ms: over 1, 2, … tokens; plain and windows: tokens after the first, rounds and seconds of all prompts together.
+
+    round_ms: the median. draft_ms: see above. acceptance: conditional, by position, of whole blocks; the last rounds are left out.
+    """
+    settings, found = Settings(max_new_tokens=tokens), {}
+    for window in range(drafter.block_size + 1):
+        server = LlamaCpp(default_target_gguf(), target, drafter if window else None, window)
+        decode = server.decoder(settings)
+        decode(prompts[0], 0)  # warm-up
+        trials = [decode(ids, 0) for ids in tqdm(prompts, desc=f"window {window}")]
+        if not window:
+            text = [*prompts[0], *trials[0].token_ids]
+            widths = range(1, drafter.block_size + 2)
+            times = {"context": len(text), "pass_ms": pass_ms(server, text, widths, repeats)}
+        rounds = [each for trial in trials for each in trial.rounds[:-1]]
+        sums = {"tokens": sum(len(trial.token_ids) - 1 for trial in trials), "rounds": sum(len(trial.rounds) for trial in trials)}
+        sums |= {"seconds": sum(trial.seconds for trial in trials), "round_ms": 1e3 * median(each.seconds for each in rounds)}
+        found[window] = {"window": window} | sums
+        server.pipe.close()
+    accepted = [len(each.committed) - 1 for each in rounds]
+    reached = [sum(n >= k for n in accepted) for k in range(drafter.block_size + 1)]
+    times |= {"draft_ms": found[1]["round_ms"] - times["pass_ms"][1], "plain": found.pop(0), "windows": list(found.values())}
+    return times | {
+        "acceptance": [b / a for a, b in pairwise(reached)],
+        "repeats": repeats,
+        "prompts": len(prompts),
+        "max_new_tokens": tokens,
+    }
+
+
 def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     target, stock = load_target(), load_target(pack=False)
     drafter = load_drafter("default", stock)  # a packed one computes in 8 bits
     about = {name: environment(target)[name] for name in ABOUT} | {"drafter_digest": drafter_columns(drafter)["drafter_digest"]}
-    about |= {"xllamacpp": package_version(), "split": "dev", "max_new_tokens": options.tokens, "block_size": drafter.block_size}
+    about |= {"xllamacpp": package_version(), "split": "dev"}
+    units = Plan(split="dev", prompts=-(-options.prompts // 4)).units[: options.prompts]
+    if options.times:
+        found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+        prompts = [target.encode(unit.item.messages) for unit in units[: options.timed]]
+        found["times"] = {"about": about} | measure_times(target, drafter, prompts, options.tokens // 2, options.repeats)
+        write_atomically(options.out, json.dumps(found, indent=1).encode() + b"\n")
+        return
+    about |= {"max_new_tokens": options.tokens, "block_size": drafter.block_size}
     settings = Settings(max_new_tokens=options.tokens)
     theirs, ours = by_llamacpp(target, drafter, settings), by_dspark(target, drafter, FixedWindow(), settings)
     rows = []
-    for unit in tqdm(Plan(split="dev", prompts=-(-options.prompts // 4)).units[: options.prompts], unit="prompt"):
+    for unit in tqdm(units, unit="prompt"):
         ids = target.encode(unit.item.messages)
         other, mine = theirs(ids, 0), ours(ids, 0)
         there = [len(each.committed) - 1 for each in other.rounds[:-1]]
@@ -74,6 +135,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="data/llamacpp.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=10, help="prompts in all; default 10")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens at most; default 128")
+    parser.add_argument("--times", action="store_true", help="measure speed and step times instead, into the same file")
+    parser.add_argument("--timed", type=int, default=4, help="prompts of that; default 4")
+    parser.add_argument("--repeats", type=int, default=15, help="passes of each width of that; default 15")
     parser.add_argument("--threads", type=int, default=2, help="default 2")
     parser.add_argument("--out", type=Path, default=Path("runs/llamacpp.json"), help="JSON file; default runs/llamacpp.json")
     sys.exit(run_main(parser, main))

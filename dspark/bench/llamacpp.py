@@ -70,7 +70,7 @@ def passes(start: float, answers: Sequence[tuple[float, dict]]) -> list[tuple[in
     return ends
 
 
-def serve(address: Connection, target_gguf: str, drafter_gguf: str, context: int, block_size: int, threads: int) -> None:
+def serve(address: Connection, target_gguf: str, drafter_gguf: str, context: int, window: int, threads: int) -> None:
     """A process that is llama.cpp's server until its parent goes. drafter_gguf: "" for plain decoding. Sends the address it listens at.
 
     In one process its threads and PyTorch's would count as more than the cores, and then OpenMP lets both sleep where they should wait:
@@ -88,25 +88,25 @@ def serve(address: Connection, target_gguf: str, drafter_gguf: str, context: int
     if drafter_gguf:
         draft.mparams.path = drafter_gguf
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_DSPARK]
-        draft.n_max, draft.n_min, draft.p_min, draft.n_gpu_layers = block_size, 0, 0.0, 0
+        draft.n_max, draft.n_min, draft.p_min, draft.n_gpu_layers = window, 0, 0.0, 0
     server = xllamacpp.Server(params)
     address.send(server.listening_address)
     address.poll(None)
 
 
 class LlamaCpp:
-    """A running server. target_gguf: the file of ``target``; drafter: exported for this server alone."""
+    """A running server. target_gguf: the file of ``target``; drafter: exported for this server alone; window: 0 for its whole block."""
 
-    def __init__(self, target_gguf: Path, target: Target, drafter: Drafter | None = None) -> None:
+    def __init__(self, target_gguf: Path, target: Target, drafter: Drafter | None = None, window: int = 0) -> None:
         package_version()
         spawn, context = get_context("spawn"), min(target.max_context, CONTEXT)
         self.pipe, there = spawn.Pipe()  # the server ends when this end of the pipe is closed
         with tempfile.TemporaryDirectory() as scratch:
-            file, block_size = "", 0
+            file = ""
             if drafter is not None:
-                file, block_size = f"{scratch}/drafter.gguf", drafter.block_size
+                file, window = f"{scratch}/drafter.gguf", window or drafter.block_size
                 export_gguf(drafter, target, file, target_gguf)
-            options = (there, str(target_gguf), file, context, block_size, torch.get_num_threads())
+            options = (there, str(target_gguf), file, context, window, torch.get_num_threads())
             spawn.Process(target=serve, args=options, daemon=True).start()
             there.close()
             try:
@@ -121,10 +121,10 @@ class LlamaCpp:
             asked = {"prompt": prompt_ids, "n_predict": settings.max_new_tokens, "temperature": 0, "samplers": ["temperature"]}
             asked |= {"cache_prompt": False, "return_tokens": True, "timings_per_token": True}
             start = time.perf_counter()
-            answers = [(time.perf_counter(), answer) for answer in self._ask(asked | {"stream": True})]
+            answers = [(time.perf_counter(), answer) for answer in self.ask(asked | {"stream": True})]
             ids = [token for _, answer in answers for token in answer["tokens"]]
             if len(ids) != answers[-1][1]["tokens_predicted"]:  # the stream leaves out tokens that end inside a character
-                (whole,) = self._ask(asked)
+                (whole,) = self.ask(asked)
                 ids = whole["tokens"]
             ends = passes(start, answers)
             rounds = [
@@ -135,7 +135,7 @@ class LlamaCpp:
 
         return decode
 
-    def _ask(self, body: dict[str, object]) -> Iterator[dict]:
+    def ask(self, body: dict[str, object]) -> Iterator[dict]:
         """One answer, or one per token and a last one. Raises ValueError with the server's reason."""
         connection = HTTPConnection(self.address)
         try:
