@@ -6,22 +6,27 @@
 Ten ``dev`` prompts, greedy, bfloat16, whole blocks. Each is decoded by llama.cpp and by us. Where the two texts differ, so do the rounds,
 so our drafter is also asked at the start of each of llama.cpp's rounds, on llama.cpp's text: how many of its drafts would have survived?
 
-``--times``: llama.cpp's own times of passes over one to six tokens, and its speed with windows of one to five drafts on the first prompts.
-What a round with one draft takes beyond a pass over two tokens is the drafting's time. From these the other windows are predicted.
+``--times``: llama.cpp's own times of a step over one to six tokens and of drafting a block, and its speed with windows of one to five
+drafts on the first prompts. The times predict the speeds (notebook 09, section 7).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryFile
 
 import torch
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm, trange
 
 from dspark.bench.llamacpp import LlamaCpp, by_llamacpp, package_version
 from dspark.bench.measure import Settings, by_dspark, first_divergence
@@ -37,7 +42,7 @@ from dspark.schedule import FixedWindow
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
 
-FREE = 1000  # ids from here on are ordinary tokens
+INFO = 4  # verbosity at which llama.cpp says how long drafting took
 ABOUT = ("target", "target_digest", "dtype", "machine", "threads", "python", "torch", "dspark", "revision")
 
 
@@ -56,49 +61,58 @@ def survivors(target: Target, drafter: Drafter, prompt_ids: Sequence[int], token
     return found
 
 
-def pass_ms(server: LlamaCpp, text: Sequence[int], widths: Sequence[int], repeats: int) -> list[float]:
-    """Medians of llama.cpp's own time of a pass over so many tokens after ``text``, which stays in its cache. Only the last has logits."""
-    found: dict[int, list[float]] = {width: [] for width in widths}
-    for i, width in enumerate(
-        [0, *list(widths) * repeats]
-    ):  # the first request fills the cache; later ones differ from their first token on
-        prompt = [*text, *(FREE + 10 * i + k for k in range(max(width, 1)))]
-        (answer,) = server.ask({"prompt": prompt, "n_predict": 1, "temperature": 0, "samplers": ["temperature"], "cache_prompt": True})
-        if width:
-            assert answer["timings"]["prompt_n"] == width, "the cache was not kept"
-            found[width].append(answer["timings"]["prompt_ms"])
+def step_ms(target: Target, text: list[int], widths: Sequence[int], tokens: int, repeats: int) -> list[float]:
+    """Medians of llama.cpp's own time of a step over so many tokens: of as many users, who all write on from ``text`` at once."""
+    server = LlamaCpp(default_target_gguf(), target, n_parallel=max(widths))
+    asked = {"prompt": text, "temperature": 0, "samplers": ["temperature"], "cache_prompt": True, "ignore_eos": True}
+
+    def ask(user: int, count: int) -> dict[str, float]:
+        return next(server.ask(asked | {"id_slot": user, "n_predict": count}))["timings"]
+
+    for user in range(max(widths)):
+        ask(user, 1)  # the text stays in each user's cache
+    found = {width: [] for width in widths}
+    for width in list(widths) * repeats:
+        with ThreadPoolExecutor(width) as pool:
+            timings = list(pool.map(ask, range(width), [tokens] * width))
+        assert all(each["cache_n"] >= len(text) - 1 for each in timings), "a cache was not kept"
+        found[width] += [each["predicted_ms"] / (each["predicted_n"] - 1) for each in timings]
+    server.pipe.close()
     return [median(times) for times in found.values()]
 
 
-def measure_times(target: Target, drafter: Drafter, prompts: Sequence[Sequence[int]], tokens: int, repeats: int) -> dict[str, object]:
-    """pass_ms: over 1, 2, … tokens; plain and windows: tokens after the first, rounds and seconds of all prompts together.
+def measure_window(target: Target, drafter: Drafter, window: int, prompts: Sequence[list[int]], tokens: int) -> dict[str, object]:
+    """All prompts in llama.cpp, at most so many drafts a round; 0 is plain decoding.
 
-    round_ms: the median. draft_ms: see above. acceptance: conditional, by position, of whole blocks; the last rounds are left out.
+    tokens: after the first. seconds: of them. draft_ms: of one block, by llama.cpp's own count. accepted: per round but the last ones.
     """
-    settings, found = Settings(max_new_tokens=tokens), {}
-    for window in range(drafter.block_size + 1):
-        server = LlamaCpp(default_target_gguf(), target, drafter if window else None, window)
-        decode = server.decoder(settings)
-        decode(prompts[0], 0)  # warm-up
-        trials = [decode(ids, 0) for ids in tqdm(prompts, desc=f"window {window}")]
-        if not window:
-            text = [*prompts[0], *trials[0].token_ids]
-            widths = range(1, drafter.block_size + 2)
-            times = {"context": len(text), "pass_ms": pass_ms(server, text, widths, repeats)}
-        rounds = [each for trial in trials for each in trial.rounds[:-1]]
-        sums = {"tokens": sum(len(trial.token_ids) - 1 for trial in trials), "rounds": sum(len(trial.rounds) for trial in trials)}
-        sums |= {"seconds": sum(trial.seconds for trial in trials), "round_ms": 1e3 * median(each.seconds for each in rounds)}
-        found[window] = {"window": window} | sums
+    with TemporaryFile() as log:
+        out = os.dup(2)
+        os.dup2(log.fileno(), 2)  # the server's messages go there
+        try:
+            server = LlamaCpp(default_target_gguf(), target, drafter if window else None, window, verbosity=INFO)
+        finally:
+            os.dup2(out, 2)
+        decode = server.decoder(Settings(max_new_tokens=tokens))
+        trials = [decode(ids, 0) for ids in (prompts[0], *prompts)][1:]  # the first one warms up
         server.pipe.close()
-    accepted = [len(each.committed) - 1 for each in rounds]
+        time.sleep(1)
+        log.seek(0)
+        found = re.findall(r"#calls\(b,g,a\) = +\d+ +(\d+).*dur\(b,g,a\) = [\d.]+, ([\d.]+)", log.read().decode(errors="replace"))
+    calls, draft_ms = map(float, found[-1] if found else (1, 0))
+    sums = {"tokens": sum(len(trial.token_ids) - 1 for trial in trials), "rounds": sum(len(trial.rounds) for trial in trials)}
+    sums |= {"seconds": sum(trial.seconds for trial in trials), "draft_ms": draft_ms / calls}
+    return {"window": window} | sums | {"accepted": [len(each.committed) - 1 for trial in trials for each in trial.rounds[:-1]]}
+
+
+def measure_times(target: Target, drafter: Drafter, prompts: Sequence[list[int]], tokens: int, repeats: int) -> dict[str, object]:
+    """step_ms: over 1, 2, … tokens. windows: of 0 (plain decoding), 1, … drafts. acceptance: by position, conditional, of whole blocks."""
+    windows = [measure_window(target, drafter, window, prompts, tokens) for window in trange(drafter.block_size + 1, desc="windows")]
+    accepted = [each.pop("accepted") for each in windows][-1]
     reached = [sum(n >= k for n in accepted) for k in range(drafter.block_size + 1)]
-    times |= {"draft_ms": found[1]["round_ms"] - times["pass_ms"][1], "plain": found.pop(0), "windows": list(found.values())}
-    return times | {
-        "acceptance": [b / a for a, b in pairwise(reached)],
-        "repeats": repeats,
-        "prompts": len(prompts),
-        "max_new_tokens": tokens,
-    }
+    step = step_ms(target, prompts[0], range(1, drafter.block_size + 2), tokens, repeats)
+    asked = {"context": len(prompts[0]), "prompts": len(prompts), "max_new_tokens": tokens, "repeats": repeats}
+    return asked | {"step_ms": step, "windows": windows, "acceptance": [after / before for before, after in pairwise(reached)]}
 
 
 def main(options: argparse.Namespace) -> None:
@@ -137,7 +151,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=128, help="new tokens at most; default 128")
     parser.add_argument("--times", action="store_true", help="measure speed and step times instead, into the same file")
     parser.add_argument("--timed", type=int, default=4, help="prompts of that; default 4")
-    parser.add_argument("--repeats", type=int, default=15, help="passes of each width of that; default 15")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each width of that; default 3")
     parser.add_argument("--threads", type=int, default=2, help="default 2")
     parser.add_argument("--out", type=Path, default=Path("runs/llamacpp.json"), help="JSON file; default runs/llamacpp.json")
     sys.exit(run_main(parser, main))

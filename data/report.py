@@ -20,6 +20,8 @@ from dspark.bench.traces import traces_of
 from dspark.cli import run_main
 from dspark.files import write_atomically
 from dspark.tune.calibrate import calibrate
+from dspark.tune.curve import SPSCurve
+from dspark.tune.predict import predict_speedup
 
 DATA = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -296,7 +298,27 @@ def _llamacpp(path: Path) -> str:
         f"survive as llama.cpp accepted in {sums['equal_rounds']:,} of {sums['compared_rounds']:,} rounds ({sums['dspark_accepted']:,} and "
         f"{sums['llamacpp_accepted']:,} drafts in all)."
     )
-    return f"{words}\n\n{table(['', 'tokens', 'rounds', 'τ'], rows)}"
+    counts = f"{words}\n\n{table(['', 'tokens', 'rounds', 'τ'], rows)}"
+    return paragraphs((counts, _llamacpp_times(found["times"]) if "times" in found else ""))
+
+
+def _llamacpp_times(times: dict) -> str:
+    """What drafting does to llama.cpp's speed, and what its own times predict."""
+    about, windows, acceptance = times["about"], times["windows"], times["acceptance"]
+    curve = SPSCurve(tuple(range(1, len(windows) + 1)), tuple(ms / 1e3 for ms in times["step_ms"]))
+    plain, rows = windows[0]["seconds"] / windows[0]["tokens"], []
+    for each in windows[1:]:
+        predicted = predict_speedup(curve, acceptance[: each["window"]], each["draft_ms"] / 1e3)
+        cells = [f"{times['step_ms'][each['window']]:.1f}", f"{each['draft_ms']:.1f}", f"{each['tokens'] / each['rounds']:.2f}"]
+        rows.append([str(each["window"]), *cells, f"{predicted:.2f}×", f"{plain * each['tokens'] / each['seconds']:.2f}×"])
+    words = (
+        f"Does drafting pay there? On {about['threads']} threads of {about['machine']} llama.cpp writes {1 / plain:.0f} tokens/s plainly, "
+        f"{times['step_ms'][0]:.1f} ms a step (`data/llamacpp.py --times`; {times['prompts']} {about['split']} prompts, greedy, "
+        f"{about['dtype']}, {times['max_new_tokens']} new tokens). A step over more tokens costs it much more, so windows of every length lose, "
+        "as its own times predict: the time of a step over the window and the anchor (by as many users at once), of drafting (by its own "
+        "count), and the acceptance by position."
+    )
+    return f"{words}\n\n{table(['window', 'step (ms)', 'draft (ms)', 'τ', 'predicted', 'measured'], rows)}"
 
 
 def _decoded(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -77,8 +78,8 @@ class Engine:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
-        stop: str | Sequence[str] = (),
-        stop_ids: int | Sequence[int] = (),
+        stop: str | Sequence[str] | None = (),
+        stop_ids: int | Sequence[int] | None = (),
         streamer: Streamer | None = None,
         processors: Sequence[LogitsProcessor] = (),
         logprobs: bool = False,
@@ -98,12 +99,13 @@ class Engine:
         Raises ValueError for a bad option, a prompt that is empty or too long, an id that is taken, or a request larger than the memory.
         """
         for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value < 1 << 63:
+                raise ValueError(f"{name} must be a whole number of at least {least} and below 2**63, got {value!r}")
         sampling, ids = Sampling(temperature, top_k, top_p), self.target.encode(prompt)
-        limit = min(max_new_tokens, self.target.max_context - len(ids))
-        rng = Rng(torch.Generator(self.target.device).manual_seed(seed))
-        (ends, strings), around = endings(self.target, stop, stop_ids), Processors.ordered(processors)
+        limit = min(int(max_new_tokens), self.target.max_context - len(ids))
+        rng = Rng(torch.Generator(self.target.device).manual_seed(int(seed)))
+        ends, strings = endings(self.target, stop, stop_ids)
+        around = Processors.ordered(processors)
         asked = {"sampling": sampling, "rng": rng, "end_ids": ends, "stop": strings, "processors": around, "logprobs": logprobs}
         return self.enqueue(Request(id=id, prompt=ids, limit=limit, streamer=streamer, **asked))
 

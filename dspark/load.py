@@ -128,10 +128,17 @@ def _read_target(source: str | Path, name: str, dtype: torch.dtype, device: torc
     if isinstance(source, Path) and (source / INDEX).is_file() and not (source / WEIGHTS).is_file():
         placed_weights(source)  # refuses shards outside the folder
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    options |= {
+        "return_dict": True,
+        "ignore_mismatched_sizes": True,
+    }  # the first may be switched off in a config, the second is refused below
     try:
         model, report = AutoModelForCausalLM.from_pretrained(source, **options)
         if report["missing_keys"]:  # transformers fills them with random numbers
             raise ValueError(f"it lacks {min(report['missing_keys'])!r}")
+        if report["mismatched_keys"]:
+            name, found, asked = min(report["mismatched_keys"])
+            raise ValueError(f"{name} is {list(found)}, but {CONFIG} asks for {list(asked)}")
     except UNREADABLE as error:
         raise ValueError(f"cannot load a causal LM from {str(source)!r}: {one_line(error)}") from error
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import index
+from numbers import Integral, Number
 from typing import NamedTuple, Protocol
 
 import torch
@@ -135,18 +135,21 @@ class Verdict(NamedTuple):
     logprobs: tuple[float, ...] = ()
 
 
-def endings(target: Target, stop: str | Sequence[str], stop_ids: int | Sequence[int]) -> tuple[frozenset[int], tuple[str, ...]]:
-    """Token ids, the target's own included, and strings that end a text. Raises ValueError for what is none, or cannot be found."""
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+def endings(target: Target, stop: object, stop_ids: object) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Token ids, the target's own included, and strings that end a text. One, several or None of each may be given.
+
+    Raises ValueError for what is no token of the target or no text, and for strings that cannot be found for want of a tokenizer.
+    """
+    strings, ids = ([v] if isinstance(v := plain(each), (str, Number)) else v or () for each in (stop, stop_ids))
+    for each in strings:
+        if not isinstance(each, str) or not each:
+            raise ValueError(f"stop string {each!r} is no text: pass a string or several, or leave it out")
+    for each in ids:
+        if isinstance(each, bool) or not isinstance(each, Integral) or not 0 <= each < target.vocab_size:
+            raise ValueError(f"stop_ids must be token ids, got {each!r}: they are 0..{target.vocab_size - 1}, and text is passed as stop")
     if strings and target.tokenizer is None:
         raise ValueError(f"{target.name} has no tokenizer, so stop strings cannot be found: pass stop_ids")
-    if not all(strings):
-        raise ValueError("a stop string is empty: leave it out")
-    try:
-        ids = plain(stop_ids)
-        return target.eos_token_ids.union(map(index, (ids,) if isinstance(ids, int) else ids)), strings
-    except TypeError:
-        raise ValueError(f"stop_ids must be token ids, got {stop_ids!r}: strings that end the text are passed as stop") from None
+    return target.eos_token_ids | {int(each) for each in ids}, tuple(strings)
 
 
 def until_end(tokens: list[int], end_ids: frozenset[int]) -> tuple[int, ...]:

@@ -162,3 +162,12 @@ def test_llamacpps_counts_stand_beside_ours_with_their_difference(tmp_path):
     words, table = report._llamacpp(tmp_path / "llamacpp.json").split("\n\n")
     assert "+0.200 ± 0.392 (95 %)" in words and "28 of 30 rounds (30 and 32 drafts" in words
     assert table.splitlines()[2:] == ["| xllamacpp 1 | 64 | 32 | 2.000 |", "| this repository | 64 | 36 | 1.778 |"]
+
+
+def test_llamacpps_speed_with_drafts_stands_beside_what_its_own_times_predict():
+    windows = [{"window": 0, "tokens": 100, "rounds": 100, "seconds": 1.0, "draft_ms": 0.0}]
+    windows += [{"window": n, "tokens": 100, "rounds": 50, "seconds": 2.0, "draft_ms": 2.0 * n} for n in (1, 2)]
+    times = {"about": {"threads": 2, "machine": "m", "split": "dev", "dtype": "bfloat16"}, "prompts": 4, "max_new_tokens": 64}
+    table = report._llamacpp_times(times | {"step_ms": [10.0, 18.0, 26.0], "acceptance": [0.5, 0.5], "windows": windows})
+    assert "100 tokens/s plainly" in table
+    assert table.splitlines()[-2:] == ["| 1 | 18.0 | 2.0 | 2.00 | 0.75× | 0.50× |", "| 2 | 26.0 | 4.0 | 2.00 | 0.58× | 0.50× |"]

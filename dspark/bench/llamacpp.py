@@ -70,8 +70,10 @@ def passes(start: float, answers: Sequence[tuple[float, dict]]) -> list[tuple[in
     return ends
 
 
-def serve(address: Connection, target_gguf: str, drafter_gguf: str, context: int, window: int, threads: int) -> None:
+def serve(address: Connection, target_gguf: str, drafter_gguf: str, context: int, window: int, threads: int, options: dict) -> None:
     """A process that is llama.cpp's server until its parent goes. drafter_gguf: "" for plain decoding. Sends the address it listens at.
+
+    options: more of its parameters, by their names.
 
     In one process its threads and PyTorch's would count as more than the cores, and then OpenMP lets both sleep where they should wait:
     our passes took twice as long so.
@@ -82,6 +84,8 @@ def serve(address: Connection, target_gguf: str, drafter_gguf: str, context: int
     params.model.path = target_gguf
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.cache_ram_mib = context, 1, 0, 0
     params.fit_params, params.verbosity = False, -1
+    for name, value in options.items():
+        setattr(params, name, value)
     draft = params.speculative.draft
     for each in (params.cpuparams, params.cpuparams_batch, draft.cpuparams, draft.cpuparams_batch):
         each.n_threads = threads
@@ -95,9 +99,10 @@ def serve(address: Connection, target_gguf: str, drafter_gguf: str, context: int
 
 
 class LlamaCpp:
-    """A running server. target_gguf: the file of ``target``; drafter: exported for this server alone; window: 0 for its whole block."""
+    """A running server. target_gguf: the file of ``target``; drafter: exported for this server alone; window: 0 for its whole block;
+    options: see :func:`serve`."""
 
-    def __init__(self, target_gguf: Path, target: Target, drafter: Drafter | None = None, window: int = 0) -> None:
+    def __init__(self, target_gguf: Path, target: Target, drafter: Drafter | None = None, window: int = 0, **options: object) -> None:
         package_version()
         spawn, context = get_context("spawn"), min(target.max_context, CONTEXT)
         self.pipe, there = spawn.Pipe()  # the server ends when this end of the pipe is closed
@@ -106,8 +111,8 @@ class LlamaCpp:
             if drafter is not None:
                 file, window = f"{scratch}/drafter.gguf", window or drafter.block_size
                 export_gguf(drafter, target, file, target_gguf)
-            options = (there, str(target_gguf), file, context, window, torch.get_num_threads())
-            spawn.Process(target=serve, args=options, daemon=True).start()
+            arguments = (there, str(target_gguf), file, context, window, torch.get_num_threads(), options)
+            spawn.Process(target=serve, args=arguments, daemon=True).start()
             there.close()
             try:
                 self.address = urlsplit(self.pipe.recv()).netloc

@@ -28,7 +28,7 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 # What transformers raises for files that do not fit it.
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-UNREADABLE += (SafetensorError, StrictDataclassError)
+UNREADABLE += (ImportError, SafetensorError, StrictDataclassError)
 
 CONVERSION = 2  # raised when the same file is converted otherwise, so that older folders are not read again
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF's number of a type → bytes

@@ -44,12 +44,22 @@ def checked(prompt: object) -> list[dict[str, str]] | list[int]:
     if len(prompt) == 0:
         raise ValueError("the prompt is empty: pass some text, a list of chat messages, or token ids")
     if all(isinstance(each, Mapping) for each in prompt):
-        return list(prompt)
+        return [message | {"content": _joined(message["content"])} if "content" in message else message for message in prompt]
     if len(prompt) == 1 and isinstance(prompt[0], list):
         return checked(prompt[0])
     if is_batch(prompt):
         raise ValueError(f"these are {len(prompt)} prompts: pass one at a time, or all of them to dspark.generate")
     return [_token(each) for each in prompt]
+
+
+def _joined(content: object) -> object:
+    """The text of a message whose content is a list of parts; any other content stays. Raises ValueError for images and the like."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise ValueError(f"part {part!r} of a message is no text: dspark decodes text alone")
+    return "".join(part["text"] for part in content)
 
 
 def _token(value: object) -> int:

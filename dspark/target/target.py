@@ -96,6 +96,8 @@ class Target:
         template: arguments of the chat template, such as ``enable_thinking=False``, besides :attr:`template_kwargs`.
         Raises ValueError for an empty prompt, ids outside the vocabulary, and prompts longer than :attr:`max_context`.
         """
+        if self.model.training:
+            raise ValueError(f"{self.name} is in training mode, where dropout changes the distribution: call model.eval() first")
         prompt = checked(prompt)
         ids = self._apply_template(prompt, template) if isinstance(prompt[0], Mapping) else prompt
         for token in ids:
@@ -151,7 +153,8 @@ class Target:
         if self.num_shared_layers and taps and keep:  # a number would also cut the tokens that those layers see
             keep = torch.arange(-keep, 0, device=token_ids.device)
         with Taps(self, taps) as tapped:
-            out = self.model(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
+            # forward, because a model that was compiled in place would not call the hooks of its layers
+            out = self.model.forward(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
         logits = out.logits[:, -logits_to_keep:]  # a few models ignore logits_to_keep and return all
         return logits.to(token_ids.device), tapped.joined()  # a model may be split over devices
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Sampling:
     def __post_init__(self) -> None:
         numbers = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise ValueError(f"{name} must be a number, got {value!r}: leave it out for the default")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
@@ -43,7 +44,8 @@ class Sampling:
             one_hot = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
             return one_hot.scatter_(-1, _argmax(logits.float()), 1.0)
         logits = logits.float()
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # ≤ 0, so a tiny temperature cannot overflow to ∞
+        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)  # a smaller one would be 0 in float32
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # ≤ 0, so a tiny temperature cannot overflow to ∞
         if 0 < self.top_k < logits.shape[-1]:
             smallest_kept = logits.topk(int(self.top_k)).values[..., -1:]
             logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
