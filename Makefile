@@ -9,7 +9,7 @@ linted := dspark tests notebooks paper data
 nbval := --nbval-lax --nbval-current-env --nbval-cell-timeout=180 --timeout=600
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test test-notebooks test-gpu test-browser soak train bench proof results paper lint clean
+.PHONY: help demo lab test test-notebooks test-gpu test-gemma test-browser soak train bench proof results paper lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,11 +32,14 @@ test-notebooks: $(stamp)  ## run every notebook at its defaults, asserts include
 test-gpu: $(stamp)  ## test CUDA graphs and the round on the device; skipped without a GPU
 	$(python) -m pytest -q -rs tests/gpu
 
+test-gemma: $(stamp)  ## fetch a second model (Gemma-3-270M, 250 MB, under Gemma's terms of use) and test it
+	DSPARK_GEMMA=1 $(python) -m pytest -q -rs tests/test_gemma.py
+
 test-browser: $(stamp)  ## use the live notebook in JupyterLab and Chromium as a reader would
 	$(pip) install --quiet --retries 1 --timeout 15 -c constraints.txt playwright || true  # without it the test reports that it was skipped
 	$(python) -m pytest -q -rs tests/browser
 
-soak: $(stamp)  ## a minute of random arrivals, cancels and bad requests on tiny models; an hour on the real one: python -m dspark.bench.soak
+soak: $(stamp)  ## a minute of random arrivals, cancels and bad requests on tiny models; an hour on the real one: python -m tests.soak
 	DSPARK_SOAK=60 $(python) -m pytest -q tests/test_load.py -k random_arrivals
 
 train: $(stamp)  ## train a drafter; ARGS="--help" lists the options

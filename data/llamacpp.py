@@ -19,18 +19,18 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryFile
+from typing import BinaryIO
 
 import torch
-from tqdm.auto import tqdm, trange
+from tqdm.auto import tqdm
 
 from dspark.bench.llamacpp import LlamaCpp, by_llamacpp, package_version
 from dspark.bench.measure import Settings, by_dspark, first_divergence
-from dspark.bench.plan import Plan
+from dspark.bench.plan import Plan, rotated
 from dspark.bench.provenance import drafter_columns, environment
 from dspark.cli import run_main
 from dspark.draft.drafter import Drafter
@@ -43,6 +43,7 @@ from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
 
 INFO = 4  # verbosity at which llama.cpp says how long drafting took
+FREE = 1000  # ids from here on are ordinary tokens
 ABOUT = ("target", "target_digest", "dtype", "machine", "threads", "python", "torch", "dspark", "revision")
 
 
@@ -61,58 +62,67 @@ def survivors(target: Target, drafter: Drafter, prompt_ids: Sequence[int], token
     return found
 
 
-def step_ms(target: Target, text: list[int], widths: Sequence[int], tokens: int, repeats: int) -> list[float]:
-    """Medians of llama.cpp's own time of a step over so many tokens: of as many users, who all write on from ``text`` at once."""
-    server = LlamaCpp(default_target_gguf(), target, n_parallel=max(widths))
-    asked = {"prompt": text, "temperature": 0, "samplers": ["temperature"], "cache_prompt": True, "ignore_eos": True}
+def server_of(target: Target, drafter: Drafter, window: int, log: BinaryIO) -> LlamaCpp:
+    """One that drafts so many tokens a round, 0 for none, and writes its messages into the log."""
+    errors = os.dup(2)
+    os.dup2(log.fileno(), 2)  # which the new process inherits
+    try:
+        return LlamaCpp(default_target_gguf(), target, drafter if window else None, window, verbosity=INFO)
+    finally:
+        os.dup2(errors, 2)
 
-    def ask(user: int, count: int) -> dict[str, float]:
-        return next(server.ask(asked | {"id_slot": user, "n_predict": count}))["timings"]
 
-    for user in range(max(widths)):
-        ask(user, 1)  # the text stays in each user's cache
-    found = {width: [] for width in widths}
-    for width in list(widths) * repeats:
-        with ThreadPoolExecutor(width) as pool:
-            timings = list(pool.map(ask, range(width), [tokens] * width))
-        assert all(each["cache_n"] >= len(text) - 1 for each in timings), "a cache was not kept"
-        found[width] += [each["predicted_ms"] / (each["predicted_n"] - 1) for each in timings]
-    server.pipe.close()
+def own_draft_ms(log: BinaryIO) -> float:
+    """llama.cpp's own mean time of drafting a block, milliseconds; 0 where it drafted nothing."""
+    log.seek(0)
+    found = re.findall(r"#calls\(b,g,a\) = +\d+ +(\d+).*dur\(b,g,a\) = [\d.]+, ([\d.]+)", log.read().decode(errors="replace"))
+    return float(found[-1][1]) / int(found[-1][0]) if found else 0.0
+
+
+def pass_ms(server: LlamaCpp, text: list[int], widths: Sequence[int], repeats: int) -> list[float]:
+    """Medians of llama.cpp's own time of a pass over so many tokens that follow ``text``, which its cache holds."""
+    found: dict[int, list[float]] = {width: [] for width in widths}
+    for i, width in enumerate([0, *list(widths) * repeats]):  # the first request fills the cache; each differs from its first token on
+        prompt = [*text, *(FREE + 10 * i + k for k in range(max(width, 1)))]
+        (answer,) = server.ask({"prompt": prompt, "n_predict": 1, "temperature": 0, "samplers": ["temperature"], "cache_prompt": True})
+        if width:
+            assert answer["timings"]["prompt_n"] == width, "the cache was not kept"
+            found[width].append(answer["timings"]["prompt_ms"])
     return [median(times) for times in found.values()]
 
 
-def measure_window(target: Target, drafter: Drafter, window: int, prompts: Sequence[list[int]], tokens: int) -> dict[str, object]:
-    """All prompts in llama.cpp, at most so many drafts a round; 0 is plain decoding.
-
-    tokens: after the first. seconds: of them. draft_ms: of one block, by llama.cpp's own count. accepted: per round but the last ones.
-    """
-    with TemporaryFile() as log:
-        out = os.dup(2)
-        os.dup2(log.fileno(), 2)  # the server's messages go there
-        try:
-            server = LlamaCpp(default_target_gguf(), target, drafter if window else None, window, verbosity=INFO)
-        finally:
-            os.dup2(out, 2)
-        decode = server.decoder(Settings(max_new_tokens=tokens))
-        trials = [decode(ids, 0) for ids in (prompts[0], *prompts)][1:]  # the first one warms up
-        server.pipe.close()
-        time.sleep(1)
-        log.seek(0)
-        found = re.findall(r"#calls\(b,g,a\) = +\d+ +(\d+).*dur\(b,g,a\) = [\d.]+, ([\d.]+)", log.read().decode(errors="replace"))
-    calls, draft_ms = map(float, found[-1] if found else (1, 0))
-    sums = {"tokens": sum(len(trial.token_ids) - 1 for trial in trials), "rounds": sum(len(trial.rounds) for trial in trials)}
-    sums |= {"seconds": sum(trial.seconds for trial in trials), "draft_ms": draft_ms / calls}
-    return {"window": window} | sums | {"accepted": [len(each.committed) - 1 for trial in trials for each in trial.rounds[:-1]]}
-
-
 def measure_times(target: Target, drafter: Drafter, prompts: Sequence[list[int]], tokens: int, repeats: int) -> dict[str, object]:
-    """step_ms: over 1, 2, … tokens. windows: of 0 (plain decoding), 1, … drafts. acceptance: by position, conditional, of whole blocks."""
-    windows = [measure_window(target, drafter, window, prompts, tokens) for window in trange(drafter.block_size + 1, desc="windows")]
-    accepted = [each.pop("accepted") for each in windows][-1]
-    reached = [sum(n >= k for n in accepted) for k in range(drafter.block_size + 1)]
-    step = step_ms(target, prompts[0], range(1, drafter.block_size + 2), tokens, repeats)
-    asked = {"context": len(prompts[0]), "prompts": len(prompts), "max_new_tokens": tokens, "repeats": repeats}
-    return asked | {"step_ms": step, "windows": windows, "acceptance": [after / before for before, after in pairwise(reached)]}
+    """One server for plain decoding (window 0) and one for every window; all decode each prompt, a different one first each time.
+
+    windows: tokens after the first, rounds and seconds of all prompts together; draft_ms of one block.
+    step_ms: a step over 1, 2, … tokens: plain decoding's, and how much longer a pass over more takes. (Passes are timed as prompts are,
+        which costs a fixed time that decoding does not, and computes logits for the last token alone.)
+    acceptance: by position, conditional, of whole blocks; the last rounds, which the limit cuts, are left out.
+    """
+    windows = range(drafter.block_size + 1)
+    logs = [TemporaryFile() for _ in windows]
+    servers = [server_of(target, drafter, window, log) for window, log in zip(windows, logs, strict=True)]
+    decoders, trials = [server.decoder(Settings(max_new_tokens=tokens)) for server in servers], {window: [] for window in windows}
+    for decode in decoders:
+        decode(prompts[0], 0)  # warm-up
+    for turn, ids in enumerate(tqdm(prompts, unit="prompt")):
+        for window in rotated(windows, turn):
+            trials[window].append(decoders[window](ids, 0))
+    passes = pass_ms(servers[0], [*prompts[0], *trials[0][0].token_ids], [window + 1 for window in windows], repeats)
+    for server in servers:
+        server.pipe.close()
+    time.sleep(1)
+    rows = []
+    for window, log in zip(windows, logs, strict=True):
+        tokens_after, rounds = (sum(map(len, each)) for each in zip(*((t.token_ids[1:], t.rounds) for t in trials[window]), strict=True))
+        seconds = sum(trial.seconds for trial in trials[window])
+        rows.append({"window": window, "tokens": tokens_after, "rounds": rounds, "seconds": seconds, "draft_ms": own_draft_ms(log)})
+    plain_ms = 1e3 * rows[0]["seconds"] / rows[0]["tokens"]
+    accepted = [len(each.committed) - 1 for trial in trials[drafter.block_size] for each in trial.rounds[:-1]]
+    reached = [sum(n >= k for n in accepted) for k in windows]
+    asked = {"context": len(prompts[0]) + tokens, "prompts": len(prompts), "max_new_tokens": tokens, "repeats": repeats}
+    found = {"pass_ms": passes, "step_ms": [plain_ms + each - passes[0] for each in passes], "windows": rows}
+    return asked | found | {"acceptance": [after / before for before, after in pairwise(reached)]}
 
 
 def main(options: argparse.Namespace) -> None:
@@ -151,7 +161,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=128, help="new tokens at most; default 128")
     parser.add_argument("--times", action="store_true", help="measure speed and step times instead, into the same file")
     parser.add_argument("--timed", type=int, default=4, help="prompts of that; default 4")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each width of that; default 3")
+    parser.add_argument("--repeats", type=int, default=15, help="passes of each width of that; default 15")
     parser.add_argument("--threads", type=int, default=2, help="default 2")
     parser.add_argument("--out", type=Path, default=Path("runs/llamacpp.json"), help="JSON file; default runs/llamacpp.json")
     sys.exit(run_main(parser, main))

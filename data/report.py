@@ -314,9 +314,8 @@ def _llamacpp_times(times: dict) -> str:
     words = (
         f"Does drafting pay there? On {about['threads']} threads of {about['machine']} llama.cpp writes {1 / plain:.0f} tokens/s plainly, "
         f"{times['step_ms'][0]:.1f} ms a step (`data/llamacpp.py --times`; {times['prompts']} {about['split']} prompts, greedy, "
-        f"{about['dtype']}, {times['max_new_tokens']} new tokens). A step over more tokens costs it much more, so windows of every length lose, "
-        "as its own times predict: the time of a step over the window and the anchor (by as many users at once), of drafting (by its own "
-        "count), and the acceptance by position."
+        f"{about['dtype']}, {times['max_new_tokens']} new tokens). A step over more tokens costs it much more, so every window loses, "
+        "as its own times predict: of a step over the window and the anchor, of drafting, and the acceptance by position."
     )
     return f"{words}\n\n{table(['window', 'step (ms)', 'draft (ms)', 'τ', 'predicted', 'measured'], rows)}"
 

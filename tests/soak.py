@@ -1,4 +1,4 @@
-"""``python -m dspark.bench.soak``: an hour of random arrivals, cancels and bad requests. Ends with an error if they do harm."""
+"""``python -m tests.soak``: an hour of random arrivals, cancels and bad requests. Ends with an error if they do harm."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def soak(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see :func:`dspark.cli.run_main`."""
-    parser = argparse.ArgumentParser(prog="python -m dspark.bench.soak", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3600.0, help="default an hour")
     parser.add_argument("--users", type=int, default=8, help="requests served at once; default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals, lengths and cancels")
