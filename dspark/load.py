@@ -98,7 +98,7 @@ def _find_target(name: str | Path) -> tuple[str | Path, str]:
         return path, path.resolve().name
     if not is_hub_id(name):
         raise ValueError(
-            f"no model at {str(name)!r}: pass {' or '.join(PACKAGED)}, a folder with config.json, a .gguf file, or a hub id such as 'org/name'"
+            f"no model at {str(name)!r}: pass {', '.join(PACKAGED)}, a folder with config.json, a .gguf file, or a hub id such as org/name"
         )
     return str(name), str(name)
 

@@ -353,6 +353,12 @@ def test_inspect_names_every_refused_field(tmp_path: Path) -> None:
     assert not [name for name in describe(tmp_path, ["one_thing", "another_thing", "shift_label"]) if name.startswith("refused")]
 
 
+def test_a_file_of_specforge_under_deepspecs_name_is_read_as_what_it_is(llama: Target, tmp_path: Path) -> None:
+    nested = {k: v for k, v in SPECFORGE.items() if k not in HEADS} | {"dflash_config": {k: SPECFORGE[k] for k in HEADS}}
+    drafters = [loads(tmp_path / name, nested | {"architectures": [name]}, llama) for name in ("DSparkDraftModel", "Qwen3DSparkModel")]
+    assert drafters[0].config == drafters[1].config and not drafters[1].config.sample_from_anchor
+
+
 def test_a_mask_that_names_other_tokens_is_refused(llama: Target, tmp_path: Path) -> None:
     config = SPECFORGE | {"draft_vocab_size": 40}
     tensors = weights(config, d2t=True)

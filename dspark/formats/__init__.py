@@ -42,6 +42,8 @@ def read(config: dict, tensors: dict[str, Tensor], ignore_fields: Collection[str
     if module is None:
         known = f"{', '.join(FORMATS)}, speculators' {' and '.join(speculators.KINDS)}"
         raise Refusal("architectures", f"architectures {names!r} is no drafter that can be read: pass one of {known}")
+    if module is deepspec and "dflash_config" in config:  # only SpecForge writes that
+        module = specforge
     stored = module.read(config, tensors)
     stored.target_layers = config.get("num_target_layers") or (config.get("dflash_config") or {}).get("num_target_layers")
     return stored

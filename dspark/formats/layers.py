@@ -177,6 +177,11 @@ def take_tables(config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tables
 
 
+def take_shared(config: dict, tensors: dict[str, Tensor]) -> dict[str, object]:
+    """Fields of Stored: the copies of the target's tables, and the draft vocabulary."""
+    return {"copies": take_tables(config, tensors), "d2t": take_draft_vocabulary(tensors)}
+
+
 def take_draft_vocabulary(tensors: dict[str, Tensor]) -> Tensor | None:
     """Remove d2t, stored as the distance of each target id from its draft id, and the mask t2d. Returns the target ids [draft_vocab].
 

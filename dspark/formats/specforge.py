@@ -5,18 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dspark.formats.build import Stored
-from dspark.formats.layers import (
-    HARMLESS,
-    HEADS,
-    LAYERS,
-    PLAIN,
-    Refusal,
-    read_layers,
-    refuse_unknown,
-    refuse_unlike,
-    take_draft_vocabulary,
-    take_tables,
-)
+from dspark.formats.layers import HARMLESS, HEADS, LAYERS, PLAIN, Refusal, read_layers, refuse_unknown, refuse_unlike, take_shared
 
 PLAIN_HERE = {name: value for name, value in PLAIN.items() if name != "final_logit_softcapping"}
 PLAIN_HERE |= {"output_multiplier": 1.0, "shift_label": False, "pure_draft_prefix_len": 0}
@@ -68,5 +57,4 @@ def stored(name: str, config: dict, tensors: dict[str, Tensor], more: dict[str, 
     reads = tensors.get("confidence_head.proj.weight")
     if values["confidence_head_with_markov"] is None and reads is not None:
         values["confidence_head_with_markov"] = reads.shape[-1] > config["hidden_size"]
-    tables = take_tables(config, tensors)
-    return Stored(name, values, tensors, d2t=take_draft_vocabulary(tensors), copies=tables)
+    return Stored(name, values, tensors, **take_shared(config, tensors))

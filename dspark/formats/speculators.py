@@ -10,19 +10,7 @@ from torch import Tensor
 from dspark.draft.drafter import Drafter
 from dspark.formats.build import Stored, refuse_unwritten, weights_of
 from dspark.formats.checkpoint import write_folder
-from dspark.formats.layers import (
-    HARMLESS,
-    HEADS,
-    LAYERS,
-    SIZES,
-    SLIDING,
-    Refusal,
-    read_layers,
-    refuse_unknown,
-    refuse_unlike,
-    take_draft_vocabulary,
-    take_tables,
-)
+from dspark.formats.layers import HARMLESS, HEADS, LAYERS, SIZES, SLIDING, Refusal, read_layers, refuse_unknown, refuse_unlike, take_shared
 from dspark.target.target import Target
 
 KINDS = ("dspark", "dflash")
@@ -99,10 +87,9 @@ def read(config: dict, tensors: dict[str, Tensor]) -> Stored:
         "head_starts_at_anchor": not first and config.get("markov_head_type") == "rnn",
         "embedding_scale": 1.0,  # trained on the target's table as it is stored
     }
-    tables = take_tables(config, tensors)
     for name in NOT_DRAFTING:
         tensors.pop(name, None)
-    return Stored(f"speculators {kind}", values, tensors, d2t=take_draft_vocabulary(tensors), copies=tables)
+    return Stored(f"speculators {kind}", values, tensors, **take_shared(config, tensors))
 
 
 def _check_count(config: dict, sample_from_anchor: object) -> None:
