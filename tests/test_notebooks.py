@@ -47,8 +47,9 @@ RUNS = {  # other parameters than the notebook's own, on a tiny model
     | SHORT
     | {"max_new_tokens": 8},
     "09_your_model": SHORT | {"drafter": "", "prompt": "an apple, an apple, an", "block_size": 4, "profile_repeats": 1, "speedups": [1.2]},
+    "10_published_drafters": SHORT | {"prompt_sets": "math,structured", "prompt": "An apple", "policy": "fixed:2"},
 }
-FIGURES = {"00": 2, "02": 6, "03": 2, "04": 2, "05": 3, "06": 2, "07": 4, "08": 3, "09": 1}  # charts and strips of these runs
+FIGURES = {"00": 2, "02": 6, "03": 2, "04": 2, "05": 3, "06": 2, "07": 4, "08": 3, "09": 1, "10": 1}  # charts and strips of these runs
 FOLDERS = {"results", "folder"}  # parameters that name a folder, here one in the test's own
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -335,6 +336,7 @@ def hub(tmp_path, tiny_folders, monkeypatch) -> None:
 
 
 def test_a_published_pair_is_inspected_decoded_and_judged_beside_the_paper(tmp_path, hub):
+    """In a kernel of its own, because the hub's client reads where its cache is when it is imported."""
     executed, mine = tmp_path / "folder" / "published.ipynb", tmp_path / "mine.jsonl"
     mine.write_text(
         '{"turns": ["Why is an apple red?", "And?"]}\n{"messages": [{"role": "user", "content": "他说 🙂"}]}\n', encoding="utf-8"
