@@ -1,4 +1,4 @@
-"""The live panel and the replay panel show exactly what was decoded or replayed, and every run comes to an end."""
+"""The live panel shows exactly what was decoded or replayed, and every run comes to an end."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from html import unescape
 
+import anywidget
 import ipywidgets as w
 import pytest
 from ipywidgets.widgets import widget as registry
@@ -21,11 +22,12 @@ import dspark
 from dspark.bench.arms import arm_colour, arm_label
 from dspark.bench.replay import replay
 from dspark.bench.results import write_results
-from dspark.bench.trace import BROKEN, StepTimes, record
+from dspark.bench.trace import BROKEN, StepTimes, prompt_of, record, shortened, trace_decode
 from dspark.bench.traces import save_trace, trace_row, traces_frame
 from dspark.lab import strips, text
 from dspark.lab.live import LivePanel
-from dspark.lab.replaying import SAMPLE, ReplayPanel, trace_decode
+from dspark.lab.replaying import SAMPLE
+from dspark.lab.rounds import Run
 from dspark.lab.session import Request, Session
 from dspark.lab.widgets import PolicyControls, family
 from dspark.round import Round
@@ -62,9 +64,15 @@ def drafter(target: Target) -> object:
 
 @pytest.fixture
 def panel(target: Target, drafter: object) -> Iterator[LivePanel]:
-    made = LivePanel(target, drafter, SHORT, policy="fixed", copy=False)
+    made = attached(target, drafter, SHORT, policy="fixed", copy=False)
     yield made
     made.close()
+
+
+def attached(target: Target, drafter: object, *asked: object, **options: object) -> LivePanel:
+    made = LivePanel(*asked, **options)
+    made.attach(target, drafter)
+    return made
 
 
 def live_threads() -> list[threading.Thread]:
@@ -77,7 +85,7 @@ def untimed(rounds: list[Round]) -> list[Round]:
 
 def visible(html: str) -> str:
     """The text without legend and cursor; struck-through words included."""
-    return unescape(re.sub(r"<[^>]*>", "", html.split("anywhere")[1].split(">", 1)[1].replace("↵", ""))).replace("▍", "")
+    return unescape(re.sub(r"<[^>]*>", "", html.split("tab-size")[1].split(">", 1)[1].replace("↵", ""))).replace("▍", "")
 
 
 def struck(html: str) -> str:
@@ -126,23 +134,23 @@ def test_rejected_drafts_are_shown_before_their_correction():
 def test_drafts_before_verification_are_shown_after_the_text_without_the_verdict():
     html = text.streaming_text(ROUNDS[:3], decode, ended=False, judged=False)
     assert visible(html) == "Hello <c>d" and struck(html) == ""
-    waiting = re.findall(r'title="(draft \d of round 2[^"]*)"', html)
-    assert len(waiting) == 4 and not any("p_target" in hint for hint in waiting)
+    assert len(re.findall(r'class="draft"', html)) == 4 and 'data-r="2"' not in html
 
 
 def test_html_in_tokens_is_escaped():
     hostile = '"><script>alert(1)</script>'
     for rounds in (ROUNDS[:2], ROUNDS[:4]):
         html = text.streaming_text(rounds, lambda tokens: hostile * len(tokens), ended=False)
-        html += strips.heat(rounds, 5, decode=lambda _tokens: hostile).svg()
+        html += run_of(rounds, lambda tokens: hostile * len(tokens)).html()
         assert "<script" not in html
 
 
 def test_tally_leaves_the_prefill_out():
     t = text.tally(ROUNDS, [round_of(0, "", 0, 0, "H", seconds=9), *plain_rounds([120] * 3, 0.2)[1:]])
-    assert (t.tokens, t.rounds, t.verified, t.rejected) == (12, 5, 13, 6)
+    assert (t.rounds, t.verified, t.rejected) == (5, 13, 6)
     assert t.tokens_per_round == 12 / 5 and t.tokens_per_second == pytest.approx(24) and t.speedup == pytest.approx(24 / 5)
-    assert "4.80×" in text.numbers(t) and "×" not in text.numbers(text.tally(ROUNDS)) and text.numbers(text.tally(ROUNDS[:1])) == ""
+    assert t.words("now")[0] == "4.80× plain decoding" and "7 of 13 verified drafts accepted" in t.words("now")
+    assert "×" not in text.tally(ROUNDS).words("now")[0] and text.tally(ROUNDS[:1]).words("now") == []
 
 
 # ---- strips
@@ -152,50 +160,88 @@ def parsed(strip: strips.Strip) -> ET.Element:
     return ET.fromstring(strip.svg())
 
 
-@pytest.mark.parametrize("colour", strips.COLOURS)
-def test_heatmap_has_a_cell_for_every_drafted_token_in_each_colouring(colour):
-    svg = parsed(strips.heat(ROUNDS, 5, colour, decode))
-    hints = [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")]
-    assert len(hints) == sum(len(r.draft_tokens) for r in ROUNDS)
-    assert sum("rejected" in hint for hint in hints) == 3 and "round 3, position 1: accepted (copied) “a” · p_target 0.80" in hints[8]
-    assert "n = 5 rounds" in svg.get("aria-label") and unescape(strips.COLOURS[colour]) in svg.get("aria-label")
+def linked(svg: ET.Element, *names: str) -> list[tuple[int, ...]]:
+    """What data-r, data-n, … of the elements say, where all of them are given."""
+    return [tuple(int(part.get(f"data-{n}")) for n in names) for part in svg.iter() if all(part.get(f"data-{n}") for n in names)]
 
 
-def test_cells_get_darker_with_the_value_and_are_grey_where_it_is_unknown():
-    r = replace(round_of(1, "ab", 1, 1, "ac"), confidence=(0.2, float("nan")), target_probs_of_drafts=(1.0,))
-    fills = [
-        [cell.get("fill") for cell in parsed(strips.heat([r], 2, c)).iter() if cell.get("rx") == "2"] for c in ("confidence", "target")
+def test_heatmap_has_a_cell_for_every_drafted_token_at_its_round_and_its_position_in_the_text():
+    svg = parsed(strips.heat(ROUNDS))
+    starts = {1: 1, 2: 6, 3: 9, 4: 11, 5: 12}  # "H" is the prefill's
+    assert linked(svg, "r", "n", "k") == [(r.index, starts[r.index] + k, k) for r in ROUNDS for k in range(len(r.draft_tokens))]
+    assert "7 of 14 accepted, n = 5 rounds" in svg.get("aria-label")
+
+
+def test_every_state_of_a_draft_has_a_shape_of_its_own():
+    bare = [
+        re.sub(r'(fill|stroke)="rgba[^"]*"', "", strips._mark(0, 0, 9, 9, *which))
+        for which in (("accepted", False), ("accepted", True), ("rejected", False), ("discarded", False), ("unchecked", False))
     ]
-    assert fills == [["rgba(0,114,178,0.28)", "rgba(128,128,128,.12)"], ["rgba(0,114,178,1)", "rgba(128,128,128,.12)"]]
-
-
-def test_unknown_colour_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'hue' is unknown: choose one of fate, confidence, target"):
-        strips.heat(ROUNDS, 5, "hue")
+    filled = ["0.9" in strips._mark(0, 0, 9, 9, state, False) for state in ("accepted", "discarded")]
+    assert len(set(bare)) == 5 and filled == [True, False]
 
 
 @pytest.mark.parametrize("rounds", [[], ROUNDS[:1], [ROUNDS[0], ROUNDS[4]]], ids=["none", "prefill", "plain"])
 def test_pictures_of_rounds_without_drafts_are_well_formed(rounds):
-    for strip in (strips.heat(rounds, 3), strips.windows(rounds, 3), strips.race([("plain", rounds)], 3)):
+    for strip in (strips.heat(rounds), strips.windows(rounds), strips.race([("plain", rounds)], 3)):
         parsed(strip)
 
 
-def test_window_picture_shows_what_was_asked_for_verified_and_accepted():
-    svg = parsed(strips.windows(ROUNDS, 5))
-    assert svg.get("aria-label").startswith("The window: 7 of 13 verified")
-    hints = [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")]
-    assert len(hints) == 3 * (len(ROUNDS) - 1) and "round 2: asked for 4, verified 4, accepted 2" in hints
+def test_window_picture_shows_what_was_drafted_verified_and_accepted():
+    svg = parsed(strips.windows(ROUNDS))
+    assert svg.get("aria-label") == "The window: 7 of 13 verified drafts accepted, n = 5 rounds"
+    bars = [[box.get("height") for box in group] for group in svg.iter() if group.tag.endswith("}g") and group.get("data-r") == "2"]
+    assert bars == [["40.0", "40.0", "20.0"]]
 
 
-def test_race_shows_only_what_was_there_at_that_time():
-    assert [len(strips.reached(ROUNDS, t)) for t in (0, 0.1, 0.29, 0.3, 9)] == [1, 2, 3, 4, 6]
+def test_a_round_has_the_same_place_in_all_pictures_and_is_as_wide_as_what_it_committed():
+    places = [
+        {part.get("data-r"): (part.get("x"), part.get("width")) for part in parsed(strip).iter() if part.get("class") == "band"}
+        for strip in (strips.heat(ROUNDS, 20), strips.windows(ROUNDS, 20))
+    ]
+    assert places[0] == places[1] and places[0]["2"] == ("30.00%", "14.25%")
+    cells = [part for part in parsed(strips.race([("fixed", ROUNDS)], 20)).iter() if part.get("data-r") == "2"]
+    assert [cell.get("x") for cell in cells] == ["30.00%", "35.00%", "40.00%"]
+
+
+def test_race_shows_only_what_was_there_at_that_time_and_what_plain_decoding_did_in_the_same_round():
     plain = plain_rounds([120] * 12, 0.2)
     early = strips.race([("plain", plain), ("fixed:4+copy", ROUNDS[:3])], 13)
     names = [arm_label("plain"), arm_label("fixed:4+copy")]
     assert early.label == f"{names[0]}: 2 tokens in 0.20 s, 5.0 tokens/s; {names[1]}: 9 tokens in 0.20 s, 40.0 tokens/s"
+    assert linked(parsed(early), "r")[:2] == [(0,), (2,)], "the second plain token was decoded in round 2"
     slow = strips.race([("plain", plain_rounds([120] * 3, 0.01)), ("fixed:4+copy", ROUNDS)], 13)
     assert slow.label.startswith(f"{names[0]}: 4 tokens in 0.03 s, 100.0 tokens/s; {names[1]}: 13 tokens in 0.50 s")
     assert all(arm_colour(arm) in slow.body for arm in ("plain", "fixed:4+copy"))
+
+
+# ---- the view
+
+
+def run_of(rounds: list[Round], decode: object = decode, **options: object) -> Run:
+    return Run(rounds=rounds, plain=(), arm="fixed", tokens=13, decode=decode, **options)
+
+
+def test_details_say_of_each_round_what_was_drafted_committed_and_known():
+    rows = run_of(ROUNDS).details()
+    row = rows[3]
+    assert [r["start"] for r in rows] == [0, 1, 6, 9, 11, 12]
+    assert (row["tokens"], row["drafts"], row["copied"], row["verified"]) == (["a", "x"], ["a", "b", "c", "d"], True, 3)
+    assert row["fates"] == ["accepted copy from the context", "correction"]
+    assert row["states"] == ["accepted", "rejected", "after a rejection", "not verified"] and row["p_target"] == [0.8] * 3
+
+
+def test_unknown_numbers_are_none_because_json_has_no_nan():
+    r = replace(ROUNDS[1], confidence=(0.2, float("nan"), 0.1, 0.1))
+    assert run_of([ROUNDS[0], r]).details()[1]["confidence"] == [0.2, None, 0.1, 0.1]
+
+
+def test_one_run_has_one_number_of_accepted_drafts():
+    html = run_of(ROUNDS).html()
+    assert set(re.findall(r"(\d+) of 13 verified drafts accepted", html)) == {"7"} and "7 of 14 accepted" in html
+
+
+# ---- sessions
 
 
 # ---- sessions
@@ -205,9 +251,15 @@ def session(target: Target, drafter: object, request: Request = SHORT, **options
     return Session(target, drafter, request, FixedWindow, **options)
 
 
+def started(*args: object, **options: object) -> Session:
+    made = session(*args, **options)
+    made.start()
+    return made
+
+
 @pytest.mark.parametrize("request_", [SHORT, replace(SHORT, temperature=0.9, top_p=0.8, seed=4)], ids=["greedy", "sampled"])
 def test_session_makes_the_rounds_of_decode(target, drafter, request_):
-    s = session(target, drafter, request=request_, plain=None).start()
+    s = started(target, drafter, request=request_, plain=None)
     s.join()
     assert s.state == "done" and s.error == ""
     asked = {name: getattr(request_, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
@@ -216,7 +268,7 @@ def test_session_makes_the_rounds_of_decode(target, drafter, request_):
 
 
 def test_stop_ends_the_recording_of_plain_decoding_and_nothing_is_drafted(target, drafter):
-    s = session(target, drafter, plain=None, changed=lambda s: s.stop() if len(s.plain) == 2 else None).start()
+    s = started(target, drafter, plain=None, changed=lambda s: s.stop() if len(s.plain) == 2 else None)
     s.join(30)
     assert s.state == "stopped" and len(s.plain) == 2 and s.rounds == []
 
@@ -240,28 +292,28 @@ class Seen:
 
 def test_each_step_is_one_round_and_stop_ends_a_waiting_session(target, drafter):
     seen = Seen()
-    s = session(target, drafter, changed=seen, stepping=True).start()
+    s = started(target, drafter, changed=seen, stepping=True)
     for n in (1, 2, 3):
         seen.wait_for("waiting", n)
-        assert len(s.rounds) == n and s.running
+        assert len(s.rounds) == n and s.is_alive()
         if n < 3:
-            s.step()
+            s.go(stepping=True)
     s.stop()
     assert s.state == "stopped" and len(s.rounds) == 3 and not live_threads()
 
 
 def test_run_after_steps_goes_on_to_the_end(target, drafter):
     seen = Seen()
-    s = session(target, drafter, changed=seen, stepping=True).start()
+    s = started(target, drafter, changed=seen, stepping=True)
     seen.wait_for("waiting", 1)
-    s.go_on()
+    s.go(stepping=False)
     s.join(30)
     assert s.state == "done" and sum(len(r.committed) for r in s.rounds) == SHORT.max_new_tokens
 
 
 def test_slow_motion_shows_each_block_before_and_after_verification(target, drafter):
     seen = Seen()
-    s = session(target, drafter, changed=seen, pause=lambda: 1e-4).start()
+    s = started(target, drafter, changed=seen, pause=lambda: 1e-4)
     s.join(30)
     for r in s.rounds:
         shown = [judged for state, n, judged in seen.shown if state == "decoding" and n == r.index + 1]
@@ -271,15 +323,21 @@ def test_slow_motion_shows_each_block_before_and_after_verification(target, draf
 # ---- the live panel
 
 
+def words(html: str) -> str:
+    return unescape(re.sub(r"<[^>]*>", "", html))
+
+
 def test_panel_shows_the_text_and_every_picture_of_its_run(panel, target, drafter):
     out = panel.run_to_end()
     assert out.token_ids == dspark.generate(target, drafter, SHORT.prompt, max_new_tokens=12).token_ids
-    assert visible(panel.text.value) == visible(text.streaming_text(out.rounds, target.decode))
-    assert "τ = <b>" in panel.numbers.value and "plain decoding" in panel.lanes.value
-    assert f"n = {len(out.rounds) - 1} rounds" in panel.heat.value and "The window: " in panel.windows.value
-    assert ">done<" in panel.status.value and panel.message.value == "" and not live_threads()
-    for part in (panel.heat, panel.windows, panel.lanes):
-        ET.fromstring(part.value)
+    html = panel.view.html
+    assert visible(html.split('<div class="details"')[0]) == visible(text.streaming_text(out.rounds, target.decode))
+    assert f"n = {len(out.rounds) - 1} rounds" in html and "The window: " in html and "plain decoding: " in html
+    assert [row["round"] for row in panel.view.details] == [r.index for r in out.rounds]
+    assert not panel.view.live and not panel.view.stale
+    assert words(panel.status.value) == "done" and panel.error == "" and not live_threads()
+    for strip in panel.shown.strips().values():
+        parsed(strip)
 
 
 def test_buttons_run_step_and_stop(panel):
@@ -292,11 +350,11 @@ def test_buttons_run_step_and_stop(panel):
         wait_until(lambda made=made: len(panel.session.rounds) > made)
     wait_until(lambda: "Step for the next round" in panel.status.value and panel.session.state == "waiting")
     panel.stop_button.click()
-    assert ">stopped<" in panel.status.value and not live_threads()
+    assert words(panel.status.value) == "stopped" and not live_threads()
     assert panel.stop_button.disabled and not panel.run_button.disabled
     panel.run_button.click()
     panel.session.join(30)
-    assert ">done<" in panel.status.value and len(panel.session.rounds) > 4
+    assert words(panel.status.value) == "done" and len(panel.session.rounds) > 4
 
 
 def test_run_is_off_while_a_text_is_decoded(panel):
@@ -342,10 +400,10 @@ def test_sliders_reach_the_decoding(panel):
 
 def test_copying_raises_the_upper_end_of_the_window(panel):
     window, alone = panel.controls.sliders["window"], panel.drafter.block_size
-    seen = [(window.max, window.value)]
+    seen = [(window.options[-1], window.value)]
     for value in (True, False):
         panel.copy.value = value
-        seen.append((window.max, window.value))
+        seen.append((window.options[-1], window.value))
     both = panel.source.block_size if panel.copy.value else dspark.ContextLookup(panel.drafter).block_size
     assert alone < both and seen == [(alone, alone), (both, both), (alone, alone)]
 
@@ -353,7 +411,7 @@ def test_copying_raises_the_upper_end_of_the_window(panel):
 def test_without_a_race_plain_decoding_does_not_run(panel):
     panel.race.value = False
     panel.run_to_end()
-    assert panel.session.plain == [] and panel.lanes.value == "" and "plain decoding" not in panel.numbers.value
+    assert panel.session.plain == [] and "plain decoding" not in panel.view.html
 
 
 def test_run_to_end_ignores_slow_motion(panel):
@@ -364,13 +422,9 @@ def test_run_to_end_ignores_slow_motion(panel):
     assert panel.session.pause() > 0
 
 
-def test_pictures_and_numbers_leave_out_the_round_that_is_not_verified_yet(panel):
-    rounds = len(panel.run_to_end().rounds) - 1
-    assert f"n = {rounds} rounds" in panel.heat.value
-    panel.session.judged, panel.session.state = False, "decoding"
-    panel.colour.value = "target"
-    assert f"n = {rounds - 1} rounds" in panel.heat.value and f", {rounds - 1} rounds" in panel.numbers.value
-    panel.session.judged, panel.session.state = True, "done"
+def test_pictures_and_numbers_leave_out_the_round_that_is_not_verified_yet():
+    run = run_of(ROUNDS[:3], ended=False, judged=False)
+    assert "n = 1 rounds" in run.html() and run.tally().rounds == 1 and [row["round"] for row in run.details()] == [0, 1]
 
 
 def test_an_earlier_session_no_longer_changes_the_panel(panel):
@@ -379,34 +433,27 @@ def test_an_earlier_session_no_longer_changes_the_panel(panel):
     panel.run_to_end()
     earlier.state, earlier.error = "failed", "too late"
     panel._changed(earlier)
-    assert panel.message.value == "" and ">done<" in panel.status.value
-
-
-def test_colour_switch_redraws_without_decoding(panel):
-    panel.run_to_end()
-    before = panel.session
-    panel.colour.value = "target"
-    assert "colour: the target" in panel.heat.value and panel.session is before
+    assert panel.error == "" and words(panel.status.value) == "done"
 
 
 def test_contradicting_thresholds_are_an_error_in_the_panel_and_nothing_runs(panel):
     panel.controls.kind.value = "adaptive"
     panel.controls.sliders["narrow"].value = 0.9
-    assert 'role="alert"' in panel.message.value and "thresholds must satisfy" in panel.message.value
+    assert 'role="alert"' in panel.status.value and "thresholds must satisfy" in panel.error
     panel.run_button.click()
     assert panel.session is None
     with pytest.raises(ValueError, match="thresholds must satisfy"):
         panel.run_to_end()
     panel.controls.sliders["narrow"].value = 0.2
-    assert panel.message.value == "" and panel.run_to_end().token_ids
+    assert panel.error == "" and panel.run_to_end().token_ids
 
 
 def test_a_policy_that_needs_more_than_the_drafter_has_is_an_error_in_the_panel(target):
-    panel = LivePanel(target, tiny_drafter(target, enable_confidence_head=False), SHORT, policy="fixed", copy=False)
-    assert panel.message.value == ""
+    panel = attached(target, tiny_drafter(target, enable_confidence_head=False), SHORT, policy="fixed", copy=False)
+    assert panel.error == ""
     for kind in [name for name, row in POLICIES.items() if row.needs_confidence]:
         panel.controls.kind.value = kind
-        assert "needs a drafter with a confidence head" in panel.message.value
+        assert "needs a drafter with a confidence head" in panel.error
     panel.close()
 
 
@@ -426,8 +473,8 @@ def test_an_error_in_the_thread_is_one_sentence_in_the_panel(panel, monkeypatch,
         patched.setattr(panel.target, "forward", fail)
         with pytest.raises(ValueError):
             panel.run_to_end()
-    assert message in panel.message.value and "Traceback" not in panel.message.value and ">failed<" in panel.status.value
-    assert panel.run_to_end().token_ids and panel.message.value == ""
+    assert message in panel.status.value and "Traceback" not in panel.status.value and panel.session.state == "failed"
+    assert panel.run_to_end().token_ids and panel.error == ""
 
 
 def test_empty_prompt_is_an_error(panel):
@@ -458,10 +505,10 @@ def test_an_interrupted_recording_is_not_used_again(panel):
 
 
 def test_a_new_panel_closes_the_one_before_it(target, drafter):
-    LivePanel(target, drafter, SHORT, policy="fixed").close()
+    attached(target, drafter, SHORT, policy="fixed").close()
     counts = []
     for _ in range(3):
-        running = LivePanel(target, drafter, SHORT, policy="fixed")
+        running = attached(target, drafter, SHORT, policy="fixed")
         counts.append(len(registry._instances))
         running.step()
     assert len(set(counts)) == 1, "widgets of closed panels stay registered"
@@ -502,32 +549,29 @@ def test_runs_leave_no_threads_and_no_memory(panel):
 # ---- controls
 
 
-@pytest.mark.parametrize("make", [lambda t, d: LivePanel(t, d, SHORT), lambda t, d: ReplayPanel()], ids=["live", "replay"])
-def test_every_control_has_a_label_and_a_tooltip(make, target, drafter):
-    made = make(target, drafter)
-    controls = [member for member in family(made.box) if isinstance(member, w.DOMWidget) and not isinstance(member, w.Box | w.HTML)]
-    assert len(controls) > 10
+def test_every_control_has_a_label_and_a_tooltip(panel):
+    shown = (w.Box, w.HTML, anywidget.AnyWidget)
+    controls = [member for member in family(panel.box) if isinstance(member, w.DOMWidget) and not isinstance(member, shown)]
+    assert len(controls) > 20
     for control in controls:
-        assert control.description and control.tooltip, control
-    made.close()
+        assert (control.description or control.placeholder) and control.tooltip, control
 
 
 def test_a_policy_added_to_the_registry_is_in_the_menu_with_its_sliders(monkeypatch, target, drafter):
     length, share = Parameter("length", "drafts", "Drafts per round", 2, 1, 3, 1), Parameter("share", "a share", "Unused", 0.5, 0, 1, 0.1)
     row = PolicyRow("mine", "my policy", "#123456", lambda values, sps: FixedWindow(int(values["length"])), (length, share))
     monkeypatch.setitem(POLICIES, "mine", row)
-    for panel in (LivePanel(target, drafter, SHORT, policy="mine:3", copy=False), ReplayPanel(policy="mine:3")):
-        assert ("my policy", "mine") in panel.controls.kind.options
-        sliders = panel.controls.sliders
-        assert {n: (s.description, s.min, s.max, s.value) for n, s in sliders.items()} == {
-            "length": ("drafts", 1, 3, 3),
-            "share": ("a share", 0, 1, 0.5),
-        }
-        sliders["length"].value = 1
-        rounds = panel.run_to_end().rounds if isinstance(panel, LivePanel) else panel.rounds
-        assert max(len(r.draft_tokens) for r in rounds) == 1 and "my policy" in panel.lanes.value
-        assert any(arm_colour(arm) in panel.lanes.value for arm in ("mine", "mine+copy"))
-        panel.close()
+    panel = attached(target, drafter, SHORT, policy="mine:3", copy=False)
+    assert ("my policy", "mine") in panel.controls.kind.options
+    sliders = panel.controls.sliders
+    assert (sliders["length"].description, sliders["length"].options, sliders["length"].value) == ("drafts", (1, 2, 3), 3)
+    assert (sliders["share"].description, sliders["share"].options[0], sliders["share"].value) == ("a share", 0, 0.5)
+    sliders["length"].value = 1
+    rounds = panel.run_to_end().rounds
+    assert max(len(r.draft_tokens) for r in rounds) == 1 and "my policy" in panel.view.html and arm_colour("mine") in panel.view.html
+    panel.offer(record(target, drafter, SHORT.prompt, max_new_tokens=12, times=TIMES))
+    assert len(panel.curve.lines["τ"]) == len(panel.curve.places) == 3
+    panel.close()
 
 
 def test_only_the_sliders_of_the_chosen_policy_are_shown_and_each_changes_the_policy():
@@ -548,10 +592,15 @@ def test_only_the_sliders_of_the_chosen_policy_are_shown_and_each_changes_the_po
 def test_sliders_start_at_the_given_numbers_or_the_defaults_and_stay_within_the_block():
     controls = PolicyControls("adaptive:0.7,0.2", lambda: None)
     name, values = controls.chosen()
-    assert name == "adaptive" and values == {"widen": 0.7, "narrow": 0.2, "fallback": 0.05, "window": controls.sliders["window"].max}
+    assert name == "adaptive" and values == {
+        "widen": 0.7,
+        "narrow": 0.2,
+        "fallback": 0.05,
+        "window": controls.sliders["window"].options[-1],
+    }
     for block_size in (5, 16, 3):
         controls.set_block_size(block_size)
-        assert controls.sliders["window"].value == controls.sliders["window"].max == block_size
+        assert controls.sliders["window"].value == controls.sliders["window"].options[-1] == block_size
     controls.sliders["window"].value = 2
     controls.set_block_size(16)
     assert controls.sliders["window"].value == 2
@@ -563,12 +612,19 @@ def test_wrong_policies_are_refused(spec, message):
         PolicyControls(spec, lambda: None)
 
 
-# ---- the replay panel
+def test_a_slider_of_fractions_has_more_places_at_its_low_end_and_the_one_it_starts_at():
+    places = PolicyControls("confidence:0.37", lambda: None).sliders["threshold"].options
+    assert places[:4] == (0, 0.01, 0.02, 0.03) and places[-2:] == (0.95, 1) and 0.37 in places and len(places) < 40
+
+
+# ---- traces
+
+SAMPLED = Request("Write a Python class for a bank account with deposit, withdraw and balance methods.", 128)
 
 
 @pytest.fixture
-def replayed() -> Iterator[ReplayPanel]:
-    made = ReplayPanel(policy="confidence:0.3")
+def replayed() -> Iterator[LivePanel]:
+    made = LivePanel(SAMPLED, policy="confidence:0.3")
     yield made
     made.close()
 
@@ -576,62 +632,120 @@ def replayed() -> Iterator[ReplayPanel]:
 @pytest.mark.parametrize("window", [2, 5, 8, 12])
 def test_replay_uses_the_window_that_it_is_given(tmp_path, window):
     target = tiny_target()
-    long = record(target, dspark.ContextLookup(tiny_drafter(target)), [5, 6, 7, 8, 5, 6, 7], max_new_tokens=24)
+    long = record(target, dspark.ContextLookup(tiny_drafter(target)), [5, 6, 7, 8, 5, 6, 7], max_new_tokens=24, times=TIMES)
     save_trace(long, tmp_path / "long.parquet")
-    panel = ReplayPanel(tmp_path / "long.parquet", policy=f"fixed:{window}")
-    assert panel.controls.sliders["window"].value == window and {r.window for r in panel.rounds[1:]} == {window}
+    panel = LivePanel(Request(prompt_of(long), 24), policy=f"fixed:{window}", traces=tmp_path / "long.parquet")
+    assert panel.controls.sliders["window"].value == window and {r.window for r in panel.shown.rounds[1:]} == {window}
     panel.close()
 
 
-def test_shipped_trace_is_complete_small_and_moves_under_the_slider_without_a_model(replayed, monkeypatch):
+def test_panel_opens_played_and_moves_under_the_slider_without_a_model(replayed, monkeypatch):
     monkeypatch.setattr(Target, "forward", lambda *_, **__: pytest.fail("a model ran"))
-    assert replayed.message.value == ""
+    assert replayed.error == "" and not replayed.view.stale and "predicted" in replayed.view.html
     assert SAMPLE.stat().st_size < 60_000
     pictures, rejected = [], []
     for value in (0.0, 0.5, 1.0):
         replayed.controls.sliders["threshold"].value = value
-        pictures.append((replayed.heat.value, replayed.windows.value, replayed.numbers.value))
-        rejected.append(replayed.tally().rejected)
-        assert replayed.rounds == replay(replayed.trace(), dspark.ConfidenceThreshold(value))
-    assert rejected == sorted(rejected, reverse=True) and rejected[0] > rejected[-1]
-    assert all(len(set(column)) == 3 for column in zip(*pictures, strict=True))
+        pictures.append(replayed.view.html)
+        rejected.append(replayed.shown.tally().rejected)
+        assert replayed.shown.rounds == replay(replayed.trace(), dspark.ConfidenceThreshold(value))
+    assert rejected == sorted(rejected, reverse=True) and rejected[0] > rejected[-1] and len(set(pictures)) == 3
 
 
-def test_heatmap_of_a_replay_changes_with_the_colour(replayed):
-    pictures = set()
-    for colour in replayed.colour.options:
-        replayed.colour.value = colour
-        pictures.add(replayed.heat.value)
-    assert len(pictures) == len(replayed.colour.options) == 3
+def test_the_curve_has_every_place_of_the_slider_and_its_dot_is_what_the_panel_shows(replayed):
+    for kind, name in (("confidence", "threshold"), ("adaptive", "widen"), ("fixed", "window")):
+        replayed.controls.kind.value = kind
+        places, speed = replayed.curve.places, replayed.curve.lines["speed-up"]
+        assert len(places) == len(speed) == len(replayed.curve.lines["τ"]) > 15
+        at = next(i for i, value in enumerate(speed) if value is not None and places[i] != replayed.curve.at)
+        replayed.controls.sliders[name].value = places[at]
+        assert replayed.curve.at == places[at] and speed[at] == pytest.approx(replayed.shown.tally().speedup)
+        assert replayed.curve.lines["speed-up"] == speed, "moving along a curve does not change it"
+    replayed.controls.kind.value = "mtp1"
+    assert replayed.curve.lines == {}
+
+
+def test_places_that_contradict_the_other_sliders_are_gaps_in_the_curve(replayed):
+    replayed.controls.kind.value = "adaptive"
+    replayed.controls.sliders["fallback"].value = 0.06
+    gaps = [place for place, value in zip(replayed.curve.places, replayed.curve.lines["τ"], strict=True) if value is None]
+    assert gaps and min(gaps) > 0.3, "fallback above narrow"
 
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_replay_shows_the_same_text_whatever_the_policy(replayed, kind):
     replayed.controls.kind.value = kind
-    assert replayed.message.value == ""
-    assert visible(replayed.text.value) == trace_decode(replayed.trace())(replayed.trace().token_ids)
-    assert kind != "plain" or replayed.tally().speedup == pytest.approx(1)
+    assert replayed.error == ""
+    shown = visible(replayed.view.html.split('<div class="details"')[0])
+    assert shown == trace_decode(replayed.trace())(replayed.trace().token_ids)
+    assert kind != "plain" or replayed.shown.tally().speedup == pytest.approx(1)
 
 
-def test_contradicting_thresholds_are_an_error_and_the_last_picture_stays(replayed):
+def test_contradicting_thresholds_are_an_error_and_the_last_picture_turns_grey(replayed):
     replayed.controls.kind.value = "adaptive"
-    before = replayed.heat.value
+    before = replayed.view.html
     replayed.controls.sliders["fallback"].value = 0.8
-    assert "thresholds must satisfy" in replayed.message.value and replayed.heat.value == before
+    assert "thresholds must satisfy" in replayed.error and replayed.view.html == before and replayed.view.stale
     replayed.controls.sliders["fallback"].value = 0.0
-    assert replayed.message.value == ""
+    assert replayed.error == "" and not replayed.view.stale
 
 
-def test_traces_save_and_load(replayed, target, drafter, tmp_path):
+@pytest.mark.parametrize(("name", "value"), [("prompt", "Pears"), ("temperature", 0.5), ("copy", False), ("length", 512)])
+def test_settings_without_a_trace_turn_what_is_shown_grey_until_they_are_back(replayed, name, value):
+    setting = getattr(replayed, name)
+    before = setting.value
+    setting.value = value
+    assert replayed.view.stale and "load the models" in replayed.status.value
+    setting.value = before
+    assert not replayed.view.stale and "replayed" in replayed.status.value
+
+
+def test_a_finished_run_turns_grey_when_a_setting_changes(panel):
+    panel.run_to_end()
+    panel.seed.value = 5
+    assert panel.view.stale and "press Run" in panel.status.value
+    panel.run_to_end()
+    assert not panel.view.stale
+
+
+@pytest.mark.parametrize("limit", [1, 9, 40])
+def test_a_shorter_text_is_the_beginning_of_the_trace(target, drafter, limit):
+    whole = record(target, drafter, "An apple", max_new_tokens=40, times=TIMES)
+    short = record(target, drafter, "An apple", max_new_tokens=limit, times=TIMES)
+    assert replay(shortened(whole, limit), FixedWindow(3))[1:] == replay(short, FixedWindow(3))[1:]
+    assert shortened(short, limit + 1) is None
+
+
+def test_a_trace_of_another_model_is_named(replayed, target, drafter):
+    replayed.attach(target, drafter)
+    assert "SmolLM2-135M-Instruct, not of the model that Run uses" in replayed.status.value
+
+
+def test_without_models_run_says_so(replayed):
+    assert replayed.run_button.disabled
+    with pytest.raises(ValueError, match="run the cell that loads the models"):
+        replayed.run_to_end()
+
+
+def test_traces_save_and_load(panel, target, drafter, tmp_path):
     made = record(target, drafter, "An apple", max_new_tokens=10, times=TIMES)
-    replayed.show(made)
-    numbers = replayed.numbers.value
-    replayed.path.value = str(tmp_path / "kept.parquet")
-    replayed.save_button.click()
-    assert "saved" in replayed.message.value
-    other = ReplayPanel(tmp_path / "kept.parquet", policy="confidence:0.3")
-    assert other.numbers.value == numbers and other.trace().token_ids == made.token_ids
+    panel.offer(made)
+    numbers = panel.shown.tally()
+    panel.path.value = str(tmp_path / "kept.parquet")
+    panel.save_button.click()
+    assert "saved" in panel.status.value
+    other = LivePanel(Request("An apple", 10), policy="fixed", copy=False, traces=tmp_path / "kept.parquet")
+    assert other.shown.tally() == numbers and other.trace().token_ids == made.token_ids
     other.close()
+
+
+def test_record_makes_the_sliders_replay_the_prompt_in_the_box(panel):
+    panel.prompt.value = "Pears"
+    panel.record_button.click()
+    assert panel.error == "" and "replayed" in panel.status.value and panel.trace().about["prompt"] == "Pears"
+    panel.prompt.value = " "
+    panel.record_button.click()
+    assert "the prompt is empty" in panel.error
 
 
 def test_a_file_of_several_traces_offers_each_by_its_prompt(replayed, target, drafter, tmp_path):
@@ -639,14 +753,31 @@ def test_a_file_of_several_traces_offers_each_by_its_prompt(replayed, target, dr
     write_results(traces_frame([trace_row(trace) for trace in made]), tmp_path / "two.parquet")
     replayed.path.value = str(tmp_path / "two.parquet")
     replayed.load_button.click()
-    assert [label for label, _ in replayed.which.options] == ["An apple", "Two pears"]
-    for i, trace in ((0, made[0]), (1, made[1]), (0, made[0])):
-        replayed.which.index = i
-        assert replayed.trace().token_ids == trace.token_ids and trace.about["prompt"] in replayed.about.value
+    assert {"▶ An apple", "▶ Two pears"} <= {label for label, _ in replayed.examples.options}
+    assert replayed.prompt.value == "An apple" and replayed.trace().token_ids == made[0].token_ids
+    replayed.examples.value = "Two pears"
+    assert replayed.prompt.value == "Two pears" and replayed.trace().token_ids == made[1].token_ids and not replayed.view.stale
 
 
-def test_a_missing_file_is_an_error_and_the_trace_stays(replayed, tmp_path):
-    before = replayed.trace()
+def test_a_missing_file_is_an_error_and_what_is_shown_stays(replayed, tmp_path):
+    before = replayed.view.html
     replayed.path.value = str(tmp_path / "none.parquet")
     replayed.load_button.click()
-    assert 'role="alert"' in replayed.message.value and "none.parquet" in replayed.message.value and replayed.trace() is before
+    assert 'role="alert"' in replayed.status.value and "none.parquet" in replayed.error and replayed.view.html == before
+    lost = LivePanel(SHORT, traces=tmp_path / "none.parquet")
+    assert "none.parquet" in lost.error and lost.view.html == ""
+    lost.close()
+
+
+def test_a_prompt_longer_than_the_context_is_one_sentence(panel):
+    panel.prompt.value = "apple " * 2000
+    with pytest.raises(ValueError, match="takes at most 4096"):
+        panel.run_to_end()
+    assert 'role="alert"' in panel.status.value and "Traceback" not in panel.status.value
+
+
+def test_the_output_also_holds_the_run_as_html_without_scripts(replayed, monkeypatch):
+    shown = []
+    monkeypatch.setattr("dspark.lab.live.display", shown.append)
+    replayed._ipython_display_()
+    assert shown[0] is replayed.box and shown[1].data.count("<svg") == 3 and "<script" not in shown[1].data

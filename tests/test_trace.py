@@ -14,10 +14,9 @@ import dspark
 from dspark.bench.prompts import data_dir
 from dspark.bench.replay import Oracle, replay
 from dspark.bench.results import read_results, write_results
-from dspark.bench.trace import StepTimes, Trace, record, texts_of
+from dspark.bench.trace import StepTimes, Trace, record, texts_of, trace_decode
 from dspark.bench.traces import load_traces, row_trace, save_trace, trace_row
 from dspark.draft.lookup import ContextLookup
-from dspark.lab.replaying import trace_decode
 from dspark.round import Round
 from dspark.schedule import Policy
 from dspark.tune.calibrate import rollouts

@@ -11,7 +11,7 @@ import base64
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -26,7 +26,7 @@ from dspark.bench.replay import replay
 from dspark.bench.results import read_rows
 from dspark.bench.stats import ALL, summarise
 from dspark.bench.table import caption
-from dspark.bench.trace import Trace, record
+from dspark.bench.trace import Trace, copies, prompt_of, record, trace_decode
 from dspark.bench.traces import load_traces, save_trace
 from dspark.cli import run_main
 from dspark.draft.lookup import ContextLookup
@@ -34,16 +34,23 @@ from dspark.files import data_dir
 from dspark.lab import strips
 from dspark.lab.demo import NOTEBOOK
 from dspark.lab.figures import DRAFT_STATES, FATES, GREY, Decode, Drawing, Look, draft_states, fates, panels, styled, whole_pieces
-from dspark.lab.replaying import SAMPLE, arm_of, prompt_of, trace_decode
-from dspark.lab.text import tally
+from dspark.lab.replaying import SAMPLE
+from dspark.lab.rounds import Run
 from dspark.load import load_drafter, load_target
 from dspark.round import Round
-from dspark.schedule import Autoregressive, make_policy
+from dspark.schedule import parse_policy
 
 HEADLINE = data_dir() / "results" / "speed-bfloat16-t0.parquet"
 PROMPT = "Write a Python class for a bank account with deposit, withdraw and balance methods."
 TEXT = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
-COLUMNS, CELL, LINE, TOP = 92, 7.5, 19, 60  # characters in a line; pixels of a character, of a line, and above the first line
+WIDTH, COLUMNS, CELL, LINE, TOP = (
+    900,
+    112,
+    7.8,
+    19,
+    54,
+)  # characters in a line; else pixels: of the picture, a character, a line, above them
+PAPER, INK, FAINT = ("#ffffff", "#0d1117"), ("#1f2328", "#e6edf3"), "rgba(128,128,128,.25)"  # light, dark; a lit round
 
 
 def headline(frame: pd.DataFrame) -> Figure:
@@ -77,30 +84,58 @@ def _dress(axes: Axes, domains: Sequence[str], label: str) -> None:
     axes.grid(axis="y", color=GREY, alpha=0.25)
 
 
-def still(trace: Trace, policy: str = "prefix", *, lines: int = 10) -> str:
-    """The replay panel as one SVG: text, race, heatmap and window. policy: a name of the registry · lines: of the text, at most."""
-    rounds, plain = replay(trace, make_policy(policy, sps=lambda: trace.times.sps)), replay(trace, Autoregressive())
-    block_size, length = int(trace.about["block_size"]), len(trace.token_ids)
-    t = tally(rounds, plain)
-    speed = f"{t.tokens_per_second:.1f} tokens/s, {t.speedup:.2f}× plain decoding’s {t.plain_tokens_per_second:.1f}"
-    title = f"Predicted from measured step times: {speed} · τ = {t.tokens_per_round:.2f} tokens per round"
-    caption = f"{trace.about['target']}, n = 1 prompt: {shorten(prompt_of(trace), 80, placeholder='…')}"
-    parts = [
-        _text_strip(rounds, trace_decode(trace), lines, title, caption),
-        strips.race([("plain", plain), (arm_of(policy, trace), rounds)], length),
-        strips.heat(rounds, block_size),
-        strips.windows(rounds, block_size),
-    ]
+def still(trace: Trace, policy: str = "confidence:0.04", *, lines: int = 10) -> str:
+    """The live panel as one SVG: text, details of one correction, drafts, windows and race, with the correction's round lit.
+
+    policy: a name of the registry · lines: of the text, at most.
+    """
+    rounds, plain = (replay(trace, parse_policy(name, lambda: trace.times.sps)) for name in (policy, "plain"))
+    arm, decode = policy.partition(":")[0] + "+copy" * copies(trace), trace_decode(trace)
+    run = Run(rounds=rounds, plain=plain, arm=arm, tokens=len(trace.token_ids), decode=decode)
+    title = " · ".join(run.tally().words("")[:4])
+    caption = f"{trace.about['target']}, predicted from step times, n = 1 prompt: {shorten(prompt_of(trace), 80, placeholder='…')}"
+    lit = next((row for row in run.details()[6:] if _corrected(row) and row["accepted"] > 1 and not row["copied"]), None)
+    parts = [_text_strip(rounds, decode, lines, title, caption, lit)]
+    if lit:
+        box = f'<rect width="100%" height="26" fill="{FAINT}"/><rect width="4" height="26" fill="{FATES["draft"].colour()}"/>'
+        parts.append(strips.Strip(f'{box}<text x="12" y="18">{strips.legal(_details(lit))}</text>', 26, ""))
+    parts += run.strips().values()
     body, top = [], 0.0
-    for part in parts:
-        body.append(f'<g transform="translate(0 {top:g})">{part.body}</g>')
+    for i, part in enumerate(parts):
+        left, right = (strips.LEFT + 8, strips.RIGHT + 8) if part.label else (0, 0) if i == 0 else (8, 8)
+        frame = f'x="{left}" y="{top:g}" width="{WIDTH - left - right}" height="{part.height:g}" overflow="visible"'
+        body.append(f"<svg {frame}>{part.body}</svg>")
         top += part.height + 8
-    drawing = strips.Strip("".join(body), top, f"The live panel: {title}; {caption}").svg()
-    return re.sub(r"<title>.*?</title>", "", drawing) + "\n"  # a picture shows no tooltips
+    drawn = "".join(body)
+    if lit:
+        drawn = re.sub(
+            rf'(class="band" data-r="{lit["round"]}"[^>]*) fill="transparent"', rf'\1 fill="{FAINT}" stroke="currentColor"', drawn
+        )
+    light, dark = (f"svg{{color:{ink}}}.paper{{fill:{paper}}}.gap{{stroke:{paper}}}" for ink, paper in zip(INK, PAPER, strict=True))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top:g}" width="{WIDTH}" height="{top:g}" role="img" '
+        f'aria-label="{strips.legal(f"The live panel: {title}; {caption}")}" font-family="system-ui,sans-serif" font-size="12" '
+        f'fill="currentColor"><style>{light}@media(prefers-color-scheme:dark){{{dark}}}</style>'
+        f'<rect class="paper" width="100%" height="100%" rx="8"/>{drawn}</svg>\n'
+    )
 
 
-def _text_strip(rounds: Sequence[Round], decode: Decode, lines: int, title: str, caption: str) -> strips.Strip:
-    """Tokens as boxes of a fixed-width text; long lines are broken between tokens."""
+def _corrected(row: Mapping[str, list]) -> bool:
+    return row["fates"][-1] == FATES["correction"].label
+
+
+def _details(row: Mapping[str, list]) -> str:
+    """The line of details of the round's correction, as the panel says it."""
+    k = len(row["tokens"]) - 1
+    known = " · ".join(f"{name} {row[name][k]:.2f}" for name in ("p_target", "p_draft", "confidence") if row[name][k] is not None)
+    words = f"“{row['tokens'][k]}” · correction · round {row['round']}, position {k + 1} · instead of “{row['drafts'][k]}” · {known}"
+    return words.replace("\n", "↵")
+
+
+def _text_strip(
+    rounds: Sequence[Round], decode: Decode, lines: int, title: str, caption: str, lit: Mapping[str, list] | None
+) -> strips.Strip:
+    """Tokens as boxes of a fixed-width text; long lines are broken between tokens. lit: the round that has a frame."""
     tokens = fates(rounds)
     boxes, start, x, y = [], 0, 0, 0
     for count, text in whole_pieces([token.token_id for token in tokens], decode):
@@ -110,24 +145,25 @@ def _text_strip(rounds: Sequence[Round], decode: Decode, lines: int, title: str,
             if i or x + wide > COLUMNS:
                 x, y = 0, y + 1
             if part and y < lines:
-                boxes.append(_box(x, y, wide, part, FATES[tokens[start - 1].fate]))
+                framed = lit is not None and tokens[start - 1].round.index == lit["round"]
+                boxes.append(_box(x, y, wide, part, FATES[tokens[start - 1].fate], framed))
             x += wide
     if y >= lines:
-        boxes.append(f'<text x="2" y="{TOP + 8 + lines * LINE}">…</text>')
-    bottom = TOP + 14 + min(y + 1, lines) * LINE + (14 if y >= lines else 0)
-    head = f'<text x="2" y="13" font-size="12" font-weight="600">{strips.legal(title)}</text>'
-    head += f'<text x="2" y="29" font-size="12">{strips.legal(caption)}</text>'
-    head += strips.legend(2, 39, [(look, n) for name, look in FATES.items() if (n := sum(token.fate == name for token in tokens))])
+        boxes.append(f'<text x="10" y="{TOP + 8 + lines * LINE}">…</text>')
+    bottom = TOP + 4 + min(y + 1, lines) * LINE + (14 if y >= lines else 0)
+    head = f'<text x="10" y="20" font-size="13" font-weight="600">{strips.legal(title)}</text>'
+    head += f'<text x="10" y="39">{strips.legal(caption)}</text>'
     return strips.Strip(f'{head}<g font-family="monospace" font-size="12">{"".join(boxes)}</g>', bottom, "")
 
 
-def _box(x: int, y: int, wide: int, part: str, look: Look) -> str:
-    left, top = 2 + x * CELL, TOP + y * LINE
-    words = strips.legal(part.replace(" ", "\u00a0"))
+def _box(x: int, y: int, wide: int, part: str, look: Look, framed: bool) -> str:
+    left, top, words = 10 + x * CELL, TOP + y * LINE, strips.legal(part.replace(" ", "\u00a0"))
+    dash = {"dashed": "4 2", "dotted": "1.5 1.5"}.get(look.line, "none")
+    place = f'x="{left:.1f}" y="{top}" width="{wide * CELL:.1f}" height="15"' + ' stroke="currentColor"' * framed
     return (
-        f'<rect x="{left:.1f}" y="{top}" width="{wide * CELL:.1f}" height="15" rx="2" fill="{look.colour(0.3)}"/>'
-        f'<line x1="{left:.1f}" x2="{left + wide * CELL:.1f}" y1="{top + 15.5}" y2="{top + 15.5}" stroke="{look.colour()}"/>'
-        f'<text x="{left:.1f}" y="{top + 11.5}" textLength="{wide * CELL:.1f}" lengthAdjust="spacingAndGlyphs" fill="{GREY}">{words}</text>'
+        f'<rect {place} rx="2" fill="{look.colour(0.33)}"/>'
+        f'<path d="M{left:.1f} {top + 15.5}h{wide * CELL:.1f}" stroke="{look.colour()}" stroke-width="1.5" stroke-dasharray="{dash}"/>'
+        f'<text x="{left:.1f}" y="{top + 11.5}" textLength="{wide * CELL:.1f}" lengthAdjust="spacingAndGlyphs">{words}</text>'
     )
 
 

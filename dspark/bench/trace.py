@@ -7,7 +7,7 @@ these positions, so :mod:`dspark.bench.replay` gives exactly the rounds that the
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -198,3 +198,39 @@ def texts_of(target: Target, trace: Trace) -> dict[str, object]:
             if whole is not None:
                 characters[whole[0]] = whole[1]
     return {"pieces": pieces, "characters": [[list(group), text] for group, text in sorted(characters.items())]}
+
+
+def trace_decode(trace: Trace) -> Callable[[Sequence[int]], str]:
+    """Token ids → text from the pieces that the trace keeps, so that no tokenizer is needed."""
+    pieces = {(token,): text for token, text in trace.about["pieces"].items()}
+    pieces |= {tuple(group): text for group, text in trace.about.get("characters", ())}
+
+    def decode(token_ids: Sequence[int]) -> str:
+        text, rest = "", tuple(token_ids)
+        while rest:
+            count = next((n for n in range(LONGEST_CHARACTER, 0, -1) if rest[:n] in pieces), 1)
+            text, rest = text + pieces.get(rest[:count], f"⟨{rest[0]}⟩"), rest[count:]
+        return text
+
+    return decode
+
+
+def prompt_of(trace: Trace) -> str:
+    """The prompt that the trace holds (text, chat messages, or token ids) as text."""
+    prompt = trace.about["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    return " / ".join(part["content"] if isinstance(part, dict) else str(part) for part in prompt)
+
+
+def copies(trace: Trace) -> bool:
+    """Whether drafts were also copied from the context."""
+    return str(trace.about["drafter"]).endswith("+copy")
+
+
+def shortened(trace: Trace, limit: int) -> Trace | None:
+    """The trace of the same prompt with at most ``limit`` new tokens; None if it was recorded with a lower limit that ended its text."""
+    length, recorded = len(trace.token_ids), int(trace.about["max_new_tokens"])
+    if limit >= length:
+        return trace if limit <= recorded or length < recorded else None
+    return replace(trace, rounds=trace.rounds[:limit], about=trace.about | {"max_new_tokens": limit})

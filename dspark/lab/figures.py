@@ -6,12 +6,10 @@ and Ito and can be told apart by colour-blind readers; backgrounds are transluce
 
 from __future__ import annotations
 
-import math
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from io import BytesIO
 from textwrap import fill
 
@@ -61,7 +59,7 @@ FATES = {
 }
 DRAFT_STATES = {
     "unchecked": Look("not verified", (170, 170, 170), "dotted"),
-    "discarded": Look("verified, but after a rejection", (230, 190, 130), "dotted"),
+    "discarded": Look("after a rejection", (230, 190, 130), "dotted"),
     "rejected": replace(FATES["correction"], label="rejected"),
     "accepted": replace(FATES["draft"], label="accepted"),
 }
@@ -105,13 +103,6 @@ def _fate(r: Round, k: int) -> str:
     return "correction" if r.accepted < r.verify_length else "bonus"
 
 
-def draft_numbers(r: Round, k: int, *, judged: bool = True) -> str:
-    """Probabilities and confidence of draft k (from 0) for a tooltip, as far as they are known; judged False leaves the target's out."""
-    pairs = (("p_target", r.target_probs_of_drafts), ("p_draft", r.draft_probs_of_drafts), ("confidence", r.confidence))
-    known = ((name, values[k]) for name, values in pairs[not judged :] if k < len(values))
-    return "".join(f" · {name} {value:.2f}" for name, value in known if not math.isnan(value))
-
-
 def whole_pieces(token_ids: Sequence[int], decode: Decode) -> list[tuple[int, str]]:
     """Cut a text into the smallest groups of tokens that are whole characters: [(tokens in the group, its text), …].
 
@@ -141,36 +132,6 @@ def _continues(before: str, text: str) -> bool:
     return bool(first) and (
         unicodedata.category(first)[0] == "M" or first == joiner or before[-1:] == joiner or tones[0] <= first <= tones[1]
     )
-
-
-def span(group: Sequence[FatedToken], text: str, decode: Decode) -> str:
-    """The tokens of one piece of text as HTML."""
-    grounds = [FATES[t.fate].colour(0.33) for t in group]
-    ground = grounds[0] if len(set(grounds)) == 1 else f"linear-gradient(90deg,{','.join(grounds)})"
-    look = FATES[group[-1].fate]
-    style = f"background:{ground};border-bottom:2px {look.line} {look.colour()};border-radius:3px"
-    hint = " | ".join(_hint(t, decode) for t in group)
-    shown = escape(text or "∎").replace("\n", '<span style="opacity:.5;user-select:none">↵</span>\n')
-    return f'<span title="{escape(hint)}" style="{style}">{shown}</span>'
-
-
-def _hint(t: FatedToken, decode: Decode) -> str:
-    place = "" if t.fate == "plain" else f", position {t.at + 1}"
-    instead = ""
-    if t.fate == "correction":
-        instead = f" · instead of the draft “{decode([t.round.draft_tokens[t.at]]).replace(BROKEN, '▯')}”"
-    numbers = "" if t.fate in ("plain", "bonus") else draft_numbers(t.round, t.at)
-    return f"{FATES[t.fate].label} · round {t.round.index}{place}{instead}{numbers}"
-
-
-def legend(tokens: Sequence[FatedToken]) -> str:
-    """The number of tokens of each fate, as HTML in the fates' colours."""
-    items = []
-    for name, look in FATES.items():
-        if count := sum(t.fate == name for t in tokens):
-            style = f"background:{look.colour(0.33)};border-bottom:2px {look.line} {look.colour()};border-radius:3px;padding:0 .4em"
-            items.append(f'<span style="{style};white-space:nowrap">{look.label}: {count}</span>')
-    return f'<div style="font-size:12px;margin-bottom:.5em">{" ".join(items)} · {len(tokens)} tokens</div>'
 
 
 def draft_states(rounds: Sequence[Round], block_size: int | None = None) -> list[list[str | None]]:

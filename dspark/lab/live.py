@@ -1,22 +1,30 @@
-"""The live panel: decode a prompt under any policy and watch the text, the heatmap, the window and the race against plain decoding."""
+"""The live panel: one instrument that replays a recorded text under any policy at once, and decodes a prompt of one's own."""
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from html import escape
+from pathlib import Path
 from typing import ClassVar
 
 import ipywidgets as w
+from IPython.display import HTML, display
 
+from dspark.bench.trace import Trace, copies, prompt_of, record, shortened
+from dspark.bench.traces import load_traces, save_trace
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
 from dspark.files import one_line
+from dspark.lab.replaying import SAMPLE, examples, lines_over, replayed_run
+from dspark.lab.rounds import CurveView, RoundsView, Run
 from dspark.lab.session import Request, Session
-from dspark.lab.text import remembered, streaming_text
-from dspark.lab.widgets import Panel, column, labelled, row
+from dspark.lab.text import remembered
+from dspark.lab.widgets import PolicyControls, Settings, family
 from dspark.round import Output, Round
 from dspark.schedule import make_policy
 from dspark.target.target import Target
@@ -24,64 +32,89 @@ from dspark.tune.profile import step_times
 
 INTERVAL = 0.12  # seconds between two drawings; drawing more often would only slow the decoder
 SLOW = 0.7  # seconds that slow motion shows each half of a round
-WORDS = {  # state of a session → status line
-    "": "ready: press Run",
-    "recording": "recording plain decoding for the race",
-    "decoding": "decoding",
-    "waiting": "waiting: Step for the next round, Run for the rest",
-    "done": "done",
-    "stopped": "stopped",
-    "failed": "failed",
-}
+WORDS = {"recording": "recording plain decoding for the race", "waiting": "waiting: Step for the next round, Run for the rest"}
 
 
-class LivePanel(Panel):
+class LivePanel(Settings):
     """Show it as the last value of a cell. To change a setting from code, set the ``value`` of the widget of that name.
 
     request: the prompt and the sampling to start with.
     policy: a name of :data:`dspark.schedule.POLICIES`, perhaps with numbers ("adaptive:0.6,0.3").
     copy: also draft by copying from the context.
+    traces: a file of traces; their prompts are replayed at once, without a model.
 
-    A new panel closes the one before it, so running a cell again leaves no thread and no widgets. A model serves one thread at a
-    time: call :meth:`stop` before using it elsewhere. Raises ValueError for an unknown policy.
+    :meth:`attach` gives it the models; then Run decodes. A new panel closes the one before it, so running a cell again leaves no thread
+    and no widgets. A model serves one thread at a time: call :meth:`stop` before using it elsewhere. Raises ValueError for an unknown
+    policy; other errors are shown in the panel.
     """
 
     _latest: ClassVar[weakref.ref[LivePanel] | None] = None
 
-    def __init__(self, target: Target, drafter: Drafter, request: Request, *, policy: str = "prefix", copy: bool = True) -> None:
-        self.target, self.drafter = target, drafter
+    def __init__(self, request: Request, *, policy: str = "confidence:0.04", copy: bool = True, traces: str | Path = SAMPLE) -> None:
+        super().__init__(request, copy)
+        self.target: Target | None = None
+        self.drafter: Drafter | None = None
         self.session: Session | None = None
-        self.decode, self._lock, self._drawn = remembered(target.decode), threading.Lock(), 0.0
+        self.shown: Run | None = None
+        self.error = ""
+        self.view, self.curve = RoundsView(), CurveView()
+        self.controls = PolicyControls(policy, self._settle)
+        self._traces: dict[str, Trace] = {}  # by prompt
         self._recorded: dict[Request, tuple[Round, ...]] = {}  # plain decoding of the last prompt
-        super().__init__(policy, self._check)
-        self._make(request, copy)
+        self._drawn, self._asked, self._curved = 0.0, None, None
+        self._arrange()
         before = LivePanel._latest and LivePanel._latest()
         if before is not None:
             before.close()
         LivePanel._latest = weakref.ref(self)
-        self._check()
-        self._show()
+        self.path.value = str(traces)
+        with self._errors(OSError):
+            self._traces |= {prompt_of(trace): trace for _, trace in load_traces(traces)}
+        self._list_examples()
+        if not self.error:
+            self._settle()
+
+    def attach(self, target: Target, drafter: Drafter) -> None:
+        """Give it the models."""
+        self.stop()
+        self.target, self.drafter, self._decode = target, drafter, remembered(target.decode)
+        self.run_button.disabled = self.step_button.disabled = self.record_button.disabled = False
+        self._settle()
 
     # ---- the buttons
 
     def run(self) -> None:
         """Start, or go on after steps."""
-        if self.session is None or not self.session.running:
-            self._start()
-        elif self.session.state == "waiting":
-            self.session.go_on()
+        self._start(stepping=False)
 
     def step(self) -> None:
         """Decode one round; starts if nothing runs."""
-        if self.session is None or not self.session.running:
-            self._start(stepping=True)
-        else:
-            self.session.step()
+        self._start(stepping=True)
 
     def stop(self) -> None:
         """End the decoding after the current round; the text so far stays."""
         if self.session is not None:
             self.session.stop()
+
+    def record(self) -> None:
+        """Record a greedy trace of the prompt, so that the sliders replay it at once."""
+        self.stop()
+        self.say("recording a trace: one round for each token")
+        with self._errors(RuntimeError):
+            self.offer(record(self.target, self.source, self.prompt.value, max_new_tokens=self.length.value))
+
+    def load(self) -> None:
+        """Replay the traces of the file in the box, the first of them now."""
+        with self._errors(OSError):
+            self.offer(*(trace for _, trace in load_traces(self.path.value)))
+
+    def save(self) -> None:
+        """Write the trace that is replayed to the file in the box."""
+        with self._errors(OSError):
+            if (trace := self.trace()) is None:
+                raise ValueError("no trace of these settings: record one first")
+            save_trace(trace, self.path.value)
+            self.say(f"saved: {self.path.value}")
 
     # ---- for code
 
@@ -97,106 +130,170 @@ class LivePanel(Panel):
         token_ids = [token for r in rounds for token in r.committed]
         return Output(self.target.decode(token_ids), token_ids, rounds, sum(r.seconds for r in rounds))
 
+    def offer(self, *traces: Trace) -> None:
+        """Add traces to the examples and replay the first."""
+        self._traces |= {prompt_of(trace): trace for trace in traces}
+        self._list_examples()
+        self.choose(prompt_of(traces[0]))
+
+    def choose(self, prompt: str) -> None:
+        """Take a prompt; one with a trace brings the settings of its recording."""
+        self.prompt.value = prompt
+        if trace := self._traces.get(prompt):
+            limit = int(trace.about["max_new_tokens"])
+            self.length.max = max(self.length.max, limit)
+            self.length.value, self.temperature.value, self.copy.value = limit, 0.0, copies(trace)
+        self._settle()
+
+    def trace(self) -> Trace | None:
+        """The trace of these settings, if there is one: greedy, of this prompt, with or without copying, and long enough."""
+        trace = self._traces.get(self.prompt.value)
+        if trace is None or self.temperature.value > 0 or self.copy.value != copies(trace):
+            return None
+        return shortened(trace, self.length.value)
+
     def close(self) -> None:
         """End the decoding and remove the widgets."""
         self.stop()
-        super().close()
+        for member in family(self.box):
+            member.close()
 
     @property
     def source(self) -> DraftSource:
         """The drafter, with copying if its box is ticked."""
         return ContextLookup(self.drafter) if self.copy.value else self.drafter
 
+    def say(self, words: str, error: bool = False) -> None:
+        """Show one sentence, which a screen reader announces."""
+        self.error = words if error else ""
+        role, style = ("alert", "border-left:4px solid rgb(213,94,0);padding:.2em .6em;") if error else ("status", "")
+        self.status.value = f'<div role="{role}" style="{style}line-height:1.4">{escape(words)}</div>'
+
     # ---- inside
 
-    def _start(self, *, stepping: bool = False, slow: bool = True) -> None:
-        if self._check():
-            return
+    @contextmanager
+    def _errors(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Errors of these kinds, and ValueError, become a sentence in the panel."""
+        try:
+            yield
+        except (ValueError, *kinds) as error:
+            self.say(one_line(error), error=True)
+
+    def _ipython_display_(self) -> None:
+        display(self.box)
+        if self.shown:  # for pages without scripts; rounds.css hides it where the view runs
+            display(HTML(f'<div class="dspark-still">{self.shown.html()}</div>'))
+
+    def _settings(self) -> tuple[Request, str, tuple[tuple[str, float], ...], bool]:
+        name, values = self.controls.chosen()
         request = Request(self.prompt.value, self.length.value, self.temperature.value, self.top_p.value, self.seed.value)
-        source, (name, values) = self.source, self.controls.chosen()
+        return request, name, tuple(values.items()), self.copy.value
+
+    def _settle(self, _change: object = None) -> None:
+        """Settings changed: replay them if there is a trace of them; else what is shown is stale until Run."""
+        if self.session is not None and self.session.is_alive():
+            return
+        trace = self.trace()
+        with self._errors():
+            self.say("these settings have not run: press Run" if self.target else "no trace of these settings: load the models, then Run")
+            if trace is not None:
+                self.controls.set_block_size(int(trace.about["block_size"]))
+                self._replay(trace)
+            elif self.target is not None:
+                self._check()
+        self.view.stale = self._asked != self._settings()
+        self._draw_curve(trace)
+
+    def _check(self) -> None:
+        """Raises ValueError if the drafter cannot serve the policy."""
+        source = self.source
+        self.controls.set_block_size(source.block_size)
+        make_policy(*self.controls.chosen(), lambda: float).check(source.block_size, source.has_confidence)
+
+    def _replay(self, trace: Trace) -> None:
+        run = replayed_run(trace, *self.controls.chosen())
+        self._asked, self.view.live = self._settings(), False
+        self._draw(run)
+        other = self.target is not None and trace.about["target_digest"] != self.target.digest
+        self.say(f"replayed from a trace of {trace.about['target']}" + ", not of the model that Run uses" * other)
+
+    def _start(self, *, stepping: bool = False, slow: bool = True) -> None:
+        if self.session is not None and self.session.is_alive():
+            self.session.go(stepping)
+            return
+        self.say("")
+        with self._errors():
+            if self.target is None:
+                raise ValueError("no model yet: run the cell that loads the models")
+            self._check()
+        if self.error:
+            return
+        source, (request, name, values, _) = self.source, self._settings()
         self.session = Session(
             self.target,
             source,
             request,
-            partial(make_policy, name, values, lambda: step_times(self.target, source)),
+            partial(make_policy, name, dict(values), lambda: step_times(self.target, source)),
             plain=self._recorded.get(request) if self.race.value else (),
             changed=self._changed,
             pause=lambda: SLOW if self.slow.value and slow else 0.0,
             stepping=stepping,
         )
-        self._arm, self._block_size = name + "+copy" * (source is not self.drafter), source.block_size
+        self._asked, self._arm = self._settings(), name + "+copy" * (source is not self.drafter)
         self.session.start()
-
-    def _check(self, _change: object = None) -> bool:
-        """Show why these settings cannot run; True if they cannot."""
-        source = self.source
-        self.controls.set_block_size(source.block_size)
-        try:
-            make_policy(*self.controls.chosen(), lambda: float).check(source.block_size, source.has_confidence)
-        except ValueError as error:
-            self.show_error(one_line(error))
-            return True
-        self.show_error("")
-        return False
 
     def _changed(self, session: Session) -> None:
         """Called by the session's thread."""
         if session is not self.session:
             return
-        if session.state == "failed":
-            self.show_error(session.error)
-        if session.rounds and session.plain:  # decoding starts only after a complete recording
-            self._recorded = {session.request: tuple(session.plain)}
-        if session.ended or session.state == "waiting" or not session.judged or time.monotonic() - self._drawn >= INTERVAL:
-            self._show()
+        state, plain = session.state, list(session.plain)
+        if session.rounds and plain:  # decoding starts only after a complete recording
+            self._recorded = {session.request: tuple(plain)}
+        rests = session.ended or state == "waiting" or not session.judged
+        if not rests and time.monotonic() - self._drawn < INTERVAL:
+            return
+        self.say(session.error or WORDS.get(state, state), error=state == "failed")
+        self.run_button.disabled, self.stop_button.disabled = state in ("recording", "decoding"), session.ended
+        rounds, lane, arm = (plain, (), "plain") if state == "recording" else (list(session.rounds), plain, self._arm)
+        end = {"ended": session.ended, "judged": session.judged}
+        self.view.live = not session.ended
+        self._draw(Run(rounds=rounds, plain=lane, arm=arm, tokens=session.request.max_new_tokens, decode=self._decode, **end))
+        self.view.stale = session.ended and self._asked != self._settings()
+        self._drawn = time.monotonic()
 
-    def _show(self, _change: object = None) -> None:
-        with self._lock:
-            session = self.session
-            state = session.state if session else ""
-            self.status.value = f'<span role="status">{WORDS[state]}</span>'
-            self.run_button.disabled = state in ("recording", "decoding")
-            self.stop_button.disabled = state in ("", "done", "stopped", "failed")
-            if session is None:
-                return
-            rounds, plain = list(session.rounds), list(session.plain)
-            shown = plain if state == "recording" else rounds
-            self.text.value = streaming_text(shown, self.decode, ended=session.ended, judged=session.judged)
-            seen = rounds if session.judged else rounds[:-1]
-            self.draw(seen, plain, self._arm, self._block_size, session.request.max_new_tokens)
-            self._drawn = time.monotonic()
+    def _draw(self, run: Run) -> None:
+        self.shown = run
+        with self.view.hold_sync():
+            self.view.html, self.view.details = run.html(), run.details()
 
-    def _make(self, request: Request, copy: bool) -> None:
-        """Every widget is an attribute."""
-        late, part = partial(labelled, continuous_update=False), {"step": 0.05, "continuous_update": False}
-        self.prompt = late(w.Textarea, request.prompt, "prompt", "The question to the model, one user turn", rows=3)
-        longest, tooltip = max(512, request.max_new_tokens), "Upper limit of the text's length"
-        self.length = late(w.IntSlider, request.max_new_tokens, "new tokens", tooltip, min=8, max=longest)
-        tooltip = "0 is greedy: always the most likely token"
-        self.temperature = labelled(w.FloatSlider, request.temperature, "temperature", tooltip, min=0, max=2, **part)
-        tooltip = "Sample from the most likely tokens with this total probability"
-        self.top_p = labelled(w.FloatSlider, request.top_p, "top-p", tooltip, min=0.05, max=1, **part)
-        tooltip = "Of the sampled tokens: the same seed gives the same text"
-        self.seed = labelled(w.BoundedIntText, request.seed, "seed", tooltip, min=0, max=2**31 - 1)
-        tick, button = partial(w.Checkbox, indent=False), w.Button
-        tooltip = "Where the text repeats itself, draft what followed the last time"
-        self.copy = tick(copy, description="copy from the context", tooltip=tooltip)
-        tooltip = "Plain decoding is recorded once per prompt and replayed in real time"
-        self.race = tick(True, description="race plain decoding", tooltip=tooltip)
-        tooltip = "Show every round twice: the drafts alone, then the target's verdict"
-        self.slow = tick(False, description="slow motion", tooltip=tooltip)
-        self.run_button = button(description="Run", icon="play", button_style="primary", tooltip="Decode to the end")
-        self.step_button = button(description="Step", icon="step-forward", tooltip="Decode one round and wait")
-        self.stop_button = button(description="Stop", icon="stop", tooltip="Stop after the current round")
-        self.status = w.HTML()
-        drafting = column([self.controls.box, self.copy, self.race, self.slow], 280)
-        sampling = column([self.length, self.temperature, self.top_p, self.seed], 280)
-        buttons = row([self.run_button, self.step_button, self.stop_button])
-        words = column([self.status, self.numbers, self.text], 380)
-        self.box = w.VBox([self.prompt, row([drafting, sampling]), buttons, self.message, row([words, self.pictures])])
-        self.run_button.on_click(lambda _button: self.run())
-        self.step_button.on_click(lambda _button: self.step())
-        self.stop_button.on_click(lambda _button: self.stop())
-        self.copy.observe(self._check, names="value")
-        self.colour.observe(self._show, names="value")
+    def _draw_curve(self, trace: Trace | None) -> None:
+        """Speed-up and τ at every place of the slider that was moved last."""
+        name, (kind, values) = self.controls.moved, self.controls.chosen()
+        places = list(self.controls.sliders[name].options) if trace is not None and name else []
+        others = [value for key, value in values.items() if key != name]
+        asked = (id(self._traces.get(self.prompt.value)), self.length.value, kind, name, *others, len(places))
+        with self.curve.hold_sync():
+            self.curve.at = float(values[name]) if places else 0.0
+            if asked != self._curved and not (self.error and places):
+                self._curved, self.curve.places = asked, places
+                self.curve.lines = lines_over(places, trace, kind, values, name) if places else {}
+
+    def _list_examples(self, _change: object = None) -> None:
+        offered = examples(self._traces)
+        self.examples.options = [("own prompt", ""), *offered]
+        self.examples.value = self.prompt.value if self.prompt.value in dict(offered).values() else ""
+
+    def _arrange(self) -> None:
+        buttons = w.HBox([self.run_button, self.step_button, self.stop_button])
+        settings = [self.examples, self.prompt, self.controls.box, self.curve, self.temperature, buttons]
+        left = w.VBox([*settings, self.status, self.more, self.rest])
+        self.box = w.HBox([left, self.view])
+        for part, name in ((left, "dspark-controls"), (self.view, "dspark-view"), (self.box, "dspark-panel")):
+            part.add_class(name)  # see rounds.css
+        for name in ("run", "step", "stop", "record", "load", "save"):
+            getattr(self, f"{name}_button").on_click(lambda _button, name=name: getattr(self, name)())
+        for widget in (self.prompt, self.length, self.temperature, self.top_p, self.seed, self.copy):
+            widget.observe(self._settle, names="value")
+        self.prompt.observe(self._list_examples, names="value")
+        self.examples.observe(lambda change: change["new"] in ("", self.prompt.value) or self.choose(change["new"]), names="value")
         self.box.observe(lambda change: self.stop() if change["new"] is None else None, names="comm")  # the page closed it

@@ -30,14 +30,14 @@ class Request:
     seed: int = 0
 
 
-class Session:
-    """Decode one request in a thread of its own; for a race, record plain decoding first.
+class Session(threading.Thread):
+    """Decodes one request; for a race, records plain decoding first.
 
     policy: called in the thread, because it may have to measure step times first.
     plain: rounds of an earlier recording of plain decoding; None to record them now, () for no race.
     changed: called in the thread after every change.
     pause: seconds that slow motion shows each half of a round; asked anew for each, 0 for full speed.
-    stepping: wait after every round for :meth:`step` or :meth:`go_on`.
+    stepping: wait after every round for :meth:`go`.
 
     state: "recording", "decoding", "waiting" (for a step), then "done", "stopped" or "failed"; ``error`` says why in one sentence.
     """
@@ -54,86 +54,64 @@ class Session:
         pause: Callable[[], float] = lambda: 0.0,
         stepping: bool = False,
     ) -> None:
+        super().__init__(name="dspark-live", daemon=True)
         self.target, self.source, self.request = target, source, request
         self.changed, self.pause = changed, pause
         self.state, self.error = "decoding", ""
         self.rounds: list[Round] = []
         self.plain: list[Round] = list(plain or ())
         self.judged = True  # False while slow motion shows the last round's drafts without the verdict
-        self._make_policy, self._record = policy, plain is None
-        self._stop, self._go = threading.Event(), threading.Semaphore(0)
-        self._stepping = stepping
-        self._thread = threading.Thread(target=self._work, name="dspark-live", daemon=True)
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
+        self._make_policy, self._record, self._stepping = policy, plain is None, stepping
+        self._end, self._go = threading.Event(), threading.Semaphore(0)
 
     @property
     def ended(self) -> bool:
         """Whether the text is complete."""
         return self.state in ("done", "stopped", "failed")
 
-    def start(self) -> Session:
-        self._thread.start()
-        return self
-
     def stop(self, timeout: float | None = 60.0) -> None:
         """End the decoding after the current round and wait for the thread."""
-        self._stop.set()
+        self._end.set()
         self._go.release()
-        self.join(timeout)
+        if self.is_alive() and self is not threading.current_thread():
+            self.join(timeout)
 
-    def join(self, timeout: float | None = None) -> None:
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
-
-    def step(self) -> None:
-        """Decode one more round if it waits; otherwise wait after the current one."""
-        self._stepping = True
+    def go(self, stepping: bool) -> None:
+        """Go on if it waits: one more round with ``stepping``, else to the end."""
+        self._stepping = stepping
         if self.state == "waiting":
             self._go.release()
 
-    def go_on(self) -> None:
-        """Decode to the end without further steps."""
-        self._stepping = False
-        self._go.release()
-
-    def _work(self) -> None:
+    def run(self) -> None:
         try:
-            policy = self._make_policy()
-            if self._record:
-                self._record_plain()
-            self._decode(policy)
-            self._show("stopped" if self._stop.is_set() else "done")
+            self._decode(self._make_policy())
+            self._show("stopped" if self._end.is_set() else "done")
         except Exception as error:
             log.debug("the live session failed", exc_info=True)
             self.error = _explained(error)
             self._show("failed")
 
-    def _record_plain(self) -> None:
-        self._show("recording")
-        for r in decode(self.target, None, **asdict(self.request)):
-            self.plain.append(r)
-            self._show("recording")
-            if self._stop.is_set():
-                break
-
     def _decode(self, policy: Policy) -> None:
+        if self._record:
+            self._show("recording")
+            plain = decode(self.target, None, **asdict(self.request))
+            while not self._end.is_set() and (r := next(plain, None)) is not None:
+                self.plain.append(r)
+                self._show("recording")
         source = None if isinstance(policy, Autoregressive) else self.source
         rounds = decode(self.target, source, policy=policy, **asdict(self.request))
-        while not self._stop.is_set() and (r := next(rounds, None)) is not None:
+        while not self._end.is_set() and (r := next(rounds, None)) is not None:
             self.rounds.append(r)
             if self.pause() and r.draft_tokens:
                 self.judged = False
                 self._show("decoding")
-                self._stop.wait(self.pause())
-            self.judged = True
-            self._show("waiting" if self._stepping else "decoding")
-            if self._stepping:
+                self._end.wait(self.pause())
+            self.judged, stepping = True, self._stepping
+            self._show("waiting" if stepping else "decoding")
+            if stepping:
                 self._go.acquire()
             else:
-                self._stop.wait(self.pause())
+                self._end.wait(self.pause())
 
     def _show(self, state: str) -> None:
         self.state = state

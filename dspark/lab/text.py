@@ -1,4 +1,8 @@
-"""The text while it is decoded, as HTML: tokens coloured by fate, the last round's rejected drafts struck through. And its tally."""
+"""The text while it is decoded, as HTML: tokens coloured by fate, the last round's rejected drafts struck through. And its tally.
+
+A token carries its round (``data-r``), its position in the text (``data-n``) and, if a character has several, the number of its tokens
+(``data-c``), by which ``rounds.js`` links it with the pictures.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 
-from dspark.lab.figures import DRAFT_STATES, Decode, draft_numbers, draft_states, fates, legend, span, whole_pieces
+from dspark.lab.figures import DRAFT_STATES, FATES, Decode, FatedToken, Look, draft_states, fates, whole_pieces
 from dspark.round import Round
 from dspark.target.stream import BROKEN
 
-BOX = "line-height:1.9;font-size:15px;white-space:pre-wrap;overflow-wrap:anywhere"
+BOX = "font:13px/1.75 var(--jp-code-font-family,monospace);white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4"
 
 
 def remembered(decode: Decode, size: int = 8192) -> Decode:
@@ -36,17 +40,34 @@ def streaming_text(rounds: Sequence[Round], decode: Decode, *, ended: bool = Tru
     if pieces and not ended and BROKEN in decode([t.token_id for t in tokens[-pieces[-1][0] :]]):
         pieces.pop()  # the character's last bytes are still missing
 
-    discarded = _discarded(last, decode, waiting) if last is not None and not ended else ""
-    cut = len(tokens) if waiting or last is None else len(tokens) - len(last.committed) + min(last.accepted, len(last.committed))
-    spans, start = [], 0
+    cut = len(tokens) if waiting or last is None else len(tokens) - max(len(last.committed) - last.accepted, 0)
+    shown, start = [[], []], 0  # what stands before the discarded drafts, and after them
     for count, text in pieces:
-        if discarded and start + count > cut:
-            spans.append(discarded)
-            discarded = ""
-        spans.append(span(tokens[start : start + count], text, decode))
+        shown[start + count > cut].append(span(tokens[start : start + count], text, start))
         start += count
+    discarded = "" if last is None or ended else _discarded(last, decode, waiting)
     cursor = "" if ended else '<span style="opacity:.6">▍</span>'
-    return f'<div>{legend(tokens)}<div style="{BOX}">{"".join(spans)}{discarded}{cursor}</div></div>'
+    words = "".join([*shown[0], discarded, *shown[1], cursor])
+    return f'<div>{legend(tokens)}<div class="text" style="{BOX}">{words}</div></div>'
+
+
+def span(group: Sequence[FatedToken], text: str, start: int = 0) -> str:
+    """The tokens of one piece of text as HTML. start: position of the first."""
+    grounds = [FATES[t.fate].colour(0.33) for t in group]
+    ground = grounds[0] if len(set(grounds)) == 1 else f"linear-gradient(90deg,{','.join(grounds)})"
+    shown = escape(text or "∎").replace("\n", '<span style="opacity:.5;user-select:none">↵</span>\n')
+    place = f'data-r="{group[-1].round.index}" data-n="{start}"' + f' data-c="{len(group)}"' * (len(group) > 1)
+    return f'<span {place} style="{_style(FATES[group[-1].fate], ground)}">{shown}</span>'
+
+
+def legend(tokens: Sequence[FatedToken]) -> str:
+    """The number of tokens of each fate, as HTML in the fates' colours."""
+    items = []
+    for name, look in FATES.items():
+        if count := sum(t.fate == name for t in tokens):
+            style = f"{_style(look, look.colour(0.33))};padding:0 .4em;white-space:nowrap"
+            items.append(f'<span style="{style}">{look.label}: {count}</span>')
+    return f'<div class="legend" style="font-size:12px;line-height:1.7;margin-bottom:.4em">{" ".join(items)} · {len(tokens)} tokens</div>'
 
 
 def _discarded(r: Round, decode: Decode, waiting: bool) -> str:
@@ -55,65 +76,49 @@ def _discarded(r: Round, decode: Decode, waiting: bool) -> str:
     at = next((k for k, state in enumerate(states) if state != "accepted"), len(states))
     shown = []
     for count, text in whole_pieces(r.draft_tokens[at:], decode):
-        look = DRAFT_STATES[states[at]]
-        label, strike = ("waiting for verification", "") if waiting else (look.label, "text-decoration:line-through;")
-        style = f"{strike}opacity:.75;background:{look.colour(0.15)};border-bottom:2px {look.line} {look.colour()};border-radius:3px"
-        hint = f"draft {at + 1} of round {r.index}: {label}{draft_numbers(r, at, judged=not waiting)}"
-        shown.append(f'<span title="{escape(hint)}" style="{style}">{escape(text or "∎").replace(chr(10), "↵")}</span>')
+        look, strike = DRAFT_STATES[states[at]], "" if waiting else "text-decoration:line-through;"
+        words = escape(text or "∎").replace(chr(10), "↵")
+        shown.append(f'<span class="draft" style="{strike}opacity:.75;{_style(look, look.colour(0.15))}">{words}</span>')
         at += count
     return "".join(shown)
 
 
+def _style(look: Look, ground: str) -> str:
+    return f"background:{ground};border-bottom:2px {look.line} {look.colour()};border-radius:3px;padding-bottom:1px"
+
+
 @dataclass(frozen=True)
 class Tally:
-    """Counts of a run without its prefill.
+    """Counts of a run without its prefill; NaN where they are unknown.
 
-    tokens: committed.
-    rounds: after the prefill.
-    seconds: of these rounds.
-    verified: drafts that the target verified.
-    rejected: verified drafts that are not in the text.
-    plain_tokens_per_second: of plain decoding on the same prompt, NaN if unknown.
+    verified, rejected: drafts that the target verified, and those of them that are not in the text.
+    tokens_per_round: τ.
+    speedup: tokens per second over plain decoding's.
     """
 
-    tokens: int
     rounds: int
-    seconds: float
     verified: int
     rejected: int
-    plain_tokens_per_second: float
+    tokens_per_round: float
+    tokens_per_second: float
+    speedup: float
 
-    @property
-    def tokens_per_round(self) -> float:
-        """τ."""
-        return self.tokens / self.rounds if self.rounds else math.nan
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else math.nan
-
-    @property
-    def speedup(self) -> float:
-        """Tokens per second over plain decoding's."""
-        return self.tokens_per_second / self.plain_tokens_per_second
+    def words(self, how: str) -> list[str]:
+        """The speed-up first. how: how the seconds were obtained."""
+        parts = [f"{self.speedup:.2f}× plain decoding"] if self.speedup == self.speedup else []
+        parts += [f"{self.tokens_per_second:.1f} tokens/s", f"τ = {self.tokens_per_round:.2f} tokens per round"]
+        parts += [f"{self.verified - self.rejected} of {self.verified} verified drafts accepted", f"{self.rounds} rounds", how]
+        return parts if self.rounds else []
 
 
 def tally(rounds: Sequence[Round], plain: Sequence[Round] = ()) -> Tally:
     """Count a run. plain: rounds of plain decoding on the same prompt."""
-    rounds, plain = rounds[1:], plain[1:]
-    verified = sum(r.verify_length for r in rounds)
-    kept = sum(min(r.accepted, len(r.committed)) for r in rounds)
-    seconds = sum(r.seconds for r in plain)
-    speed = sum(len(r.committed) for r in plain) / seconds if seconds > 0 else math.nan
-    return Tally(sum(len(r.committed) for r in rounds), len(rounds), sum(r.seconds for r in rounds), verified, verified - kept, speed)
+    rounds, speed, plain_speed = rounds[1:], *(_speed(run[1:]) for run in (rounds, plain))
+    verified, kept = sum(r.verify_length for r in rounds), sum(min(r.accepted, len(r.committed)) for r in rounds)
+    tau = sum(len(r.committed) for r in rounds) / len(rounds) if rounds else math.nan
+    return Tally(len(rounds), verified, verified - kept, tau, speed, speed / plain_speed)
 
 
-def numbers(t: Tally, how: str = "n = 1 run") -> str:
-    """The tally as one line of HTML. how: how its seconds were obtained."""
-    if not t.rounds:
-        return ""
-    parts = [f"<b>{t.tokens_per_second:.1f}</b> tokens/s", f"τ = <b>{t.tokens_per_round:.2f}</b> tokens per round"]
-    if t.speedup == t.speedup:
-        parts.append(f"<b>{t.speedup:.2f}×</b> plain decoding’s {t.plain_tokens_per_second:.1f} ({escape(how)})")
-    parts.append(f"<b>{t.rejected}</b> of {t.verified} verified drafts rejected, {t.rounds} rounds")
-    return f'<div style="font-size:13px">{" · ".join(parts)}</div>'
+def _speed(rounds: Sequence[Round]) -> float:
+    seconds = sum(r.seconds for r in rounds)
+    return sum(len(r.committed) for r in rounds) / seconds if seconds > 0 else math.nan

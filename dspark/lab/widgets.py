@@ -1,75 +1,17 @@
-"""What both panels share: the pictures of a run, the menu of policies with its sliders, errors, rows and columns."""
+"""The controls of the live panel: the menu of policies with the sliders of the registry, settings, buttons, and how to free them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable
+from functools import partial
 
 import ipywidgets as w
 
-from dspark.lab import strips
-from dspark.lab.figures import Decode
-from dspark.lab.text import numbers, tally
-from dspark.round import Round
+from dspark.lab.session import Request
 from dspark.schedule import POLICIES, Parameter, make_policy, parse_policy
 
-STYLE = {"description_width": "110px"}
-WIDEST = "420px"  # enough for the longest name of a policy
 LONGEST = 1000  # tokens in a block, until the drafter's block size is known
-
-
-class Panel:
-    """The pictures of a run, the menu of policies and an error, as widgets; a subclass puts them into ``box``.
-
-    policy, changed: see :class:`PolicyControls`.
-    decode: token ids → text; set by the subclass.
-    """
-
-    box: w.VBox
-    decode: Decode
-    error = ""
-
-    def __init__(self, policy: str, changed: Callable[[], object]) -> None:
-        self.controls = PolicyControls(policy, changed)
-        self.colour = w.ToggleButtons(
-            options=list(strips.COLOURS),
-            description="colour",
-            tooltip="What the colours of the heatmap mean",
-            tooltips=list(strips.COLOURS.values()),
-            style={"button_width": "auto", "description_width": "50px"},
-        )
-        self.message, self.numbers, self.text, self.heat, self.windows, self.lanes = (w.HTML() for _ in range(6))
-        self.pictures = column([self.lanes, self.colour, self.heat, self.windows], 480)
-
-    def draw(self, rounds: Sequence[Round], plain: Sequence[Round], arm: str, block_size: int, tokens: int, how: str = "n = 1 run") -> None:
-        """Show a run in numbers and pictures; the subclass shows its text.
-
-        plain: rounds of plain decoding for the race, which is left out without them · arm: gives the name and the colour of the lane ·
-        tokens: length of the whole text · how: how the seconds were obtained.
-        """
-        self.numbers.value = numbers(tally(rounds, plain), how)
-        self.heat.value = strips.heat(rounds, block_size, self.colour.value, self.decode).svg()
-        self.windows.value = strips.windows(rounds, block_size).svg()
-        lanes = [("plain", plain), *([(arm, rounds)] if rounds else [])]
-        self.lanes.value = strips.race(lanes, tokens).svg() if plain else ""
-
-    def picture(self) -> str:
-        """The outputs as plain HTML, for notebooks that run in batch."""
-        return "".join(part.value for part in (self.numbers, self.text, self.heat, self.windows, self.lanes))
-
-    def show_error(self, sentence: str) -> None:
-        """Show an error, which a screen reader announces; "" removes it."""
-        self.error = sentence
-        style = "border-left:4px solid rgb(213,94,0);padding:.2em .6em"
-        self.message.value = f'<div role="alert" style="{style}">{escape(sentence)}</div>' if sentence else ""
-
-    def close(self) -> None:
-        """Remove the widgets."""
-        for member in family(self.box):
-            member.close()
-
-    def _repr_mimebundle_(self, **options: object) -> object:
-        return self.box._repr_mimebundle_(**options)
+PERCENT = (*range(0, 10), *range(10, 30, 2), *range(30, 101, 5))  # places of a slider, finer at the low end: there the speed-up bends
 
 
 class PolicyControls:
@@ -78,7 +20,8 @@ class PolicyControls:
     spec: the policy to start with and its first numbers, such as "adaptive:0.6,0.3".
     changed: called after a widget moved.
 
-    ``box`` holds all widgets, ``kind`` is the menu. Raises ValueError for an unknown policy or too many numbers.
+    ``box`` holds all widgets, ``kind`` is the menu, ``moved`` the parameter that was moved last ("": the policy has none). Raises
+    ValueError for an unknown policy or too many numbers.
     """
 
     def __init__(self, spec: str, changed: Callable[[], object]) -> None:
@@ -86,11 +29,13 @@ class PolicyControls:
         make_policy(chosen, sps=lambda: float)  # this and the next line raise for an unknown name or wrong numbers
         parse_policy(spec, lambda: float)
         choices, tooltip = [(row.label, name) for name, row in POLICIES.items()], "The rule that decides how many drafts are verified"
-        self.kind = labelled(w.Dropdown, chosen, "policy", tooltip, options=choices, max_width=WIDEST)
-        self._all = {name: {p.name: _slider(p) for p in row.parameters} for name, row in POLICIES.items()}
-        for slider, number in zip(self.sliders.values(), filter(None, numbers.split(",")), strict=False):
-            slider.value = float(number)
-        self._changed = changed
+        self.kind = labelled(w.Dropdown, chosen, "policy", tooltip, options=choices)
+        start = dict(zip((p.name for p in POLICIES[chosen].parameters), map(float, filter(None, numbers.split(","))), strict=False))
+        self._all = {
+            name: {p.name: _slider(p, start.get(p.name) if name == chosen else None) for p in row.parameters}
+            for name, row in POLICIES.items()
+        }
+        self._changed, self.moved = changed, next(iter(self.sliders), "")
         every = [slider for sliders in self._all.values() for slider in sliders.values()]
         self.box = w.VBox([self.kind, *every])
         self._show_sliders()
@@ -98,7 +43,7 @@ class PolicyControls:
             widget.observe(self._moved, names="value")
 
     @property
-    def sliders(self) -> dict[str, w.IntSlider | w.FloatSlider]:
+    def sliders(self) -> dict[str, w.SelectionSlider]:
         """Parameter name → slider, of the chosen policy."""
         return self._all[self.kind.value]
 
@@ -109,12 +54,14 @@ class PolicyControls:
     def set_block_size(self, block_size: int) -> None:
         """Set the upper end of every slider whose default is the whole block; one at its upper end stays there."""
         for name, sliders in self._all.items():
-            for slider in [sliders[p.name] for p in POLICIES[name].parameters if p.default is None]:
-                at_end = slider.value == slider.max
-                slider.max = block_size
-                slider.value = block_size if at_end else slider.value
+            for p in [p for p in POLICIES[name].parameters if p.default is None and sliders[p.name].options[-1] != block_size]:
+                slider, value = sliders[p.name], sliders[p.name].value
+                at_end = value == slider.options[-1]
+                slider.options = range(int(p.low), block_size + 1)
+                slider.value = block_size if at_end else min(value, block_size)
 
-    def _moved(self, _change: object) -> None:
+    def _moved(self, change: dict[str, object]) -> None:
+        self.moved = next((name for name, slider in self.sliders.items() if slider is change["owner"]), next(iter(self.sliders), ""))
         self._show_sliders()
         self._changed()
 
@@ -124,26 +71,54 @@ class PolicyControls:
                 slider.layout.display = None if name == self.kind.value else "none"
 
 
-def _slider(p: Parameter) -> w.IntSlider | w.FloatSlider:
+def _slider(p: Parameter, start: float | None) -> w.SelectionSlider:
+    value = p.default if start is None else start
     if p.step == 1:
-        high = LONGEST if p.default is None else int(p.high)  # None: the whole block
-        return labelled(w.IntSlider, int(p.default or high), p.label, p.tooltip, min=int(p.low), max=high, max_width=WIDEST)
-    return labelled(w.FloatSlider, p.default, p.label, p.tooltip, min=p.low, max=p.high, step=p.step, max_width=WIDEST)
+        places = range(int(p.low), (LONGEST if p.default is None else int(p.high)) + 1)  # None: the whole block
+        value = int(value or places[-1])
+    else:
+        places = sorted({round(p.low + (p.high - p.low) * n / 100, 4) for n in PERCENT} | {value})
+    return labelled(w.SelectionSlider, value, p.label, p.tooltip, options=places)
 
 
-def labelled(kind: type[w.Widget], value: object, label: str, tooltip: str, max_width: str | None = None, **options: object) -> w.Widget:
+class Settings:
+    """The other controls, each an attribute: what to decode, how to show it, buttons. ``request`` and ``copy``: what to start with."""
+
+    def __init__(self, request: Request, copy: bool) -> None:
+        slider = partial(labelled, w.FloatSlider, step=0.05, continuous_update=False)
+        tick, width = partial(w.Checkbox, indent=False), {"width": "auto"}
+        button = partial(w.Button, disabled=True, layout=w.Layout(flex="1 1 0", **width))
+        ask, most = "The question to the model, one user turn", max(512, request.max_new_tokens)
+        self.examples = labelled(w.Dropdown, "", "examples", "Those with ▶ have a trace and are replayed at once", options=[("", "")])
+        self.prompt = w.Textarea(request.prompt, placeholder="prompt", tooltip=ask, rows=3, continuous_update=False, layout=width)
+        self.length = labelled(w.IntSlider, request.max_new_tokens, "new tokens", "Upper limit of the text's length", min=8, max=most)
+        self.temperature = slider(request.temperature, "temperature", "0 is greedy: always the most likely token", min=0, max=2)
+        self.top_p = slider(request.top_p, "top-p", "Sample from the most likely tokens with this total probability", min=0.05, max=1)
+        self.seed = labelled(w.BoundedIntText, request.seed, "seed", "The same seed gives the same sampled text", min=0, max=2**31 - 1)
+        self.copy = tick(copy, description="copy from the context", tooltip="Where the text repeats itself, draft what followed before")
+        self.race = tick(True, description="race plain decoding", tooltip="It is recorded once per prompt and replayed in real time")
+        self.slow = tick(False, description="slow motion", tooltip="Show every round twice: the drafts alone, then the target's verdict")
+        self.run_button = button(description="Run", icon="play", button_style="primary", tooltip="Decode to the end")
+        self.step_button = button(description="Step", icon="step-forward", tooltip="Decode one round and wait")
+        self.stop_button = button(description="Stop", icon="stop", tooltip="Stop after the current round")
+        self.path = labelled(w.Text, "", "traces", "A Parquet file of traces")
+        self.record_button = button(
+            description="Record", icon="circle", tooltip="Record a trace of this prompt: then the sliders replay it"
+        )
+        self.load_button = button(description="Load", icon="folder-open", tooltip="Read the traces of this file", disabled=False)
+        self.save_button = button(description="Save", icon="save", tooltip="Write the trace that is replayed to this file", disabled=False)
+        self.more = w.ToggleButton(description="more", icon="sliders", tooltip="Length, sampling, copying, race, traces", layout=width)
+        self.status = w.HTML()
+        files = w.HBox([self.record_button, self.load_button, self.save_button])
+        self.rest = w.VBox([self.length, self.top_p, self.seed, self.copy, self.race, self.slow, self.path, files])
+        self.rest.layout.display = "none"
+        self.more.observe(lambda change: setattr(self.rest.layout, "display", None if change["new"] else "none"), names="value")
+
+
+def labelled(kind: type[w.Widget], value: object, label: str, tooltip: str, **options: object) -> w.Widget:
     """A widget with its label before it, as wide as its place."""
-    return kind(value=value, description=label, tooltip=tooltip, style=STYLE, layout=w.Layout(width="auto", max_width=max_width), **options)
-
-
-def row(children: Sequence[w.Widget]) -> w.HBox:
-    """Side by side where the page is wide enough, else one below the other."""
-    return w.HBox(children, layout=w.Layout(flex_flow="row wrap", grid_gap="4px 16px"))
-
-
-def column(children: Sequence[w.Widget], width: int) -> w.VBox:
-    """width: preferred, in pixels."""
-    return w.VBox(children, layout=w.Layout(flex=f"1 1 {width}px", min_width=f"{min(width, 300)}px"))
+    style, layout = {"description_width": "104px"}, {"width": "auto"}
+    return kind(**options, value=value, description=label, tooltip=tooltip, style=style, layout=layout)
 
 
 def family(widget: w.Widget) -> list[w.Widget]:

@@ -1,0 +1,108 @@
+"""One run as one linked view: text, drafts, windows and race share rounds, and the last three their horizontal axis.
+
+Python writes the markup, which needs no script to be read. ``rounds.js`` links it: what is pointed at or focused lights its round
+everywhere and fills one line of details. ``curve.js`` draws the lines under a slider.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import anywidget
+import traitlets
+
+from dspark.draft.source import COPY
+from dspark.lab import strips
+from dspark.lab.figures import DRAFT_STATES, FATES, Decode, draft_states, fates
+from dspark.lab.text import Tally, streaming_text, tally
+from dspark.round import Round
+from dspark.target.stream import BROKEN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is shown.
+
+    rounds: of the text so far, the prefill first.
+    plain: rounds of plain decoding on the same prompt; () for no race.
+    arm: gives the name and the colour of the lane.
+    tokens: length of the axis.
+    decode: token ids → text.
+    how: how the seconds were obtained.
+    ended, judged: see :func:`dspark.lab.text.streaming_text`.
+    """
+
+    rounds: Sequence[Round]
+    plain: Sequence[Round]
+    arm: str
+    tokens: int
+    decode: Decode
+    how: str = "measured here, n = 1 run"
+    ended: bool = True
+    judged: bool = True
+
+    @property
+    def seen(self) -> Sequence[Round]:
+        """Without a round that is not verified yet."""
+        return self.rounds if self.judged else self.rounds[:-1]
+
+    def tally(self) -> Tally:
+        return tally(self.seen, self.plain)
+
+    def strips(self) -> dict[str, strips.Strip]:
+        """Drafts, windows and race."""
+        lanes = [("plain", self.plain)] * bool(self.plain) + [(self.arm, self.seen)] * bool(self.seen)
+        made = {"drafts": strips.heat(self.seen, self.tokens), "windows": strips.windows(self.seen, self.tokens)}
+        return made | ({"race": strips.race(lanes, self.tokens)} if lanes else {})
+
+    def html(self) -> str:
+        first, *rest = self.tally().words(self.how) or [""]
+        words = f"<b>{escape(first)}</b> " + " ".join(f"<span>{escape(part)}</span>" for part in rest)
+        text = streaming_text(self.rounds, self.decode, ended=self.ended, judged=self.judged)
+        pictures = "".join(strip.svg(f"linked {name}") for name, strip in self.strips().items())
+        return f'<div class="numbers">{words}</div>{text}<div class="details" role="status"></div>{pictures}'
+
+    def details(self) -> list[dict[str, object]]:
+        """One row per round for the line of details: its tokens and drafts as text, with what is known about each."""
+        rows, start = [], 0
+        for r in self.seen:
+            (states,) = draft_states([r]) or [[]]
+            numbers = zip(
+                ("p_target", "p_draft", "confidence"), (r.target_probs_of_drafts, r.draft_probs_of_drafts, r.confidence), strict=True
+            )
+            rows.append(
+                {"round": r.index, "start": start, "window": r.window, "verified": r.verify_length, "ms": 1e3 * r.seconds}
+                | {name: [None if math.isnan(value) else value for value in values] for name, values in numbers}
+                | {
+                    name: [self.decode([token]).replace(BROKEN, "▯") for token in ids]
+                    for name, ids in (("tokens", r.committed), ("drafts", r.draft_tokens))
+                }
+                | {"states": [DRAFT_STATES[state].label for state in states], "accepted": r.accepted, "copied": r.source == COPY}
+                | {"fates": [FATES[t.fate].label for t in fates([r])]}
+            )
+            start += len(r.committed)
+        return rows
+
+
+class RoundsView(anywidget.AnyWidget):
+    """The linked view of a :class:`Run`. live: the text grows, so its end stays visible · stale: it is grey, being of other settings."""
+
+    _esm = Path(__file__).with_suffix(".js")
+    _css = Path(__file__).with_suffix(".css")
+    html = traitlets.Unicode().tag(sync=True)
+    details = traitlets.List().tag(sync=True)
+    live = traitlets.Bool().tag(sync=True)
+    stale = traitlets.Bool().tag(sync=True)
+
+
+class CurveView(anywidget.AnyWidget):
+    """Lines over the ``places`` of a slider that is ``at`` one of them: name → one number per place, None where it is impossible."""
+
+    _esm = Path(__file__).with_name("curve.js")
+    places = traitlets.List().tag(sync=True)
+    lines = traitlets.Dict().tag(sync=True)
+    at = traitlets.Float().tag(sync=True)
