@@ -217,10 +217,8 @@ def trace_decode(trace: Trace) -> Callable[[Sequence[int]], str]:
 
 def prompt_of(trace: Trace) -> str:
     """The prompt that the trace holds (text, chat messages, or token ids) as text."""
-    prompt = trace.about["prompt"]
-    if isinstance(prompt, str):
-        return prompt
-    return " / ".join(part["content"] if isinstance(part, dict) else str(part) for part in prompt)
+    parts = [trace.about["prompt"]] if isinstance(trace.about["prompt"], str) else trace.about["prompt"]
+    return " / ".join(part["content"] if isinstance(part, dict) else str(part) for part in parts)
 
 
 def copies(trace: Trace) -> bool:

@@ -140,9 +140,8 @@ class LivePanel(Settings):
         """Take a prompt; one with a trace brings the settings of its recording."""
         self.prompt.value = prompt
         if trace := self._traces.get(prompt):
-            limit = int(trace.about["max_new_tokens"])
-            self.length.max = max(self.length.max, limit)
-            self.length.value, self.temperature.value, self.copy.value = limit, 0.0, copies(trace)
+            self.temperature.value, self.copy.value, limit = 0.0, copies(trace), int(trace.about["max_new_tokens"])
+            self.length.max, self.length.value = max(self.length.max, limit), limit
         self._settle()
 
     def trace(self) -> Trace | None:
@@ -229,16 +228,10 @@ class LivePanel(Settings):
         if self.error:
             return
         source, (request, name, values, _) = self.source, self._settings()
-        self.session = Session(
-            self.target,
-            source,
-            request,
-            partial(make_policy, name, dict(values), lambda: step_times(self.target, source)),
-            plain=self._recorded.get(request) if self.race.value else (),
-            changed=self._changed,
-            pause=lambda: SLOW if self.slow.value and slow else 0.0,
-            stepping=stepping,
-        )
+        make = partial(make_policy, name, dict(values), lambda: step_times(self.target, source))
+        plain = self._recorded.get(request) if self.race.value else ()
+        options = {"changed": self._changed, "pause": lambda: SLOW if self.slow.value and slow else 0.0, "stepping": stepping}
+        self.session = Session(self.target, source, request, make, plain=plain, **options)
         self._asked, self._arm = self._settings(), name + "+copy" * (source is not self.drafter)
         self.session.start()
 

@@ -19,9 +19,9 @@ SAMPLE = data_dir() / "results" / "traces" / "sample.parquet"  # comes with the 
 def replayed_run(trace: Trace, kind: str, values: Mapping[str, float]) -> Run:
     """The run of a policy over the trace, beside plain decoding. Raises ValueError for values that the policy refuses."""
     rounds = replay(trace, make_policy(kind, values, lambda: trace.times.sps))
-    how = "replayed, seconds predicted from the trace's step times, n = 1 prompt"
-    arm, decode = kind + "+copy" * copies(trace), remembered(trace_decode(trace))
-    return Run(rounds=rounds, plain=replay(trace, Autoregressive()), arm=arm, tokens=len(trace.token_ids), decode=decode, how=how)
+    words = {"arm": kind + "+copy" * copies(trace), "how": "replayed, seconds predicted from the trace's step times, n = 1 prompt"}
+    decode, plain = remembered(trace_decode(trace)), replay(trace, Autoregressive())
+    return Run(rounds=rounds, plain=plain, tokens=len(trace.token_ids), decode=decode, **words)
 
 
 def lines_over(places: Iterable[float], trace: Trace, kind: str, values: dict[str, float], name: str) -> dict[str, list[float | None]]:

@@ -16,6 +16,7 @@ from itertools import accumulate
 from dspark.bench.arms import arm_colour, arm_label
 from dspark.draft.source import COPY
 from dspark.lab.figures import DRAFT_STATES, FATES, draft_states, fates
+from dspark.lab.text import tally
 from dspark.round import Round
 
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # in XML
@@ -33,11 +34,10 @@ class Strip:
 
     def svg(self, kind: str = "") -> str:
         """As wide as its page. kind: its class."""
-        style = f"display:block;overflow:visible;margin-left:{LEFT}px;width:calc(100% - {LEFT + RIGHT}px)"
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" class="{kind}" role="img" aria-label="{legal(self.label)}" height="{self.height:g}" '
-            f'style="{style}" font-family="system-ui,sans-serif" font-size="12" fill="currentColor">{self.body}</svg>'
-        )
+        size = f'height="{self.height:g}" style="display:block;overflow:visible;margin-left:{LEFT}px;width:calc(100% - {LEFT + RIGHT}px)"'
+        font = 'font-family="system-ui,sans-serif" font-size="12" fill="currentColor"'
+        about = f'class="{kind}" role="img" aria-label="{legal(self.label)}"'
+        return f'<svg xmlns="http://www.w3.org/2000/svg" {about} {size} {font}>{self.body}</svg>'
 
 
 def columns(rounds: Sequence[Round], tokens: int | None = None) -> Iterator[tuple[Round, int, float, float]]:
@@ -100,8 +100,8 @@ def windows(rounds: Sequence[Round], tokens: int | None = None) -> Strip:
         parts.append(f'{_band(r, x, wide, top, floor)}<g data-r="{r.index}">{boxes}</g>')
     for y, name in ((floor, "0"), (top, str(most))):
         parts.append(f'<line x1="0" x2="100%" y1="{y}" y2="{y}" stroke="{FAINT}"/>{_text(-6, y + 4, name, "end")}')
-    verified, accepted = sum(r.verify_length for r, *_ in seen), sum(min(r.accepted, len(r.committed)) for r, *_ in seen)
-    label = f"The window: {accepted} of {verified} verified drafts accepted, n = {len(seen)} rounds"
+    t = tally(rounds)
+    label = f"The window: {t.verified - t.rejected} of {t.verified} verified drafts accepted, n = {len(seen)} rounds"
     key = _text(14, 12, "tokens drafted (outline), verified (grey) and accepted (blue)")
     return Strip(f'{_text(-LEFT, 12, "window", weight=600)}<g class="key">{key}</g>' + "".join(parts), floor + 4, label)
 

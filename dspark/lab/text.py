@@ -1,7 +1,6 @@
 """The text while it is decoded, as HTML: tokens coloured by fate, the last round's rejected drafts struck through. And its tally.
 
-A token carries its round (``data-r``), its position in the text (``data-n``) and, if a character has several, the number of its tokens
-(``data-c``), by which ``rounds.js`` links it with the pictures.
+``rounds.js`` links it with the pictures: ``data-r`` is the round, ``data-n`` the position in the text, ``data-c`` a number of tokens.
 """
 
 from __future__ import annotations
