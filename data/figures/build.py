@@ -38,7 +38,7 @@ from dspark.lab.replaying import SAMPLE
 from dspark.lab.rounds import Run
 from dspark.load import load_drafter, load_target
 from dspark.round import Round
-from dspark.schedule import parse_policy
+from dspark.schedule import make_policy, parse_policy
 
 HEADLINE = data_dir() / "results" / "speed-bfloat16-t0.parquet"
 PROMPT = "Write a Python class for a bank account with deposit, withdraw and balance methods."

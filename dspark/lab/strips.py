@@ -15,12 +15,12 @@ from itertools import accumulate
 
 from dspark.bench.arms import arm_colour, arm_label
 from dspark.draft.source import COPY
-from dspark.lab.figures import DRAFT_STATES, FATES, draft_states, fates
+from dspark.lab.figures import DRAFT_STATES, FATES, GREY, draft_states, fates
 from dspark.lab.text import tally
 from dspark.round import Round
 
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # in XML
-LEFT, RIGHT = 46, 12  # margins in pixels
+LEFT, RIGHT, WIDTH = 46, 12, 760  # pixels: margins, and the width of a picture of its own
 FAINT = "rgba(128,128,128,.3)"
 
 
@@ -33,11 +33,13 @@ class Strip:
     label: str
 
     def svg(self, kind: str = "") -> str:
-        """As wide as its page. kind: its class."""
-        size = f'height="{self.height:g}" style="display:block;overflow:visible;margin-left:{LEFT}px;width:calc(100% - {LEFT + RIGHT}px)"'
-        font = 'font-family="system-ui,sans-serif" font-size="12" fill="currentColor"'
-        about = f'class="{kind}" role="img" aria-label="{legal(self.label)}"'
-        return f'<svg xmlns="http://www.w3.org/2000/svg" {about} {size} {font}>{self.body}</svg>'
+        """A picture of its own; with ``kind``, its class, a part of the page: as wide, and in its colour of text."""
+        about = f'class="{kind}" role="img" aria-label="{legal(self.label)}" height="{self.height:g}" font-size="12"'
+        if kind:
+            style = f"display:block;overflow:visible;margin-left:{LEFT}px;width:calc(100% - {LEFT + RIGHT}px)"
+            return f'<svg xmlns="http://www.w3.org/2000/svg" {about} style="{style}" fill="currentColor">{self.body}</svg>'
+        body = f'<svg x="{LEFT}" width="{WIDTH - LEFT - RIGHT}" overflow="visible">{self.body}</svg>'
+        return f'<svg xmlns="http://www.w3.org/2000/svg" {about} width="{WIDTH}" fill="{GREY}" font-family="sans-serif">{body}</svg>'
 
 
 def columns(rounds: Sequence[Round], tokens: int | None = None) -> Iterator[tuple[Round, int, float, float]]:
