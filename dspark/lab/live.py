@@ -272,8 +272,7 @@ class LivePanel(Settings):
                 self.curve.lines = lines_over(places, trace, kind, values, name) if places else {}
 
     def _list_examples(self, _change: object = None) -> None:
-        offered = examples(self._traces)
-        self.examples.options = [("own prompt", ""), *offered]
+        self.examples.options = offered = [("own prompt", ""), *examples(self._traces)]
         self.examples.value = self.prompt.value if self.prompt.value in dict(offered).values() else ""
 
     def _arrange(self) -> None:

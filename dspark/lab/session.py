@@ -55,8 +55,7 @@ class Session(threading.Thread):
         stepping: bool = False,
     ) -> None:
         super().__init__(name="dspark-live", daemon=True)
-        self.target, self.source, self.request = target, source, request
-        self.changed, self.pause = changed, pause
+        self.target, self.source, self.request, self.changed, self.pause = target, source, request, changed, pause
         self.state, self.error = "decoding", ""
         self.rounds: list[Round] = []
         self.plain: list[Round] = list(plain or ())
