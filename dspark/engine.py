@@ -34,7 +34,7 @@ class Engine:
     drafter: who proposes; None for plain decoding.
     policy: how many tokens to draft and verify; None to copy and draft where that pays (:func:`dspark.tune.auto.prepared`).
     max_requests: how many are served at once, at least 1; the others wait in order.
-    memory: bytes of keys and values at most, the drafter's included; None for no limit. A request is admitted when prompt and
+    memory: bytes of keys, values and states at most, the drafter's included; None for no limit. A request is admitted when prompt and
         limit fit beside the others; nobody passes one that waits.
     Raises ValueError for a policy that the drafter cannot serve, or a number out of range.
     """
@@ -57,7 +57,7 @@ class Engine:
         self.drafter = None if isinstance(self.policy, Autoregressive) else drafter
         self.layer_ids = self.drafter.target_layer_ids if self.drafter else ()
         self.verifier = pass_of(target)
-        self.bytes_per_token = self.verifier.bytes_per_token + getattr(self.drafter, "bytes_per_token", 0)
+        self._draft_bytes: int = getattr(self.drafter, "bytes_per_token", 0)
         self.static = static_round(self.verifier, self.drafter)  # on the device as a whole, where pass and source allow that
         self.cache = self.static.cache if self.static else self.verifier.new_cache()
         if self.static and self.drafter:
@@ -118,7 +118,7 @@ class Engine:
         if request.id in self._known:
             raise ValueError(f"request id {request.id!r} is taken: choose another, or leave it out")
         if self.memory is not None and (needed := self._bytes(request)) > self.memory:
-            size = f"{needed} bytes of keys and values ({len(request.prompt)} prompt and {request.limit} new tokens)"
+            size = f"{needed} bytes of keys, values and states ({len(request.prompt)} prompt and {request.limit} new tokens)"
             raise ValueError(f"the request needs {size}, but memory is {self.memory}: shorten it, or give the engine more")
         self._known.add(request.id)
         self.waiting.append(request)
@@ -137,9 +137,15 @@ class Engine:
         while self.waiting or self.active or self._finished:
             yield from self.step()
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values, the drafter's included."""
+        return self.verifier.bytes_per_token + self._draft_bytes
+
     def _bytes(self, *requests: Request) -> int:
-        """Keys and values of these requests when their texts are complete."""
-        return sum(len(r.prompt) + r.limit for r in requests) * self.bytes_per_token
+        """Keys, values and states of these requests when their texts are complete."""
+        states = len(requests) * getattr(self.verifier, "bytes_per_request", 0)
+        return sum(len(r.prompt) + r.limit for r in requests) * self.bytes_per_token + states
 
     def _admit(self) -> Iterator[Request]:
         """Waiting requests that fit now, in the order in which they came."""

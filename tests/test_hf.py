@@ -266,7 +266,7 @@ def test_a_model_that_also_sees_decodes_text_alone():
 
 def test_a_model_whose_cache_cannot_be_rewound_is_refused_and_left_as_it_was():
     model = MambaForCausalLM(MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=2)).eval()
-    with pytest.raises(ValueError, match="MambaForCausalLM is no plain stack of attention layers"):
+    with pytest.raises(ValueError, match="MambaForCausalLM scans from a zero state"):
         model.generate(PROMPT, custom_generate=dspark_generate, do_sample=False, max_new_tokens=4)
     assert all(weight.requires_grad for weight in model.parameters())
 

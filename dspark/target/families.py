@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
-REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values of tokens, nothing else
+STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}  # layers with a state in the cache, which is copied to go back to it
+REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"} | STATES  # the others keep keys, values or nothing
 LENGTH_DEPENDENT = {"longrope", "dynamic"}  # rotary embeddings that depend on the length of the text
 NO_LIMIT = 1 << 30  # tokens
 
@@ -35,8 +36,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def checked_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers.
 
-    Raises ValueError unless the model is causal, reads token ids alone, and keeps nothing but keys and values of tokens, so that
-    dropping those of the last tokens restores its earlier state; the message says which of these does not hold.
+    Raises ValueError unless the model is causal, reads token ids alone, and keeps nothing but keys and values of tokens and states that
+    can be copied, so that its earlier state can be restored; the message says which of these does not hold.
     """
     for reason, applies in REFUSALS.items():
         if applies(model, model.config.get_text_config()):
@@ -44,9 +45,15 @@ def checked_layers(model: nn.Module) -> nn.ModuleList:
     return _layer_stacks(model)[0]
 
 
-def num_shared_layers(config: PretrainedConfig) -> int:
-    """Last layers without keys and values of their own: they read those of earlier layers (Gemma 3n and 4)."""
-    return getattr(config, "num_kv_shared_layers", None) or 0
+def keeps_states(config: PretrainedConfig) -> bool:
+    """Whether layers keep a state of a recurrence or a convolution."""
+    return not STATES.isdisjoint(getattr(config, "layer_types", None) or ())
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """Under which name the model takes a cache of transformers; None if it takes none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
 
 
 def steady_context(config: PretrainedConfig) -> int:
@@ -92,8 +99,13 @@ def _reads_more_than_tokens(model: nn.Module, config: PretrainedConfig) -> bool:
 
 
 def _cannot_rewind(model: nn.Module, config: PretrainedConfig) -> bool:
-    recurrent = getattr(model, "_is_stateful", False) or not REWINDABLE.issuperset(getattr(config, "layer_types", None) or ())
-    return recurrent or len(_layer_stacks(model)) != 1 or "past_key_values" not in inspect.signature(model.forward).parameters
+    others = not REWINDABLE.issuperset(getattr(config, "layer_types", None) or ())
+    if others or cache_argument(model) is None or len(stacks := _layer_stacks(model)) != 1:
+        return True
+    if not keeps_states(config):
+        return getattr(model, "_is_stateful", False)
+    # RecurrentGemma keeps them in its modules, MiniMax in a cache of its own.
+    return "update_conv_state" not in inspect.getsource(inspect.getmodule(type(stacks[0][0])))
 
 
 REFUSALS = {  # why a model is refused → whether that holds, given the model and its text config; checked in this order
@@ -102,5 +114,11 @@ REFUSALS = {  # why a model is refused → whether that holds, given the model a
     "has weights that are not in memory (on disk, or offloaded by a device_map): load it whole": _is_offloaded,
     "does not read from left to right: dspark decodes causal LMs": _reads_both_ways,
     "reads more than tokens: dspark decodes from token ids alone": _reads_more_than_tokens,
-    "is no plain stack of attention layers: dspark cannot rewind its cache": _cannot_rewind,
+    "is no plain stack of layers that keep all they remember in a cache of transformers: dspark cannot rewind it": _cannot_rewind,
+    "scans from a zero state in every pass over several tokens, as Mamba-1 does: dspark cannot verify drafts with it": lambda model, _: any(
+        isinstance(part.A_log, Tensor) and part.A_log.dim() == 2 for part in model.modules() if hasattr(part, "A_log")
+    ),
+    "clamps time steps in a pass over several tokens and not over one: set time_step_limit of its mixers to (0.0, inf)": lambda model, _: (
+        any((part.time_step_limit or (0.0,))[0] > 0 for part in model.modules() if hasattr(part, "time_step_limit"))
+    ),
 }

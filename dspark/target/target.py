@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from dspark.files import one_line, weights_digest
 from dspark.rewind import RewindCache
-from dspark.target.families import NO_LIMIT, checked_layers, decoder_of, num_shared_layers, steady_context, unwrapped
+from dspark.target import families
 from dspark.target.prompt import Prompt, checked
+from dspark.target.states import MOST_REPLAYED, StateCache
 from dspark.target.stream import TextStream
 
 
@@ -27,25 +29,28 @@ class Target:
     """
 
     def __init__(self, model: nn.Module, tokenizer: object | None, name: str) -> None:
-        model = unwrapped(model)
-        self.layers = checked_layers(model)
+        model = families.unwrapped(model)
+        self.layers = families.checked_layers(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.template_kwargs: dict[str, object] = {}  # arguments of the chat template, for every prompt
         self.verifier: Any = getattr(model, "dspark_pass", None)  # a faster TargetPass, set by dspark.cpu; None for its own modules
         self.config = model.config.get_text_config()
+        self.cache_argument = families.cache_argument(model)
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.head_weight: Tensor = model.get_output_embeddings().weight  # [vocab, hidden]
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.head_weight.shape[0]
         self.num_layers: int = len(self.layers)
-        self.num_shared_layers: int = num_shared_layers(self.config)
-        self.steady_context: int = steady_context(self.config)  # tokens
+        # Last layers without keys and values of their own: they read those of earlier layers (Gemma 3n and 4).
+        self.num_shared_layers: int = getattr(self.config, "num_kv_shared_layers", None) or 0
+        self.steady_context: int = families.steady_context(self.config)  # tokens
 
     @property
     def max_context(self) -> int:
         """Longest context in tokens: the config's maximum, or :attr:`steady_context` if that is less."""
-        return min(int(getattr(self.config, "max_position_embeddings", None) or NO_LIMIT), self.steady_context)
+        return min(int(getattr(self.config, "max_position_embeddings", None) or families.NO_LIMIT), self.steady_context)
 
     @property
     def pass_name(self) -> str:
@@ -68,7 +73,7 @@ class Target:
     @property
     def decoder(self) -> nn.Module:
         """token ids [batch, tokens] → an output whose ``last_hidden_state`` [batch, tokens, hidden] the head reads."""
-        return decoder_of(self.model)
+        return families.decoder_of(self.model)
 
     @property
     def head(self) -> nn.Module:
@@ -87,8 +92,18 @@ class Target:
         """Of the weights. A model whose weights were laid out for a CPU keeps that of the plain ones as ``weight_digest``."""
         return getattr(self.model, "weight_digest", None) or weights_digest(self.model)
 
+    @cached_property
+    def cache_bytes(self) -> tuple[int, int]:
+        """Bytes of a token's keys and values and of a text's states, all layers together: found by a pass over one token."""
+        cache = self.new_cache()
+        self.forward(torch.zeros(1, 1, dtype=torch.int64, device=self.device), cache)
+        sides = [side for layer in cache.layers if hasattr(layer, "kv") for side in layer.kv.view()]
+        kept = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, dict)]
+        states = [x for state in kept for x in state.values() if isinstance(x, Tensor)]
+        return sum(x.nbytes for x in sides), sum(x.nbytes for x in states)
+
     def new_cache(self) -> RewindCache:
-        return RewindCache(self.num_layers - self.num_shared_layers)
+        return StateCache(self.config) if families.keeps_states(self.config) else RewindCache(self.num_layers - self.num_shared_layers)
 
     def encode(self, prompt: Prompt, **template: object) -> list[int]:
         """A string (as one user turn), chat messages, or token ids, as a tensor or a tokenizer's encoding too → token ids.
@@ -149,14 +164,21 @@ class Target:
         logits_to_keep: return the logits of the last n positions only; 0 for all.
         Returns logits [batch, n, vocab] in the model's dtype and taps [batch, tokens, m·hidden] (None if none are asked for).
         """
-        keep: int | Tensor = logits_to_keep
-        if self.num_shared_layers and taps and keep:  # a number would also cut the tokens that those layers see
-            keep = torch.arange(-keep, 0, device=token_ids.device)
+        new, given = token_ids.shape[1], {"use_cache": cache is not None, self.cache_argument: cache}
+        ids, keep = token_ids, logits_to_keep or new
+        if isinstance(cache, StateCache):
+            if new and cache.length - cache.reached > MOST_REPLAYED:
+                self.forward(token_ids[:, :0], cache, logits_to_keep=1)
+            ids = cache.advance(token_ids)
+            if self.takes_positions:  # Bamba counts from 0 in every pass
+                given["position_ids"] = torch.arange(cache.length - ids.shape[1], cache.length, device=ids.device)[None]
+        # For layers that read the keys of others a number would also cut the tokens that they see.
+        given["logits_to_keep"] = torch.arange(-keep, 0, device=ids.device) if self.num_shared_layers and taps else keep
         with Taps(self, taps) as tapped:
             # forward, because a model that was compiled in place would not call the hooks of its layers
-            out = self.model.forward(input_ids=token_ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep)
-        logits = out.logits[:, -logits_to_keep:]  # a few models ignore logits_to_keep and return all
-        return logits.to(token_ids.device), tapped.joined()  # a model may be split over devices
+            out = self.model.forward(input_ids=ids, **given)
+        logits = out.logits[:, -keep:]  # a few models ignore logits_to_keep and return all
+        return logits.to(ids.device), tapped.joined(new)  # a model may be split over devices
 
 
 class Taps:
@@ -188,6 +210,6 @@ class Taps:
         for handle in self.handles:
             handle.remove()
 
-    def joined(self) -> Tensor | None:
-        """[batch, tokens, m·hidden] of the last pass; None without layers."""
-        return torch.cat([self.outputs[i].to(self.target.device) for i in self.layer_ids], dim=-1) if self.layer_ids else None
+    def joined(self, last: int = 0) -> Tensor | None:
+        """[batch, tokens, m·hidden] of the last pass, of its last tokens only if a number is given; None without layers."""
+        return torch.cat([self.outputs[i][:, -last:].to(self.target.device) for i in self.layer_ids], dim=-1) if self.layer_ids else None

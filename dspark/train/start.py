@@ -87,7 +87,7 @@ def drafter_for(
         widths = f"an embedding of {target.head_weight.shape[1]} and layers of {target.hidden_size}"
         raise ValueError(f"{target.name} has {widths}, which a drafter cannot share: ContextLookup(None, target=…) drafts without one")
     text = target.config
-    heads = text.num_attention_heads
+    heads = _number(text, "num_attention_heads", max(1, target.hidden_size // 64))  # a state-space model has none
     rope = getattr(text, "rope_parameters", None) or {}  # models with several kinds of layers have one of each kind
     config = DrafterConfig(
         **{

@@ -28,7 +28,7 @@ class TargetPass(Protocol):
     """One way to run the target.
 
     name: what ``target.pass_name`` shows.
-    bytes_per_token: of keys and values, all layers together.
+    bytes_per_token: of keys and values, all layers together. A pass may also have ``bytes_per_request``, of states.
     new_cache: a cache for many requests, with ``open() → slot`` for a new one and ``close(slot)`` after its end.
     """
 
@@ -60,20 +60,11 @@ class TransformersPass:
 
     @property
     def bytes_per_token(self) -> int:
-        config, total = self.target.config, 0
-        for i in range(self.target.num_layers - self.target.num_shared_layers):
-            layer = config.per_layer_config[i] if getattr(config, "is_heterogeneous", False) else config  # as in Gemma 4
-            one = getattr(layer, "multi_query", False) and not getattr(layer, "new_decoder_architecture", False)  # as in Falcon
-            heads = 1 if one else getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
-            each = 2 * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
-            if latent := getattr(
-                layer, "kv_lora_rank", None
-            ):  # as in DeepSeek: transformers keeps the latent, before 5.23 what it expands to
-                kept = hasattr(self.target.layers[i].self_attn, "expand_kv")
-                heads = 1 if kept else heads
-                each = layer.qk_rope_head_dim + (latent if kept else layer.qk_nope_head_dim + layer.v_head_dim)
-            total += heads * each
-        return total * self.target.dtype.itemsize
+        return self.target.cache_bytes[0]
+
+    @property
+    def bytes_per_request(self) -> int:
+        return 2 * self.target.cache_bytes[1]  # the copies too
 
     def new_cache(self) -> SimpleNamespace:
         """A cache of transformers for each request, which is also its slot; the request holds the only reference to it."""
