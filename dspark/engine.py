@@ -57,7 +57,7 @@ class Engine:
         self.drafter = None if isinstance(self.policy, Autoregressive) else drafter
         self.layer_ids = self.drafter.target_layer_ids if self.drafter else ()
         self.verifier = pass_of(target)
-        self._draft_bytes: int = getattr(self.drafter, "bytes_per_token", 0)
+        self.bytes_per_token = self.verifier.bytes_per_token + getattr(self.drafter, "bytes_per_token", 0)
         self.static = static_round(self.verifier, self.drafter)  # on the device as a whole, where pass and source allow that
         self.cache = self.static.cache if self.static else self.verifier.new_cache()
         if self.static and self.drafter:
@@ -136,11 +136,6 @@ class Engine:
         """Step until nothing is left to do."""
         while self.waiting or self.active or self._finished:
             yield from self.step()
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Of keys and values, the drafter's included."""
-        return self.verifier.bytes_per_token + self._draft_bytes
 
     def _bytes(self, *requests: Request) -> int:
         """Keys, values and states of these requests when their texts are complete."""
