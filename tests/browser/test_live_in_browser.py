@@ -117,31 +117,96 @@ def _shot(page: object, name: str) -> None:
 
 @pytest.mark.timeout(1500)
 def test_live_notebook_replays_decodes_and_stops(page):
+    page.set_viewport_size({"width": 1440, "height": 900})
     _run_all(page)
     view = page.locator(".dspark-rounds")
     view.locator("svg.race").wait_for(state="attached")
-    panel = page.locator(".jp-OutputArea-output", has=view)
+    panel = page.locator(".dspark-panel")
     _all_cells_done(page)
-    for dark in (False, True):
+
+    # Both themes at both sizes; at the larger one all of the panel is on the screen.
+    for dark in (True, False):
         _theme(page, dark)
-        for width, height in SIZES:
+        for width, height in reversed(SIZES):
             page.set_viewport_size({"width": width, "height": height})
-            _to_top(page, panel)
-            page.wait_for_timeout(600)
+            _to_top(panel)
+            page.wait_for_timeout(800)
             view.locator("g[data-k]").nth(20).hover()
             _shot(page, f"{'dark' if dark else 'light'}-{width}")
+    box = panel.bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] <= 900 - 24, "above JupyterLab's status bar"
+    sizes = view.evaluate("v => [...v.querySelectorAll('text, span, b, select')].map(e => parseFloat(getComputedStyle(e).fontSize))")
+    assert min(sizes) >= 12
+    assert page.locator(".dspark-still").is_hidden()
+
+    # Pointing at any kind of element lights the same round in all of them.
+    lit = "v => new Set([...v.querySelectorAll('.on')].map(e => e.closest('.text, svg').getAttribute('class'))).size"
+    for part in (".text [data-r='9']", "svg.drafts g[data-r='9']", "svg.windows g[data-r='9']", "svg.race rect[data-r='9'][data-n]"):
+        view.locator(part).first.hover(force=True)
+        assert view.evaluate(lit) == 4
+        assert "round 9" in view.locator(".details").inner_text()
+        assert set(view.evaluate("v => [...v.querySelectorAll('.on')].map(e => e.dataset.r)")) == {"9"}
+
+    # Keys alone: a token takes the focus, arrows move it, and its focus can be seen.
+    view.locator(".text [tabindex='0']").focus()
+    seen = [view.locator(".details").inner_text()]
+    for key in ("ArrowRight", "ArrowDown", "End"):
+        page.keyboard.press(key)
+        seen.append(view.locator(".details").inner_text())
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert len(set(seen)) == 4
+    view.locator("select").select_option("confidence")
+    _shot(page, "focus")
+
+    # The threshold's slider replays the trace.
+    numbers, handle = view.locator(".numbers"), panel.get_by_role("slider").first
+    before = numbers.inner_text()
+    handle.focus()
+    for _ in range(12):
+        page.keyboard.press("ArrowRight")
+    sync_api.expect(numbers).not_to_have_text(before)
+    panel.locator("[role=status]", has_text="replayed from a trace").wait_for()
+    _shot(page, "replay")
+
+    # In slow motion it cannot finish before Stop is pressed. What was shown is grey until then.
+    _button(panel, "more").click()
+    panel.get_by_role("checkbox", name="slow motion").check()
+    panel.locator("textarea").fill("Count from one to a hundred in words.")
+    panel.locator("textarea").blur()
+    page.locator(".dspark-rounds.stale").wait_for()
+    _shot(page, "stale")
+    _button(panel, "Run").click()
+    written, status = view.locator(".text [data-n]"), panel.locator(".dspark-controls [role=status]")
+    sync_api.expect(status).to_have_text("decoding", timeout=PATIENCE)
+    view.locator(".text .draft").first.wait_for()
+    for at_least in (2, 6):  # the text grows while it decodes
+        written.nth(at_least).wait_for()
+    _shot(page, "decoding")
+    _button(panel, "Stop").click()
+    sync_api.expect(status).to_have_text("stopped", timeout=PATIENCE)
+    tokens = written.count()
+    page.wait_for_timeout(3000)  # two rounds of slow motion
+    assert written.count() == tokens < 120, "decoding went on after Stop"
+    sync_api.expect(_button(panel, "Run")).to_be_enabled()
+    sync_api.expect(_button(panel, "Stop")).to_be_disabled()
+    panel.locator("textarea").fill("")
+    _button(panel, "Run").click()
+    panel.locator("[role=alert]", has_text="the prompt is empty").wait_for()
+    _shot(page, "stopped")
+    assert not page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count()
+    assert [words for words in page.complaints if not words.startswith(NOT_OURS)] == []
 
 
-def _theme(page, dark):
+def _theme(page: object, dark: bool) -> None:
     page.get_by_role("menuitem", name="Settings", exact=True).click()
-    for name in ("Theme", "JupyterLab Dark" if dark else "JupyterLab Light"):
+    for name in ("Theme", f"JupyterLab {'Dark' if dark else 'Light'}"):
         page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{name}$")).click()
     page.locator(f"body[data-jp-theme-light='{str(not dark).lower()}']").wait_for(state="attached")
     page.wait_for_timeout(1000)  # for the new colours
 
 
-def _to_top(page, panel):
-    panel.evaluate("element => element.closest('.jp-Cell-outputArea, .jp-OutputArea-child').scrollIntoView(true)")
+def _to_top(panel: object) -> None:
+    panel.evaluate("element => element.scrollIntoView(true)")
 
 
 def _button(where: object, name: str) -> object:
