@@ -33,9 +33,9 @@ function render({ model, el }) {
     const keys = lines.map(([name], k) => `<span style="border-bottom:2px ${LOOKS[k % LOOKS.length][1] ? "dashed" : "solid"} ${LOOKS[k % LOOKS.length][0]}">${name}</span> ${
       lines[k][1][at]?.toFixed(2) ?? "–"}`).join(" · ");
     const last = places.length - 1;
-    const marks = [0, best, last].filter((i) => i === best || Math.abs(i - best) > last / 5).map((i) =>
-      `<text x="${x(i)}%" y="${FLOOR + 16}" text-anchor="middle">${places[i]}</text>`).join("");
-    view.innerHTML = `<div>on the trace: ${keys} · best at ${places[best]}</div>
+    const marks = [0, best, last].filter((i) => i === best || Math.abs(i - best) > last / 3).map((i) =>
+      `<text x="${x(i)}%" y="${FLOOR + 16}" text-anchor="middle">${i === best ? "best " : ""}${places[i]}</text>`).join("");
+    view.innerHTML = `<div>on the trace: ${keys}</div>
       <svg role="img" aria-label="${label}" height="${FLOOR + 20}" fill="currentColor"
         style="display:block;overflow:visible;margin-left:118px;width:calc(100% - 161px)">
         <line x1="0" x2="100%" y1="${y(1)}" y2="${y(1)}" stroke="rgba(128,128,128,.5)"/>

@@ -121,8 +121,7 @@ def race(lanes: Sequence[tuple[str, Sequence[Round]]], tokens: int) -> Strip:
         when = dict(zip((r.index for r in rounds), accumulate(r.seconds if r.anchor is not None else 0.0 for r in rounds), strict=True))
         committed = [token for token in fates(rounds) if when[token.round.index] <= clock + 1e-9]
         y, spent = top + i * high, min(clock, max(when.values(), default=0.0))
-        speed = f", {(len(committed) - 1) / spent:.1f} tokens/s" if spent > 0 and len(committed) > 1 else ""
-        labels.append(f"{arm_label(arm)}: {len(committed)} tokens in {spent:.2f} s{speed}")
+        labels.append(f"{arm_label(arm)}: {len(committed)} tokens in {spent:.2f} s")
         parts.append(f'<rect x="-14" y="{y}" width="8" height="26" rx="2" fill="{arm_colour(arm)}"/>{_text(0, y + 9, labels[-1])}')
         parts.append(f'<rect width="100%" y="{y + 14}" height="12" rx="3" fill="rgba(128,128,128,.12)"/>')
         for n, token in enumerate(committed):
