@@ -57,7 +57,7 @@ class Engine:
         self.drafter = None if isinstance(self.policy, Autoregressive) else drafter
         self.layer_ids = self.drafter.target_layer_ids if self.drafter else ()
         self.verifier = pass_of(target)
-        self.bytes_per_token = self.verifier.bytes_per_token + getattr(self.drafter, "bytes_per_token", 0)
+        self._draft_bytes: int = getattr(self.drafter, "bytes_per_token", 0)
         self.static = static_round(self.verifier, self.drafter)  # on the device as a whole, where pass and source allow that
         self.cache = self.static.cache if self.static else self.verifier.new_cache()
         if self.static and self.drafter:
@@ -137,6 +137,11 @@ class Engine:
         while self.waiting or self.active or self._finished:
             yield from self.step()
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values, the drafter's included. The first call may run a token to see."""
+        return self.verifier.bytes_per_token + self._draft_bytes
+
     def _bytes(self, *requests: Request) -> int:
         """Keys, values and states of these requests when their texts are complete."""
         states = len(requests) * getattr(self.verifier, "bytes_per_request", 0)
@@ -207,7 +212,10 @@ class Engine:
         clock = Clock(self.target.device)
         for turn in turns:
             turn.request.slot.rewind(turn.start)  # an interrupted round may have left more
-        self._ask_policy(turns)
+        if self.drafter:  # a window per request, from past rounds alone
+            windows = self.policy.windows([turn.request.rounds for turn in turns], self.drafter.block_size)
+            for turn, window in zip(turns, windows, strict=True):
+                turn.window = window
         if self.static:
             verdicts, draft_seconds, verify_seconds = self.static(turns, self.policy)
             for turn, verdict in zip(turns, verdicts, strict=True):
@@ -222,12 +230,6 @@ class Engine:
         verify_seconds = clock.lap()
         for turn, rows, tapped in zip(turns, logits, taps, strict=True):
             self._guard(turn.request, self._accept, turn, rows, tapped, draft_seconds, verify_seconds, clock)
-
-    def _ask_policy(self, turns: Sequence[Turn]) -> None:
-        """A window per request, from past rounds alone."""
-        windows = self.policy.windows([turn.request.rounds for turn in turns], self.drafter.block_size) if self.drafter else ()
-        for turn, window in zip(turns, windows, strict=False):
-            turn.window = window
 
     def _draft(self, turns: Sequence[Turn]) -> None:
         """Ask the source for all drafts together."""
