@@ -13,6 +13,7 @@ from html import unescape
 
 import anywidget
 import ipywidgets as w
+import nbformat
 import pytest
 from ipywidgets.widgets import widget as registry
 from rounds import ROUNDS, TEXT, decode, ids, round_of
@@ -98,6 +99,15 @@ def struck(html: str) -> str:
 def test_finished_stream_reads_as_the_text_itself():
     html = text.streaming_text(ROUNDS, decode)
     assert visible(html) == TEXT and struck(html) == ""
+
+
+def test_indentation_survives_an_export():
+    exporter, pieces = pytest.importorskip("nbconvert").HTMLExporter(), ("if:", "\n   ", " go")
+    rounds = [Round(index=i, committed=(i,), anchor=1, seconds=0.1) for i in range(3)]
+    html = text.streaming_text(rounds, lambda tokens: "".join(pieces[t] for t in tokens))
+    output = nbformat.v4.new_output("display_data", {"text/html": html})
+    page, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[output])]))
+    assert visible(page[page.index('class="legend"') :].split("</pre>")[0]) == visible(html) == "if:\n    go"
 
 
 def plain_rounds(tokens: list[int], seconds: float = 0.1) -> list[Round]:

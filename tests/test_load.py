@@ -138,6 +138,23 @@ def test_a_closed_loop_is_measured_while_all_users_are_served(models):
     assert found["tokens_per_second"] == pytest.approx(2, abs=0.5) and found["active"] <= 2
 
 
+@pytest.mark.parametrize(("pause", "is_busy"), [(0.3, False), (1.0, True)])
+def test_a_busy_machine_is_noticed_by_steps_that_take_longer_than_others_with_as_many_drafts(models, pause, is_busy):
+    """On a made-up clock: a token takes a second, every third step takes ``pause`` seconds more for each."""
+    engine, clock, steps = Engine(models.target, None, max_requests=2), [0.0], count()
+    step = engine.step
+
+    def timed() -> list:
+        done = step()
+        clock[0] += sum(r.index > 0 for _, r in done) * (1 + pause * (next(steps) % 3 == 0))
+        return done
+
+    engine.step = timed
+    jobs = [load.Job(unit.item, 16, 0) for unit in small().units[:4]]
+    found = load.serve(engine, jobs, lambda job: engine.submit(job.item.messages, max_new_tokens=job.limit), None, lambda: clock[0])
+    assert found["busy"] == is_busy and found["spread"] == pytest.approx(1 + pause)
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -195,11 +212,20 @@ def test_a_grid_of_another_schema_or_kind_is_refused(tmp_path):
 
 
 def test_the_command_measures_prints_and_is_a_mode_of_bench(models, tmp_path, monkeypatch, capsys):
+    real = load.serve
+    unsteady = {FixedWindow: {"spread": 1.9, "busy": True}}
+    monkeypatch.setattr(
+        load, "serve", lambda engine, *rest: real(engine, *rest) | unsteady.get(type(engine.policy), {"spread": 1.1, "busy": False})
+    )
     monkeypatch.setattr(LoadPlan, "load", lambda self: models)
     options = "load --arms plain,fixed:2 --users 1,2 --rates= --domains code --prompts 2 --tokens 6 --threads 1 --memory 0.03 --out".split()
     assert command.main([*options, str(tmp_path / "load.parquet")]) == 0
     printed = capsys.readouterr().out
     assert "tokens per second in all" in printed and "fixed:2" in printed and "memory was full" in printed
+    assert (
+        "This machine was busy (steps took up to 1.9×" in printed
+        and "So it was during fixed:2 (closed, 1), fixed:2 (closed, 2)\n" in printed
+    )
     assert command.main(["load", "--rates", "-3"]) == 2 and "rates must lie above 0" in capsys.readouterr().err
 
 
@@ -325,7 +351,7 @@ def test_random_arrivals_cancels_and_bad_requests_do_no_harm(models, monkeypatch
     """100 steps, on a clock that counts them; DSPARK_SOAK gives real seconds (make soak: 60)."""
     prompts, seconds = [random_prompt(i, 3 + 4 * i) for i in range(6)], os.environ.get("DSPARK_SOAK")
     if seconds is None:
-        monkeypatch.setattr("dspark.bench.soak.time", SimpleNamespace(monotonic=count().__next__))
+        monkeypatch.setattr("soak.time", SimpleNamespace(monotonic=count().__next__))
     found = soak(models.target, models.drafter, prompts, float(seconds or 100), users=4, tokens=12)
     assert found["requests"] > 20 and found["cancelled"] and found["refused"] and not math.isnan(found["growth"])
 

@@ -28,6 +28,7 @@ from dspark.bench.plan import Plan, rotated
 from dspark.bench.prompts import PromptItem
 from dspark.bench.provenance import peaks, utc
 from dspark.bench.results import Ledger, Row, read_rows
+from dspark.bench.stats import BUSY, busy
 from dspark.cli import add_fields, from_fields, option, run_main
 from dspark.engine import Engine
 from dspark.request import Request
@@ -151,6 +152,8 @@ def serve(
     token_ms_*, first_ms_*: percentiles of the time per token, and from arrival to the first token.
     tokens_per_round, checked, drafted: per request and round; budget: tokens in a pass; active: requests in it.
     waited: share of steps in which a request waited for its turn. kv_mib: peak of keys and values.
+    spread: 90th percentile of the times of steps, each over the median of those with as many requests and drafts; without prefills.
+    busy: whether that is so much that speeds are not reliable.
     Raises the error of a request that failed.
     """
     pending, sent, last = deque(jobs), {}, {}
@@ -164,7 +167,7 @@ def serve(
         if not sent:
             idle(start + pending[0].at - now())
             continue
-        done, after = engine.step(), now()
+        before, done, after = now(), engine.step(), now()
         for request, r in done:
             if r.index == 0:
                 first.append(after - sent[request])
@@ -173,15 +176,18 @@ def serve(
                 per_token += [(after - last[request]) / len(r.committed)] * len(r.committed)
             last[request] = after
         held = sum(request.rounds[-1].context for request in engine.active if request.rounds)
-        prefill = sum(r.seconds for _, r in done if r.index == 0)
-        steps.append((sum(len(r.committed) for _, r in done), sum(r.index > 0 for _, r in done), held, bool(engine.waiting), prefill))
+        prefill, going = sum(r.seconds for _, r in done if r.index == 0), [r for _, r in done if r.index > 0]
+        work = len(going), sum(r.verify_length for r in going), sum(bool(r.draft_tokens) for r in going)
+        steps.append((sum(len(r.committed) for _, r in done), *work, held, bool(engine.waiting), prefill, after - before))
         if not full and len(last) >= users:
             per_token, first, rounds, steps, start, full = [], [], [], [], after, True
         for request in [request for request in sent if request.done]:
             if request.error:
                 raise request.error
             del sent[request]
-    tokens, active, held, waiting, prefills = np.array(steps, dtype=float).T
+    tokens, active, checked, drafting, held, waiting, prefills, times = np.array(steps, dtype=float).T
+    alike = pd.Series(times[prefills == 0]).groupby([each[prefills == 0] for each in (active, checked, drafting)])
+    uneven = float(alike.transform(lambda part: part / part.median()).quantile(0.9))
     seconds, passes = now() - start, max(int((active > 0).sum()), 1)
     milliseconds = {"token_ms": per_token, "first_ms": first}
     return {
@@ -197,6 +203,8 @@ def serve(
         "budget": sum(1 + r.verify_length for r in rounds) / passes,
         "active": active.sum() / passes,
         "waited": waiting.mean(),
+        "spread": uneven,
+        "busy": uneven > BUSY,
         "kv_mib": held.max() * engine.bytes_per_token / MIB,
     }
 
@@ -257,6 +265,9 @@ def _measure(options: argparse.Namespace) -> None:
     out = options.out or plan.default_out("load")
     frame = measure_load(plan, plan.load(), out)
     print(f"{closed(frame).round(0).to_string()}\ntokens per second in all, by number of users; {len(frame)} rows in {out}")
+    if said := "busy" in frame and busy(frame):  # files of older versions do not say
+        cells = frame.loc[frame["busy"].eq(True), ["arm", "kind", "level"]].to_numpy()
+        print(said, "So it was during", ", ".join(f"{arm} ({kind}, {level:g})" for arm, kind, level in cells))
     for _, row in frame[(frame["kind"] == CLOSED) & (frame["waited"] > 0)].iterrows():
         print(f"{row['arm']} with {row['level']:g} users: memory was full, {row['active']:.1f} requests were served at once, others waited")
 

@@ -43,7 +43,9 @@ def resampled_medians(values: np.ndarray, domain: str, resamples: int = RESAMPLE
 
 def spread(frame: pd.DataFrame) -> float:
     """How unevenly plain decoding (else the first arm) ran, from 1; NaN if unknown. The larger of two ratios: 90th to 10th percentile of
-    the latency of texts, and 90th percentile to median of the steps of a text."""
+    the latency of texts, and 90th percentile to median of the steps of a text. Of loads, the largest one that their rows report."""
+    if "spread" in frame:
+        return float(frame["spread"].max())
     rows = frame[frame["arm"] == ("plain" if "plain" in set(frame["arm"]) else frame["arm"].iloc[0])].dropna(subset="latency_ms")
     ratios = [(rows["round_ms_p90"] / rows["round_ms"]).median()] if "round_ms_p90" in rows else []
     ratios += [rows["latency_ms"].quantile(0.9) / rows["latency_ms"].quantile(0.1)] if len(rows) >= FEWEST else []
@@ -52,7 +54,7 @@ def spread(frame: pd.DataFrame) -> float:
 
 def busy(frame: pd.DataFrame) -> str:
     """What to say if this machine was busy with something else while these rows were measured; "" if not."""
-    found = f"This machine was busy (plain steps took up to {spread(frame):.1f}× their usual time): these speeds are not reliable."
+    found = f"This machine was busy (steps took up to {spread(frame):.1f}× their usual time): these speeds are not reliable."
     return f"{found} Close other programs and measure again." if spread(frame) > BUSY else ""
 
 

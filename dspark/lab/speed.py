@@ -32,9 +32,10 @@ def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> Drawing:
     intervals = "lines: 95 % over prompts" if lines["low"].notna().any() else "too few prompts for intervals"
     low, high = (1 + gain for gain in published.RANGE)
     range_note = f"grey, quoted: {low:.2f}–{high:.2f}× over MTP-1, of a far larger model on many GPUs" * quoted
-    about = filter(None, [busy(frame), caption(frame), intervals, range_note])
-    finding = f"{arm_label(best['arm'])} is {best['speedup']:.2f}× as fast as {arm_label(baseline)}"
-    figure = by_arm(lines, f"speed-up over {arm_label(baseline)} (×)", finding, "; ".join(about))
+    about = "; ".join(filter(None, [caption(frame), intervals, range_note]))
+    doubt = ", but this machine was busy" * bool(busy(frame))
+    finding = f"{arm_label(best['arm'])} is {best['speedup']:.2f}× as fast as {arm_label(baseline)}{doubt}"
+    figure = by_arm(lines, f"speed-up over {arm_label(baseline)} (×)", finding, f"{busy(frame)} {about}".strip())
     for panel in figure.axes if quoted else ():
         panel.axvspan(low, high, color=GREY, alpha=0.18)
     return figure

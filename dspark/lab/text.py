@@ -15,7 +15,7 @@ from dspark.lab.figures import DRAFT_STATES, FATES, Decode, FatedToken, Look, dr
 from dspark.round import Round
 from dspark.target.stream import BROKEN
 
-BOX = "font:13px/1.75 var(--jp-code-font-family,monospace);white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4"
+BOX = "font:13px/1.75 var(--jp-code-font-family,monospace);white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;margin:0"
 
 
 def remembered(decode: Decode, size: int = 8192) -> Decode:
@@ -47,7 +47,7 @@ def streaming_text(rounds: Sequence[Round], decode: Decode, *, ended: bool = Tru
     discarded = "" if last is None or ended else _discarded(last, decode, waiting)
     cursor = "" if ended else '<span style="opacity:.6">▍</span>'
     words = "".join([*shown[0], discarded, *shown[1], cursor])
-    return f'<div>{legend(tokens)}<div class="text" style="{BOX}">{words}</div></div>'
+    return f'<div>{legend(tokens)}<pre class="text" style="{BOX}">{words}</pre></div>'  # exports drop indentation outside of pre
 
 
 def span(group: Sequence[FatedToken], text: str, start: int = 0) -> str:
