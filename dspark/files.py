@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -71,6 +72,13 @@ def file_sha256(path: str | Path) -> str:
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def closest(name: str, choices: Iterable[str]) -> str:
+    """``, did you mean 'plain'`` for a misspelt name; "" if no choice is like it."""
+    folded = {choice.casefold(): choice for choice in choices}
+    near = difflib.get_close_matches(name.casefold(), folded, 1)
+    return f", did you mean {folded[near[0]]!r}" if near else ""
 
 
 def is_hub_id(name: str | Path) -> bool:

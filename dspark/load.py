@@ -34,7 +34,7 @@ def load_target(name: str | Path = "default", *, dtype: str = "bfloat16", device
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
-    where = _device(device)
+    where = usable_device(device)
     target = _read_target(*_find_target(name), usable_dtype(dtype, where), where)
     return pack_target(target) if pack else target
 
@@ -111,7 +111,7 @@ def usable_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _device(device: str) -> torch.device:
+def usable_device(device: str) -> torch.device:
     try:
         where = torch.device(device)
         torch.empty(0, device=where)

@@ -152,8 +152,7 @@ def serve(
     token_ms_*, first_ms_*: percentiles of the time per token, and from arrival to the first token.
     tokens_per_round, checked, drafted: per request and round; budget: tokens in a pass; active: requests in it.
     waited: share of steps in which a request waited for its turn. kv_mib: peak of keys and values.
-    spread: 90th percentile of the times of steps, each over the median of those with as many requests and drafts; without prefills.
-    busy: whether that is so much that speeds are not reliable.
+    spread: 90th percentile of step times over the median of like ones (requests, drafts), without prefills; busy: it is too large.
     Raises the error of a request that failed.
     """
     pending, sent, last = deque(jobs), {}, {}

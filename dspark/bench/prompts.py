@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from dspark.files import data_dir, digest, one_line
+from dspark.files import closest, data_dir, digest, one_line
 
 DOMAINS = ("code", "math", "chat", "structured")
 SPLITS = ("dev", "test")
@@ -77,7 +77,7 @@ def _rows(name: str) -> list[dict]:
     except (OSError, ValueError) as error:
         raise ValueError(f"prompts {name!r} cannot be read ({one_line(error)}): pass a .jsonl file with one prompt a line") from error
     sets = f"{', '.join(DOMAINS)}, a .jsonl file, {', '.join(HUB)}, or owner/name:configuration/split of a data set on the hub"
-    raise ValueError(f"domain {name!r} is unknown: choose one of {sets}")
+    raise ValueError(f"domain {name!r} is unknown{closest(name, (*DOMAINS, *HUB))}: choose one of {sets}")
 
 
 def _item(name: str, split: str, index: int, row: object) -> PromptItem:

@@ -60,8 +60,7 @@ def busy(frame: pd.DataFrame) -> str:
 
 def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """The central ``level`` of bootstrap draws."""
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return tuple(np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 
 def summarise(frame: pd.DataFrame, baseline: str, *, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:

@@ -6,7 +6,6 @@ import ast
 import json
 import math
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 import pandas as pd
@@ -15,8 +14,8 @@ import transformers
 from IPython import get_ipython
 
 from dspark.bench.prompts import DOMAINS
-from dspark.files import write_atomically
-from dspark.load import DTYPES
+from dspark.files import closest, write_atomically
+from dspark.load import DTYPES, usable_device
 
 TYPES = {"str": str, "int": int, "float": (float, int), "bool": bool}
 FREE = {"seed", "position", "bias"}  # numbers without a range; a name means the same in every notebook
@@ -27,8 +26,7 @@ CHOICES = {"dtype": DTYPES, "domains": DOMAINS}  # of domains several, with comm
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
     """The error for a misspelt name; it names the closest one."""
-    near = get_close_matches(name, known, 1)
-    return ValueError(f"there is no {kind} {name!r}: " + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"))
+    return ValueError(f"there is no {kind} {name!r}" + (closest(name, known) or f": choose from {', '.join(known)}"))
 
 
 def check(values: Mapping[str, object], kinds: Mapping[str, str]) -> None:
@@ -67,6 +65,7 @@ def begin() -> None:
         if source.startswith("# Parameters"):  # papermill's own cell
             given = {target.id: None for node in body if isinstance(node, ast.Assign) for target in node.targets}
     check({name: names[name] for name in {**kinds, **given}}, kinds)
+    usable_device(names.get("device", "cpu"))
     torch.set_num_threads(names.get("threads", torch.get_num_threads()))
     transformers.utils.logging.disable_progress_bar()  # a saved notebook shows that widget as a blank
 

@@ -8,10 +8,10 @@ To add a policy, write one class and add one row::
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from dspark.files import closest
 from dspark.schedule.auto import Auto
 from dspark.schedule.policies import MTP1, SPS, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, Shortened
 from dspark.schedule.prefix import PrefixScheduler
@@ -123,12 +123,12 @@ def make_policy(name: str, values: Values | None = None, sps: Callable[[], SPS] 
     Raises ValueError for an unknown name or parameter (the closest is named), or a value that the policy refuses.
     """
     if name not in POLICIES:
-        raise ValueError(f"policy {name!r} is unknown{_closest(name, POLICIES)}: choose one of {', '.join(POLICIES)}")
+        raise ValueError(f"policy {name!r} is unknown{closest(name, POLICIES)}: choose one of {', '.join(POLICIES)}")
     row, values = POLICIES[name], dict(values or {})
     known = {parameter.name: parameter for parameter in row.parameters}
     if unknown := sorted(values.keys() - known.keys()):
         choices = f"choose from {', '.join(known)}" if known else "it has none"
-        raise ValueError(f"policy {name!r} has no parameter {unknown[0]!r}{_closest(unknown[0], known)}: {choices}")
+        raise ValueError(f"policy {name!r} has no parameter {unknown[0]!r}{closest(unknown[0], known)}: {choices}")
     if row.needs_step_times and sps is None:
         raise ValueError(f"policy {name!r} reads measured step times: pass sps=lambda: step_times(target, drafter) (dspark.tune.profile)")
     read = {key: parameter.read(values.get(key, parameter.default)) for key, parameter in known.items()}
@@ -148,8 +148,3 @@ def parse_policy(spec: str, sps: Callable[[], SPS] | None = None) -> Policy:
         raise ValueError(f"policy {name!r} takes {len(parameters)} numbers at most, got {spec!r}")
     policy = make_policy(name, dict(zip((p.name for p in parameters), given, strict=False)), sps)
     return Shortened(policy, _WINDOW.read(block)) if block else policy
-
-
-def _closest(name: str, choices: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(name, list(choices), 1)
-    return f", did you mean {near[0]!r}" if near else ""
