@@ -36,7 +36,7 @@ test-gemma: $(stamp)  ## fetch a second model (Gemma-3-270M, 250 MB, under Gemma
 	DSPARK_GEMMA=1 $(python) -m pytest -q -rs tests/test_gemma.py
 
 test-browser: $(stamp)  ## use the live notebook in JupyterLab and Chromium as a reader would
-	$(pip) install --quiet --retries 1 --timeout 15 -c constraints.txt playwright || true  # without it the test reports that it was skipped
+	$(pip) install --quiet --retries 1 --timeout 15 -c constraints.txt playwright axe-playwright-python || true  # tests that lack one report that they were skipped
 	$(python) -m pytest -q -rs tests/browser
 
 soak: $(stamp)  ## a minute of random arrivals, cancels and bad requests on tiny models; an hour on the real one: python -m tests.soak

@@ -17,6 +17,7 @@ import papermill
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.image import imread
 from tiny import tiny_drafter, tiny_target
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -26,6 +27,7 @@ from dspark.bench import published
 from dspark.draft.lookup import ContextLookup
 from dspark.formats.deepspec import export_deepspec
 from dspark.lab import batch, demo
+from dspark.lab.figures import FATES
 from dspark.lab.text import tally
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,24 +192,45 @@ def test_a_notebook_runs_at_other_parameters_on_another_model_and_all_its_figure
 @pytest.mark.parametrize("name", ["00_start", "04_confidence"])
 def test_an_exported_page_shows_every_figure_with_ink_in_a_browser_without_a_network(executed, tmp_path, name):
     """00 has text and strips, 04 has charts."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no Chromium on this machine")
     exporter = pytest.importorskip("nbconvert").HTMLExporter()
-    page = tmp_path / "page.html"
-    page.write_text(exporter.from_filename(str(executed(name).path))[0].replace("</body>", INK + "</body>"), encoding="utf-8")
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-        f"--user-data-dir={tmp_path / 'chromium'}",
-    ]
-    command = [chromium, *options, "--virtual-time-budget=20000", "--dump-dom", page.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+    html = exporter.from_filename(str(executed(name).path))[0].replace("</body>", INK + "</body>")
+    dom = in_chromium(html, tmp_path, "--virtual-time-budget=20000", "--dump-dom")
     inks = [float(ink) for ink in re.search(r'id="ink">([^<]*)<', dom)[1].split()]
     pictures = FIGURES[name[:2]] + (name == "00_start")  # and the cartoon in its first cell
     assert len(inks) == pictures and min(inks) > 0.002, "the share of each picture that is not blank"
+
+
+def in_chromium(html: str, folder: Path, *options: str) -> str:
+    """What Chromium prints about a page, without a network."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium on this machine")
+    page = folder / "page.html"
+    page.write_text(html, encoding="utf-8")
+    alone = ["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'chromium'}"]
+    command = [chromium, "--headless", *alone, *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+
+
+def test_without_javascript_an_exported_page_shows_the_panels_text_and_pictures(tmp_path):
+    """The notebook up to the panel, which opens with the recorded text; a script that empties the page shows that none ran."""
+    notebook = nbformat.read(ROOT / "notebooks" / "01_live_decoding.ipynb", as_version=4)
+    last = next(i for i, cell in enumerate(notebook.cells) if cell.source.endswith("\npanel"))
+    notebook.cells = notebook.cells[: last + 1]
+    nbformat.write(notebook, tmp_path / "opening.ipynb")
+    inline.execute(tmp_path / "opening.ipynb", {}, tmp_path / "live.ipynb")
+    html = pytest.importorskip("nbconvert").HTMLExporter().from_filename(str(tmp_path / "live.ipynb"))[0]
+    words = re.sub(r"<[^>]*>", "", re.search(r'<pre class="text".*?</pre>', html, re.DOTALL)[0])
+    assert "\n    def __init__(" in words, "the text keeps its indentation"
+    picture = tmp_path / "page.png"
+    html = html.replace("<head>", """<head><meta http-equiv="Content-Security-Policy" content="script-src 'none'">""", 1)
+    html = html.replace("</body>", "<script>document.body.innerHTML = ''</script></body>")
+    in_chromium(html, tmp_path, "--hide-scrollbars", "--window-size=1100,1500", f"--screenshot={picture}")
+    pixels = (255 * imread(picture)[..., :3]).round().astype(int).reshape(-1, 3)
+    for fate in ("draft", "copy", "correction"):
+        for alpha in (0.33, 0.9):  # the ground of its tokens in the text, and its cells in the pictures
+            blended = [round(255 + alpha * (part - 255)) for part in FATES[fate].rgb]
+            assert (abs(pixels - blended).max(axis=1) <= 2).sum() > 200, (fate, alpha)
 
 
 INK = """<pre id="ink"></pre><script>

@@ -63,8 +63,7 @@ class LivePanel(Settings):
         self._recorded: dict[Request, tuple[Round, ...]] = {}  # plain decoding of the last prompt
         self._drawn, self._asked, self._curved = 0.0, None, None
         self._arrange()
-        before = LivePanel._latest and LivePanel._latest()
-        if before is not None:
+        if before := LivePanel._latest and LivePanel._latest():
             before.close()
         LivePanel._latest = weakref.ref(self)
         self.path.value = str(traces)
@@ -225,15 +224,13 @@ class LivePanel(Settings):
             if self.target is None:
                 raise ValueError("no model yet: run the cell that loads the models")
             self._check()
-        if self.error:
-            return
-        source, (request, name, values, _) = self.source, self._settings()
-        make = partial(make_policy, name, dict(values), lambda: step_times(self.target, source))
-        plain = self._recorded.get(request) if self.race.value else ()
-        options = {"changed": self._changed, "pause": lambda: SLOW if self.slow.value and slow else 0.0, "stepping": stepping}
-        self.session = Session(self.target, source, request, make, plain=plain, **options)
-        self._asked, self._arm = self._settings(), name + "+copy" * (source is not self.drafter)
-        self.session.start()
+            source, (request, name, values, _) = self.source, self._settings()
+            make = partial(make_policy, name, dict(values), lambda: step_times(self.target, source))
+            plain = self._recorded.get(request) if self.race.value else ()
+            options = {"changed": self._changed, "pause": lambda: SLOW if self.slow.value and slow else 0.0, "stepping": stepping}
+            self.session = Session(self.target, source, request, make, plain=plain, **options)
+            self._asked, self._arm = self._settings(), name + "+copy" * (source is not self.drafter)
+            self.session.start()
 
     def _changed(self, session: Session) -> None:
         """Called by the session's thread."""
@@ -250,8 +247,11 @@ class LivePanel(Settings):
         rounds, lane, arm = (plain, (), "plain") if state == "recording" else (list(session.rounds), plain, self._arm)
         end = {"ended": session.ended, "judged": session.judged}
         self.view.live = not session.ended
-        self._draw(Run(rounds=rounds, plain=lane, arm=arm, tokens=session.request.max_new_tokens, decode=self._decode, **end))
-        self.view.stale = session.ended and self._asked != self._settings()
+        if rounds:
+            self._draw(Run(rounds=rounds, plain=lane, arm=arm, tokens=session.request.max_new_tokens, decode=self._decode, **end))
+        elif session.ended:
+            self._asked = None  # what is shown is of other settings and stays, grey
+        self.view.stale = not rounds or (session.ended and self._asked != self._settings())
         self._drawn = time.monotonic()
 
     def _draw(self, run: Run) -> None:

@@ -52,7 +52,8 @@ function prepare(view) {
       item.setAttribute("role", "option");
       item.setAttribute("aria-selected", "false");
       item.setAttribute("tabindex", k ? -1 : 0);
-      if (item.namespaceURI.includes("svg")) item.setAttribute("aria-label", `round ${item.dataset.r}`);
+      item.removeAttribute("title"); // the line of details says more
+      item.setAttribute("aria-label", item.namespaceURI.includes("svg") ? `round ${item.dataset.r}` : item.textContent.trim() || "blank");
     });
     for (const word of group.querySelectorAll(":scope > :not([role])")) word.setAttribute("role", "presentation");
   }
@@ -65,6 +66,15 @@ function shade(view, rows, colour) {
     box.dataset.fate ??= box.getAttribute("fill");
     const value = rows.find((row) => row.round === Number(cell.dataset.r))?.[colour]?.[cell.dataset.k];
     box.setAttribute("fill", colour === "fate" ? box.dataset.fate : value == null ? "none" : `rgba(0,114,178,${0.08 + 0.92 * value})`);
+  }
+}
+
+/** Names for screen readers of what ipywidgets leaves without: its sliders and the box of the prompt. */
+function nameControls(controls) {
+  for (const box of controls.querySelectorAll("textarea")) box.setAttribute("aria-label", box.placeholder);
+  for (const handle of controls.querySelectorAll("[role=slider]")) {
+    const label = handle.closest(".widget-inline-hbox")?.querySelector(".widget-label");
+    if (label) handle.setAttribute("aria-label", label.textContent);
   }
 }
 
@@ -169,6 +179,13 @@ function render({ model, el }) {
   model.on("change:stale", stale);
   draw();
   stale();
+  new ResizeObserver((_, placed) => { // once the view has its place in the panel
+    const controls = el.closest(".dspark-panel")?.querySelector(".dspark-controls");
+    if (!controls) return;
+    placed.disconnect();
+    nameControls(controls);
+    new MutationObserver(() => nameControls(controls)).observe(controls, { childList: true, subtree: true });
+  }).observe(el);
 }
 
 export default { render };

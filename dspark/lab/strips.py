@@ -68,7 +68,7 @@ def heat(rounds: Sequence[Round], tokens: int | None = None) -> Strip:
     counts, key, x = {name: sum(row.count(name) for row in states) for name in reversed(DRAFT_STATES)}, [], 14.0
     for name, n in counts.items():
         label = f"{DRAFT_STATES[name].label} {n}"
-        key.append(_mark(x, 3, 10, 9, name, False, "") + _text(x + 15, 12, label))
+        key.append(f"<g>{_mark(x, 3, 10, 9, name, False, '')}{_text(x + 15, 12, label)}</g>")
         x += 34 + 6.2 * len(label)
     label = f"Drafts by position in the block: {counts['accepted']} of {sum(counts.values())} accepted, n = {len(states)} rounds"
     return Strip(f'{_text(-LEFT, 12, "drafts", weight=600)}<g class="key">{"".join(key)}</g>{axis}{"".join(cells)}', bottom + 4, label)
@@ -104,7 +104,7 @@ def windows(rounds: Sequence[Round], tokens: int | None = None) -> Strip:
         parts.append(f'<line x1="0" x2="100%" y1="{y}" y2="{y}" stroke="{FAINT}"/>{_text(-6, y + 4, name, "end")}')
     t = tally(rounds)
     label = f"The window: {t.verified - t.rejected} of {t.verified} verified drafts accepted, n = {len(seen)} rounds"
-    key = _text(14, 12, "tokens drafted (outline), verified (grey) and accepted (blue)")
+    key = _text(14, 12, "drafted (outline), verified (grey), accepted (blue)")
     return Strip(f'{_text(-LEFT, 12, "window", weight=600)}<g class="key">{key}</g>' + "".join(parts), floor + 4, label)
 
 

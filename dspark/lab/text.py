@@ -15,7 +15,7 @@ from dspark.lab.figures import DRAFT_STATES, FATES, Decode, FatedToken, Look, dr
 from dspark.round import Round
 from dspark.target.stream import BROKEN
 
-BOX = "font:13px/1.75 var(--jp-code-font-family,monospace);white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4;margin:0"
+BOX = "font:13px/1.75 var(--jp-code-font-family,monospace);white-space:pre-wrap;word-break:break-word;tab-size:4;margin:0"
 
 
 def remembered(decode: Decode, size: int = 8192) -> Decode:
@@ -56,7 +56,8 @@ def span(group: Sequence[FatedToken], text: str, start: int = 0) -> str:
     ground = grounds[0] if len(set(grounds)) == 1 else f"linear-gradient(90deg,{','.join(grounds)})"
     shown = escape(text or "∎").replace("\n", '<span style="opacity:.5;user-select:none">↵</span>\n')
     place = f'data-r="{group[-1].round.index}" data-n="{start}"' + f' data-c="{len(group)}"' * (len(group) > 1)
-    return f'<span {place} style="{_style(FATES[group[-1].fate], ground)}">{shown}</span>'
+    hint = "; ".join(f"{FATES[t.fate].label}, round {t.round.index}, position {t.at + 1}" for t in group)
+    return f'<span {place} title="{hint}" style="{_style(FATES[group[-1].fate], ground)}">{shown}</span>'
 
 
 def legend(tokens: Sequence[FatedToken]) -> str:

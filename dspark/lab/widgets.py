@@ -102,16 +102,14 @@ class Settings:
         self.step_button = button(description="Step", icon="step-forward", tooltip="Decode one round and wait")
         self.stop_button = button(description="Stop", icon="stop", tooltip="Stop after the current round")
         self.path = labelled(w.Text, "", "traces", "A Parquet file of traces")
-        self.record_button = button(
-            description="Record", icon="circle", tooltip="Record a trace of this prompt: then the sliders replay it"
-        )
+        self.record_button = button(description="Record", icon="circle", tooltip="Record a trace of this prompt for the sliders")
         self.load_button = button(description="Load", icon="folder-open", tooltip="Read the traces of this file", disabled=False)
         self.save_button = button(description="Save", icon="save", tooltip="Write the trace that is replayed to this file", disabled=False)
         self.more = w.ToggleButton(description="more", icon="sliders", tooltip="Length, sampling, copying, race, traces", layout=width)
         self.status = w.HTML()
         files = w.HBox([self.record_button, self.load_button, self.save_button])
-        self.rest = w.VBox([self.length, self.top_p, self.seed, self.copy, self.race, self.slow, self.path, files])
-        self.rest.layout.display = "none"
+        more = [self.length, self.top_p, self.seed, self.copy, self.race, self.slow, self.path, files]
+        self.rest = w.VBox(more, layout={"display": "none"})
         self.more.observe(lambda change: setattr(self.rest.layout, "display", None if change["new"] else "none"), names="value")
 
 
