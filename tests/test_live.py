@@ -487,10 +487,26 @@ def test_an_error_in_the_thread_is_one_sentence_in_the_panel(panel, monkeypatch,
     assert panel.run_to_end().token_ids and panel.error == ""
 
 
-def test_empty_prompt_is_an_error(panel):
+def test_empty_prompt_is_an_error_and_the_last_picture_stays_grey(panel):
+    panel.run_to_end()
+    before = panel.view.html
     panel.prompt.value = "   "
     with pytest.raises(ValueError, match="the prompt is empty"):
         panel.run_to_end()
+    assert 'role="alert"' in panel.status.value and panel.view.html == before and panel.view.stale
+    panel.seed.value += 1
+    panel.seed.value -= 1
+    assert panel.view.stale, "these settings gave no picture"
+    panel.prompt.value = SHORT.prompt
+    panel.run_to_end()
+    assert not panel.view.stale
+
+
+def test_a_token_outside_of_the_panel_says_on_hover_where_it_comes_from():
+    html = text.streaming_text(ROUNDS, decode)
+    hints = [unescape(hint) for hint in re.findall(r'title="([^"]*)"', html)]
+    assert len(hints) == len(TEXT)
+    assert hints[9] == "accepted copy from the context, round 3, position 1" and hints[10] == "correction, round 3, position 2"
 
 
 def test_plain_decoding_is_recorded_once_per_prompt(panel, monkeypatch):

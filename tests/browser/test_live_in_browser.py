@@ -16,31 +16,37 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from chromium import NEEDED, SHOTS, barriers, needs_axe, opened, sync_api
 
-try:
-    from playwright import sync_api
-except ImportError:
-    sync_api = None
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-
-# Marks instead of a module-level skip, because pytest counts a run without tests as a failure.
-pytestmark = [
-    pytest.mark.skipif(sync_api is None, reason="playwright is not installed: pip install -c constraints.txt -e '.[browser]'"),
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install your system's, or name one in CHROMIUM"),
-]
-
+pytestmark = NEEDED
 ROOT = Path(__file__).resolve().parents[2]
-SHOTS = ROOT / "runs" / "browser"
 NOTEBOOK = ROOT / "notebooks" / "01_live_decoding.ipynb"
 PATIENCE = int(os.environ.get("DSPARK_PATIENCE", 300_000))  # milliseconds; a busy machine may load the models slowly
 SIZES = ((1440, 900), (1024, 768))
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent)"
 CHOOSE = ".jp-Dialog button.jp-mod-accept"  # the dialog that asks for a kernel; it may cover the menu at any time
 KERNEL_IDLE = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
+# When the last message of the kernel came, for the time that drawing takes.
+HEARD = """window.WebSocket = class extends WebSocket {
+  constructor(...given) { super(...given); this.addEventListener("message", () => { window.heard = performance.now(); }); }
+};"""
+# Milliseconds from a key on the slider to the new picture on the screen, and from the kernel's last message before it.
+DRAWING = """view => new Promise((done) => {
+  let pressed;
+  document.addEventListener("keydown", () => { pressed = performance.now(); }, {capture: true, once: true});
+  const seen = new MutationObserver(() => {
+    seen.disconnect();
+    const heard = window.heard;
+    requestAnimationFrame(() => setTimeout(() => done([performance.now() - pressed, performance.now() - heard])));
+  });
+  seen.observe(view, {childList: true});
+  setTimeout(() => done(null), 5000); // two places may have the same picture
+})"""
 # Errors that JupyterLab logs although nothing is wrong, each with its reason.
 NOT_OURS = ("Could not restore the debugger state: Canceled future",)  # its debugger asks a kernel that is still connecting
 
@@ -95,20 +101,13 @@ def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
 
 @pytest.fixture
 def page(lab: str) -> Iterator[object]:
-    """The open notebook; ``page.complaints`` collects the errors in the console."""
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    with sync_api.sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-dev-shm-usage"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        opened = browser.new_page(viewport={"width": 1500, "height": 1400})
-        opened.complaints = []
-        opened.on("pageerror", lambda error: opened.complaints.append(str(error)))
-        opened.on("console", lambda message: message.type == "error" and opened.complaints.append(message.text))
-        opened.set_default_timeout(PATIENCE)
-        opened.goto(lab)
-        yield opened
-        _shot(opened, "last")
-        browser.close()
+    """The open notebook, at the size where all of the panel fits."""
+    with opened(viewport={"width": 1440, "height": 900}) as page:
+        page.set_default_timeout(PATIENCE)
+        page.add_init_script(HEARD)
+        page.goto(lab)
+        yield page
+        _shot(page, "last")
 
 
 def _shot(page: object, name: str) -> None:
@@ -117,7 +116,6 @@ def _shot(page: object, name: str) -> None:
 
 @pytest.mark.timeout(1500)
 def test_live_notebook_replays_decodes_and_stops(page):
-    page.set_viewport_size({"width": 1440, "height": 900})
     _run_all(page)
     view = page.locator(".dspark-rounds")
     view.locator("svg.race").wait_for(state="attached")
@@ -133,8 +131,11 @@ def test_live_notebook_replays_decodes_and_stops(page):
             page.wait_for_timeout(800)
             view.locator("g[data-k]").nth(20).hover()
             _shot(page, f"{'dark' if dark else 'light'}-{width}")
+            box = view.bounding_box()
+            assert box["y"] >= 0 and box["y"] + box["height"] <= height - 24, "above JupyterLab's status bar"
+            assert view.locator(".key").first.is_visible()
     box = panel.bounding_box()
-    assert box["y"] >= 0 and box["y"] + box["height"] <= 900 - 24, "above JupyterLab's status bar"
+    assert box["y"] >= 0 and box["y"] + box["height"] <= 900 - 24
     sizes = view.evaluate("v => [...v.querySelectorAll('text, span, b, select')].map(e => parseFloat(getComputedStyle(e).fontSize))")
     assert min(sizes) >= 12
     assert page.locator(".dspark-still").is_hidden()
@@ -167,6 +168,7 @@ def test_live_notebook_replays_decodes_and_stops(page):
     sync_api.expect(numbers).not_to_have_text(before)
     panel.locator("[role=status]", has_text="replayed from a trace").wait_for()
     _shot(page, "replay")
+    _measure_drawing(page, view, handle)
 
     # In slow motion it cannot finish before Stop is pressed. What was shown is grey until then.
     _button(panel, "more").click()
@@ -192,9 +194,51 @@ def test_live_notebook_replays_decodes_and_stops(page):
     panel.locator("textarea").fill("")
     _button(panel, "Run").click()
     panel.locator("[role=alert]", has_text="the prompt is empty").wait_for()
+    page.locator(".dspark-rounds.stale").wait_for()
+    assert written.count() == tokens, "the last picture stays"
     _shot(page, "stopped")
     assert not page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count()
     assert [words for words in page.complaints if not words.startswith(NOT_OURS)] == []
+
+
+@needs_axe
+@pytest.mark.timeout(1500)
+def test_axe_finds_no_barrier_in_the_panel_in_any_state(page):
+    _run_all(page)
+    panel = page.locator(".dspark-panel")
+    panel.locator("svg.race").wait_for(state="attached")
+    _all_cells_done(page)
+    found = {}
+    for dark in (True, False):
+        _theme(page, dark)
+        found["dark" if dark else "light"] = barriers(page, ".dspark-panel")
+    panel.locator(".text [tabindex='0']").focus()
+    _button(panel, "more").click()
+    found["focus and more"] = barriers(page, ".dspark-panel")
+    panel.locator("textarea").fill("")
+    panel.locator("textarea").blur()
+    page.locator(".dspark-rounds.stale").wait_for()
+    found["stale"] = barriers(page, ".dspark-panel")
+    _button(panel, "Run").click()
+    panel.locator("[role=alert]").wait_for()
+    found["error"] = barriers(page, ".dspark-panel")
+    assert not any(found.values()), json.dumps(found, indent=1, ensure_ascii=False)
+
+
+def _measure_drawing(page: object, view: object, handle: object) -> None:
+    """Keep the medians of nine moves of the slider beside the screenshots; nothing is asserted about time."""
+    handle.focus()
+    times = []
+    for n in range(9):
+        key = "ArrowLeft" if n % 2 else "ArrowRight"
+        page.evaluate(f"() => {{ window.drawn = ({DRAWING})(document.querySelector('.dspark-rounds')); }}")
+        page.keyboard.press(key)
+        times += filter(None, [page.evaluate("window.drawn")])
+        page.wait_for_timeout(500)
+    assert times, "the slider changed nothing"
+    whole, drawing = (f"{median(column):.0f} ms" for column in zip(*times, strict=True))
+    words = f"from the slider to the picture {whole}, of which {drawing} after the kernel's message (median of {len(times)})\n"
+    (SHOTS / "drawing.txt").write_text(words, encoding="utf-8")
 
 
 def _theme(page: object, dark: bool) -> None:
