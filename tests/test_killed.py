@@ -33,7 +33,7 @@ from dspark.bench.results import read_results
 from dspark.train.corpus import Corpus, save_corpus
 
 PRELOADED = ["test_killed", "dspark.bench.speed", "dspark.train.loop", "transformers.models.llama.modeling_llama"]
-TIMED = ["prefill_seconds", "seconds", "latency_ms", "draft_ms", "verify_ms", "round_ms"]
+TIMED = ["prefill_seconds", "seconds", "latency_ms", "draft_ms", "verify_ms", "round_ms", "round_ms_p90"]
 TIMED += ["utc"]  # the columns of a benchmark that no two runs share
 TRAINING = "--corpus corpus.safetensors --steps 40 --sequences 2 --anchors 4 --checkpoint-every 3 --taps 0,1 --layers 1"
 TRAINING += " --mask-token 3 --block-size 3 --markov-rank 4 --draft-vocab 60"
