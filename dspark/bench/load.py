@@ -265,8 +265,7 @@ def _measure(options: argparse.Namespace) -> None:
     frame = measure_load(plan, plan.load(), out)
     print(f"{closed(frame).round(0).to_string()}\ntokens per second in all, by number of users; {len(frame)} rows in {out}")
     if said := "busy" in frame and busy(frame):  # files of older versions do not say
-        cells = frame.loc[frame["busy"].eq(True), ["arm", "kind", "level"]].to_numpy()
-        print(said, "So it was during", ", ".join(f"{arm} ({kind}, {level:g})" for arm, kind, level in cells))
+        print(said, "So it was during", ", ".join(f"{r.arm} ({r.kind}, {r.level:g})" for r in frame.query("busy == True").itertuples()))
     for _, row in frame[(frame["kind"] == CLOSED) & (frame["waited"] > 0)].iterrows():
         print(f"{row['arm']} with {row['level']:g} users: memory was full, {row['active']:.1f} requests were served at once, others waited")
 
