@@ -88,13 +88,13 @@ ENUMERATED = {  # name: number of tokens in the vocabulary, processor
     "repetition": (2, RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=3)),
     "counts": (2, CountPenalty(0.9, 0.4, prompt_length=3)),
     "own, copying": (2, ByLength()),
-    "no repeated n-gram": (3, NoRepeatNGramLogitsProcessor(3)),
-    "bad words": (3, NoBadWordsLogitsProcessor([[2], [1, 0, 1]])),
+    "no repeated n-gram": (2, NoRepeatNGramLogitsProcessor(3)),
+    "bad words": (2, NoBadWordsLogitsProcessor([[1, 0, 1], [0, 1, 1, 1]])),
     "suppressed": (3, SuppressTokensLogitsProcessor([1])),
-    "min new tokens": (3, MinNewTokensLengthLogitsProcessor(3, 2, 2)),
+    "min new tokens": (2, MinNewTokensLengthLogitsProcessor(3, 2, 1)),
     "bias": (2, SequenceBiasLogitsProcessor([[[0, 1], 0.8], [[1], -0.4]])),
-    "min-p": (3, MinPLogitsWarper(0.8)),
-    "typical": (3, TypicalLogitsWarper(0.6)),
+    "min-p": (2, MinPLogitsWarper(0.8)),
+    "typical": (2, TypicalLogitsWarper(0.6)),
 }
 
 
