@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from PIL import Image
 from rounds import ROUNDS, TEXT, decode, ids, round_of
@@ -216,6 +217,9 @@ def test_with_fewer_than_three_prompts_there_is_no_interval_and_the_table_says_s
         numbers = speed.flat_summary(speed.race_frame(heats, prompts), "fixed")
         assert np.isnan(numbers["low"]) and np.isnan(numbers["high"]) and numbers["speedup"] == pytest.approx(2.0)
     few = results().query("prompt_id.str.endswith('/0')")
+    parts = [part for panel in speed.over(few, "plain").axes for part in panel.collections if isinstance(part, LineCollection)]
+    drawn = [line for part in parts for line in part.get_segments() if len(line) and np.isfinite(line).all()]
+    assert parts and not drawn, "an interval without the prompts for it"
     assert "[n too small]" in speed_table(few, "plain") and "[" not in re.sub(r"\[n too small\]|\[95 %", "", speed_table(few, "plain"))
 
 
