@@ -76,6 +76,8 @@ class RewindLayer(DynamicLayer):
 class RewindCache(Cache):
     """A transformers cache for any causal LM, passed as ``past_key_values``; :meth:`rewind` costs O(layers), whatever the length."""
 
+    most_replayed = 0  # tokens that are run again after a rewind: a cache with states has some
+
     def __init__(self, num_hidden_layers: int) -> None:
         super().__init__(layers=[RewindLayer() for _ in range(num_hidden_layers)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -23,6 +24,14 @@ def test_break_even_is_the_formula_solved_for_tau():
     assert points[7, 1.0].required == pytest.approx(50 / 30) and points[7, 1.0].free == pytest.approx(44 / 30)
     assert points[7, 1.57].required == pytest.approx(1.57 * 50 / 30) and points[7, 1.57].reachable
     assert points[1, 1.57].required == pytest.approx(1.57 * 38 / 30) and points[1, 1.57].reachable == (1.57 * 38 / 30 <= 2)
+
+
+def test_break_even_counts_what_a_target_with_states_runs_again():
+    curve = SPSCurve((1, 17), (0.030, 0.046))  # a millisecond more a token
+    needed = break_even(curve, (4,), 0.006, (1.0, 2.0), replayed=16).set_index("speedup")["required"]
+    assert needed[1.0] == pytest.approx((6 + 30 + 4 + 8) / (30 - 45 / 16))  # half of them in a pass, and a pass over 16 every 16 tokens
+    assert needed[2.0] == pytest.approx(48 / (15 - 45 / 16))
+    assert break_even(curve, (4,), 0.006, (20.0,), replayed=16)["required"].tolist() == [math.inf]
 
 
 def test_drafting_is_timed_at_the_context_asked_for(monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dspark
 from dspark.engine import Engine
 from dspark.target import states as module
-from dspark.target.states import MOST_REPLAYED, StateCache
+from dspark.target.states import StateCache
 from dspark.target.target import Target
 
 KINDS = ["Qwen3Next", "Lfm2", "FalconH1", "Mamba2"]  # linear attention, convolutions, both in one layer, states alone
@@ -86,7 +86,7 @@ def test_what_stays_is_run_again_in_the_next_pass_and_only_what_is_new_is_return
         assert size == tapped.shape[1] == len(text[0, at : at + 6])
         assert (logits - whole[:, at : at + 6]).abs().max() < 1e-3
         assert (tapped - taps[:, at : at + 6]).abs().max() < 1e-3 * taps.abs().max()
-        expected += [behind, size] if behind > MOST_REPLAYED else [behind + size]
+        expected += [behind, size] if behind > StateCache.most_replayed else [behind + size]
         at += min(kept, size)
         cache.rewind(at)
     assert passes == expected and any(n > 16 for n in expected[1:]), "nothing was ever caught up with"

@@ -9,8 +9,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionAndF
 
 from dspark.rewind import RewindCache, RewindLayer
 
-MOST_REPLAYED = 16  # tokens that are run again beside new ones; so far a pass takes hardly longer
-
 
 class _BothLayer(RewindLayer, LinearAttentionAndFullAttentionLayer):
     """One layer with a state besides its keys and values."""
@@ -20,7 +18,7 @@ class StateCache(RewindCache):
     """As :class:`~dspark.rewind.RewindCache`.
 
     The states are copied before a pass, and a rewind goes back to the copies. Tokens after them that stay are run again at the front
-    of the next pass; if there are more than MOST_REPLAYED, in a pass of their own before it.
+    of the next pass; if there are more than ``most_replayed``, in a pass of their own before it.
 
     length: tokens held.
     reached: those of them that are in the layers; the others are run again.
@@ -28,6 +26,7 @@ class StateCache(RewindCache):
     saved: at which length the states were copied, and the copies.
     """
 
+    most_replayed = 16  # tokens beside new ones; so far a pass takes hardly longer
     length = reached = 0
     tokens: Tensor
 

@@ -15,7 +15,7 @@ from dspark.files import one_line, weights_digest
 from dspark.rewind import RewindCache
 from dspark.target import families
 from dspark.target.prompt import Prompt, checked
-from dspark.target.states import MOST_REPLAYED, StateCache
+from dspark.target.states import StateCache
 from dspark.target.stream import TextStream
 
 
@@ -167,7 +167,7 @@ class Target:
         new, given = token_ids.shape[1], {"use_cache": cache is not None, self.cache_argument: cache}
         ids, keep = token_ids, logits_to_keep or new
         if isinstance(cache, StateCache):
-            if new and cache.length - cache.reached > MOST_REPLAYED:
+            if new and cache.length - cache.reached > cache.most_replayed:
                 self.forward(token_ids[:, :0], cache, logits_to_keep=1)
             ids = cache.advance(token_ids)
             if self.takes_positions:  # Bamba counts from 0 in every pass

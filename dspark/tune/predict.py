@@ -31,9 +31,10 @@ def predict_speedup(sps: SPS, acceptance: Sequence[float], draft_seconds: float)
     return expected_tokens_per_round(acceptance) / required_tokens_per_round(sps, len(acceptance), draft_seconds)
 
 
-def required_tokens_per_round(sps: SPS, window: int, draft_seconds: float, speedup: float = 1.0) -> float:
+def required_tokens_per_round(sps: SPS, window: int, draft_seconds: float, speedup: float = 1.0, replayed: int = 0) -> float:
     """The τ that a window needs for this speed-up: speedup · (T_draft + T_verify) / T_plain. More than window + 1 is unreachable.
 
+    replayed: of a target with states, how many tokens it runs again before they get a pass of their own; half of them in the mean.
     Raises ValueError for a negative draft time, a window under 1 or a speed-up that is not positive.
     """
     for name, value, least in (("draft_seconds", draft_seconds, 0), ("window", window, 1)):
@@ -41,10 +42,11 @@ def required_tokens_per_round(sps: SPS, window: int, draft_seconds: float, speed
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if not speedup > 0:
         raise ValueError(f"speedup must be positive, got {speedup}")
-    return speedup * (draft_seconds + 1 / sps(1 + window)) * sps(1)
+    saved = 1 / (speedup * sps(1)) - (1 / (replayed * sps(replayed)) if replayed else 0)  # seconds that a token may take
+    return (draft_seconds + 1 / sps(1 + window + replayed // 2)) / saved if saved > 0 else math.inf
 
 
-def break_even(sps: SPS, windows: Sequence[int], draft_seconds: float, speedups: Sequence[float]) -> pd.DataFrame:
+def break_even(sps: SPS, windows: Sequence[int], draft_seconds: float, speedups: Sequence[float], replayed: int = 0) -> pd.DataFrame:
     """The τ that every window needs for every speed-up, T_draft being the same for every window: the backbone runs once a block.
 
     Columns: window, speedup; required, the τ with the drafter's time; free, without it; reachable, whether required ≤ window + 1, the
@@ -52,5 +54,5 @@ def break_even(sps: SPS, windows: Sequence[int], draft_seconds: float, speedups:
     """
     frame = pd.DataFrame(product(windows, speedups), columns=["window", "speedup"])
     for name, seconds in (("required", draft_seconds), ("free", 0.0)):
-        frame[name] = [required_tokens_per_round(sps, window, seconds, speedup) for window, speedup in product(windows, speedups)]
+        frame[name] = [required_tokens_per_round(sps, n, seconds, speedup, replayed) for n, speedup in product(windows, speedups)]
     return frame.assign(reachable=frame["required"] <= frame["window"] + 1)
