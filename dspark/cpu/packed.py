@@ -87,7 +87,7 @@ def has_bfloat16_kernels() -> bool:
 
 
 def compute_dtype() -> torch.dtype:
-    """What activations are kept in between the products of bfloat16 weights: converting to it and back would cost as much as these."""
+    """Of activations between products of bfloat16 weights: float32 where the kernels take that, so that nothing is converted."""
     return torch.bfloat16 if has_bfloat16_kernels() else torch.float32
 
 

@@ -46,7 +46,7 @@ class TargetPass(Protocol):
         slots: R slots of ``cache``.
         taps: m layer ids whose output is wanted; −1 is the embedding.
         last_only: return the logits of each request's last token only.
-        Returns per request logits [n_r (or 1), vocab] in the model's dtype and taps [1, n_r, m·hidden] (None if none are asked for).
+        Returns per request logits [n_r (or 1), vocab] in the pass's dtype and taps [1, n_r, m·hidden] (None if none are asked for).
         """
 
 
