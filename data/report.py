@@ -11,11 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from dspark.bench.load import CLOSED, closed, read_load
-from dspark.bench.policies import ORACLE, pooled, replayed, windows
+from dspark.bench.replay import ORACLE, pooled, replayed, windows
 from dspark.bench.results import read_rows, rows_so_far
 from dspark.bench.rollouts import FIT, FITTED, judged, rollouts_of
-from dspark.bench.stats import ALL, summarise
-from dspark.bench.table import caption, place
+from dspark.bench.stats import ALL, caption, place, summarise
 from dspark.bench.traces import traces_of
 from dspark.cli import run_main
 from dspark.files import write_atomically

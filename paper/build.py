@@ -18,7 +18,7 @@ from tex import Values, check_complete, code, escaped, integer, listed, millisec
 
 from dspark.bench import published
 from dspark.bench.arms import arm_label
-from dspark.bench.policies import Traces, against_windows, pooled, replayed, windows
+from dspark.bench.replay import Traces, against_windows, pooled, replayed, windows
 from dspark.bench.results import read_rows
 from dspark.bench.rollouts import FIT, FITTED, JUDGE, judged, ranked, rollouts_of
 from dspark.bench.sps import curve_of

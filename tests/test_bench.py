@@ -18,20 +18,17 @@ from tiny import tiny_drafter, tiny_target
 
 import dspark
 from dspark.bench import __main__ as command
-from dspark.bench import llamacpp, memory, provenance, results, speed
+from dspark.bench import llamacpp, provenance, results, speed
 from dspark.bench import plan as plan_module
 from dspark.bench.arms import Models, parse_arm, parse_arms
-from dspark.bench.identity import beyond_rounding, check_identity, weigh
+from dspark.bench.identity import check_identity, weigh
 from dspark.bench.llamacpp import LlamaCpp, passes
-from dspark.bench.measure import Settings, first_divergence, positions
-from dspark.bench.memory import in_new_process
+from dspark.bench.measure import Settings, by_transformers, first_divergence, positions
 from dspark.bench.plan import Plan, rotated
 from dspark.bench.prompts import data_dir
 from dspark.bench.results import Ledger, read_results, write_results
-from dspark.bench.speed import measure_speed
-from dspark.bench.stats import acceptance_by_position, speedups, summarise
-from dspark.bench.stock import by_transformers
-from dspark.bench.table import identity_table, memory_table, speed_table
+from dspark.bench.speed import in_new_process, measure_speed
+from dspark.bench.stats import acceptance_by_position, beyond_rounding, identity_table, memory_table, speed_table, speedups, summarise
 from dspark.cpu import is_packed, pack_target
 from dspark.draft.drafter import Drafter
 from dspark.rewind import RewindCache, Slot
@@ -567,13 +564,13 @@ def test_the_revision_is_a_hash_marked_dirty_and_unknown_outside_git(tmp_path, m
 
 def test_memory_is_measured_per_arm_and_resumes(models, tmp_path, monkeypatch):
     monkeypatch.setattr(Plan, "load", lambda plan: models if plan.parsed_arms[0].spec else replace(models, drafter=None))
-    monkeypatch.setattr(memory, "in_new_process", lambda function, plan: json.loads(json.dumps(function(plan))))
+    monkeypatch.setattr(speed, "in_new_process", lambda function, plan: json.loads(json.dumps(function(plan))))
     plan, out = small(arms="plain,fixed:4", prompts=1, repeats=2), tmp_path / "m.parquet"
     with monkeypatch.context() as patched:
         kill_before(3, patched)
         with pytest.raises(KeyboardInterrupt):
-            memory.measure_memory(plan, out)
-    frame = memory.measure_memory(plan, out)
+            speed.measure_memory(plan, out)
+    frame = speed.measure_memory(plan, out)
     assert list(frame["arm"]) == ["plain", "fixed:4", "fixed:4", "plain"]
     assert (frame["peak_rss_mib"] > 0).all() and (frame["tokens"] == frame["tokens"].iloc[0]).all()
     assert "peak_rss_mib / plain's" in memory_table(frame, "plain")
@@ -583,7 +580,7 @@ def test_memory_is_measured_per_arm_and_resumes(models, tmp_path, monkeypatch):
 
 def test_an_error_in_a_new_process_is_raised_here():
     with pytest.raises(ValueError, match=r"^no model at './missing'"):
-        in_new_process(memory.peak_of, small(arms="plain", target="./missing"))
+        in_new_process(speed.peak_of, small(arms="plain", target="./missing"))
 
 
 def test_a_process_that_is_killed_is_one_clear_error():

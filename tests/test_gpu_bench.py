@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from test_bench import kill_before
 
-from dspark.bench import gpu, memory
+from dspark.bench import gpu, speed
 from dspark.bench.gpu import BUDGETS, PARTS, TOY_BUDGETS, Part, ToyPlan, measure, run_part
 from dspark.bench.plan import Plan
 from dspark.bench.results import Ledger, read_results, rows_so_far, write_results
@@ -27,7 +27,7 @@ REHEARSAL = ToyPlan(arms="plain,fixed,prefix")
 @pytest.fixture(autouse=True)
 def one_process_and_its_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(memory, "in_new_process", lambda function, plan: function(plan))
+    monkeypatch.setattr(speed, "in_new_process", lambda function, plan: function(plan))
 
 
 def test_the_rehearsal_runs_every_part_and_what_it_wrote_becomes_a_page(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from rounds import ROUNDS, TEXT, decode, ids, round_of
 from dspark.bench.arms import arm_colour, arm_label
 from dspark.bench.measure import Trial, summary
 from dspark.bench.results import SCHEMA_VERSION, read_rows, write_results
-from dspark.bench.stats import BUSY, busy, spread
-from dspark.bench.table import speed_table
+from dspark.bench.stats import BUSY, busy, speed_table, spread
 from dspark.bench.trace import BROKEN
 from dspark.files import data_dir
 from dspark.lab import drafters, figures, scheduling, speed

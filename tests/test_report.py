@@ -13,7 +13,7 @@ import pytest
 
 from dspark.bench.results import SCHEMA_VERSION, read_rows, write_results
 from dspark.bench.rollouts import FIT, FITTED, judged, rollouts_of
-from dspark.bench.table import caption
+from dspark.bench.stats import caption
 from dspark.tune.calibrate import calibrate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,8 @@ import torch
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-from dspark.bench import policies, rollouts, sps, traces
+from dspark.bench import replay as policies
+from dspark.bench import rollouts, sps, traces
 from dspark.bench.arms import Models
 from dspark.bench.plan import Plan
 from dspark.bench.prompts import load_prompts

@@ -24,8 +24,7 @@ from matplotlib.figure import Figure
 from dspark.bench.arms import arm_colour, arm_label
 from dspark.bench.replay import replay
 from dspark.bench.results import read_rows
-from dspark.bench.stats import ALL, summarise
-from dspark.bench.table import caption
+from dspark.bench.stats import ALL, caption, summarise
 from dspark.bench.trace import Trace, copies, prompt_of, record, trace_decode
 from dspark.bench.traces import load_traces, save_trace
 from dspark.cli import run_main

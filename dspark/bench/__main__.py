@@ -10,11 +10,10 @@ import torch
 
 from dspark.bench import gpu, load
 from dspark.bench.arms import CHOICES
-from dspark.bench.identity import beyond_rounding, check_identity
-from dspark.bench.memory import measure_memory
+from dspark.bench.identity import check_identity
 from dspark.bench.plan import add_options, plan_of
-from dspark.bench.speed import measure_speed
-from dspark.bench.table import TABLES
+from dspark.bench.speed import measure_memory, measure_speed
+from dspark.bench.stats import TABLES, beyond_rounding
 from dspark.cli import run_main
 
 MODES = {

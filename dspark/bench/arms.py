@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dspark.bench.llamacpp import by_llamacpp, package_version
-from dspark.bench.measure import Decoder, Settings, by_dspark
-from dspark.bench.stock import by_early_exit, by_transformers
+from dspark.bench.measure import Decoder, Settings, by_dspark, by_transformers
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
@@ -33,8 +32,14 @@ def by_eager(target: Target, settings: Settings) -> Decoder:
     return by_dspark(eager, None, None, settings)
 
 
+def by_early_exit(target: Target, settings: Settings) -> Decoder:
+    """Transformers' assisted generation. No smaller model shares the default target's vocabulary, so the assistant is the first third
+    of the target's own layers: no memory, but not trained to be read early. Transformers chooses the draft length, 20 at most."""
+    return by_transformers(target, settings, assistant_early_exit=max(1, target.num_layers // 3))
+
+
 HEADLINE = "plain,generate,mtp1,fixed:5,fixed+copy,prefix+copy"
-PEERS: dict[str, Callable[[Target, Settings], Decoder]] = {
+PEERS: dict[str, Callable[[Target, Settings], Decoder]] = {  # other loops than ours, on the stock target
     "generate": by_transformers,
     "lookup": partial(by_transformers, prompt_lookup_num_tokens=10),  # as in transformers' own documentation (Saxena, 2023)
     "assisted": by_early_exit,
@@ -50,25 +55,21 @@ CHOICES = (
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to decode.
+    """One way to decode."""
 
-    name: as on the command line.
-    spec: the policy for :func:`dspark.schedule.parse_policy`; "" where our loop drafts nothing.
-    min_match: tokens that must repeat before the context is copied; 0 copies nothing.
-    trained: whether it needs the trained drafter.
-    peer: another loop than ours, run on the stock target.
-    """
+    name: str  # as on the command line
+    spec: str = ""  # the policy, for parse_policy; "" where our loop drafts nothing
+    min_match: int = 0  # tokens that must repeat before the context is copied; 0 copies nothing
+    trained: bool = False  # whether it needs the trained drafter
 
-    name: str
-    spec: str = ""
-    min_match: int = 0
-    trained: bool = False
-    peer: Callable[[Target, Settings], Decoder] | None = None
+    @property
+    def peer(self) -> Callable[[Target, Settings], Decoder] | None:
+        return PEERS.get(self.name)
 
     @property
     def pass_name(self) -> str:
         """What runs the target's pass; "" for the target itself."""
-        return package_version() if self.name in LLAMACPP else "lean" if self.peer is by_eager else "transformers" if self.peer else ""
+        return package_version() if self.name in LLAMACPP else "lean" if self.name == "eager" else "transformers" if self.peer else ""
 
     def policy(self, target: Target, source: DraftSource) -> Policy:
         """The policy on this target; ``auto`` and ``prefix`` measure step times if they are not in the cache."""
@@ -79,48 +80,39 @@ class Arm:
         mine = drafter if self.trained else None
         return ContextLookup(mine, self.min_match, target=target) if self.min_match else mine
 
-    def decoder(self, target: Target, drafter: Drafter | None, settings: Settings, stock: Target | None = None) -> Decoder:
-        """Ready to run. Raises ValueError if the drafter cannot serve the policy, or a peer lacks the stock target."""
-        if self.name in LLAMACPP:
-            return by_llamacpp(target, drafter if self.trained else None, settings)
-        if self.peer:
-            return self.peer(stock or target, settings)
-        if not self.spec:
-            return by_dspark(target, None, None, settings)
-        source = self.source(drafter, target)
-        policy = self.policy(target, source)
-        try:
-            policy.check(source.block_size, source.has_confidence)
-        except ValueError as error:
-            raise ValueError(f"arm {self.name!r}: {error}") from None
-        return by_dspark(target, source, policy, settings)
-
 
 @dataclass(frozen=True)
 class Models:
-    """What the arms of a run need.
+    """What the arms of a run need."""
 
-    target: decodes in our loop.
-    drafter: None where no arm needs it.
-    stock: the target as transformers loads it, weights not rearranged; None where no arm needs it, ``target`` itself where they agree.
-    """
-
-    target: Target
-    drafter: Drafter | None = None
-    stock: Target | None = None
+    target: Target  # decodes in our loop
+    drafter: Drafter | None = None  # None where no arm needs it
+    stock: Target | None = None  # as transformers loads it, weights not rearranged; ``target`` itself where they agree
 
     def decoder(self, arm: Arm, settings: Settings) -> Decoder:
-        return arm.decoder(self.target, self.drafter, settings, self.stock)
-
-
-def separated(names: str) -> list[str]:
-    """A comma separates arms where a name follows it, and an arm's numbers where a number does."""
-    return [name.strip() for name in re.split(r",(?=\s*[A-Za-z])", names)]
+        """Ready to run. Raises ValueError if the drafter cannot serve the policy, or a peer lacks the stock target."""
+        target = self.target
+        if arm.name in LLAMACPP:
+            return by_llamacpp(target, self.drafter if arm.trained else None, settings)
+        if arm.peer:
+            return arm.peer(self.stock or target, settings)
+        if not arm.spec:
+            return by_dspark(target, None, None, settings)
+        source = arm.source(self.drafter, target)
+        policy = arm.policy(target, source)
+        try:
+            policy.check(source.block_size, source.has_confidence)
+        except ValueError as error:
+            raise ValueError(f"arm {arm.name!r}: {error}") from None
+        return by_dspark(target, source, policy, settings)
 
 
 def parse_arms(names: str) -> tuple[Arm, ...]:
-    """``"plain,fixed:5,adaptive:0.6,0.3,0.05+copy"`` → arms. Raises ValueError naming the wrong one and the choices."""
-    single = separated(names)
+    """``"plain,fixed:5,adaptive:0.6,0.3,0.05+copy"`` → arms: a comma before a name separates them, before a number their numbers.
+
+    Raises ValueError naming the wrong one and the choices.
+    """
+    single = [name.strip() for name in re.split(r",(?=\s*[A-Za-z])", names)]
     if twice := {name for name in single if single.count(name) > 1}:
         raise ValueError(f"arm {min(twice)!r} is named twice: name each arm once")
     return tuple(map(parse_arm, single))
@@ -128,10 +120,8 @@ def parse_arms(names: str) -> tuple[Arm, ...]:
 
 def parse_arm(name: str) -> Arm:
     """One arm by its name. Raises ValueError for a misspelled one."""
-    if name == "plain" or name in PEERS:
-        return Arm(name, peer=PEERS.get(name))
-    if name in LLAMACPP:
-        return Arm(name, trained=LLAMACPP[name])
+    if name in ("plain", *PEERS, *LLAMACPP):
+        return Arm(name, trained=LLAMACPP.get(name, False))
     copying = re.search(r"(^|\+)copy(?::([1-9]\d*))?(?=\+|$)", name)
     alone = bool(copying) and not copying[1]
     spec = "fixed" * alone + (name.replace(copying[0], "", 1) if copying else name)
@@ -158,27 +148,26 @@ OTHER_ARMS = {  # what figures show beside our policies: label and colour
 COPYING_SHADE = 0.6  # how much of a policy's colour stays when it also copies
 
 
-def _look(arm: str) -> tuple[tuple[str, str], str, list[str]]:
-    """Label and colour of what an arm's name begins with, the numbers after it, and the suffixes that they leave out."""
+def _look(arm: str) -> tuple[str, str]:
+    """Label and colour, the same in every figure: "fixed:5+copy" → "fixed window 5, copying" and the policy's colour, darker."""
     if arm in OTHER_ARMS:
-        return OTHER_ARMS[arm], "", []
+        return OTHER_ARMS[arm]
     kind, *suffixes = arm.split("+")
     name, _, numbers = kind.partition(":")
     row = POLICIES.get(name)
-    return (row.label, row.colour) if row else OTHER_ARMS.get(name, (name, "#999999")), numbers, suffixes
-
-
-def arm_colour(arm: str) -> str:
-    """The colour of an arm such as ``"fixed:5+copy"`` or ``"generate"``, as hex; the same in every figure."""
-    (_, colour), _, suffixes = _look(arm)
-    if not any(suffix.startswith("copy") for suffix in suffixes):
-        return colour
-    return "#" + "".join(f"{round(COPYING_SHADE * int(colour[i : i + 2], 16)):02x}" for i in (1, 3, 5))
+    label, colour = (row.label, row.colour) if row else OTHER_ARMS.get(name, (name, "#999999"))
+    parts = [f"{label} {numbers}".strip(), *(f"blocks of {s.partition(':')[2]}" for s in suffixes if s.startswith("block:"))]
+    if any(s.startswith("copy") for s in suffixes):
+        parts.append("copying")
+        colour = "#" + "".join(f"{round(COPYING_SHADE * int(colour[i : i + 2], 16)):02x}" for i in (1, 3, 5))
+    return ", ".join(parts), colour
 
 
 def arm_label(arm: str) -> str:
-    """What figures call an arm: ``"fixed:5+copy"`` → "fixed window 5, copying"."""
-    (label, _), numbers, suffixes = _look(arm)
-    block = [f"blocks of {s.partition(':')[2]}" for s in suffixes if s.startswith("block:")]
-    copying = ["copying"] * any(s.startswith("copy") for s in suffixes)
-    return ", ".join([f"{label} {numbers}".strip(), *block, *copying])
+    """What figures call an arm such as ``"fixed:5+copy"`` or ``"generate"``."""
+    return _look(arm)[0]
+
+
+def arm_colour(arm: str) -> str:
+    """Its colour in figures, as hex."""
+    return _look(arm)[1]

@@ -16,12 +16,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dspark.bench.arms import Models
-from dspark.bench.measure import Trial, first_divergence
+from dspark.bench.measure import Trial, by_transformers, first_divergence
 from dspark.bench.plan import Plan, Unit
 from dspark.bench.provenance import utc
 from dspark.bench.results import Ledger, Row
 from dspark.bench.speed import constant_columns
-from dspark.bench.stock import by_transformers
 from dspark.verify.passes import Slot, TargetPass, TransformersPass, pass_of
 
 
@@ -94,8 +93,3 @@ def logits_of(
             slot.rewind(held)
         rows = rows[:kept]
     return rows[i - first].float()
-
-
-def beyond_rounding(frame: pd.DataFrame) -> pd.Series:
-    """Which rows diverge by more than rounding explains: each of them is a bug."""
-    return ~frame["equal"] & ~(frame["margin"] <= frame["noise"])

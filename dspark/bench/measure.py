@@ -1,14 +1,19 @@
-"""One arm, one prompt: decode it and report numbers. Every rate leaves out the prefill and its token."""
+"""One arm, one prompt: decode it, in our loop or in transformers', and report numbers. Every rate leaves out the prefill and its token."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from statistics import median, quantiles
 
+import torch
+from torch import Tensor
+
 from dspark.clock import Clock
+from dspark.cpu import is_packed
 from dspark.decode import decode
 from dspark.draft.source import DraftSource
 from dspark.round import Round
@@ -28,18 +33,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Trial:
-    """One prompt decoded by one arm.
+    """One prompt decoded by one arm."""
 
-    token_ids: the new tokens.
-    rounds: without the prefill.
-    prefill_seconds: until the first token.
-    seconds: after the first token.
-    """
-
-    token_ids: list[int]
-    rounds: list[Round]
-    prefill_seconds: float
-    seconds: float
+    token_ids: list[int]  # the new ones
+    rounds: list[Round]  # without the prefill
+    prefill_seconds: float  # until the first token
+    seconds: float  # after it
 
 
 Decoder = Callable[[list[int], int], Trial]  # prompt ids, seed → trial
@@ -56,6 +55,52 @@ def by_dspark(target: Target, source: DraftSource | None, policy: Policy | None,
         return Trial([token for r in (prefill, *rounds) for token in r.committed], rounds, prefill_seconds, seconds)
 
     return decoder
+
+
+def by_transformers(target: Target, settings: Settings, **options: object) -> Decoder:
+    """``model.generate`` as a user has it: its own cache and loop, the same distribution, length and end-of-text tokens.
+
+    options: of ``generate``. Only whole steps can be seen from outside, so times inside a step are NaN and nothing counts as checked.
+    The prefill's step may yield several tokens where it drafts; the rounds leave out all of them.
+    Raises ValueError for a target whose weights were rearranged for speed.
+    """
+    if is_packed(target.model):
+        raise ValueError(f"{target.name} is packed, but generate measures transformers alone: use load_target(…, pack=False)")
+    eos = sorted(target.eos_token_ids)
+    fixed = {"eos_token_id": eos or None, "pad_token_id": eos[0] if eos else 0, "repetition_penalty": 1.0, "use_cache": True}
+    fixed |= {"do_sample": settings.temperature > 0}
+    if settings.temperature:
+        fixed |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+
+    def decoder(prompt_ids: list[int], seed: int) -> Trial:
+        ids = torch.tensor([prompt_ids], device=target.device)
+        steps, limit = _Steps(), min(settings.max_new_tokens, target.max_context - len(prompt_ids))
+        with torch.random.fork_rng(devices=[target.device] if target.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            start = time.perf_counter()
+            target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, streamer=steps, **fixed, **options)
+            end = time.perf_counter()
+        rounds = [
+            Round(index=i, anchor=before[-1], committed=tuple(tokens), verify_seconds=math.nan, seconds=b - a)
+            for i, ((a, before), (b, tokens)) in enumerate(pairwise(steps.seen[1:]), 1)
+        ]
+        first = steps.seen[1][0]
+        return Trial([token for _, step in steps.seen[1:] for token in step], rounds, first - start, end - first)
+
+    return decoder
+
+
+class _Steps:
+    """A streamer that records when which tokens came; ``generate`` passes it the prompt first."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, list[int]]] = []
+
+    def put(self, value: Tensor) -> None:
+        self.seen.append((time.perf_counter(), value.flatten().tolist()))
+
+    def end(self) -> None:
+        pass
 
 
 def summary(trial: Trial) -> dict[str, object]:

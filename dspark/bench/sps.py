@@ -16,10 +16,10 @@ import torch
 from tqdm.auto import trange
 
 from dspark.bench.arms import Models
-from dspark.bench.memory import in_new_process
 from dspark.bench.plan import Plan, add_options, plan_of
 from dspark.bench.provenance import utc
 from dspark.bench.results import write_results
+from dspark.bench.speed import in_new_process
 from dspark.cli import run_main
 from dspark.tune.profile import WIDTHS, SPSCurve, draft_times, median_steps
 

@@ -49,7 +49,7 @@ def admission_path(path: Sequence[Admission], tokens: Sequence[str], about: str)
 def threshold_curves(sweep: pd.DataFrame, about: str) -> Drawing:
     """Share of the verified drafts that were accepted, over their number a round: a line per domain, a mark per threshold.
 
-    sweep: from :func:`dspark.bench.policies.threshold_sweep`. about: what was replayed, for the caption.
+    sweep: from :func:`dspark.bench.replay.threshold_sweep`. about: what was replayed, for the caption.
     """
     lines = [
         {"x": rows["checked"], "y": rows["acceptance"], "notes": rows["threshold"], "label": f"{domain} (n = {rows['n'].max()} prompts)"}

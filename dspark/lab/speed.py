@@ -12,8 +12,7 @@ from dspark.bench import published
 from dspark.bench.arms import arm_colour, arm_label
 from dspark.bench.load import CLOSED, closed
 from dspark.bench.measure import Trial, summary
-from dspark.bench.stats import ALL, BUSY, busy, spread, summarise
-from dspark.bench.table import caption
+from dspark.bench.stats import ALL, BUSY, busy, caption, spread, summarise
 from dspark.lab.figures import GREY, Drawing, by_arm, curves
 from dspark.round import Round
 
