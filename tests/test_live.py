@@ -22,9 +22,8 @@ from tiny import tiny_drafter, tiny_target
 import dspark
 from dspark.bench.arms import arm_colour, arm_label
 from dspark.bench.replay import replay
-from dspark.bench.results import write_results
 from dspark.bench.trace import BROKEN, StepTimes, prompt_of, record, shortened, trace_decode
-from dspark.bench.traces import save_trace, trace_row, traces_frame
+from dspark.bench.traces import save_traces
 from dspark.lab import strips, text
 from dspark.lab.live import LivePanel
 from dspark.lab.replaying import SAMPLE
@@ -659,7 +658,7 @@ def replayed() -> Iterator[LivePanel]:
 def test_replay_uses_the_window_that_it_is_given(tmp_path, window):
     target = tiny_target()
     long = record(target, dspark.ContextLookup(tiny_drafter(target)), [5, 6, 7, 8, 5, 6, 7], max_new_tokens=24, times=TIMES)
-    save_trace(long, tmp_path / "long.parquet")
+    save_traces([long], tmp_path / "long.parquet")
     panel = LivePanel(Request(prompt_of(long), 24), policy=f"fixed:{window}", traces=tmp_path / "long.parquet")
     assert panel.controls.sliders["window"].value == window and {r.window for r in panel.shown.rounds[1:]} == {window}
     panel.close()
@@ -776,7 +775,7 @@ def test_record_makes_the_sliders_replay_the_prompt_in_the_box(panel):
 
 def test_a_file_of_several_traces_offers_each_by_its_prompt(replayed, target, drafter, tmp_path):
     made = [record(target, drafter, prompt, max_new_tokens=8, times=TIMES) for prompt in ("An apple", "Two pears")]
-    write_results(traces_frame([trace_row(trace) for trace in made]), tmp_path / "two.parquet")
+    save_traces(made, tmp_path / "two.parquet")
     replayed.path.value = str(tmp_path / "two.parquet")
     replayed.load_button.click()
     assert {"▶ An apple", "▶ Two pears"} <= {label for label, _ in replayed.examples.options}

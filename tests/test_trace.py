@@ -15,7 +15,7 @@ from dspark.bench.prompts import data_dir
 from dspark.bench.replay import Oracle, replay
 from dspark.bench.results import read_results, write_results
 from dspark.bench.trace import StepTimes, Trace, record, texts_of, trace_decode
-from dspark.bench.traces import load_traces, row_trace, save_trace, trace_row
+from dspark.bench.traces import load_traces, row_trace, save_traces, trace_row
 from dspark.draft.lookup import ContextLookup
 from dspark.round import Round
 from dspark.schedule import Policy
@@ -140,7 +140,7 @@ def test_a_file_gives_back_the_trace(tmp_path) -> None:
     target = tiny_target()
     drafter = tiny_drafter(target)
     trace = record(target, drafter, PROMPT, max_new_tokens=9, times=TIMES)
-    save_trace(trace, tmp_path / "trace.parquet")
+    save_traces([trace], tmp_path / "trace.parquet")
     found = load_traces(tmp_path / "trace.parquet")[0][1]
     assert found.about == trace.about
     for kept, made in zip(found.rounds, trace.rounds, strict=True):
@@ -164,7 +164,7 @@ def test_characters_of_several_tokens_are_read_from_a_file_as_they_were_written(
         rounds.append(Round(index=i, committed=tuple(committed), **about, **some))
     empty = record(target, dspark.ContextLookup(None, target=target), [1], max_new_tokens=1, times=TIMES)
     trace = Trace(tuple(rounds), empty.about)
-    save_trace(replace(trace, about=trace.about | texts_of(target, trace)), tmp_path / "t.parquet")
+    save_traces([replace(trace, about=trace.about | texts_of(target, trace))], tmp_path / "t.parquet")
     decode = trace_decode(load_traces(tmp_path / "t.parquet")[0][1])
     assert decode(list(text.encode())) == text and decode(list(drafts)) == "🙂" and decode(list(drafts[:2])) == "\ufffd\ufffd"
     assert decode([3]) == "⟨3⟩"
@@ -212,7 +212,7 @@ def test_a_foreign_or_damaged_file_is_one_clear_error(tmp_path) -> None:
     trace = record(target, tiny_drafter(target), PROMPT, max_new_tokens=5, times=TIMES)
     with pytest.raises(ValueError, match="no results"):
         load_traces(path)[0][1]
-    save_trace(trace, path)
+    save_traces([trace], path)
     frame = read_results(path)
     write_results(frame.assign(schema_version=99), path)
     with pytest.raises(ValueError, match=r"trace\.parquet has schema version 99.*make it again"):
@@ -242,18 +242,18 @@ def test_a_foreign_or_damaged_file_is_one_clear_error(tmp_path) -> None:
 def test_a_full_disk_leaves_the_old_trace(tmp_path) -> None:
     target = tiny_target(eos_token_id=None)
     path = tmp_path / "trace.parquet"
-    save_trace(record(target, tiny_drafter(target), PROMPT, max_new_tokens=5, times=TIMES), path)
+    save_traces([record(target, tiny_drafter(target), PROMPT, max_new_tokens=5, times=TIMES)], path)
     before = path.read_bytes()
     longer = record(target, tiny_drafter(target), PROMPT, max_new_tokens=300, times=TIMES)
     with pytest.raises(ValueError, match="cannot write"), full_disk():
-        save_trace(longer, path)
+        save_traces([longer], path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["trace.parquet"]
 
 
 def test_rollouts_for_calibration_come_from_a_loaded_trace(tmp_path) -> None:
     target = tiny_target(eos_token_id=None)
     trace = record(target, tiny_drafter(target), PROMPT, max_new_tokens=12, times=TIMES)
-    save_trace(trace, tmp_path / "trace.parquet")
+    save_traces([trace], tmp_path / "trace.parquet")
     assert (
         rollouts(load_traces(tmp_path / "trace.parquet")[0][1].rounds, 4).survived.tolist() == rollouts(trace.rounds, 4).survived.tolist()
     )

@@ -26,7 +26,7 @@ from dspark.bench.replay import replay
 from dspark.bench.results import read_rows
 from dspark.bench.stats import ALL, caption, summarise
 from dspark.bench.trace import Trace, copies, prompt_of, record, trace_decode
-from dspark.bench.traces import load_traces, save_trace
+from dspark.bench.traces import load_traces, save_traces
 from dspark.cli import run_main
 from dspark.draft.lookup import ContextLookup
 from dspark.files import data_dir
@@ -213,7 +213,7 @@ def draw(options: argparse.Namespace) -> None:
     """Write headline.svg, live.svg and the cartoon into ``options.out``; the cartoon also into the notebook, unless --out is given."""
     if options.record:
         target = load_target("default")
-        save_trace(record(target, ContextLookup(load_drafter("default", target)), PROMPT, max_new_tokens=128), SAMPLE)
+        save_traces([record(target, ContextLookup(load_drafter("default", target)), PROMPT, max_new_tokens=128)], SAMPLE)
     trace = load_traces(SAMPLE)[0][1]
     panel, figure, frames = still(trace), headline(read_rows(HEADLINE)), cartoon(trace)._repr_png_()[0]
     options.out.mkdir(parents=True, exist_ok=True)

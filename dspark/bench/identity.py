@@ -1,8 +1,5 @@
-"""Is the greedy text of every arm ``model.generate``'s, token for token? In float32 it must be; below it every divergence is weighed.
-
-One row and a block of rows run through different kernels, which round differently: in bfloat16 two nearly tied tokens may swap.
-Whether that happened is measured at the very position where a text diverges (:func:`weigh`).
-"""
+"""Is the greedy text of every arm ``model.generate``'s, token for token? In float32 it must be. In bfloat16 two nearly tied tokens may
+swap, as one row and a block of rows run through kernels that round differently: every divergence is weighed where it begins."""
 
 from __future__ import annotations
 
@@ -27,8 +24,7 @@ from dspark.verify.passes import Slot, TargetPass, TransformersPass, pass_of
 def check_identity(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     """Decode every prompt greedily with every arm and by ``model.generate`` of the stock target. One row per prompt and arm. Resumes.
 
-    tokens: of the reference.
-    equal: whether all tokens are the reference's.
+    tokens, equal: of the reference; whether all are the reference's.
     first_divergence: index of the first new token that differs, −1 for none.
     margin, noise: see :func:`weigh`; NaN for none.
     """
@@ -54,13 +50,11 @@ def check_identity(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
 def weigh(models: Models, prompt: list[int], expected: list[int], trial: Trial, i: int) -> tuple[float, float]:
     """How far apart two tokens are where the texts diverge, and how much of that rounding removes; both in logits, ≥ 0.
 
-    The text up to new token i runs again: on the stock target as the reference ran, and on the arm's target through the pass and in the
-    widths of its rounds.
-    margin: the first run's lead of the reference's token over the arm's.
-    noise: by how much that lead is smaller in the second run, but at most twice what rounding moves any logit. That is measured on
-        the stock target with transformers' own cache, between the text in one pass and token by token; so a fault of our pass or
-        our cache, which the second run repeats, cannot pass for rounding. Rounding swapped the tokens if and only if margin ≤ noise.
-    A text that is only longer or shorter has an infinite margin: rounding does not end a text.
+    The text up to new token i runs again: on the stock target as the reference ran, and on the arm's through the pass and in the widths
+    of its rounds. Rounding swapped the tokens if and only if margin ≤ noise.
+    margin: the first run's lead of the reference's token over the arm's; infinite where a text only ends earlier: rounding ends none.
+    noise: by how much that lead is smaller in the second run, at most twice what rounding moves any logit. That is measured on the stock
+        target with its own cache, between one pass and token by token, so a fault of our pass or cache cannot pass for rounding.
     """
     if i >= min(len(expected), len(trial.token_ids)):
         return math.inf, 0.0

@@ -50,7 +50,7 @@ def package_version() -> str:
 
 
 def passes(start: float, answers: Sequence[tuple[float, dict]]) -> list[tuple[int, float]]:
-    """Where each of the target's passes ends: tokens so far, and when they were seen. The first pass is the prefill.
+    """Where each of the target's passes ends, the prefill first: tokens so far, and when they were seen.
 
     answers: one per token of whole characters and a last one, as (seconds, answer). Tokens of one pass share its clock,
     ``predicted_ms``. Of a character that several passes make only the end is seen: they share its time evenly.
@@ -71,12 +71,10 @@ def passes(start: float, answers: Sequence[tuple[float, dict]]) -> list[tuple[in
 
 
 def serve(address: Connection, target_gguf: str, drafter_gguf: str, context: int, window: int, threads: int, options: dict) -> None:
-    """A process that is llama.cpp's server until its parent goes. drafter_gguf: "" for plain decoding. Sends the address it listens at.
+    """A process that is llama.cpp's server until its parent goes; sends the address it listens at.
 
-    options: more of its parameters, by their names.
-
-    In one process its threads and PyTorch's would count as more than the cores, and then OpenMP lets both sleep where they should wait:
-    our passes took twice as long so.
+    drafter_gguf: "" for plain decoding. options: more of its parameters, by their names.
+    In one process its threads and PyTorch's would be more than the cores, and OpenMP lets both sleep then: our passes took twice as long.
     """
     import xllamacpp
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -96,8 +95,7 @@ class Plan:
 
     def default_out(self, name: str) -> Path:
         """A file in runs/bench of the working directory; other options give another file, so no run ends at an earlier one's rows."""
-        options = hashlib.sha256(repr(self).encode()).hexdigest()[:6]
-        return Path("runs") / "bench" / f"{name}-{options}.parquet"
+        return Path("runs") / "bench" / f"{name}-{digest(repr(self))[:6]}.parquet"
 
     def provenance(self, models: Models) -> dict[str, object]:
         """Columns that all rows of a run with these models share."""
@@ -107,11 +105,10 @@ class Plan:
     def configuration(self, mode: str, target_digest: str, drafter: Drafter | None) -> dict[str, object]:
         """All that must be equal for two runs to share a file. Folders by name and digest: paths mean nothing elsewhere."""
         names = {"target": _without_path(self.target), "drafter": _without_path(self.drafter)}
-        if others := [item for item in (unit.item for unit in self.units) if item.domain not in DOMAINS]:
+        if others := [unit.item for unit in self.units if unit.item.domain not in DOMAINS]:
             names |= {"domains": ",".join(dict.fromkeys(item.domain for item in others)), "prompts_digest": digest(*(i.id for i in others))}
         digests = {"target_digest": target_digest, "drafter_digest": drafter_columns(drafter)["drafter_digest"]}
-        machine = {"machine": cpu_name(), "cores": cores()}
-        return {"mode": mode, "schema_version": SCHEMA_VERSION} | asdict(self) | names | digests | machine
+        return {"mode": mode, "schema_version": SCHEMA_VERSION} | asdict(self) | names | digests | {"machine": cpu_name(), "cores": cores()}
 
 
 def add_options(parser: argparse.ArgumentParser, without: Sequence[str] = (), **defaults: object) -> None:
@@ -125,12 +122,12 @@ plan_of = partial(from_fields, Plan)
 
 @dataclass(frozen=True)
 class Unit:
-    """One prompt in one repeat. turn: counts up, so that another arm starts each time. seed: of the sampled tokens."""
+    """One prompt in one repeat."""
 
     item: PromptItem
     repeat: int
-    turn: int
-    seed: int
+    turn: int  # counts up, so that another arm starts each time
+    seed: int  # of the sampled tokens
 
     @property
     def key(self) -> str:

@@ -37,10 +37,7 @@ class PromptItem:
 
 
 def load_prompts(domain: str, split: str = "test", n: int | None = None) -> list[PromptItem]:
-    """The first ``n`` prompts (None: all) of one split of a domain.
-
-    The files keep a fixed random order that visits every theme before it repeats one (data/prompts/build.py). So any n covers as many
-    themes as it can, and a smaller n is a prefix of a larger one.
+    """The first ``n`` prompts (None: all) of one split of a domain, in a fixed random order that visits every theme before it repeats one.
 
     domain: one of :data:`DOMAINS`; a ``.jsonl`` file; a name in :data:`HUB`, or "owner/name:configuration/split" of another data set
         on the hub. The last three have one split, which stands for both.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,15 +26,12 @@ GONE = r"\+(?:phrases|siblings)"  # arms with features that no longer exist: the
 class Ledger:
     """Rows of one run. Each finished unit is one line of ``<out>.partial.jsonl``; :meth:`finish` turns the lines into a Parquet file.
 
-    done: key of a unit → its rows, those of earlier processes included.
-    complete: whether the output is there already.
     Raises ValueError if the output or the partial file holds another configuration.
     """
 
     def __init__(self, out: Path, configuration: Row) -> None:
-        self.out, self.configuration = out, configuration
-        self.partial = _partial(out)
-        self.done: dict[str, list[Row]] = {}
+        self.out, self.configuration, self.partial = out, configuration, _partial(out)
+        self.done: dict[str, list[Row]] = {}  # key of a unit → its rows, those of earlier processes included
         self.complete = out.exists()
         if self.complete:
             _check_same(out, read_results(out).attrs.get("configuration", {}), configuration)
@@ -46,22 +44,22 @@ class Ledger:
             self.partial.unlink(missing_ok=True)
             self._append({"configuration": configuration})
 
-    def run(self, units: Mapping[str, T], measure: Callable[[T], list[Row]], shaped: Callable = pd.DataFrame) -> pd.DataFrame:
-        """Measure every unit that is not done; all rows, in the file and returned. shaped: see :meth:`finish`."""
+    def run(self, units: Mapping[str, T], measure: Callable[[T], list[Row]], types: Mapping[str, str] | None = None) -> pd.DataFrame:
+        """Measure every unit that is not done; all rows, in the file and returned. types: see :func:`typed`."""
         todo = {} if self.complete else {key: unit for key, unit in units.items() if key not in self.done}
         for key, unit in tqdm(todo.items(), desc=self.out.stem, initial=len(units) - len(todo), total=len(units)):
             self.add(key, measure(unit))
-        return self.finish(shaped)
+        return self.finish(types)
 
     def add(self, key: str, rows: Sequence[Row]) -> None:
         """Keep the rows of a finished unit."""
         self._append({"unit": key, "rows": list(rows)})
         self.done[key] = list(rows)
 
-    def finish(self, shaped: Callable[[list[Row]], pd.DataFrame] = pd.DataFrame) -> pd.DataFrame:
-        """All rows, in the file and returned. shaped: rows → frame, where columns need narrower types than JSON has."""
+    def finish(self, types: Mapping[str, str] | None = None) -> pd.DataFrame:
+        """All rows, in the file and returned."""
         if not self.complete:
-            frame = shaped([row for rows in self.done.values() for row in rows])
+            frame = typed((row for rows in self.done.values() for row in rows), types or {})
             frame.attrs["configuration"] = self.configuration
             write_results(frame, self.out)
             self.partial.unlink(missing_ok=True)
@@ -73,6 +71,12 @@ class Ledger:
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def typed(rows: Iterable[Row], types: Mapping[str, str]) -> pd.DataFrame:
+    """A frame of rows. types: column of lists → the numpy type of their numbers, where it is narrower than JSON's."""
+    frame = pd.DataFrame(rows)
+    return frame.assign(**{name: [np.array(values, dtype=kind) for values in frame[name]] for name, kind in types.items()})
 
 
 def rows_so_far(out: Path) -> pd.DataFrame:
@@ -102,8 +106,7 @@ def _whole_lines(path: Path) -> list[Row]:
 
 def _check_same(path: Path, theirs: Row, ours: Row) -> None:
     ours = json.loads(json.dumps(ours))
-    differing = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
-    if differing:
+    if differing := [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]:
         held, asked = (", ".join(f"{name}={side.get(name)}" for name in differing) for side in (theirs, ours))
         raise ValueError(f"{path} holds a run with {held}, but this one has {asked}: choose another --out, or delete that file")
 
@@ -123,10 +126,7 @@ def write_results(frame: pd.DataFrame, path: Path) -> None:
 
 
 def read_results(path: Path, remedy: str = COMMAND) -> pd.DataFrame:
-    """The rows of a file, without those of arms that no longer exist. remedy: the command that makes it.
-
-    Raises ValueError if there is no such file or it is not Parquet.
-    """
+    """The rows of a Parquet file, without those of arms that no longer exist. Raises ValueError, with the command that makes it."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: pass a file in it that {remedy} has made")
     try:
@@ -141,10 +141,7 @@ def read_results(path: Path, remedy: str = COMMAND) -> pd.DataFrame:
 
 
 def read_rows(path: Path, remedy: str = COMMAND, schema_version: int = SCHEMA_VERSION) -> pd.DataFrame:
-    """A results file for a table or figure. remedy: the command that makes it.
-
-    Raises ValueError for a missing or foreign file, one without rows, and one of another schema version.
-    """
+    """:func:`read_results` for a table or figure. Also raises ValueError for a file without rows or of another schema version."""
     frame = read_results(path, remedy)
     if frame.empty:
         raise ValueError(f"{path} has no rows: make it again with {remedy}")

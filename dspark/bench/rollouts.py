@@ -10,7 +10,7 @@ import copy
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -27,10 +27,9 @@ from dspark.cli import run_main
 from dspark.decode import generate
 from dspark.draft.drafter import Drafter
 from dspark.draft.source import NOTHING, Ask, Draft, DraftSource
-from dspark.files import data_dir
 from dspark.formats.checkpoint import CONFIG
 from dspark.formats.native import save_drafter
-from dspark.load import load_drafter
+from dspark.load import default_drafter, load_drafter
 from dspark.schedule import FixedWindow
 from dspark.target.target import Target
 from dspark.tune.calibrate import Calibration, Rollouts, calibrate, calibration_report, ranking_together, rollouts
@@ -40,7 +39,7 @@ from dspark.verify.sampling import Sampling
 COMMAND = "python -m dspark.bench.rollouts"
 TEMPERATURES, FITTED = (0.0, 1.0), 1.0
 FIT, JUDGE = "fit", "judge"
-FLOATS, COUNTS = ("logits", "acceptance"), ("checked", "survived")  # columns of lists: γ numbers a block, one number a block
+TYPES = {"logits": "float32", "acceptance": "float32", "checked": "int32", "survived": "int32"}  # columns of lists
 
 
 def measure_rollouts(plan: Plan, models: Models, out: Path, fit_repeats: int | None = None) -> pd.DataFrame:
@@ -58,7 +57,8 @@ def measure_rollouts(plan: Plan, models: Models, out: Path, fit_repeats: int | N
     drafter.sts_temperatures = ()  # the head's own logits are wanted
     most = {FIT: fit_repeats or plan.repeats, JUDGE: plan.repeats}
     about = plan.configuration("rollouts", target.digest, drafter) | {"temperatures": list(TEMPERATURES), "fit_repeats": most[FIT]}
-    constant, halves = plan.provenance(models), _halves(plan.units)
+    constant, turns = plan.provenance(models), defaultdict(lambda: cycle((FIT, JUDGE)))  # every other prompt of each domain
+    halves = {unit.item.id: next(turns[unit.item.domain]) for unit in plan.units if unit.repeat == 0}
 
     def measure(run: tuple[float, Unit]) -> list[Row]:
         t, unit = run
@@ -67,16 +67,7 @@ def measure_rollouts(plan: Plan, models: Models, out: Path, fit_repeats: int | N
 
     units = ((t, unit) for t in TEMPERATURES for unit in plan.units if unit.repeat < (most[halves[unit.item.id]] if t else 1))
     runs = {f"{t:g}/{unit.key}": (t, unit) for t, unit in units}
-    return Ledger(out, about).run(runs, measure, _narrow)
-
-
-def _narrow(rows: list[Row]) -> pd.DataFrame:
-    """Three digits take half the space of seven, and no number of blocks here could distinguish more."""
-    frame = pd.DataFrame(rows)
-    for names, narrow, kind in ((FLOATS, "float16", "float32"), (COUNTS, "int32", "int32")):
-        for name in names:
-            frame[name] = [np.array(values, dtype=narrow).astype(kind) for values in frame[name]]
-    return frame
+    return Ledger(out, about).run(runs, measure, TYPES)
 
 
 def _run(target: Target, drafter: Drafter, unit: Unit, temperature: float, tokens: int) -> Row:
@@ -86,9 +77,10 @@ def _run(target: Target, drafter: Drafter, unit: Unit, temperature: float, token
     try:
         data = rollouts(stream[1:], drafter.block_size, acceptances=acceptances[1:])
     except ValueError:  # the text ended before a block could be checked
-        return {"blocks": 0} | {name: [] for name in (*FLOATS, *COUNTS)}
-    numbers = {"logits": data.logits.flatten(), "acceptance": data.acceptance.flatten()}
-    numbers |= {"checked": data.checked.sum(-1), "survived": data.survived.sum(-1)}
+        return {"blocks": 0} | {name: [] for name in TYPES}
+    # Three digits take half the space of seven, and no number of blocks here could distinguish more.
+    numbers = {name: getattr(data, name).half().flatten() for name in ("logits", "acceptance")}
+    numbers |= {name: getattr(data, name).sum(-1) for name in ("checked", "survived")}
     return {"blocks": len(data.logits)} | {name: values.tolist() for name, values in numbers.items()}
 
 
@@ -118,12 +110,6 @@ def observed(target: Target, drafter: DraftSource, sampling: Sampling) -> tuple[
     return watched, source, acceptances
 
 
-def _halves(units: Iterable[Unit]) -> dict[str, str]:
-    """Prompt → its half: every other prompt of each domain."""
-    turns = defaultdict(lambda: cycle((FIT, JUDGE)))
-    return {unit.item.id: next(turns[unit.item.domain]) for unit in units if unit.repeat == 0}
-
-
 def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
     """The blocks of the rows whose columns hold the chosen values (half, temperature, domain, …). Raises ValueError if there are none."""
     for name, value in chosen.items():
@@ -134,31 +120,25 @@ def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
     if frame.empty:
         raise ValueError(f"no blocks with {chosen}: roll out more prompts with {COMMAND}")
     blocks = int(frame["blocks"].sum())
-    values = {name: torch.from_numpy(np.concatenate(frame[name].to_list())).reshape(blocks, -1) for name in (*FLOATS, *COUNTS)}
+    values = {name: torch.from_numpy(np.concatenate(frame[name].to_list())).reshape(blocks, -1) for name in TYPES}
     position = torch.arange(values["logits"].shape[1])
     return Rollouts(values["logits"], position < values["survived"], position < values["checked"], values["acceptance"])
 
 
-def judged(frame: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
+def judged(frame: pd.DataFrame, calibration: Calibration, report: Callable = calibration_report) -> pd.DataFrame:
     """Confidence before and after calibration, on the half that was not fitted: one row per sampling temperature and position."""
-    return pd.DataFrame([{"temperature": t} | row for t, data in _judging(frame) for row in calibration_report(data, calibration)])
+    data = {t: rollouts_of(frame, half=JUDGE, temperature=t) for t in sorted(set(frame["temperature"]))}
+    return pd.DataFrame([{"temperature": t} | row for t, part in data.items() for row in report(part, calibration)])
 
 
 def ranked(frame: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
-    """How the confidence ranks the drafts of all positions together, on the half that was not fitted: one row per temperature."""
-    return pd.DataFrame([{"temperature": t} | ranking_together(data, calibration) for t, data in _judging(frame)])
-
-
-def _judging(frame: pd.DataFrame) -> list[tuple[float, Rollouts]]:
-    return [(t, rollouts_of(frame, half=JUDGE, temperature=t)) for t in sorted(set(frame["temperature"]))]
+    """How the confidence ranks the drafts of all positions together, on that half: one row per temperature."""
+    return judged(frame, calibration, lambda data, calibration: [ranking_together(data, calibration)])
 
 
 def store(calibration: Calibration, name: str, target: Target) -> Path:
-    """Add the offset to the bias of the drafter's confidence head and write the temperatures into its config. Returns the folder.
-
-    All other weights and the training summary stay. Rollouts of the new bias ask for next to no offset.
-    """
-    folder = data_dir() / "drafters" / "smollm2-135m-instruct" if name == "default" else Path(name).expanduser()
+    """Add the offset to the bias of the drafter's confidence head and write the temperatures into its config; all else stays."""
+    folder = default_drafter() if name == "default" else Path(name).expanduser()
     if not folder.is_dir():
         raise ValueError(f"no drafter folder at {folder}: a calibration can only be stored in a folder, so download the drafter first")
     drafter = load_drafter(folder, target)

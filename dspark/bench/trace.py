@@ -32,24 +32,18 @@ LONGEST_CHARACTER = 4  # tokens, one byte each
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of the two models' steps on one machine.
+    """Seconds of the two models' steps on one machine."""
 
-    draft: tokens in a drafted block → seconds.
-    verify: tokens in a target pass, anchor included → seconds.
-    copy: seconds of a copied draft.
-    other: seconds of a round outside both models.
-    """
-
-    draft: dict[int, float]
-    verify: dict[int, float]
-    copy: float = 0.0
-    other: float = 0.0
+    draft: dict[int, float]  # by tokens in a drafted block
+    verify: dict[int, float]  # by tokens in a target pass, anchor included
+    copy: float = 0.0  # of a copied draft
+    other: float = 0.0  # of a round outside both models
 
     def draft_seconds(self, tokens: int, source: str = "drafter") -> float:
         """Seconds of drafting so many tokens; 0.0 without a source."""
-        if not source:
-            return 0.0
-        return self.copy if source == COPY else self._drafts.step_seconds(tokens)
+        if source == COPY:
+            return self.copy
+        return self._drafts.step_seconds(tokens) if source else 0.0
 
     @cached_property
     def _drafts(self) -> SPSCurve:
@@ -64,8 +58,8 @@ class StepTimes:
 def _curve(seconds: dict[int, float]) -> SPSCurve:
     if not seconds:
         raise ValueError("the trace has no step times: record it with dspark.bench.trace.record, or give it times=StepTimes(…)")
-    widths = sorted(width for width in seconds if width)  # older files have empty blocks as well
-    return SPSCurve(tuple(widths), tuple(max(seconds[width], 1e-9) for width in widths))
+    widths = tuple(sorted(width for width in seconds if width))  # older files have empty blocks as well
+    return SPSCurve(widths, tuple(max(seconds[width], 1e-9) for width in widths))
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,7 @@ class Trace:
 
 
 class _RejectAll(Rng):
-    """Rejects every draft. In greedy decoding the correction is the target's choice, so the same text grows token by token."""
+    """In greedy decoding the correction is the target's choice, so the same text grows token by token."""
 
     def accepts(self, p_target: Tensor, p_draft: Tensor) -> bool:
         return False
@@ -112,11 +106,10 @@ def record(
     repeats: int = 3,
     pieces: bool = True,
 ) -> Trace:
-    """A greedy trace: at every position of the text the whole block is drafted and checked. Costs one round per token.
+    """A greedy trace; costs one round per token. Raises ValueError for what :func:`dspark.decode.decode` refuses.
 
     times: step times measured before; None measures them here, ``repeats`` times each, which takes about a second.
     pieces: keep the text of every token.
-    Raises ValueError for what :func:`dspark.decode.decode` refuses.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -138,9 +131,25 @@ def record(
         if len(text) <= limit and end == limit and text[-1] in target.eos_token_ids:
             end = len(text)
     kept = tuple(_judged(r, text, target.eos_token_ids) for r in found[: end - 1])
-    times = times or _measured_times(target, drafter, prompt_ids, kept, repeats)
-    trace = Trace((prefill, *kept), _about(target, drafter, prompt, limit, times) | {"prompt_tokens": prefill.context})
-    return replace(trace, about=trace.about | texts_of(target, trace)) if pieces else trace
+    inner = getattr(drafter, "drafter", None) or drafter  # the one inside a lookup
+    times = times or _measured_times(target, drafter, inner, prompt_ids, kept, repeats)
+    name = drafter_digest(inner) if isinstance(inner, nn.Module) else type(inner).__name__
+    prompt = prompt.flatten().tolist() if isinstance(prompt, Tensor) else prompt
+    about = {
+        "prompt": prompt if isinstance(prompt, str) else [part if isinstance(part, dict) else int(part) for part in prompt],
+        "prompt_tokens": prefill.context,
+        "target": target.name,
+        "target_digest": target.digest,
+        "drafter": name + ("+copy" if inner is not drafter else ""),
+        "temperature": 0.0,
+        "complete": True,  # files of older versions may hold live runs
+        "pieces": {},
+        "block_size": drafter.block_size,
+        "has_confidence": drafter.has_confidence,
+        "max_new_tokens": limit,
+    } | {f"{name}_seconds": value for name, value in asdict(times).items()}
+    trace = Trace((prefill, *kept), about)
+    return replace(trace, about=about | texts_of(target, trace)) if pieces else trace
 
 
 def _judged(r: Round, text: Sequence[int], eos_token_ids: frozenset[int]) -> Round:
@@ -152,38 +161,16 @@ def _judged(r: Round, text: Sequence[int], eos_token_ids: frozenset[int]) -> Rou
     return replace(r, accepted=accepted, committed=tuple(committed[:end]))
 
 
-def _measured_times(target: Target, drafter: DraftSource, prompt_ids: Sequence[int], kept: Sequence[Round], repeats: int) -> StepTimes:
+def _measured_times(
+    target: Target, drafter: DraftSource, inner: DraftSource, prompt_ids: Sequence[int], kept: Sequence[Round], repeats: int
+) -> StepTimes:
     """Medians of drafts and target passes of every width after this prompt, and of copies and overhead in the rounds ``kept``."""
     widths = range(1, drafter.block_size + 2)
     context = max(min(len(prompt_ids), target.max_context - widths[-1]), 1)
-    draft = draft_times(target, _inner(drafter), context=context, repeats=repeats)
+    draft = draft_times(target, inner, context=context, repeats=repeats)
     verify = median_steps(target, context=context, widths=widths, repeats=repeats)
-    copied = [r.draft_seconds for r in kept if r.source == COPY]
-    other = [r.seconds - r.draft_seconds - r.verify_seconds for r in kept]
-    return StepTimes(draft, verify, median(copied or [0.0]), median(other or [0.0]))
-
-
-def _inner(source: DraftSource) -> DraftSource:
-    """The drafter inside a lookup; the lookup itself where there is none."""
-    return getattr(source, "drafter", None) or source
-
-
-def _about(target: Target, drafter: DraftSource, prompt: Prompt, limit: int, times: StepTimes) -> dict[str, object]:
-    inner = _inner(drafter)
-    name = drafter_digest(inner) if isinstance(inner, nn.Module) else type(inner).__name__
-    prompt = prompt.flatten().tolist() if isinstance(prompt, Tensor) else prompt
-    return {
-        "prompt": prompt if isinstance(prompt, str) else [part if isinstance(part, dict) else int(part) for part in prompt],
-        "target": target.name,
-        "target_digest": target.digest,
-        "drafter": name + ("+copy" if inner is not drafter else ""),
-        "temperature": 0.0,
-        "complete": True,  # files of older versions may hold live runs
-        "pieces": {},
-        "block_size": drafter.block_size,
-        "has_confidence": drafter.has_confidence,
-        "max_new_tokens": limit,
-    } | {f"{name}_seconds": value for name, value in asdict(times).items()}
+    copied = median([r.draft_seconds for r in kept if r.source == COPY] or [0.0])
+    return StepTimes(draft, verify, copied, median([r.seconds - r.draft_seconds - r.verify_seconds for r in kept] or [0.0]))
 
 
 def texts_of(target: Target, trace: Trace) -> dict[str, object]:

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,9 @@ import torch
 from dspark.bench.arms import Models
 from dspark.bench.plan import Plan, Unit, add_options, plan_of
 from dspark.bench.provenance import utc
-from dspark.bench.results import Ledger, Row, read_rows, write_results
-from dspark.bench.trace import StepTimes, Trace, record
+from dspark.bench.results import Ledger, Row, read_rows, typed, write_results
+from dspark.bench.trace import Trace, record
 from dspark.cli import run_main
-from dspark.draft.source import DraftSource
 from dspark.files import one_line
 from dspark.round import Round
 
@@ -29,12 +29,13 @@ SCHEMA_VERSION = 1  # of the trace in a row
 COMMAND = "python -m dspark.bench.traces"
 Traces = list[tuple[Row, Trace]]
 
-# Fields of a Round: one number a round, or a list a round (concatenated). The value is the column's type.
-NUMBERS = dict.fromkeys(("anchor", "window", "verify_length", "accepted"), "int32") | {"source": "str"}
+# Fields of a Round: one value a round, or a list a round (concatenated). The value is the column's type.
+NUMBERS = dict.fromkeys(("anchor", "window", "verify_length", "accepted"), "int32") | {"source": "object"}
 NUMBERS |= dict.fromkeys(("draft_seconds", "verify_seconds", "seconds"), "float32")
 LISTS = dict.fromkeys(("draft_tokens", "committed"), "int32")
 LISTS |= dict.fromkeys(("confidence", "target_probs_of_drafts", "draft_probs_of_drafts"), "float32")
 LENGTHS = {"draft_tokens_lengths": "int32", "committed_lengths": "int32"}
+TYPES = NUMBERS | LISTS | LENGTHS
 
 
 def trace_row(trace: Trace) -> Row:
@@ -66,24 +67,15 @@ def row_trace(row: Row) -> Trace:
     return Trace(tuple(Round(index=i, **dict(zip(columns, values, strict=True))) for i, values in enumerate(rows)), about)
 
 
-def traces_frame(rows: Iterable[Row]) -> pd.DataFrame:
-    """Rows of traces with the narrow column types of the file."""
-    frame = pd.DataFrame(rows)
-    for name, kind in (NUMBERS | LISTS | LENGTHS).items():
-        if kind != "str":
-            frame[name] = [np.array(values, dtype=kind) for values in frame[name]]
-    return frame
-
-
-def save_trace(trace: Trace, path: str | Path) -> None:
-    """One trace in a Parquet file, whole or not at all."""
-    write_results(traces_frame([trace_row(trace)]), Path(path))
+def save_traces(traces: Iterable[Trace], path: str | Path) -> None:
+    """Traces in a Parquet file, whole or not at all."""
+    write_results(typed(map(trace_row, traces), TYPES), Path(path))
 
 
 def load_traces(path: str | Path) -> Traces:
     """Every trace of a file. Raises ValueError for a file that is missing, foreign, empty or of another schema version."""
     frame = read_rows(Path(path), COMMAND, SCHEMA_VERSION)
-    if missing := {"about", *NUMBERS, *LISTS, *LENGTHS} - set(frame.columns):
+    if missing := {"about", *TYPES} - set(frame.columns):
         raise ValueError(f"{path} holds no traces, it lacks {min(missing)}: pass a file of {COMMAND}")
     try:
         return traces_of(frame)
@@ -100,28 +92,21 @@ def traces_of(frame: pd.DataFrame) -> Traces:
 def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     """One row per prompt, with the trace's columns and its provenance, in ``out`` and returned. Resumes.
 
-    The step times are measured once, on the first prompt, and shared by all traces: policies are compared without noise.
+    The step times are measured once, on the warm-up prompt, and shared by all traces: policies are compared without noise.
     """
     target, (arm,) = models.target, plan.parsed_arms
-    source = arm.source(models.drafter)
     constant = plan.provenance(models) | {"arm": arm.name, "split": plan.split, "schema_version": SCHEMA_VERSION}
     about = plan.configuration("traces", target.digest, models.drafter) | {"trace_schema_version": SCHEMA_VERSION}
-    ledger = Ledger(out, about)
-    times = None if ledger.complete else _times(ledger, plan, models, source)
+    ledger, recorded = Ledger(out, about), partial(record, target, arm.source(models.drafter), pieces=False)
+    times = next((row_trace(row).times for (row,) in ledger.done.values()), None)
+    if times is None and not ledger.complete:
+        times = recorded(plan.warm_up_prompt().messages, max_new_tokens=min(plan.tokens, 32), repeats=9).times
 
     def measure(unit: Unit) -> list[Row]:
-        trace = record(target, source, unit.item.messages, max_new_tokens=plan.tokens, times=times, pieces=False)
+        trace = recorded(unit.item.messages, max_new_tokens=plan.tokens, times=times)
         return [unit.columns() | trace_row(trace) | {"utc": utc()} | constant]
 
-    return ledger.run({unit.key: unit for unit in plan.units}, measure, traces_frame)
-
-
-def _times(ledger: Ledger, plan: Plan, models: Models, source: DraftSource) -> StepTimes:
-    """Those of the finished rows, else measured on the warm-up prompt."""
-    for (row,) in ledger.done.values():
-        return row_trace(row).times
-    prompt = plan.warm_up_prompt().messages
-    return record(models.target, source, prompt, max_new_tokens=min(plan.tokens, 32), repeats=9, pieces=False).times
+    return ledger.run({unit.key: unit for unit in plan.units}, measure, TYPES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

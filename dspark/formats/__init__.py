@@ -1,7 +1,7 @@
 """Drafters on disk, one module per format. Each has ``read(config, tensors)``: what is stored.
 
-Adding a format is one module and its entry in :data:`FORMATS`. A module names every field that it understands and those that are
-known to be harmless; any other field is refused.
+Adding a format is one function and its entry in :data:`FORMATS`. It names every field that it understands and those that are known
+to be harmless; any other field is refused.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from dspark.formats import deepspec, gemma4, liquid, native, specforge, speculators
+from dspark.formats import deepspec, native, specforge, speculators
 from dspark.formats.build import Stored
 from dspark.formats.layers import Refusal, without
-from dspark.formats.refused import refuse
 
-FORMATS = {  # the architecture in config.json → its module; speculators' files are known by a field of their own
-    **dict.fromkeys(native.KINDS, native),
-    deepspec.ARCHITECTURE: deepspec,
-    "Gemma4DSparkModel": gemma4,
-    "DSparkDraftModel": specforge,
-    "DFlashDraftModel": specforge,
-    "Lfm2DSparkDraftModel": liquid,
+FORMATS = {  # the architecture in config.json → what reads it; speculators' files are known by a field of their own
+    **dict.fromkeys(native.KINDS, native.read),
+    deepspec.ARCHITECTURE: deepspec.read,
+    "Gemma4DSparkModel": deepspec.read_gemma4,
+    **dict.fromkeys(("DSparkDraftModel", "DFlashDraftModel", specforge.LIQUID), specforge.read),
 }
+DEEPSEEK_V4 = ("DSparkV4DraftModel", "DeepseekV4ForCausalLM")
+DFLASH_2 = ("selector_", "conv_")  # how its fields begin
 
 
 def read(config: dict, tensors: dict[str, Tensor], ignore_fields: Collection[str] = ()) -> Stored:
@@ -38,12 +37,24 @@ def read(config: dict, tensors: dict[str, Tensor], ignore_fields: Collection[str
     config = without(config, ignore_fields)
     refuse(config)
     names = config.get("architectures")
-    module = speculators if "speculators_model_type" in config else next((FORMATS[name] for name in FORMATS if names == [name]), None)
-    if module is None:
+    reader = speculators.read if "speculators_model_type" in config else next((FORMATS[name] for name in FORMATS if names == [name]), None)
+    if reader is None:
         known = f"{', '.join(FORMATS)}, speculators' {' and '.join(speculators.KINDS)}"
         raise Refusal("architectures", f"architectures {names!r} is no drafter that can be read: pass one of {known}")
-    if module is deepspec and "dflash_config" in config:  # only SpecForge writes that
-        module = specforge
-    stored = module.read(config, tensors)
+    if reader is deepspec.read and "dflash_config" in config:  # only SpecForge writes that
+        reader = specforge.read
+    stored = reader(config, tensors)
     stored.target_layers = config.get("num_target_layers") or (config.get("dflash_config") or {}).get("num_target_layers")
     return stored
+
+
+def refuse(config: dict) -> None:
+    """Raises Refusal, with the reason, for drafters of another construction: DeepSeek-V4's, and DFlash 2's."""
+    names, inner = config.get("architectures"), config.get("dflash_config")
+    if isinstance(names, list) and any(name in names for name in DEEPSEEK_V4):
+        reason = "DeepSeek-V4's drafter is made of MLA and MoE stages with hyper-connections, which are not supported"
+        raise Refusal("architectures", f"architectures is {names!r}: {reason}. Pass another drafter or train one")
+    for name, value in {**config, **(inner if isinstance(inner, dict) else {})}.items():
+        if (name.startswith(DFLASH_2) and value is not None) or (name == "speculators_model_type" and value == "dflash2"):
+            reason = "DFlash 2 has convolutions along the block and selects among candidates, which is not supported"
+            raise Refusal(name, f"{name} is {value!r}: {reason}. Pass another drafter or train one")

@@ -1,4 +1,7 @@
-"""The reference's format (DeepSpec): the target's config with the drafter's fields, copies of the target's embedding and head."""
+"""The reference's format (DeepSpec): the target's config with the drafter's fields, copies of the target's embedding and head.
+
+Its drafters for Gemma 4 have the layers of that model's full attention, a scaled embedding and capped logits.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,15 @@ OF_TARGETS = {  # fields of the target's layers, which the copied config still h
     *"output_attentions output_hidden_states return_dict problem_type id2label label2id no_rope_layer_interval no_rope_layers".split(),
     *"embedding_multiplier logits_scaling residual_multiplier attention_multiplier embd_pdrop resid_pdrop".split(),
     "original_max_position_embeddings",
+}
+PLAIN_GEMMA4 = {name: value for name, value in PLAIN_HERE.items() if name != "final_logit_softcapping"} | {
+    "enable_moe_block": False,
+    "hidden_size_per_layer_input": 0,
+    "use_double_wide_mlp": False,
+}
+OF_GEMMA4 = {
+    *"global_head_dim num_global_key_value_heads attention_k_eq_v final_logit_softcapping".split(),
+    *"num_kv_shared_layers top_k_experts vocab_size_per_layer_input per_layer_config".split(),
 }
 
 
@@ -69,6 +81,24 @@ def read(config: dict, tensors: dict[str, Tensor]) -> Stored:
     refuse_windows(config)
     values = {name: config.get(name) for name in (*HEADS, "sts_temperatures")} | read_layers(config, plain=PLAIN_HERE, rotates_all=True)
     return Stored("DeepSpec", values, tensors, copies=take_tables(config, tensors), frozen=True)
+
+
+def read_gemma4(config: dict, tensors: dict[str, Tensor]) -> Stored:
+    refuse_unknown(config, {*LAYERS, *HEADS, *HARMLESS, *PLAIN_GEMMA4, *OF_TARGETS, *OF_GEMMA4})
+    refuse_windows(config)
+    shared = bool(config.get("attention_k_eq_v"))
+    values = {name: config.get(name) for name in HEADS} | read_layers(config, plain=PLAIN_GEMMA4)
+    values |= {
+        "layer_type": "gemma4",
+        "head_dim": config.get("global_head_dim"),
+        "num_key_value_heads": config.get("num_global_key_value_heads" if shared else "num_key_value_heads"),
+        "attention_k_eq_v": shared,
+        "final_logit_softcapping": config.get("final_logit_softcapping"),
+    }
+    tables = take_tables(config, tensors)
+    for name in [name for name in tensors if name.endswith(".input_layernorm.weight")]:
+        tensors.setdefault(name.replace("input_layernorm.weight", "layer_scalar"), torch.ones(1))
+    return Stored("DeepSpec", values, tensors, copies=tables, frozen=True, own_scale=float(config["hidden_size"]) ** 0.5)
 
 
 def refuse_windows(config: dict) -> None:

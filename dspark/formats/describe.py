@@ -27,7 +27,11 @@ def describe(folder: Path, ignore_fields: Collection[str] = ()) -> dict[str, str
     config, tensors = read_config(folder / CONFIG), read_shapes(folder)
     size = f"{sum(t.numel() * t.element_size() for t in tensors.values()):,} bytes in {len(tensors)} tensors" if tensors else "no weights"
     stored, refusals = try_to_read(config, tensors, ignore_fields)
-    lines = {"format": stored.name if stored else "unknown", "target": _target(config, stored)}
+    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
+    named = verifier.get("name_or_path") or " ".join(verifier.get("architectures") or ())
+    layers = config.get("num_target_layers") or (config.get("dflash_config") or {}).get("num_target_layers") or "unknown number of"
+    target = stored.made_for[0] if stored and stored.made_for else named
+    lines = {"format": stored.name if stored else "unknown", "target": str(target or f"not named; {layers} layers")}
     if stored:
         try:
             lines |= _shape(shape_of(stored), sorted(TABLES & tensors.keys()), stored.values.get("sts_temperatures"))
@@ -68,15 +72,6 @@ def try_to_read(config: dict, tensors: dict[str, Tensor], ignore_fields: Collect
             refusals.append(f"config.json is malformed: {one_line(error)}")
             break
     return None, refusals
-
-
-def _target(config: dict, stored: Stored | None) -> str:
-    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
-    named = (
-        stored.made_for[0] if stored and stored.made_for else verifier.get("name_or_path") or " ".join(verifier.get("architectures") or ())
-    )
-    layers = config.get("num_target_layers") or (config.get("dflash_config") or {}).get("num_target_layers")
-    return str(named or f"not named; {layers or 'unknown number of'} layers")
 
 
 def _shape(shape: DrafterConfig, tables: list[str], temperatures: object) -> dict[str, str]:

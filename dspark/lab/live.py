@@ -15,7 +15,7 @@ import ipywidgets as w
 from IPython.display import HTML, display
 
 from dspark.bench.trace import Trace, copies, prompt_of, record, shortened
-from dspark.bench.traces import load_traces, save_trace
+from dspark.bench.traces import load_traces, save_traces
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
@@ -112,7 +112,7 @@ class LivePanel(Settings):
         with self._errors(OSError):
             if (trace := self.trace()) is None:
                 raise ValueError("no trace of these settings: record one first")
-            save_trace(trace, self.path.value)
+            save_traces([trace], self.path.value)
             self.say(f"saved: {self.path.value}")
 
     # ---- for code
