@@ -109,9 +109,7 @@ class Models:
 
 def parse_arms(names: str) -> tuple[Arm, ...]:
     """``"plain,fixed:5,adaptive:0.6,0.3,0.05+copy"`` → arms: a comma before a name separates them, before a number their numbers.
-
-    Raises ValueError naming the wrong one and the choices.
-    """
+    Raises ValueError naming the wrong one and the choices."""
     single = [name.strip() for name in re.split(r",(?=\s*[A-Za-z])", names)]
     if twice := {name for name in single if single.count(name) > 1}:
         raise ValueError(f"arm {min(twice)!r} is named twice: name each arm once")

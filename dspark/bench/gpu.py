@@ -1,8 +1,7 @@
 """``python -m dspark.bench gpu --minutes 8``: everything that has to be measured on a GPU, in one command.
 
-First equality: the graphed texts are transformers' own. Then speed with one user, step times up to 4 096 tokens, throughput with 1 to 512
-users, peak memory. Each part is a process of its own with its share of the time. It keeps what it has measured, and the same command
-resumes there. ``--rehearse`` runs every line but the capture itself at toy size on a CPU.
+Each part is a process of its own with its share of the time. It keeps what it has measured, and the same command resumes there.
+``--rehearse`` runs every line but the capture itself at toy size on a CPU.
 """
 
 from __future__ import annotations
@@ -51,11 +50,9 @@ GRACE = 60.0  # seconds in which a part whose time is over may end its step
 
 
 class Part(NamedTuple):
-    """share: of the time. measure: from a plan into a file. differs: how this plan differs from the command's."""
-
-    share: float
-    measure: Callable[[Plan, Path], object]
-    differs: dict[str, object]
+    share: float  # of the time
+    measure: Callable[[Plan, Path], object]  # from a plan into a file
+    differs: dict[str, object]  # how this plan differs from the command's
 
 
 def measure_steps(plan: Plan, out: Path) -> pd.DataFrame:

@@ -30,9 +30,7 @@ CONTEXT = 4096  # tokens for which llama.cpp reserves memory
 
 def by_llamacpp(target: Target, drafter: Drafter | None, settings: Settings) -> Decoder:
     """llama.cpp's own server in another process, with as many threads as PyTorch has. With a drafter: its DSpark drafting, whole blocks.
-
-    Raises ValueError where the comparison would be another one: sampled text, a target other than the bundled one, other types.
-    """
+    Raises ValueError where the comparison would be another one: sampled text, a target other than the bundled one, other types."""
     if settings.temperature:
         raise ValueError(f"llamacpp is measured on greedy text, but temperature is {settings.temperature}: leave it at 0")
     if target.name != DEFAULT.name or target.dtype != torch.bfloat16 or target.device.type != "cpu":

@@ -130,9 +130,7 @@ def summary(trial: Trial) -> dict[str, object]:
 
 def positions(rounds: Sequence[Round]) -> tuple[list[int], list[int]]:
     """For position k = 1, 2, …: rounds that reached it (everything before was accepted, k was checked), and that accepted it.
-
-    Their ratio is the conditional acceptance. Drafts after an end-of-text token are not counted.
-    """
+    Their ratio is the conditional acceptance. Drafts after an end-of-text token are not counted."""
     reached = [min(r.verify_length, r.accepted + 1, len(r.committed)) for r in rounds]
     accepted = [min(r.accepted, n) for r, n in zip(rounds, reached, strict=True)]
     last = max(reached, default=0)

@@ -32,9 +32,7 @@ def gain(over: str) -> float:
 
 def tau_of(target: str, drafter: str) -> dict[str, float]:
     """τ by the names in :data:`FILES` if the pair, named as on the hub, is one of the paper's; {} for any other.
-
-    For example "Qwen/Qwen3-4B" with "deepseek-ai/dspark_qwen3_4b_block7".
-    """
+    For example "Qwen/Qwen3-4B" with "deepseek-ai/dspark_qwen3_4b_block7"."""
     model, file = (re.sub(r"[^a-z0-9]", "", name.split("/")[-1].lower()) for name in (target, drafter))
     for (size, kind), values in TAU.items():
         name = size.replace("-", "").lower()

@@ -1,7 +1,6 @@
 """The rounds that a policy would have made, from a trace and without a model, and policies against each other over complete traces.
 
-Exact, as greedy text does not depend on the policy: a round's outcome depends on its position alone. Milliseconds instead of minutes,
-and without noise: the same text, the same step times.
+Exact, as greedy text does not depend on the policy; in milliseconds, and without noise: the same text, the same step times.
 """
 
 from __future__ import annotations
@@ -36,11 +35,8 @@ class Oracle(Policy):
 
 
 def replay(trace: Trace, policy: Policy) -> list[Round]:
-    """The rounds of ``policy`` on this text, the prefill first; seconds are the trace's measured step times.
-
-    The rounds are those of :func:`dspark.decode.decode` in float32, with the trace's own limit of new tokens.
-    Raises ValueError for a policy that the drafter cannot serve, or a live run of an older version.
-    """
+    """The rounds of :func:`dspark.decode.decode` in float32 with the trace's own limit, the prefill first; seconds are its step times.
+    Raises ValueError for a policy that the drafter cannot serve, or a live run of an older version."""
     if not trace.about["complete"]:
         raise ValueError("the trace is a live run of an older version: record it again with dspark.bench.trace.record")
     block_size = int(trace.about["block_size"])
@@ -102,9 +98,7 @@ def _best_lengths(trace: Trace, limit: int) -> list[int]:
 
 def policy_of(name: str, times: StepTimes = UNMEASURED) -> Policy:
     """The policy of this name (:func:`dspark.schedule.parse_policy`, or "oracle"), given the step times of a trace.
-
-    Raises ValueError for a misspelled name, and for +copy: copying is decided when the trace is recorded.
-    """
+    Raises ValueError for a misspelled name, and for +copy: copying is decided when the trace is recorded."""
     try:
         return Oracle() if name == ORACLE else parse_policy(name, lambda: times.sps)
     except ValueError as error:
@@ -114,9 +108,7 @@ def policy_of(name: str, times: StepTimes = UNMEASURED) -> Policy:
 
 def replayed(traces: Traces, names: Iterable[str]) -> pd.DataFrame:
     """Every policy on every trace, without the prefill.
-
-    Columns: domain, prompt_id, policy, tokens, rounds, seconds, drafts (rounds that drafted), checked and accepted (drafts).
-    """
+    Columns: domain, prompt_id, policy, tokens, rounds, seconds, drafts (rounds that drafted), checked and accepted (drafts)."""
     names, rows = list(names), []
     for about, trace in tqdm(traces, "replaying", leave=False, delay=2):
         for name in names:
@@ -131,12 +123,9 @@ def replayed(traces: Traces, names: Iterable[str]) -> pd.DataFrame:
 def pooled(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per policy and domain, and one with domain "all" per policy, from a frame of :func:`replayed`.
 
-    n: prompts.
-    tokens_per_round: τ.
+    n: prompts. tokens_per_round: τ. checked, accepted: drafts per round. acceptance: accepted over checked ones.
     tokens_per_second: in a domain all tokens over all seconds; for "all" the geometric mean of the domains.
     speedup: over "plain"; NaN where that was not replayed.
-    acceptance: accepted over checked drafts.
-    checked, accepted: per round.
     """
     by = pd.concat([frame, frame.assign(domain=ALL)]).groupby(["policy", "domain"], sort=False)
     total = by[["tokens", "rounds", "seconds", "checked", "accepted"]].sum()
@@ -166,8 +155,7 @@ def against_windows(frame: pd.DataFrame, policy: str, *, resamples: int = RESAMP
     """A policy against fixed windows, from a frame of :func:`replayed`.
 
     hindsight: its tokens/s over those of the window that is the best IN EACH DOMAIN in hindsight (geometric mean of the domains).
-    single: its tokens/s over those of the best single window over all domains.
-    best_single: that window.
+    single: its tokens/s over those of the best single window over all domains, ``best_single``.
     Each ratio is (value, low, high), with the 95 % bootstrap interval over the prompts of each domain: the same prompts for every
     policy, and the best windows found again in each resample. Raises ValueError if no fixed window or not this policy was replayed.
     """
@@ -191,9 +179,7 @@ def against_windows(frame: pd.DataFrame, policy: str, *, resamples: int = RESAMP
 
 def threshold_sweep(traces: Traces, thresholds: Iterable[float]) -> pd.DataFrame:
     """Static thresholds on the survival over complete traces, exactly; 0 checks every draft.
-
-    The columns of :func:`pooled` per domain and ``threshold``, with ``checked`` and ``accepted`` per round that drafted.
-    """
+    The columns of :func:`pooled` per domain and ``threshold``, with ``checked`` and ``accepted`` per round that drafted."""
     frame = replayed(traces, [f"confidence:{threshold}" for threshold in thresholds])
     lines = pooled(frame.assign(rounds=frame["drafts"]))
     return lines[lines["domain"] != ALL].assign(threshold=lambda rows: rows["policy"].str.partition(":")[2].astype(float))

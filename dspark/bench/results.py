@@ -25,9 +25,7 @@ GONE = r"\+(?:phrases|siblings)"  # arms with features that no longer exist: the
 
 class Ledger:
     """Rows of one run. Each finished unit is one line of ``<out>.partial.jsonl``; :meth:`finish` turns the lines into a Parquet file.
-
-    Raises ValueError if the output or the partial file holds another configuration.
-    """
+    Raises ValueError if the output or the partial file holds another configuration."""
 
     def __init__(self, out: Path, configuration: Row) -> None:
         self.out, self.configuration, self.partial = out, configuration, _partial(out)

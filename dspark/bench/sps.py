@@ -28,9 +28,7 @@ CONTEXTS = (128, 512, 1536)  # tokens in the cache
 
 def measure_here(plan: Plan, models: Models | None = None, repeats: int = 15) -> pd.DataFrame:
     """Medians of ``repeats`` steps of every width in this process, as measured; :func:`curve_of` makes a curve of them.
-
-    models: None loads those of the plan. Raises ValueError if no context length fits the target.
-    """
+    models: None loads those of the plan. Raises ValueError if no context length fits the target."""
     torch.set_num_threads(plan.threads)
     models = models or plan.load()
     target, rows = models.target, []
@@ -49,9 +47,7 @@ def measure_here(plan: Plan, models: Models | None = None, repeats: int = 15) ->
 
 def measure_sps(plan: Plan, out: Path, repeats: int = 15, processes: int = 5) -> pd.DataFrame:
     """:func:`measure_here` in several new processes, one after another; the medians over them, in ``out`` and returned.
-
-    Raises ValueError for fewer than one process, for one that was killed, and what a process raises.
-    """
+    Raises ValueError for fewer than one process, for one that was killed, and what a process raises."""
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
     frames = [in_new_process(measure_here, plan, None, repeats) for _ in trange(processes, desc="processes", unit="process")]

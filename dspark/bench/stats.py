@@ -21,9 +21,7 @@ ALL = "all"
 
 def speedups(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Columns arm, domain, prompt_id, speedup. Prompts whose text ended with its first token have no latency and are left out.
-
-    Raises ValueError if the baseline was not measured.
-    """
+    Raises ValueError if the baseline was not measured."""
     if baseline not in set(frame["arm"]):
         raise ValueError(f"the baseline {baseline!r} was not measured: choose one of {', '.join(sorted(set(frame['arm'])))}")
     latency = frame.groupby(["arm", "domain", "prompt_id"], sort=False)["latency_ms"].median().rename("arm_ms").reset_index()
@@ -66,12 +64,9 @@ def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
 def summarise(frame: pd.DataFrame, baseline: str, *, resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """One row per arm and domain, and one with domain "all" per arm.
 
-    n: prompts.
+    n: prompts. tokens_per_round: τ, all tokens after the first over all rounds. equal: share of texts that equal the baseline's.
     speedup, low, high: with the 95 % bootstrap interval over prompts; NaN where a domain has fewer than three.
-    tokens_per_round: τ, all tokens after the first over all rounds.
-    draft_ms, verify_ms, round_ms: medians over prompts.
-    plain_ms: T_plain, the plain arm's verify_ms; NaN if it was not measured.
-    equal: share of texts that equal the baseline's.
+    draft_ms, verify_ms, round_ms: medians over prompts. plain_ms: T_plain, the plain arm's verify_ms; NaN if it was not measured.
     """
     arms, domains = list(dict.fromkeys(frame["arm"])), list(dict.fromkeys(frame["domain"]))
     by = pd.concat([frame, frame.assign(domain=ALL)]).groupby(["arm", "domain"], sort=False)
@@ -103,9 +98,7 @@ def summarise(frame: pd.DataFrame, baseline: str, *, resamples: int = RESAMPLES,
 
 def beside(frame: pd.DataFrame, arm: str, quoted: Mapping[str, float]) -> pd.DataFrame:
     """Of one arm, by prompt set: n, τ, the quoted τ (NaN where there is none), tokens/s, and the speed-up over plain with its interval.
-
-    quoted: from :func:`dspark.bench.published.tau_of`.
-    """
+    quoted: from :func:`dspark.bench.published.tau_of`."""
     lines = summarise(frame, "plain").query("arm == @arm and domain != @ALL").set_index("domain").rename_axis("prompt set")
     lines = lines.rename(columns={"tokens_per_round": "τ", "tokens_per_second": "tokens/s", "speedup": "speed-up"})
     lines["τ (paper)"] = [quoted.get(name.lower().replace("-500", "500"), math.nan) for name in lines.index]

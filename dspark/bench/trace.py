@@ -68,10 +68,8 @@ class Trace:
 
     rounds: round 0 is the prefill. The anchor of round i is the i-th new token, all γ drafts are checked, and ``accepted`` counts those
         that agree with the greedy text.
-    about: prompt, prompt_tokens (older files lack it), target, target_digest, drafter, temperature, block_size, has_confidence,
-        complete, max_new_tokens (shortened to the target's context), draft_seconds and verify_seconds (tokens → seconds), copy_seconds,
-        other_seconds, pieces (token id → its text), characters ([token ids, text] of those that several tokens write together; older
-        files have none).
+    about: what :func:`record` knows; pieces: token id → its text; characters: [token ids, text] of those that several tokens write
+        together. Older files lack characters and prompt_tokens.
     """
 
     rounds: tuple[Round, ...]

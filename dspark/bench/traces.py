@@ -91,9 +91,7 @@ def traces_of(frame: pd.DataFrame) -> Traces:
 
 def record_traces(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     """One row per prompt, with the trace's columns and its provenance, in ``out`` and returned. Resumes.
-
-    The step times are measured once, on the warm-up prompt, and shared by all traces: policies are compared without noise.
-    """
+    The step times are measured once, on the warm-up prompt, and shared by all traces: policies are compared without noise."""
     target, (arm,) = models.target, plan.parsed_arms
     constant = plan.provenance(models) | {"arm": arm.name, "split": plan.split, "schema_version": SCHEMA_VERSION}
     about = plan.configuration("traces", target.digest, models.drafter) | {"trace_schema_version": SCHEMA_VERSION}

@@ -16,18 +16,12 @@ Buffer = tuple[Tensor, Tensor]  # one layer's keys and values, two of [slots, kv
 
 
 class Drawn(NamedTuple):
-    """Blocks of R rows; in static buffers, since another program judges them.
+    """Blocks of R rows; in static buffers, since another program judges them."""
 
-    tokens: [R, γ] int64, the target's ids.
-    probs: [R, γ] float32, p_d of each token.
-    confidence: [R, γ] float32, c_k; NaN without a confidence head.
-    rows: [R, γ, draft_vocab] float32, what the tokens were drawn from; empty when decoding is greedy.
-    """
-
-    tokens: Tensor
-    probs: Tensor
-    confidence: Tensor
-    rows: Tensor
+    tokens: Tensor  # [R, γ] int64, the target's ids
+    probs: Tensor  # [R, γ] float32, p_d of each token
+    confidence: Tensor  # [R, γ] float32, c_k; NaN without a confidence head
+    rows: Tensor  # [R, γ, draft_vocab] float32, what the tokens were drawn from; empty when decoding is greedy
 
 
 class _SlotContext:
@@ -45,18 +39,14 @@ class _SlotContext:
 
 
 class StaticDrafter:
-    """What programs do with a drafter.
-
-    buffers: whose layers from ``first`` on are the drafter's context, the target's standing before them.
-    temperatures: [γ] float32, of the confidences.
-    """
+    """What programs do with a drafter. temperatures: [γ] float32, of the confidences."""
 
     def __init__(self, drafter: Drafter, buffers: Buffers, first: int, temperatures: Tensor) -> None:
         self.drafter, self.buffers, self.first, self.temperatures = drafter, buffers, first, temperatures
 
     @property
     def layers(self) -> list[Buffer]:
-        """They are others once the cache has grown."""
+        """The drafter's context, after the target's layers; others once the cache has grown."""
         return self.buffers.layers[self.first :]
 
     def absorb(self, taps: Tensor, rows: Tensor, positions: Tensor) -> None:
@@ -70,10 +60,8 @@ class StaticDrafter:
     ) -> None:
         """Draft ``width`` tokens in every row (§3.1–3.2).
 
-        starts, anchors: [R], the length of the context and x_0.
-        context: positions of the buffers that attention reads.
-        samplings: of the rows; None if all are greedy.
-        uniforms: [R, ≥ width] float64, not read when all are greedy.
+        starts, anchors: [R], the length of the context and x_0. context: positions of the buffers that attention reads.
+        samplings: of the rows; None if all are greedy. uniforms: [R, ≥ width] float64, not read then.
         """
         drafter, heads = self.drafter, self.drafter.markov_head
         block = torch.full((len(starts), drafter.block_size), drafter.config.mask_token_id, device=starts.device)

@@ -1,8 +1,7 @@
-"""One round for R requests that stays on the device: the host sends what it decides, and waits for what it must know.
+"""One round for R requests that stays on the device: the host waits once, for the outcome, or twice if the policy reads confidences.
 
-It waits once, for the outcome, or twice if the policy reads confidences. Two programs do the work: one draws the blocks, the other runs
-the target over anchors and drafts and judges them. They stand on static buffers, so CUDA graphs of them can be replayed; on a CPU the
-same code runs without graphs. Copied blocks come from the host, which knows the text.
+One program draws the blocks, another runs the target over anchors and drafts and judges them. They stand on static buffers, so CUDA
+graphs of them can be replayed; on a CPU the same code runs without graphs. Copied blocks come from the host, which knows the text.
 """
 
 from __future__ import annotations
@@ -32,18 +31,12 @@ GREEDY, SAMPLED, FILTERED = "greedy", "sampled", "filtered"  # which part of the
 
 @dataclass(frozen=True)
 class _Static:
-    """The static buffers of R rows. block_size: W, tokens of the widest block.
+    """The static buffers of R rows; W is the width of the widest block."""
 
-    numbers: [R, 3 + W] int64: start, count, anchor, then the copied tokens; −1 where the drafter's stand instead.
-    samplings: [R, 3] float64: temperature, top_k, top_p.
-    uniforms: [R, 2W + 1] float64; see :mod:`dspark.device.rules`.
-    drawn: the drafter's blocks, None without a drafter.
-    """
-
-    numbers: Tensor
-    samplings: Tensor
-    uniforms: Tensor
-    drawn: Drawn | None
+    numbers: Tensor  # [R, 3 + W] int64: start, count, anchor, then the copied tokens; −1 where the drafter's stand instead
+    samplings: Tensor  # [R, 3] float64: temperature, top_k, top_p
+    uniforms: Tensor  # [R, 2W + 1] float64; see dspark.device.rules
+    drawn: Drawn | None  # the drafter's blocks
 
     def read_samplings(self, mode: str) -> Samplings | None:
         if mode == GREEDY:
@@ -87,9 +80,7 @@ class _Programs:
 
     def verify(self, static: _Static, table: tuple[Tensor, Tensor], shape: Shape, mode: str) -> Tensor:
         """Run the target over anchors and drafts, absorb its taps, judge the drafts.
-
-        Returns [R, 2 + 4W] float64: accepted, next token, then per draft its id, p_t, p_d and c.
-        """
+        Returns [R, 2 + 4W] float64: accepted, next token, then per draft its id, p_t, p_d and c."""
         counts, tokens = static.numbers[:, 1], static.numbers[:, 2:]
         copied, drafts = tokens[:, 1:] >= 0, tokens[:, 1:].clamp(min=0)
         p_drafts, confidence = copied.float(), torch.zeros_like(drafts, dtype=torch.float32)
@@ -127,9 +118,7 @@ class _Programs:
 
 class StaticRound:
     """Runs the rounds of one engine, and is its draft source. Made by :func:`static_round`.
-
-    cache: the engine's; further layers of the same slots hold the drafter's context.
-    """
+    cache: the engine's; further layers of the same slots hold the drafter's context."""
 
     def __init__(self, verifier: StaticPass, source: DraftSource | None) -> None:
         drafter = source.drafter if isinstance(source, ContextLookup) else source
@@ -146,8 +135,6 @@ class StaticRound:
             static = StaticDrafter(drafter, buffers, len(verifier.lean.layers), sent[0])
         self.programs = _Programs(verifier, buffers, static, max(self.block_size, 1), tuple(self.target_layer_ids))
 
-    # ---- what the engine's source is asked besides
-
     def new_state(self, prompt: Sequence[int] = ()) -> object:
         return self.copier.new_state(prompt) if self.copier else None
 
@@ -162,18 +149,15 @@ class StaticRound:
             positions = torch.arange(slot.length, device=taps.device)
             self.programs.drafter.absorb(taps[0], torch.full_like(positions, slot.index), positions)
 
-    # ---- the round
-
     def __call__(self, turns: Sequence[Turn], policy: Policy) -> tuple[list[Verdict], float, float]:
         """Draft, schedule, verify: fills each turn's draft and verify length, and lengthens its slot by all that was verified.
-
-        Returns what was decided about each turn, and the seconds of drafting and of verifying.
-        """
+        Returns what was decided about each turn, and the seconds of drafting and of verifying."""
         marks, mode = Marks(self.verifier.lean.device), _mode(turns)
-        slots, copies, widths = [turn.request.slot for turn in turns], self._copies(turns), [0] * len(turns)
-        for i, (turn, copy) in enumerate(zip(turns, copies, strict=True)):
-            limit = self.drafter.block_size if self.drafter is not None else 0
-            widths[i] = len(copy[0]) or max(min(turn.draft_limit, limit), 0)
+        slots, limit = [turn.request.slot for turn in turns], self.drafter.block_size if self.drafter is not None else 0
+        copies = [([], [])] * len(turns)  # what the text itself proposes, and how likely each token is to be right
+        if self.copier is not None:
+            copies = [self.copier.copy(turn.request.state, turn.request.anchor, turn.draft_limit) for turn in turns]
+        widths = [len(tokens) or max(min(turn.draft_limit, limit), 0) for turn, (tokens, _) in zip(turns, copies, strict=True)]
         self.cache.reserve(max(slot.length for slot in self.cache.slots) + self.block_size + 2)
         shape = self.cache.shape(slots, [1 + width for width in widths])
         static, run = self.programs.static(shape.rows, mode), self._run(mode)
@@ -199,8 +183,7 @@ class StaticRound:
             slot.length += 1 + length
         rows = found.tolist()
         each = zip(turns, (rows[slot.index] for slot in slots), widths, lengths, copies, strict=True)
-        verdicts = [self._verdict(*parts) for parts in each]
-        return verdicts, *marks.seconds()
+        return [self._verdict(*parts) for parts in each], *marks.seconds()
 
     @torch.inference_mode()
     def draw(self, slots: Sequence[Slot], width: int, mode: str = GREEDY) -> None:
@@ -212,12 +195,6 @@ class StaticRound:
     def _run(self, mode: str) -> object:
         """What runs the programs of this round. Sorting a vocabulary asks the host for scratch memory, so it stays out of graphs."""
         return self.cache.buffers.run if mode != FILTERED else lambda key, program: program()
-
-    def _copies(self, turns: Sequence[Turn]) -> list[tuple[list[int], list[float]]]:
-        """What the text itself proposes for each turn, and how likely each token is to be right."""
-        if self.copier is None:
-            return [([], [])] * len(turns)
-        return [self.copier.copy(turn.request.state, turn.request.anchor, turn.draft_limit) for turn in turns]
 
     @staticmethod
     def _lengths(policy: Policy, turns: Sequence[Turn], widths: Sequence[int], confidence: Sequence[Tensor]) -> list[int]:

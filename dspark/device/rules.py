@@ -1,9 +1,8 @@
 """Sampling and acceptance of R requests at once, on the device: the rules of :mod:`dspark.verify.sampling` and
 :mod:`dspark.verify.accept` on whole tensors, without a question to the host.
 
-The uniform numbers are arguments. A request draws 2W + 1 of them in every round, whatever happens in it: the first W draw its drafts,
-the next W judge them, the last chooses the token after them. So its stream is another one than that of the token-by-token rule, which
-draws as many as it needs; given the same numbers, both decide the same.
+The uniform numbers are arguments. A request draws 2W + 1 of them in every round: the first W draw its drafts, the next W judge them,
+the last chooses the token after them. The token-by-token rule draws as many as it needs; given the same numbers, both decide the same.
 """
 
 from __future__ import annotations
@@ -18,21 +17,14 @@ from dspark.verify.sampling import nucleus
 
 
 class Samplings(NamedTuple):
-    """How the next token is chosen, row by row.
+    """How the next token is chosen, row by row."""
 
-    temperature: [N] float32, 0 is greedy.
-    top_k: [N] int64, 0 keeps all.
-    top_p: [N] float32, 1 keeps all.
-    filtered: whether any row has a top_k or a top_p that drops something.
-    """
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    filtered: bool
+    temperature: Tensor  # [N] float32, 0 is greedy
+    top_k: Tensor  # [N] int64, 0 keeps all
+    top_p: Tensor  # [N] float32, 1 keeps all
+    filtered: bool  # whether any row has a top_k or a top_p that drops something
 
     def at(self, rows: Tensor) -> Samplings:
-        """Those of these rows."""
         return Samplings(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.filtered)
 
     def probs(self, logits: Tensor) -> Tensor:
@@ -53,9 +45,7 @@ class Samplings(NamedTuple):
 
 def choose_each(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Per row the index i with probability p_i, by inverting the cumulative distribution; −1 where the row sums to nothing positive.
-
-    probs: [N, vocab] float32; uniforms: [N] float64 in [0, 1). Returns [N] int64.
-    """
+    probs: [N, vocab] float32; uniforms: [N] float64 in [0, 1). Returns [N] int64."""
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     index = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).clamp_(max=probs.shape[-1] - 1)
@@ -63,16 +53,11 @@ def choose_each(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class Block(NamedTuple):
-    """R blocks of drafts to be judged, on a grid W wide.
+    """R blocks of drafts to be judged, on a grid W wide."""
 
-    tokens: [R, W] int64, x_1..x_W; those after the first ℓ are not read.
-    lengths: [R] int64, ℓ.
-    first: [R] int64, the row of the flat logits that judges x_1; the next rows judge the next drafts.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
-    first: Tensor
+    tokens: Tensor  # [R, W] int64, x_1..x_W; those after the first ℓ are not read
+    lengths: Tensor  # [R] int64, ℓ
+    first: Tensor  # [R] int64, the row of the flat logits that judges x_1; the next rows judge the next drafts
 
     @property
     def judged_by(self) -> Tensor:
@@ -97,9 +82,8 @@ def accept_each(
 ) -> tuple[Tensor, Tensor]:
     """:func:`dspark.verify.accept.accept` for R requests.
 
-    drafted: [R, W] float32, p_d(x_k).
+    drafted: [R, W] float32, p_d(x_k). p_target: [N, vocab] float32, flat.
     drawn_from: indices k [R] → the rows [R, vocab] float32 that x_{k+1} was drawn from.
-    p_target: [N, vocab] float32, flat.
     uniforms: [R, W + 1] float64: the first W judge the drafts, the last chooses the token after them.
     Returns accepted and next token, two of [R]; the token is −1 where the target's row sums to nothing positive.
     """

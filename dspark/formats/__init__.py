@@ -1,8 +1,5 @@
-"""Drafters on disk, one module per format. Each has ``read(config, tensors)``: what is stored.
-
-Adding a format is one function and its entry in :data:`FORMATS`. It names every field that it understands and those that are known
-to be harmless; any other field is refused.
-"""
+"""Drafters on disk. A format is one function, ``read(config, tensors)``: what is stored, and its entry in :data:`FORMATS`. It names every
+field that it understands and those that are known to be harmless; any other field is refused."""
 
 from __future__ import annotations
 

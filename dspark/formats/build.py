@@ -78,7 +78,10 @@ def build(stored: Stored, target: Target) -> Drafter:
     drafter.head_weight = torch.empty(0)
     drafter.sts_temperatures = tuple(map(float, temperatures))
     drafter.attach(target)
-    _check_target(stored.made_for, target)
+    # float16 cannot hold every bfloat16 weight, so its digest is another one.
+    if stored.made_for and stored.made_for[1] != target.digest and target.dtype != torch.float16:
+        theirs, ours = (f"{name!r} (weights {digest!r})" for name, digest in (stored.made_for, (target.name, target.digest)))
+        raise ValueError(f"the drafter was made for {theirs}, not for {ours}: load that target, or train a drafter for this one")
     return drafter
 
 
@@ -90,19 +93,26 @@ def weights_of(drafter: Drafter) -> dict[str, Tensor]:
 
 
 def refuse_unwritten(drafter: Drafter, layout: str, target: Target | None = None, **only: object) -> None:
-    """Raises ValueError, naming the field, for a drafter that another program's layout cannot hold.
+    """Raises ValueError, naming the field, for a drafter that another program's layout cannot hold: none takes unusual fields.
 
     target: given where that program reads the target's embedding table as it is stored, even if the target itself scales it.
-    only: fields for which that layout has no other value. Unusual fields no layout is written with.
+    only: fields for which that layout has no other value.
     """
     if type(drafter) is not Drafter:
         raise ValueError(f"{layout} holds a {Drafter.architecture}, not a {drafter.architecture}: use save_drafter")
-    odd = drafter.config.unusual() | {name: value for name, value in ((n, getattr(drafter.config, n)) for n in only) if value != only[name]}
+    config = drafter.config
+    odd = config.unusual() | {name: getattr(config, name) for name in only if getattr(config, name) != only[name]}
     if target is not None and type(target.embedding) is not nn.Embedding and (scale := odd.pop("embedding_scale", None)) != 1.0:
         raise ValueError(f"embedding_scale is {scale!r}, and {layout} takes {target.name}'s table as it is stored: use save_drafter")
     for name, value in odd.items():
         holds = f"holds only {only[name]!r}" if name in only else "has no such field"
         raise ValueError(f"{name} is {value!r}, and {layout} {holds}: use save_drafter")
+
+
+def foreign(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether rows of a table are no copy of ours, quantised or not."""
+    theirs, ours = theirs.to("cpu", torch.float32), ours.to("cpu", torch.float32)
+    return not (theirs - ours).norm() < FOREIGN_COPY * ours.norm()
 
 
 def check_finite(tensors: dict[str, Tensor]) -> None:
@@ -155,14 +165,13 @@ def _check_shapes(drafter: Drafter, tensors: dict[str, Tensor]) -> None:
 
 def _with_tables(shape: DrafterConfig, stored: Stored, target: Target, d2t: Tensor) -> DrafterConfig:
     """Which embedding and head are used: the target's where the file has none or equal ones, else the file's, as in its training.
-
-    Raises ValueError for tables of another shape, and for unlike ones in a format that holds nothing but copies of the target's.
-    """
+    Raises ValueError for tables of another shape, and for unlike ones in a format that holds nothing but copies of the target's."""
     originals = {"embed_tokens.weight": target.embedding.weight, "lm_head.weight": target.head_weight}
     own, scale = list(shape.own_tables), shape.embedding_scale
     for name, copy in stored.copies.items():
         mine = originals[name][d2t] if name == "lm_head.weight" and len(d2t) < target.vocab_size else originals[name]
-        if copy.shape != mine.shape or (stored.frozen and _unlike(copy, mine)):
+        some_rows = slice(None, None, max(1, len(mine) // 1024))
+        if copy.shape != mine.shape or (stored.frozen and foreign(copy[some_rows], mine[some_rows])):
             found = f"{list(copy.shape)}, is not {target.name}'s, {list(mine.shape)}"
             raise ValueError(f"{name}, {found}: load the target that the drafter was made for")
         parts = zip(copy.split(ROWS), mine.split(ROWS), strict=True)
@@ -172,15 +181,3 @@ def _with_tables(shape: DrafterConfig, stored: Stored, target: Target, d2t: Tens
         scale = stored.own_scale
     plain = "embed_tokens" in own or type(target.embedding) is nn.Embedding
     return replace(shape, own_tables=tuple(own), embedding_scale=None if plain and scale == 1.0 else scale)
-
-
-def _unlike(copy: Tensor, mine: Tensor) -> bool:
-    theirs, ours = (weight[:: max(1, len(mine) // 1024)].to("cpu", torch.float32) for weight in (copy, mine))
-    return not (theirs - ours).norm() < FOREIGN_COPY * ours.norm()
-
-
-def _check_target(made_for: tuple[str, str] | None, target: Target) -> None:
-    if made_for is None or made_for[1] == target.digest or target.dtype == torch.float16:  # which cannot hold every bfloat16 weight
-        return
-    theirs, ours = (f"{name!r} (weights {digest!r})" for name, digest in (made_for, (target.name, target.digest)))
-    raise ValueError(f"the drafter was made for {theirs}, not for {ours}: load that target, or train a drafter for this one")

@@ -34,7 +34,11 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     if (folder / WEIGHTS).is_file():
         tensors, header = read_tensors(folder / WEIGHTS, AGAIN)
     elif (folder / INDEX).is_file():
-        tensors = _read_shards(folder)
+        placed, tensors = placed_weights(folder), {}
+        for shard in sorted(set(placed.values())):
+            tensors |= read_tensors(folder / shard, AGAIN)[0]
+        if different := sorted(tensors.keys() ^ placed.keys()):
+            raise ValueError(f"the shards in {folder} and {INDEX} differ in {some(different)}: fetch the drafter again")
     else:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
         found = f"only pickled weights ({some(pickled)}), which can run code when loaded" if pickled else f"no {WEIGHTS}"
@@ -57,8 +61,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     """16 hex digits of names, types, shapes and all bytes."""
     parts: list[str | memoryview] = []
     for name, tensor in sorted(tensors.items()):
-        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
-        parts.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        parts += f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return digest(*parts)
 
 
@@ -70,15 +73,6 @@ def placed_weights(folder: Path) -> dict[str, str]:
         if Path(name).name != shard or not name.endswith(".safetensors") or not name.isprintable():
             raise ValueError(f"{folder / INDEX} names {shard!r}: a shard must be a plain *.safetensors file name inside the folder")
     return placed
-
-
-def _read_shards(folder: Path) -> dict[str, Tensor]:
-    placed, tensors = placed_weights(folder), {}
-    for shard in sorted(set(placed.values())):
-        tensors |= read_tensors(folder / shard, AGAIN)[0]
-    if different := sorted(tensors.keys() ^ placed.keys()):
-        raise ValueError(f"the shards in {folder} and {INDEX} differ in {some(different)}: fetch the drafter again")
-    return tensors
 
 
 def read_config(path: Path) -> dict:

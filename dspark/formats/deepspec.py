@@ -45,9 +45,7 @@ OF_GEMMA4 = {
 
 def export_deepspec(drafter: Drafter, target: Target, folder: str | Path) -> None:
     """Write a drafter for other tools that read this format, whole or not at all.
-
-    Raises ValueError for a reduced draft vocabulary or a baseline, which the format cannot hold, and where ``save_drafter`` does.
-    """
+    Raises ValueError for a reduced draft vocabulary or a baseline, which the format cannot hold, and where ``save_drafter`` does."""
     shape = drafter.config
     refuse_unwritten(drafter, "DeepSpec's layout")
     if shape.draft_vocab_size < shape.vocab_size:

@@ -21,9 +21,7 @@ MOST = 20  # refused fields that are looked for
 
 def describe(folder: Path, ignore_fields: Collection[str] = ()) -> dict[str, str]:
     """Lines to print, by name; those that begin with "refused" say why it would not load.
-
-    ignore_fields: as for :func:`dspark.load_drafter`. Raises ValueError for a folder without a readable config.json or weights.
-    """
+    ignore_fields: as for :func:`dspark.load_drafter`. Raises ValueError for a folder without a readable config.json or weights."""
     config, tensors = read_config(folder / CONFIG), read_shapes(folder)
     size = f"{sum(t.numel() * t.element_size() for t in tensors.values()):,} bytes in {len(tensors)} tensors" if tensors else "no weights"
     stored, refusals = try_to_read(config, tensors, ignore_fields)

@@ -82,9 +82,7 @@ def verify_sha256(path: Path, expected: str) -> None:
 
 def convert_gguf(path: Path, folder: Path) -> None:
     """Dequantise a GGUF file into a safetensors folder, float32 if the file has more digits than bfloat16; it appears when it is whole.
-
-    Raises ValueError for a damaged file, one that is not a whole causal LM, or positions that are scaled in an unknown way.
-    """
+    Raises ValueError for a damaged file, one that is not a whole causal LM, or positions that are scaled in an unknown way."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "trust_remote_code": False}
@@ -129,9 +127,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 def check_header(file: BinaryIO) -> None:
     """Walk through the header of a GGUF file. Raises ValueError where it names more than the file holds.
-
-    The library's reader trusts every length: a false one would make it loop almost forever.
-    """
+    The library's reader trusts every length: a false one would make it loop almost forever."""
     size = os.fstat(file.fileno()).st_size
 
     def skip(length: int) -> None:

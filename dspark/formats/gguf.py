@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dspark.draft.drafter import Drafter
 from dspark.files import cache_dir, one_line, write_atomically
-from dspark.formats.build import FOREIGN_COPY, refuse_unwritten, weights_of
+from dspark.formats.build import foreign, refuse_unwritten, weights_of
 from dspark.formats.fetch import DEFAULT, check_header, fetch_gguf
 from dspark.target.target import Target
 
@@ -76,8 +77,10 @@ def export_gguf(drafter: Drafter, target: Target, path: str | Path, target_gguf:
         writer.add_bool(f"{ARCHITECTURE}.has_confidence_head", shape.enable_confidence_head)
         _copy_fields(reader, writer, "tokenizer.", without=(gguf.Keys.Tokenizer.MASK_ID,))
         writer.add_mask_token_id(shape.mask_token_id)
-        for name, weight in weights.items():
-            _add(writer, llamacpp_name(name), weight, wide=name.startswith("confidence_head"))
+        for name, weight in weights.items():  # layers.0.mlp.up_proj.weight → blk.0.ffn_up.weight
+            layer, stem, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(\w+)", name).groups(default="")
+            their_name = f"{layer.replace('layers', 'blk')}{NAMES[stem]}.{kind}"
+            _add(writer, their_name, weight, wide=name.startswith("confidence_head"))
         if shape.draft_vocab_size < shape.vocab_size:
             writer.add_tensor("d2t", drafter.d2t.cpu().numpy())
             _add(writer, "output.weight", drafter.head_weight)
@@ -88,9 +91,7 @@ def export_gguf(drafter: Drafter, target: Target, path: str | Path, target_gguf:
 
 def export_target(source: str | Path, path: str | Path) -> None:
     """Write a target's GGUF file again with its tensors in bfloat16, whole or not at all; metadata and order of rows stay.
-
-    Vectors stay float32, as llama.cpp has them. Raises ValueError for a damaged source.
-    """
+    Vectors stay float32, as llama.cpp has them. Raises ValueError for a damaged source."""
     reader = _read(source)
 
     def write(part: Path) -> None:
@@ -114,16 +115,6 @@ def default_target_gguf() -> Path:
     return path
 
 
-def llamacpp_name(name: str) -> str:
-    """A parameter of Drafter → its tensor: "layers.0.mlp.up_proj.weight" → "blk.0.ffn_up.weight"."""
-    stem, _, kind = name.rpartition(".")
-    block = ""
-    if stem.startswith("layers."):
-        _, number, stem = stem.split(".", 2)
-        block = f"blk.{number}."
-    return f"{block}{NAMES[stem]}.{kind}"
-
-
 def _read(path: str | Path) -> gguf.GGUFReader:
     path = Path(path)
     try:
@@ -136,15 +127,11 @@ def _read(path: str | Path) -> gguf.GGUFReader:
 
 def _check_target(reader: gguf.GGUFReader, target: Target, path: str | Path) -> None:
     """Raises ValueError unless the file's embedding is the target's, but for quantisation."""
-    found = [tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"]
-    mine = target.embedding.weight
+    mine, found = target.embedding.weight, next((tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"), None)
     rows = slice(None, None, max(1, len(mine) // 256))
-    if found and tuple(reversed(found[0].shape.tolist())) == tuple(mine.shape):
-        theirs = _plain(found[0].data[rows], found[0].tensor_type)
-        ours = mine[rows].to("cpu", torch.float32)
-        if (theirs - ours).norm() < FOREIGN_COPY * ours.norm():
-            return
-    raise ValueError(f"{path} does not hold {target.name}, {list(mine.shape)}: pass the GGUF file of the drafter's target")
+    fits = found is not None and found.shape.tolist() == [*reversed(mine.shape)]
+    if not fits or foreign(_plain(found.data[rows], found.tensor_type), mine[rows]):
+        raise ValueError(f"{path} does not hold {target.name}, {list(mine.shape)}: pass the GGUF file of the drafter's target")
 
 
 def _plain(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> Tensor:

@@ -95,9 +95,8 @@ def _kinds(config: dict) -> list[str]:
     uses, first, window = (config.get(name) for name in ("use_sliding_window", "max_window_layers", "sliding_window"))
     if not kinds:
         if uses and first:
-            raise Refusal(
-                "max_window_layers", f"max_window_layers is {first!r} with use_sliding_window and no layer_types: name the layers"
-            )
+            found = f"max_window_layers is {first!r} with use_sliding_window and no layer_types"
+            raise Refusal("max_window_layers", f"{found}: name the layers")
         if window is not None and uses is None:
             raise Refusal("sliding_window", f"sliding_window is {window!r} without use_sliding_window or layer_types: name the layers")
         return [SLIDING if uses else FULL] * (count if type(count) is int and 0 < count < MOST_LAYERS else 1)
@@ -128,9 +127,8 @@ def read_rope(config: dict, kinds: Collection[str], rotates_all: bool) -> dict[s
     rope, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     if nested := [rope[kind] for kind in sorted(set(kinds)) if rope.get(kind)]:
         if len(nested) < len(set(kinds)) or any(other != nested[0] for other in nested):
-            raise Refusal(
-                "rope_parameters", f"rope_parameters differ between kinds of attention ({rope}), and only one rotation is supported"
-            )
+            found = f"rope_parameters differ between kinds of attention ({rope})"
+            raise Refusal("rope_parameters", f"{found}, and only one rotation is supported")
         rope = nested[0]
     types = [part.get("rope_type", part.get("type")) for part in (rope, scaling) if part.get("rope_type", part.get("type"))]
     if len(set(types)) > 1:
@@ -150,9 +148,8 @@ def read_rope(config: dict, kinds: Collection[str], rotates_all: bool) -> dict[s
         raise Refusal("rope_type", f"rope_type is {kind!r}, and only default, {', '.join(ROPE)} are supported: pass another drafter")
     if kind != "proportional":
         refuse_unlike([("partial_rotary_factor", partial, 1.0)])
-    numbers = {
-        name: value for name, value in rope.items() if value is not None and name not in ("rope_type", "type", "rope_theta", *SECTIONS)
-    }
+    others = {"rope_type", "type", "rope_theta", *SECTIONS}
+    numbers = {name: value for name, value in rope.items() if value is not None and name not in others}
     refuse_unknown(numbers, ROPE[kind] | {"partial_rotary_factor"}, "rope_parameters.")
     if kind == "yarn" and "original_max_position_embeddings" not in numbers:
         numbers["original_max_position_embeddings"] = config.get("max_position_embeddings")
@@ -169,9 +166,7 @@ def take_tables(config: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def take_shared(config: dict, tensors: dict[str, Tensor]) -> dict[str, object]:
     """Remove what is the target's, as fields of Stored: copies of its tables, and the draft vocabulary [draft_vocab].
-
-    In the file d2t holds the distance of each target id from its draft id, and t2d is a mask. Raises Refusal if that names other tokens.
-    """
+    In the file d2t holds the distance of each target id from its draft id, and t2d is a mask. Raises Refusal if that names other tokens."""
     d2t, mask = tensors.pop("d2t", None), tensors.pop("t2d", None)
     if d2t is not None and not (d2t.is_meta or d2t.dim() != 1 or d2t.is_floating_point() or d2t.is_complex()):
         d2t = d2t.long() + torch.arange(len(d2t))

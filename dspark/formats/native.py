@@ -18,11 +18,8 @@ FORMAT_VERSION = 1
 
 
 def save_drafter(drafter: Drafter, target: Target, folder: str | Path, *, training: dict | None = None) -> None:
-    """Write a drafter for ``load_drafter``, whole or not at all.
-
-    training: a JSON-able summary (steps, losses, …) kept in config.json. Raises ValueError for weights that are not finite and
-    if the folder cannot be written; what it held before is kept then.
-    """
+    """Write a drafter for ``load_drafter``, whole or not at all. training: a JSON-able summary (steps, losses, …) kept in config.json.
+    Raises ValueError for weights that are not finite and if the folder cannot be written; what it held before is kept then."""
     tensors = weights_of(drafter)
     if drafter.config.draft_vocab_size < drafter.config.vocab_size:
         tensors["d2t"] = drafter.d2t.to("cpu", torch.int32)

@@ -25,10 +25,10 @@ SHARED = "block_size mask_token_id draft_vocab_size markov_rank markov_head_type
 
 
 def export_speculators(drafter: Drafter, target: Target, folder: str | Path) -> None:
-    """Write a drafter as the package ``speculators`` saves it, whole or not at all.
+    """Write a drafter as the package ``speculators`` saves it, whole or not at all; without calibration.
 
     Its own head goes along only for a reduced draft vocabulary, its embedding never: readers take the target's.
-    Calibration is left out. Raises ValueError for a baseline, and where ``save_drafter`` does.
+    Raises ValueError for a baseline, and where ``save_drafter`` does.
     """
     refuse_unwritten(drafter, "speculators' layout", target)
     shape, tensors = drafter.config, weights_of(drafter)
@@ -78,8 +78,17 @@ def read(config: dict, tensors: dict[str, Tensor]) -> Stored:
     refuse_unlike([("topk_context", config.get("topk_context") or None, None), same_width])
     heads = {"markov_rank": 0, "enable_confidence_head": False} if kind == "dflash" else {}
     first = config.get("sample_from_anchor", False)  # here a missing flag means False
-    _check_count(config, first)
-    values = {name: config.get(name, heads.get(name)) for name in HEADS} | read_layers(_one_rope(layers), non_causal=_non_causal(config))
+    methods = (config.get("speculators_config") or {}).get("proposal_methods") or []
+    most = max((method.get("speculative_tokens") or 0 for method in methods), default=0)
+    if first is False and most >= config["block_size"]:  # one of them at the slot that this block convention leaves out
+        found = f"sample_from_anchor is {config.get('sample_from_anchor')!r}, but speculators_config proposes {most} tokens"
+        raise Refusal("sample_from_anchor", f"{found} from a block of {config['block_size']}: write sample_from_anchor explicitly")
+    non_causal = config.get("sliding_window_non_causal")
+    if non_causal is not None and type(non_causal) is not bool:
+        raise Refusal("sliding_window_non_causal", f"sliding_window_non_causal is {non_causal!r}, not true or false")
+    if rope := (layers.get("rope_parameters") or {}).get(SLIDING):  # where each kind of attention has one, all layers take this one
+        layers = layers | {"rope_parameters": rope}
+    values = {name: config.get(name, heads.get(name)) for name in HEADS} | read_layers(layers, non_causal=bool(non_causal))
     values |= {
         "target_layer_ids": [i - 1 for i in config["aux_hidden_state_layer_ids"]],  # here the embedding counts as 0
         "draft_vocab_size": config.get("draft_vocab_size"),
@@ -90,25 +99,3 @@ def read(config: dict, tensors: dict[str, Tensor]) -> Stored:
     for name in NOT_DRAFTING:
         tensors.pop(name, None)
     return Stored(f"speculators {kind}", values, tensors, **take_shared(config, tensors))
-
-
-def _check_count(config: dict, sample_from_anchor: object) -> None:
-    """Raises Refusal if the file proposes a token at the slot that its block convention leaves out."""
-    methods = (config.get("speculators_config") or {}).get("proposal_methods") or []
-    most = max((method.get("speculative_tokens") or 0 for method in methods), default=0)
-    if sample_from_anchor is False and most >= config["block_size"]:
-        found = f"sample_from_anchor is {config.get('sample_from_anchor')!r}, but speculators_config proposes {most} tokens"
-        raise Refusal("sample_from_anchor", f"{found} from a block of {config['block_size']}: write sample_from_anchor explicitly")
-
-
-def _non_causal(config: dict) -> bool:
-    value = config.get("sliding_window_non_causal")
-    if value is not None and type(value) is not bool:
-        raise Refusal("sliding_window_non_causal", f"sliding_window_non_causal is {value!r}, not true or false")
-    return bool(value)
-
-
-def _one_rope(layers: dict) -> dict:
-    """Where rotary numbers stand for each kind of attention, this format takes those of sliding attention in every layer."""
-    rope = layers.get("rope_parameters") or {}
-    return layers | {"rope_parameters": rope[SLIDING]} if rope.get(SLIDING) else layers

@@ -13,10 +13,10 @@ from dspark.tune.profile import step_times
 
 
 def prepared(target: Target, drafter: DraftSource | None, policy: Policy | None) -> tuple[DraftSource | None, Policy]:
-    """Who drafts, and under which policy.
+    """Who drafts, and under which policy. Without a drafter nothing is drafted: plain decoding.
 
     Without a policy the context is copied where it repeats itself, and :class:`~dspark.schedule.Auto` decides on this machine's step
-    times, which are measured the first time (some seconds). Without a drafter nothing is drafted: plain decoding.
+    times, which are measured the first time (some seconds).
     Raises ValueError for a policy that the drafter cannot serve, and for a drafter that is attached to another model.
     """
     if drafter is None:

@@ -37,18 +37,12 @@ AS_TRAINED = Calibration()
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Confidences and outcomes of n drafted blocks.
+    """Confidences and outcomes of n drafted blocks."""
 
-    logits: [n, γ] float32, of c_k as the head gives them.
-    survived: [n, γ] bool, x_1..x_k were all accepted.
-    checked: [n, γ] bool, position k was sent to the target; the others are ignored.
-    acceptance: [n, γ] float32, Σ min(p_d, p_t), the confidence of a perfect head; NaN where unknown.
-    """
-
-    logits: Tensor
-    survived: Tensor
-    checked: Tensor
-    acceptance: Tensor
+    logits: Tensor  # [n, γ] float32, of c_k as the head gives them
+    survived: Tensor  # [n, γ] bool, x_1..x_k were all accepted
+    checked: Tensor  # [n, γ] bool, position k was sent to the target; the others are ignored
+    acceptance: Tensor  # [n, γ] float32, Σ min(p_d, p_t), the confidence of a perfect head; NaN where unknown
 
     @property
     def block_size(self) -> int:
@@ -69,8 +63,7 @@ def rollouts(rounds: Iterable[Round], block_size: int, acceptances: Sequence[Seq
     """Collect the blocks of a drafter that carries no temperatures.
 
     acceptances: of each round's checked drafts, if they are known (:func:`dspark.bench.rollouts.observed`).
-    Copied blocks and rounds that ended the text inside the block are left out: their outcomes do not depend on the head.
-    Raises ValueError if nothing is left.
+    Copied blocks and rounds that ended the text inside the block say nothing about the head. Raises ValueError if nothing else is left.
     """
     rounds, position = list(rounds), torch.arange(block_size)
     pairs = zip(rounds, acceptances or [()] * len(rounds), strict=True)
@@ -92,9 +85,7 @@ def _padded(values: Sequence[float], block_size: int, filler: float) -> Tensor:
 
 def calibration_error(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> float:
     """ECE: |mean confidence − frequency of the outcome|, averaged over equally wide bins by the share of cases in them.
-
-    confidence: [m] in 0..1, outcome: [m] bool. Raises ValueError if there is no case.
-    """
+    confidence: [m] in 0..1, outcome: [m] bool. Raises ValueError if there is no case."""
     if not len(confidence):
         raise ValueError("the calibration error of no cases is undefined: roll out more rounds")
     index = _bins(confidence, bins)
@@ -108,9 +99,7 @@ def _bins(confidence: Tensor, bins: int) -> Tensor:
 
 def ranking_quality(confidence: Tensor, outcome: Tensor) -> float:
     """AUC: how often, in a random pair of one survivor and one other, the survivor has the higher confidence; ties count half.
-
-    NaN where only one outcome occurred, or a confidence is NaN.
-    """
+    NaN where only one outcome occurred, or a confidence is NaN."""
     positive, order = int(outcome.sum()), confidence.sort().values
     negative = len(outcome) - positive
     if not positive or not negative or confidence.isnan().any():
@@ -122,12 +111,10 @@ def ranking_quality(confidence: Tensor, outcome: Tensor) -> float:
 
 def calibration_noise(confidence: Tensor, bins: int = BINS, draws: int = 200, seed: int = 0) -> float:
     """The calibration error of a perfect head on as many cases: mean over outcomes drawn with these confidences, [m] in 0..1.
-
-    An error below it is no evidence against a head.
-    """
+    An error below it is no evidence against a head."""
     generator = torch.Generator().manual_seed(seed)
-    found = [calibration_error(confidence, torch.rand(len(confidence), generator=generator) < confidence, bins) for _ in range(draws)]
-    return sum(found) / draws
+    outcomes = (torch.rand(len(confidence), generator=generator) < confidence for _ in range(draws))
+    return sum(calibration_error(confidence, outcome, bins) for outcome in outcomes) / draws
 
 
 def reliability(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> list[dict[str, float]]:
@@ -143,11 +130,9 @@ def reliability(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> list[d
 def calibration_report(data: Rollouts, calibration: Calibration) -> list[dict[str, float]]:
     """One row per position with checked blocks: a_k as the head was trained, and after calibration.
 
-    position: 1, 2, …
-    n, survival: checked blocks, and the share that survived.
+    position: 1, 2, … n, survival: checked blocks, and the share that survived.
     ece_before, ece_after, noise: :func:`calibration_error`, and :func:`calibration_noise` of the calibrated a_k.
-    auc_before, auc_after: :func:`ranking_quality`.
-    auc_best: AUC of a perfect head. NaN if the acceptance is unknown.
+    auc_before, auc_after: :func:`ranking_quality`. auc_best: of a perfect head; NaN if the acceptance is unknown.
     """
     rows = []
     for k in range(data.block_size):
@@ -165,9 +150,8 @@ def calibration_report(data: Rollouts, calibration: Calibration) -> list[dict[st
 def ranking_together(data: Rollouts, calibration: Calibration) -> dict[str, float]:
     """How well a_k ranks the checked drafts of all positions together, as Algorithm 1 sorts the drafts of all requests.
 
-    n, auc: checked drafts, and :func:`ranking_quality` of the calibrated a_k.
-    auc_position: AUC of ranking by position alone.
-    auc_best: AUC of a perfect head; NaN if the acceptance is unknown.
+    n, auc: checked drafts, and :func:`ranking_quality` of the calibrated a_k. auc_position: of ranking by position alone.
+    auc_best: of a perfect head; NaN if the acceptance is unknown.
     """
     chosen, position = data.checked, torch.arange(data.block_size).expand_as(data.checked)
     outcome = data.survived[chosen]
@@ -183,9 +167,7 @@ def calibrate(data: Rollouts) -> Calibration:
 
 def fit_offset(data: Rollouts) -> float:
     """The maximum-likelihood b of c_1 = σ((logit + b) / T), fitted together with T (Platt scaling); 0 if no block was checked.
-
-    At the first position only: c_1 is a factor of every a_k, and all blocks have it.
-    """
+    At the first position only: c_1 is a factor of every a_k, and all blocks have it."""
     chosen = data.checked[:, 0]
     if not chosen.any():
         return 0.0

@@ -13,9 +13,7 @@ from dspark.schedule import SPS
 
 def expected_tokens_per_round(acceptance: Sequence[float]) -> float:
     """τ of a window of len(acceptance) tokens: 1 + Σ_k Π_{i≤k} α_i, with α_k the conditional acceptance at position k, in 0..1.
-
-    Raises ValueError for a number outside 0..1.
-    """
+    Raises ValueError for a number outside 0..1."""
     wrong = [a for a in acceptance if not 0 <= a <= 1]
     if wrong:
         raise ValueError(f"an acceptance must lie in 0..1, got {wrong[0]}: pass the conditional acceptance at positions 1, 2, …")
@@ -25,8 +23,7 @@ def expected_tokens_per_round(acceptance: Sequence[float]) -> float:
 def predict_speedup(sps: SPS, acceptance: Sequence[float], draft_seconds: float) -> float:
     """Speed-up over plain decoding of a fixed window with these acceptances: τ · T_plain / (T_draft + T_verify).
 
-    sps: measured on this machine (:func:`dspark.tune.profile.profile_sps`).
-    draft_seconds: T_draft, one block; 0 for the limit of free drafting.
+    sps: measured on this machine (:func:`dspark.tune.profile.profile_sps`). draft_seconds: T_draft, one block; 0 where drafting is free.
     """
     return expected_tokens_per_round(acceptance) / required_tokens_per_round(sps, len(acceptance), draft_seconds)
 
@@ -49,8 +46,7 @@ def required_tokens_per_round(sps: SPS, window: int, draft_seconds: float, speed
 def break_even(sps: SPS, windows: Sequence[int], draft_seconds: float, speedups: Sequence[float], replayed: int = 0) -> pd.DataFrame:
     """The τ that every window needs for every speed-up, T_draft being the same for every window: the backbone runs once a block.
 
-    Columns: window, speedup; required, the τ with the drafter's time; free, without it; reachable, whether required ≤ window + 1, the
-    τ of a drafter that is always right.
+    Columns: window, speedup; required: τ with the drafter's time; free: τ without it; reachable: whether required ≤ window + 1.
     """
     frame = pd.DataFrame(product(windows, speedups), columns=["window", "speedup"])
     for name, seconds in (("required", draft_seconds), ("free", 0.0)):

@@ -1,8 +1,7 @@
 """What only a GPU can do, in one file: CUDA graphs of programs on static buffers, and copies that nobody waits for.
 
 A pass over a few tokens is some hundred small kernels, and calling them one by one takes longer than running them. A CUDA graph calls
-them all at once, but it reads and writes the same addresses in the same shapes every time. Everything else runs on a CPU as well, and
-is tested there: without graphs, programs simply run.
+them all at once, but reads and writes the same addresses in the same shapes every time. Without graphs programs simply run.
 """
 
 from __future__ import annotations
@@ -55,14 +54,11 @@ def cuda_graphs(device: torch.device) -> Capture:
 
 
 class Graphs:
-    """Decides what is captured, for all engines of one target.
-
-    new_capture: makes what captures the programs of one engine; None runs everything eagerly.
-    memory: bytes that graphs may still take; when they are used up, new buckets run eagerly.
-    """
+    """Decides what is captured, for all engines of one target."""
 
     def __init__(self, new_capture: Callable[[], Capture] | None, memory: float = math.inf) -> None:
-        self.new_capture, self.memory = new_capture, memory
+        self.new_capture = new_capture  # makes what captures the programs of one engine; None runs everything eagerly
+        self.memory = memory  # bytes that graphs may still take; when they are used up, new buckets run eagerly
 
     def captured(self, capture: Capture | None, program: Program) -> Program:
         """What runs this program from now on: its graph, or the program itself."""
@@ -81,18 +77,14 @@ class Graphs:
 
 
 class Buffers:
-    """What stays when an engine goes, so that the next one finds its graphs: keys and values, static inputs, programs.
-
-    owner: whose programs run on them besides the target's (a draft source), None for nobody.
-    layers: as in :class:`dspark.rewind.SlotCache`, the target's first.
-    programs: key → what runs it; None after the first time, which is eager: what runs once is not worth a graph.
-    """
+    """What stays when an engine goes, so that the next one finds its graphs: keys and values, static inputs, programs."""
 
     def __init__(self, owner: object, layers: list[tuple[Tensor, ...]], graphs: Graphs) -> None:
-        self.owner, self.layers, self.graphs = owner, layers, graphs
+        self.owner = owner  # whose programs run on them besides the target's (a draft source), None for nobody
+        self.layers, self.graphs = layers, graphs  # as in dspark.rewind.SlotCache, the target's first
         self.device = layers[0][0].device
         self.capture = graphs.new_capture() if graphs.new_capture else None
-        self.programs: dict[object, Program | None] = {}
+        self.programs: dict[object, Program | None] = {}  # None after the first run, which is eager: what runs once is not worth a graph
         self.static: dict[object, Tensor] = {}
         self.sent: dict[object, torch.cuda.Event] = {}
 

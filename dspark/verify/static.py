@@ -1,8 +1,8 @@
-"""The lean pass on static buffers, in shapes of a few buckets, so that CUDA graphs of it can be replayed.
+"""The lean pass on static buffers, in shapes of a few buckets, so that CUDA graphs of it can be replayed; on a CPU it runs eagerly.
 
-Row r of every grid is slot r of the cache, whatever requests are active. Sizes are rounded up to buckets. Tokens, starts and counts arrive
-in static buffers; where a token belongs is computed on the device; attention reads a whole bucket of the cache under a mask of lengths.
-What pads a batch is written to a position that belongs to nobody. Without graphs, as on a CPU, the same code runs eagerly.
+Row r of every grid is slot r of the cache, whatever requests are active. Tokens, starts and counts arrive in static buffers; where a
+token belongs is computed on the device; attention reads a whole bucket of the cache under a mask of lengths. What pads a batch is
+written to a position that belongs to nobody.
 """
 
 from __future__ import annotations
@@ -36,18 +36,12 @@ def bucket(count: int) -> int:
 
 
 class Shape(NamedTuple):
-    """A bucket: the sizes of one program, each rounded up.
+    """A bucket: the sizes of one program, each rounded up."""
 
-    rows: slots, from the first on.
-    tokens: N, new tokens of all requests.
-    width: n, new tokens of one request.
-    context: positions of the cache that attention reads.
-    """
-
-    rows: int
-    tokens: int
-    width: int
-    context: int
+    rows: int  # slots, from the first on
+    tokens: int  # N, new tokens of all requests
+    width: int  # n, new tokens of one request
+    context: int  # positions of the cache that attention reads
 
 
 class StaticCache(SlotCache):
@@ -76,8 +70,7 @@ class Layout:
     """Where each of the N tokens of a flat batch belongs, found on the device from the rows' starts and counts, two of [R].
 
     first: [R], the flat index of a row's first token; any index for a row without tokens.
-    row, column: [N]; position: [N], where keys and values go.
-    cell: [N], its place in a grid [R · width + 1], whose last place is the padding's.
+    row, column, position: [N]; the last is where keys and values go. cell: [N], its place in a grid [R · width + 1] with one for padding.
     """
 
     def __init__(self, starts: Tensor, counts: Tensor, shape: Shape, nobodys: int) -> None:
@@ -129,9 +122,7 @@ class StaticPass:
 
     def new_cache(self, owner: object = None, further: Sequence[tuple[Tensor, ...]] = ()) -> StaticCache:
         """A cache, on the buffers of a finished engine with the same owner if there are any.
-
-        further: empty buffers [0, kv_heads, 0, head_dim] of layers that the owner adds to the target's.
-        """
+        further: empty buffers [0, kv_heads, 0, head_dim] of layers that the owner adds to the target's."""
         with self.lock:
             buffers = next((each for each in self.free if each.owner == owner), None)
             if buffers is not None:
@@ -182,10 +173,7 @@ class StaticPass:
 
 
 def static_pass(target: Target, new_capture: Callable[[], Capture] | None = None) -> StaticPass | None:
-    """The lean pass of this target on static buffers, None if it has none.
-
-    new_capture: see :class:`Graphs`; by default CUDA graphs on a GPU, nothing on a CPU.
-    """
+    """The lean pass of this target on static buffers, None if it has none. new_capture: as for :class:`Graphs`; CUDA graphs on a GPU."""
     lean = lean_pass(target)
     if lean is None:
         return None
