@@ -246,7 +246,7 @@ class Engine:
         """Accept drafts by the rule. logits: [ℓ+1, vocab]; taps: [1, ℓ+1, m·hidden]."""
         checked, draft, p_target = turn.tokens[1:], turn.draft, request.p_target(logits, turn.tokens[1:])
         accepted, next_token = accept(checked, draft.probs, p_target, request.rng)
-        draft_probs = tuple(float(draft.probs[k, token]) for k, token in enumerate(draft.tokens))
+        draft_probs = tuple(float(draft.probs[k][token]) for k, token in enumerate(draft.tokens))
         logprobs = request.logprobs_of(logits, [*checked[:accepted], next_token])
         verdict = Verdict(accepted, next_token, probs_of_drafts(p_target, checked), draft_probs, logprobs)
         self._settle(request, turn, verdict, taps, draft_seconds, verify_seconds, clock)

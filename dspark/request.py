@@ -175,5 +175,5 @@ def until_stop(request: Request, committed: Sequence[int], decode: Callable[[lis
 def probs_of_drafts(p_target: LazyProbs, drafts: Sequence[int]) -> tuple[float, ...]:
     """p_t(x_k) of each checked draft; at temperature 1 when decoding is greedy, where p_target is one-hot."""
     if p_target.sampling.temperature:
-        return tuple(float(p_target[k, token]) for k, token in enumerate(drafts))
+        return tuple(float(p_target[k][token]) for k, token in enumerate(drafts))
     return tuple(p_target.logits[: len(drafts)].softmax(-1, torch.float32)[range(len(drafts)), list(drafts)].tolist())

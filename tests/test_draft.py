@@ -161,6 +161,8 @@ def test_a_drafter_without_a_confidence_head_reports_nan() -> None:
 
 def test_calibration_divides_the_logits_of_confidence() -> None:
     drafter, hidden = tiny_drafter(tiny_target()), torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    plain = drafter._confidence(hidden, [5, 6, 7, 8]).logit()
+    plain = drafter._confidence([(hidden, [5, 6, 7, 8])])[0].logit()
     drafter.sts_temperatures = (2.0, 0.5, 1.5, 1.0)
-    assert torch.allclose(drafter._confidence(hidden, [5, 6, 7, 8]).logit(), plain / torch.tensor(drafter.sts_temperatures), atol=1e-4)
+    assert torch.allclose(
+        drafter._confidence([(hidden, [5, 6, 7, 8])])[0].logit(), plain / torch.tensor(drafter.sts_temperatures), atol=1e-4
+    )

@@ -242,8 +242,8 @@ def test_tokens_logits_and_confidences_are_those_of_the_published_equations(
     _, taps = target.forward(torch.tensor([PROMPT]), target.new_cache(), (0, 2))
     state = drafter.new_state(PROMPT)
     drafter.extend(state, PROMPT, taps)
-    probs = Sampling.probs
-    monkeypatch.setattr(Sampling, "probs", lambda self, row: logits.append(row.clone()) or probs(self, row))
+    probs = Sampling.row
+    monkeypatch.setattr(Sampling, "row", lambda self, row: logits.append(row.clone()) or probs(self, row))
     draft = drafter.draft(state, ANCHOR, drafter.block_size, Sampling(), Rng())
     table, head = tensors.get("embed_tokens.weight", target.embedding.weight), tensors.get("lm_head.weight")
     if "global_head_dim" in config:

@@ -30,12 +30,12 @@ def target() -> Target:
 
 def ours(folder: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], Tensor, Tensor, Tensor]:
     """Greedy tokens, logits and confidences of the block after PROMPT and ANCHOR, and the taps [tokens, m·h]."""
-    drafter, logits, probs = dspark.load_drafter(folder, target), [], Sampling.probs
+    drafter, logits, probs = dspark.load_drafter(folder, target), [], Sampling.row
     _, taps = target.forward(torch.tensor([PROMPT]), target.new_cache(), drafter.target_layer_ids)
     state = drafter.new_state(PROMPT)
     drafter.extend(state, PROMPT, taps)
     with monkeypatch.context() as patch:
-        patch.setattr(Sampling, "probs", lambda self, row: logits.append(row.clone()) or probs(self, row))
+        patch.setattr(Sampling, "row", lambda self, row: logits.append(row.clone()) or probs(self, row))
         draft = drafter.draft(state, ANCHOR, drafter.block_size, Sampling(), Rng())
     return draft.tokens, torch.stack(logits), draft.confidence, taps[0]
 

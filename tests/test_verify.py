@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dspark.verify.accept import accept, residual
-from dspark.verify.sampling import Rng, Sampling, nucleus
+from dspark.verify.sampling import OneHot, Rng, Sampling, nucleus
 
 N = 20_000
 
@@ -51,6 +51,21 @@ def test_one_hot_rows_are_greedy_decoding() -> None:
     p_target = torch.eye(4)[[0, 1, 2, 3]]
     p_draft = torch.eye(4)[[0, 1, 3]]
     assert accept([0, 1, 3], p_draft, p_target, Rng()) == (2, 2)
+
+
+def test_rows_without_their_zeros_decide_as_whole_rows_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        tokens = torch.randint(4, (7,), generator=generator).tolist()
+        p, drafts, target = torch.rand(4, 4, generator=generator), tokens[:3], tokens[3:]
+        p_target, p_draft = p / p.sum(-1, keepdim=True), torch.eye(4)[drafts]
+        for whole, short in (
+            ((p_draft, p_target), ([*map(OneHot, drafts)], p_target)),
+            ((p_draft, torch.eye(4)[target]), ([*map(OneHot, drafts)], [*map(OneHot, target)])),
+        ):
+            results = [accept(drafts, *rows, Rng(torch.Generator().manual_seed(1))) for rows in (whole, short)]
+            assert results[0] == results[1]
+        assert accept(drafts, p_target[:3], [*map(OneHot, target)], Rng()) == accept(drafts, p_target[:3], torch.eye(4)[target], Rng())
 
 
 def test_nothing_drafted_is_a_plain_step() -> None:
@@ -126,4 +141,5 @@ def test_no_residual_is_too_small_to_count() -> None:
 
 
 def test_greedy_tells_logits_apart_that_only_float32_tells_apart() -> None:
-    assert Sampling().probs(torch.tensor([1.0, 1.0 + 2**-20, 0.5])).tolist() == [0, 1, 0]
+    logits = torch.tensor([1.0, 1.0 + 2**-20, 0.5])
+    assert Sampling().probs(logits).tolist() == [0, 1, 0] and Sampling().row(logits).token == 1

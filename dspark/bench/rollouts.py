@@ -98,7 +98,7 @@ def observed(target: Target, drafter: DraftSource, sampling: Sampling) -> tuple[
         def __call__(self, *arguments: object, **options: object) -> tuple[list[Tensor], list[Tensor | None]]:
             (logits,), taps = run(*arguments, **options)
             pairs = zip(last.probs, sampling.probs(logits[:-1]), strict=False) if len(logits) > 1 else ()
-            acceptances.append([float(torch.minimum(p_draft, p_target).sum()) for p_draft, p_target in pairs])
+            acceptances.append([float(1 - (p_target - p_draft).clip(0).sum()) for p_draft, p_target in pairs])
             return [logits], taps
 
     def propose(asks: Sequence[Ask]) -> list[Draft]:

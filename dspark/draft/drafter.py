@@ -18,7 +18,7 @@ from dspark.draft.gemma4 import Gemma4Layer
 from dspark.draft.heads import ConfidenceHead, MarkovHead
 from dspark.draft.source import Ask, Draft
 from dspark.rewind import GrowingKV
-from dspark.verify.sampling import Rng, Sampling
+from dspark.verify.sampling import OneHot, Rng, Sampling
 
 Contexts = Sequence[GrowingKV | Context]
 
@@ -168,10 +168,8 @@ class Drafter(nn.Module):
         hidden = self._run_backbone(asks)  # [R, γ, hidden]
         tokens, rows = self._sample(hidden, asks)
         hidden = hidden[:, -self.block_size :]
-        return [
-            Draft(block, self._spread(probs), self._confidence(h[: ask.window], [ask.anchor, *block[:-1]]))
-            for ask, h, block, probs in zip(asks, hidden, tokens, rows, strict=True)
-        ]
+        seen = [(h[: ask.window], [ask.anchor, *block[:-1]]) for ask, h, block in zip(asks, hidden, tokens, strict=True)]
+        return [Draft(*each) for each in zip(tokens, map(self._spread, rows, tokens), self._confidence(seen), strict=True)]
 
     def _absorb(self, states: Sequence[DraftState]) -> None:
         """Turn the pending taps of all requests into keys and values of their contexts, in one pass."""
@@ -212,7 +210,7 @@ class Drafter(nn.Module):
         sees = zip(config.sliding_windows or plain, config.causal_layers or plain, strict=True)
         return [block_mask(anchor, config.block_size, start, *each, config.windows_move) if any(each) else None for each in sees]
 
-    def _sample(self, hidden: Tensor, asks: Sequence[Ask]) -> tuple[list[list[int]], list[list[Tensor]]]:
+    def _sample(self, hidden: Tensor, asks: Sequence[Ask]) -> tuple[list[list[int]], list[list[Tensor | OneHot]]]:
         """Draw every request's block from left to right. hidden: [R, γ, hidden].
 
         Returns per request its tokens and the rows [draft_vocab] they were drawn from.
@@ -226,12 +224,12 @@ class Drafter(nn.Module):
         if cap is not None:
             base = cap * torch.tanh(base / cap)
         tokens: list[list[int]] = [[] for _ in asks]
-        rows: list[list[Tensor]] = [[] for _ in asks]
+        rows: list[list[Tensor | OneHot]] = [[] for _ in asks]
         for k in range(widest):
             logits, state = self.next_logits(base[:, k], hidden[:, k], previous, state)
             for r, ask in enumerate(asks):
                 if k < ask.window:
-                    rows[r].append(ask.sampling.probs(logits[r]))
+                    rows[r].append(ask.sampling.row(logits[r]))
                     previous[r] = int(self.d2t[ask.rng.choose(rows[r][k])])
                     tokens[r].append(previous[r])
         return tokens, rows
@@ -243,18 +241,23 @@ class Drafter(nn.Module):
         latent, state = self.markov_head.step(hidden, self.markov_head.markov_w1.weight[previous], state)
         return base + self.markov_head.markov_w2(latent), state
 
-    def _confidence(self, hidden: Tensor, previous: Sequence[int]) -> Tensor:
-        """c_1..c_w, calibrated. hidden: [w, hidden]; previous: x_0..x_{w−1}. Returns [w] float32; NaN without a head."""
+    def _confidence(self, drafts: Sequence[tuple[Tensor, Sequence[int]]]) -> Sequence[Tensor]:
+        """c_1..c_w of each draft, calibrated: [w] float32, NaN without a head. drafts: h_1..h_w [w, hidden] and x_0..x_{w−1} of each."""
+        counts = [len(previous) for _, previous in drafts]
         if self.confidence_head is None:
-            return torch.full((len(hidden),), math.nan)
-        embedded = self.markov_head.markov_w1.weight[list(previous)].float() if self.markov_head else None
-        logits = self.confidence_head(hidden.float(), embedded).float()
+            return [torch.full((w,), math.nan) for w in counts]
+        previous = [token for _, tokens in drafts for token in tokens]
+        embedded = self.markov_head.markov_w1.weight[previous].float() if self.markov_head else None
+        logits = self.confidence_head(torch.cat([hidden for hidden, _ in drafts]).float(), embedded).float()
         if self.sts_temperatures:
-            logits = logits / torch.tensor(self.sts_temperatures[: len(logits)], device=logits.device)
-        return logits.sigmoid()
+            each = [temperature for w in counts for temperature in self.sts_temperatures[:w]]
+            logits = logits / torch.tensor(each, device=logits.device)
+        return logits.sigmoid().split(counts)
 
-    def _spread(self, rows: Sequence[Tensor]) -> Tensor:
-        """w rows [draft_vocab] → [w, vocab]; tokens outside the draft vocabulary get probability zero."""
+    def _spread(self, rows: Sequence[Tensor | OneHot], tokens: Sequence[int]) -> Tensor | list[OneHot]:
+        """w rows [draft_vocab] → [w, vocab]; tokens outside the draft vocabulary get probability zero. tokens: drawn from these rows."""
+        if isinstance(rows[0], OneHot):
+            return [*map(OneHot, tokens)]
         probs = torch.stack(list(rows))
         if self.config.draft_vocab_size == self.config.vocab_size:
             return probs

@@ -138,9 +138,9 @@ class EagleDrafter(Drafter):
             x = self._inputs(torch.tensor([[previous]], device=feature.device), feature)
             feature = self._step(x, position, kv)
             hidden.append(self.norm(feature)[0])  # [1, hidden]
-            probs = sampling.probs(self.head(hidden[-1])[0].float())
+            probs = sampling.row(self.head(hidden[-1])[0].float())
             previous = int(self.d2t[rng.choose(probs)])
             tokens.append(previous)
             rows.append(probs)
         kv.rewind(entries)  # entries made from the drafter's own features are dropped, the anchor's too: its next block makes it anew
-        return Draft(tokens, self._spread(rows), self._confidence(torch.cat(hidden), [anchor, *tokens[:-1]]))
+        return Draft(tokens, self._spread(rows, tokens), *self._confidence([(torch.cat(hidden), [anchor, *tokens[:-1]])]))

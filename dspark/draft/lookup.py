@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dspark.draft.drafter import Drafter, DraftState
 from dspark.draft.source import COPY, NOTHING, Ask, Draft, propose
-from dspark.verify.sampling import Rng, Sampling
+from dspark.verify.sampling import OneHot, Rng, Sampling
 
 if TYPE_CHECKING:
     from dspark.target.target import Target
@@ -91,7 +91,7 @@ class ContextLookup:
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         """Copies for the requests that repeat themselves; the drafter proposes for all others together."""
         copies = [self.copy(ask.state, ask.anchor, ask.window) for ask in asks]
-        drafts = [self._one_hot(*copy) if copy[0] else NOTHING for copy in copies]
+        drafts = [Draft(tokens, [*map(OneHot, tokens)], torch.tensor(rates), COPY) if tokens else NOTHING for tokens, rates in copies]
         others = [i for i, draft in enumerate(drafts) if not draft.tokens]
         if self.drafter is not None and others:
             limit = self.drafter.block_size
@@ -124,10 +124,3 @@ class ContextLookup:
     def _suffixes(self, tokens: Sequence[int]) -> list[Gram]:
         """The n-grams that end these tokens, the longest first."""
         return [tuple(tokens[-length:]) for length in self.gram_lengths if length <= len(tokens)]
-
-    def _one_hot(self, tokens: list[int], rates: list[float]) -> Draft:
-        vocab_size = self.target.vocab_size if self.target else self.drafter.config.vocab_size
-        device = self.target.device if self.target else self.drafter.head_weight.device
-        probs = torch.zeros(len(tokens), vocab_size, device=device)
-        probs[range(len(tokens)), tokens] = 1.0
-        return Draft(tokens, probs, torch.tensor(rates), COPY)

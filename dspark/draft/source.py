@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dspark.verify.sampling import Rng, Sampling
+from dspark.verify.sampling import OneHot, Rng, Sampling
 
 COPY = "copy"  # the source of a draft that was copied from the context
 
@@ -36,13 +36,14 @@ class Draft:
     """A proposed block of w tokens.
 
     tokens: w ids of the target's vocabulary.
-    probs: [w, vocab] float32, exactly the distributions they were drawn from.
+    probs: [w, vocab] float32, exactly the distributions they were drawn from; where decoding is greedy or a text was copied, without
+        their zeros.
     confidence: [w] float32, c_k, calibrated if the drafter was calibrated; NaN without a confidence head.
     source: who proposed it.
     """
 
     tokens: list[int]
-    probs: Tensor
+    probs: Tensor | Sequence[OneHot]
     confidence: Tensor
     source: str = "drafter"
 

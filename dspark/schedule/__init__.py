@@ -1,17 +1,7 @@
 """Scheduling: the policies, and the one registry of their names, sliders, labels and colours."""
 
 from dspark.schedule.auto import Auto
-from dspark.schedule.policies import (
-    MTP1,
-    SPS,
-    AdaptiveWindow,
-    Autoregressive,
-    ConfidenceThreshold,
-    FixedWindow,
-    NeedsConfidence,
-    Policy,
-    Shortened,
-)
+from dspark.schedule.policies import MTP1, SPS, AdaptiveWindow, Autoregressive, ConfidenceThreshold, FixedWindow, Policy, Shortened
 from dspark.schedule.prefix import Admission, PrefixScheduler
 from dspark.schedule.registry import POLICIES, Parameter, PolicyRow, make_policy, parse_policy
 from dspark.schedule.topk import AsyncTopK
@@ -27,7 +17,6 @@ __all__ = [
     "Autoregressive",
     "ConfidenceThreshold",
     "FixedWindow",
-    "NeedsConfidence",
     "Parameter",
     "Policy",
     "PolicyRow",

@@ -94,14 +94,7 @@ _ROWS = (
             _WINDOW,
         ),
     ),
-    PolicyRow(
-        "confidence",
-        "survival threshold",
-        "#d55e00",
-        lambda v, sps: ConfidenceThreshold(v["threshold"], on="survival"),
-        (_THRESHOLD,),
-        needs_confidence=True,
-    ),
+    PolicyRow("confidence", "survival threshold", "#d55e00", lambda v, _: ConfidenceThreshold(**v), (_THRESHOLD,), needs_confidence=True),
     PolicyRow(
         "conditional",
         "confidence threshold",

@@ -39,7 +39,7 @@ REQUESTS = (1, 2, 4, 8, 16, 32)  # that draft together
 CONTEXT = 256  # cached tokens before the steps that are measured
 SHAPES = ((1, 1, CONTEXT), (1, 8, CONTEXT), (8, 8, CONTEXT), (1, 1, 768), (1, 8, 768), (2, 8, 768))
 PATIENCE = 2.0  # seconds for one kind of step where the default policy waits for it
-FORMAT = 6  # of the cached files; files of another format are measured again
+FORMAT = 7  # of the cached files; files of another format are measured again
 
 
 def profile_sps(target: Target, **options: object) -> SPSCurve:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dspark.verify.sampling import LazyProbs, Rng
+from dspark.verify.sampling import LazyProbs, OneHot, Rng
 
 
-def accept(draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor | LazyProbs, rng: Rng) -> tuple[int, int]:
+def accept(draft_tokens: Sequence[int], p_draft: Tensor | Sequence[OneHot], p_target: Tensor | LazyProbs, rng: Rng) -> tuple[int, int]:
     """Accept the longest prefix of the drafts, then sample one more token.
 
     draft_tokens: ℓ ids; x_k was drawn from ``p_draft[k−1]``.
@@ -24,18 +24,20 @@ def accept(draft_tokens: Sequence[int], p_draft: Tensor, p_target: Tensor | Lazy
     Only indexing, −, clip, sum and / touch the rows, so arrays of fractions work too: the exactness tests run this very function.
     """
     for k, token in enumerate(draft_tokens):
-        if not rng.accepts(p_target[k, token], p_draft[k, token]):
+        if not rng.accepts(p_target[k][token], p_draft[k][token]):
             return k, rng.choose(residual(p_target[k], p_draft[k]))
     return len(draft_tokens), rng.choose(p_target[len(draft_tokens)])
 
 
-def residual(p_target: Tensor, p_draft: Tensor) -> Tensor:
+def residual(p_target: Tensor | OneHot, p_draft: Tensor | OneHot) -> Tensor | OneHot:
     """norm(max(p_t − p_d, 0)), the distribution of the correction after a rejection. All [vocab] float32.
 
     No epsilon: it would change the distribution. The mass is positive whenever a rejection is possible, since some token has
     p_d > p_t and so another has p_t > p_d. Only the last bit of float32 rows can make it zero; then the two distributions are equal
     as far as float32 can tell, and the target's own row is returned.
     """
+    if isinstance(p_target, OneHot):  # its only token is what remains
+        return p_target
     difference = (p_target - p_draft).clip(0)
     mass = difference.sum()
     return difference / mass if mass > 0 else p_target

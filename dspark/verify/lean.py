@@ -120,6 +120,8 @@ class LeanPass:
         self, tokens: Sequence[Sequence[int]], slots: Sequence[Slot], cache: SlotCache, taps: Sequence[int] = (), *, last_only: bool = False
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """See :class:`dspark.verify.passes.TargetPass`."""
+        order = sorted(range(len(slots)), key=lambda r: slots[r].index)  # rows of the buffers that are adjacent are not copied
+        tokens, slots = [tokens[r] for r in order], [slots[r] for r in order]
         counts = [len(ids) for ids in tokens]
         starts = [slot.length for slot in slots]
         cache.reserve(max(start + count for start, count in zip(starts, counts, strict=True)))
@@ -131,7 +133,8 @@ class LeanPass:
         if last_only:
             x = x[torch.tensor(counts, device=self.device).cumsum(0) - 1]
         joined = [None] * len(slots) if tapped is None else [each[None] for each in tapped.split(counts)]
-        return list(self.logits(x).split(1 if last_only else counts)), joined
+        logits, back = self.logits(x).split(1 if last_only else counts), sorted(range(len(order)), key=order.__getitem__)
+        return [logits[r] for r in back], [joined[r] for r in back]
 
     def decoder(self, ids: Tensor, attend: _Attention, taps: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """All layers. ids: [N] → the residual stream [N, hidden] after the last, and the taps [N, m·hidden], None if none are asked for."""

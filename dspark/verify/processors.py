@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as known
 
-from dspark.verify.sampling import LazyProbs, Sampling
+from dspark.verify.sampling import LazyProbs, OneHot, Sampling
 
 # ``generate`` applies these after temperature, top-k and top-p.
 LAST = (
@@ -55,13 +55,13 @@ class Processors:
         last = [each for each in processors if isinstance(each, LAST)]
         return cls([each for each in processors if not isinstance(each, LAST)], last) if len(processors) else None
 
-    def probs(self, sampling: Sampling, text: Sequence[int], logits: Tensor) -> Tensor:
+    def probs(self, sampling: Sampling, text: Sequence[int], logits: Tensor) -> Tensor | OneHot:
         """The distribution after ``text``. logits: [vocab]; returns [vocab] float32. Raises ValueError if every token is forbidden."""
         ids = torch.tensor([list(text)], device=logits.device)
         scores = self.first(ids, logits.to(torch.float32, copy=True)[None])  # some change their argument
         if sampling.temperature and not scores.isfinite().any():
             raise ValueError(f"the logit processors forbid every token after {len(text)} tokens: loosen them")
-        probs = sampling.probs(scores[0])
+        probs = sampling.row(scores[0])
         if self.last and sampling.temperature:
             probs = self.last(ids, probs.log()[None])[0].softmax(-1)
         return probs
@@ -77,7 +77,7 @@ class ProcessedProbs(LazyProbs):
         super().__init__(sampling, logits)
         self.text, self.processors = text, processors
 
-    def row(self, k: int) -> Tensor:
+    def row(self, k: int) -> Tensor | OneHot:
         before = self.text[: len(self.text) - len(self.logits) + 1 + k]
         return self.processors.probs(self.sampling, before, self.logits[k])
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 from torch import Tensor
 
-from dspark.verify.sampling import Rng
+from dspark.verify.sampling import OneHot, Rng
 
 Distribution = dict[tuple[int, ...], Fraction]
 Fork = tuple[int, dict[int, Fraction]]
@@ -38,8 +38,10 @@ class Branch(Rng):
         self.forks: list[Fork] = []
         self.probability = Fraction(1)
 
-    def choose(self, probs: Tensor | np.ndarray) -> int:
+    def choose(self, probs: Tensor | np.ndarray | OneHot) -> int:
         """probs: [vocab], float32 or fractions."""
+        if isinstance(probs, OneHot):
+            return probs.token
         return self._take(dict(enumerate(exact(probs) if isinstance(probs, Tensor) else probs)))
 
     def accepts(self, p_target: Fraction, p_draft: Fraction) -> bool:

@@ -30,7 +30,7 @@ from dspark.schedule import SPS, FixedWindow, Policy, PrefixScheduler, make_poli
 from dspark.target.target import Target
 from dspark.verify.lean import lean_pass
 from dspark.verify.processors import Process, Processors
-from dspark.verify.sampling import Sampling
+from dspark.verify.sampling import OneHot, Sampling
 from exact.branches import Branch, Distribution, every_branch, exact
 
 NextToken = Callable[[Sequence[int]], Sequence[Fraction]]  # prompt and text so far → the distribution [vocab] of the next token
@@ -56,6 +56,9 @@ class ExactSampling(Sampling):
     def probs(self, logits: Tensor) -> np.ndarray:
         return exact(super().probs(eighths(logits)))
 
+    def row(self, logits: Tensor) -> np.ndarray | OneHot:
+        return super().row(logits if self.temperature else eighths(logits))
+
 
 class ExactSource:
     """A source of drafts that runs as in the product and reports its distributions as fractions.
@@ -72,7 +75,7 @@ class ExactSource:
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         floats = [ask._replace(sampling=Sampling(ask.sampling.temperature, ask.sampling.top_k, ask.sampling.top_p)) for ask in asks]
-        return [replace(draft, probs=exact(draft.probs)) if draft.tokens else draft for draft in propose(self.source, floats)]
+        return [replace(d, probs=exact(d.probs)) if isinstance(d.probs, Tensor) else d for d in propose(self.source, floats)]
 
 
 def steps_per_second(*curve: float) -> SPS:

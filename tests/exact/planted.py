@@ -96,6 +96,8 @@ def given(**changes: Function) -> Function:
     def planted(real: Function, *arguments: object, **options: object) -> object:
         bound = inspect.signature(real).bind(*arguments, **options)
         bound.apply_defaults()
+        if not changes.keys() <= bound.arguments.keys():
+            os._exit(3)  # an error here would look like a bug that was caught
         bound.arguments.update({name: change(bound.arguments[name]) for name, change in changes.items()})
         return real(*bound.args, **bound.kwargs)
 
@@ -168,7 +170,7 @@ BUGS = {  # what breaks → how
         "verify.sampling.Rng.accepts", UNIFORM, lambda real, self, p_target, p_draft: bool(p_draft <= p_target)
     ),
     "Drafts are cut away by the very verification that decides on them, where the target finds the first of them unlikely.": Bug(
-        "verify.accept.accept", TOP_P, lambda real, x, p_d, p_t, rng: real(x if x and p_t[0, x[0]] > 0.3 else [], p_d, p_t, rng)
+        "verify.accept.accept", TOP_P, lambda real, x, p_d, p_t, rng: real(x if x and p_t[0][x[0]] > 0.3 else [], p_d, p_t, rng)
     ),
     "Only the drafter's side applies top-p: tokens come up outside the nucleus.": Bug(
         "verify.sampling.LazyProbs.__init__", TOP_P, given(sampling=lambda sampling: replace(sampling, top_p=1.0))
@@ -177,7 +179,7 @@ BUGS = {  # what breaks → how
         "verify.processors.ProcessedProbs.row", PENALTY, lambda real, self, k: real(changed(self, logits=self.logits[[k]]), 0)
     ),
     "Greedy decoding compares logits rounded to bfloat16.": Bug(
-        "verify.sampling.Sampling.probs", NEAR_TIE, lambda real, self, x: real(self, x if self.temperature else x.bfloat16())
+        "verify.sampling.Sampling.row", NEAR_TIE, lambda real, self, x: real(self, x if self.temperature else x.bfloat16())
     ),
     "Drafts are drawn from the nucleus but reported with their probabilities before top-p.": Bug(
         "draft.drafter.Drafter._sample", TOP_P, drawn_from(lambda probs: nucleus(probs, 0.8), top_p=1.0)
@@ -194,9 +196,7 @@ BUGS = {  # what breaks → how
     "The target's cache is not rewound: later tokens attend to rejected drafts.": Bug(
         "rewind.RewindCache.rewind", PLAIN, lambda real, self, length: None
     ),
-    "The cache keeps a sliding window only, so a rewind uncovers positions whose keys are gone.": Bug(
-        "rewind.GrowingKV.rewind", WINDOW, given(self=windowed)
-    ),
+    "The cache keeps a sliding window only: a rewind uncovers lost keys.": Bug("rewind.GrowingKV.rewind", WINDOW, given(self=windowed)),
     "When the cache outgrows its buffer, the last token's keys and values are not carried over.": Bug(
         "rewind.GrowingKV._grow", CACHE, given(valid=lambda valid: max(0, valid - 1))
     ),
@@ -246,7 +246,7 @@ BUGS = {  # what breaks → how
         "draft.drafter.Drafter._spread", REDUCED, given(self=lambda d: changed(d, d2t=torch.arange(len(d.d2t))))
     ),
     "c_k is computed from x_k itself: whether x_k is checked depends on it.": Bug(
-        "draft.drafter.Drafter._confidence", CONDITIONAL, given(previous=lambda previous: [*previous[1:], previous[-1]])
+        "draft.drafter.Drafter._confidence", CONDITIONAL, given(drafts=lambda drafts: [(h, [*p[1:], p[-1]]) for h, p in drafts])
     ),
     "The confidence's logit is multiplied by its temperature.": Bug(
         "draft.drafter.Drafter._confidence", COOLED, given(self=lambda d: changed(d, sts_temperatures=[1 / t for t in d.sts_temperatures]))
@@ -269,8 +269,8 @@ BUGS = {  # what breaks → how
     "Copies begin with a token that is already there.": Bug(
         "draft.lookup.ContextLookup._continuation", COPY, given(follows=lambda follows: {gram: gram[-1] for gram in follows})
     ),
-    "A copied token is reported with the rate at which copies came true.": Bug(
-        "draft.lookup.ContextLookup._one_hot", COPY, lambda real, *a: replace(d := real(*a), probs=d.probs * torch.tensor(a[2])[:, None])
+    "A copied token is reported with half its probability.": Bug(
+        "draft.lookup.ContextLookup.propose", COPY, lambda real, *a: [replace(d, probs=torch.eye(100)[d.tokens] / 2) for d in real(*a)]
     ),
     "In training a block sees the taps of its anchor, which drafting lacks.": Bug(
         "draft.backbone.block_mask", BLOCKS, given(anchors=lambda anchors: anchors + 1)
@@ -297,15 +297,11 @@ BUGS = {  # what breaks → how
     "A replay drafts one token too many before the length limit.": Bug(
         "bench.replay.replay", REPLAY, given(trace=lambda t: replace(t, about=t.about | {"max_new_tokens": t.about["max_new_tokens"] + 1}))
     ),
-    "Weights are not compared with the digest they were written with.": Bug(
-        "formats.checkpoint._digest", DAMAGE, lambda real, tensors: "0" * 16
-    ),
+    "Weights are not compared with their digest.": Bug("formats.checkpoint._digest", DAMAGE, lambda real, tensors: "0" * 16),
     "Tap numbers of a format that counts from the embedding are taken as ours.": Bug(
         "formats.speculators.read", SPECULATORS, given(config=lambda config: config | {TAP_IDS: [i + 1 for i in config.get(TAP_IDS, ())]})
     ),
-    "A resumed training gives the optimizer's moments to other weights.": Bug(
-        "train.checkpoint.load_checkpoint", RESUMED, moments_in_another_order
-    ),
+    "A resume gives the optimizer's moments to other weights.": Bug("train.checkpoint.load_checkpoint", RESUMED, moments_in_another_order),
 }
 
 

@@ -106,7 +106,7 @@ def served_together(requests: Sequence[Tables], policy: Policy) -> Proof:
 
     verifier = TablePass(lambda tokens: (row(tokens), None))
     target = SimpleNamespace(device=torch.device("cpu"), verifier=verifier, eos_token_ids=frozenset(), decode=None)
-    sampling = SimpleNamespace(temperature=1.0, probs=lambda row: row)
+    sampling = SimpleNamespace(temperature=1.0, row=lambda row: row)
     return enumerated(target, TableSource(requests), policy, sampling, [([r], BLOCK_SIZE + 2) for r in range(len(requests))], row)
 
 
