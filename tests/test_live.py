@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import threading
 import tracemalloc
 import xml.etree.ElementTree as ET
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from html import unescape
@@ -595,7 +597,7 @@ def test_a_policy_added_to_the_registry_is_in_the_menu_with_its_sliders(monkeypa
     rounds = panel.run_to_end().rounds
     assert max(len(r.draft_tokens) for r in rounds) == 1 and "my policy" in panel.view.html and arm_colour("mine") in panel.view.html
     panel.offer(record(target, drafter, SHORT.prompt, max_new_tokens=12, times=TIMES))
-    assert len(panel.curve.lines["τ"]) == len(panel.curve.places) == 3
+    assert len(panel.curve.lines["τ"]) == len(panel.curve.slider.options) == 3
     panel.close()
 
 
@@ -680,20 +682,32 @@ def test_panel_opens_played_and_moves_under_the_slider_without_a_model(replayed,
 def test_the_curve_has_every_place_of_the_slider_and_its_dot_is_what_the_panel_shows(replayed):
     for kind, name in (("confidence", "threshold"), ("adaptive", "widen"), ("fixed", "window")):
         replayed.controls.kind.value = kind
-        places, speed = replayed.curve.places, replayed.curve.lines["speed-up"]
-        assert len(places) == len(speed) == len(replayed.curve.lines["τ"]) > 15
-        at = next(i for i, value in enumerate(speed) if value is not None and places[i] != replayed.curve.at)
-        replayed.controls.sliders[name].value = places[at]
-        assert replayed.curve.at == places[at] and speed[at] == pytest.approx(replayed.shown.tally().speedup)
+        slider, speed = replayed.controls.sliders[name], replayed.curve.lines["speed-up"]
+        assert len(slider.options) == len(speed) == len(replayed.curve.lines["τ"]) > 15
+        at = next(i for i, value in enumerate(speed) if value is not None and i != slider.index)
+        slider.index = at
+        assert replayed.curve.slider is slider and speed[at] == pytest.approx(replayed.shown.tally().speedup)
         assert replayed.curve.lines["speed-up"] == speed, "moving along a curve does not change it"
     replayed.controls.kind.value = "mtp1"
     assert replayed.curve.lines == {}
 
 
+def test_the_browser_has_the_picture_of_every_place_of_the_slider(replayed):
+    slider, pictures = replayed.controls.sliders["threshold"], json.loads(zlib.decompress(replayed.view.pictures))
+    assert replayed.view.slider is slider and len(pictures) == len(slider.options)
+    for slider.index in (0, 9, len(pictures) - 1):
+        assert pictures[slider.index] == [replayed.view.html, replayed.view.details]
+    replayed.length.value = 60
+    shorter = json.loads(zlib.decompress(replayed.view.pictures))
+    assert shorter[slider.index] == [replayed.view.html, replayed.view.details] != pictures[slider.index]
+    replayed.temperature.value = 0.5
+    assert replayed.view.pictures == b"", "a sampled text has no trace"
+
+
 def test_places_that_contradict_the_other_sliders_are_gaps_in_the_curve(replayed):
     replayed.controls.kind.value = "adaptive"
     replayed.controls.sliders["fallback"].value = 0.06
-    gaps = [place for place, value in zip(replayed.curve.places, replayed.curve.lines["τ"], strict=True) if value is None]
+    gaps = [place for place, value in zip(replayed.curve.slider.options, replayed.curve.lines["τ"], strict=True) if value is None]
     assert gaps and min(gaps) > 0.3, "fallback above narrow"
 
 

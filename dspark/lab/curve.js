@@ -8,12 +8,13 @@ function render({ model, el }) {
   view.style.cssText = "font:12px/1.4 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-content-font-color1,inherit)";
   el.append(view);
 
+  let slider = null;
   const draw = () => {
-    const places = model.get("places");
     const lines = Object.entries(model.get("lines"));
-    const at = places.indexOf(model.get("at"));
-    view.hidden = at < 0 || !lines.length;
+    view.hidden = !slider || !lines.length;
     if (view.hidden) return;
+    const places = slider.get("_options_labels");
+    const at = slider.get("index");
     const known = lines.flatMap(([, ys]) => ys).filter((y) => y !== null);
     const [low, high] = [Math.min(1, ...known), Math.max(1.01, ...known)];
     const x = (i) => (100 * i) / Math.max(places.length - 1, 1);
@@ -42,8 +43,16 @@ function render({ model, el }) {
         <text x="-8" y="${y(1) + 4}" text-anchor="end">plain 1</text>
         <text x="-8" y="${y(high) + 4}" text-anchor="end">${high.toFixed(1)}</text>${parts.join("")}${marks}</svg>`;
   };
-  model.on("change:places change:lines change:at", draw);
-  draw();
+  const follow = async () => {
+    slider?.off("change:index", draw);
+    const id = model.get("slider");
+    slider = id && (await model.widget_manager.get_model(id.replace("IPY_MODEL_", "")));
+    slider?.on("change:index", draw);
+    draw();
+  };
+  model.on("change:slider", follow);
+  model.on("change:lines", draw);
+  follow();
 }
 
 export default { render };

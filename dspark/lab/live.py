@@ -20,8 +20,8 @@ from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
 from dspark.files import one_line
-from dspark.lab.replaying import SAMPLE, examples, lines_over, replayed_run
-from dspark.lab.rounds import CurveView, RoundsView, Run
+from dspark.lab.replaying import SAMPLE, examples, replayer, runs_over
+from dspark.lab.rounds import CurveView, RoundsView, Run, deflated
 from dspark.lab.session import Request, Session
 from dspark.lab.text import remembered
 from dspark.lab.widgets import PolicyControls, Settings, family
@@ -209,7 +209,9 @@ class LivePanel(Settings):
         make_policy(*self.controls.chosen(), lambda: float).check(source.block_size, source.has_confidence)
 
     def _replay(self, trace: Trace) -> None:
-        run = replayed_run(trace, *self.controls.chosen())
+        run = replayer(trace)(*self.controls.chosen())
+        if self._curved != self._over(trace):
+            self.view.pictures = b""
         self._asked, self.view.live = self._settings(), False
         self._draw(run)
         other = self.target is not None and trace.about["target_digest"] != self.target.digest
@@ -259,17 +261,25 @@ class LivePanel(Settings):
         with self.view.hold_sync():
             self.view.html, self.view.details = run.html(), run.details()
 
-    def _draw_curve(self, trace: Trace | None) -> None:
-        """Speed-up and τ at every place of the slider that was moved last."""
+    def _over(self, trace: Trace | None) -> tuple[object, ...]:
+        """What the curve is of: all settings but the slider that was moved last, and the places of that one."""
         name, (kind, values) = self.controls.moved, self.controls.chosen()
-        places = list(self.controls.sliders[name].options) if trace is not None and name else []
-        others = [value for key, value in values.items() if key != name]
-        asked = (id(self._traces.get(self.prompt.value)), self.length.value, kind, name, *others, len(places))
+        slider = self.controls.sliders.get(name) if trace is not None else None
+        others = {key: value for key, value in values.items() if key != name}
+        return slider, slider and slider.options, kind, name, others, trace and id(self._traces[self.prompt.value]), self.length.value
+
+    def _draw_curve(self, trace: Trace | None) -> None:
+        """What each place of the slider that was moved last would give: speed-up, τ, and the picture."""
+        slider, places, kind, name, others, *_ = over = self._over(trace)
+        if over == self._curved or (self.error and slider):
+            return
+        self._curved, runs = over, list(runs_over(places, replayer(trace), kind, others, name)) if slider else []
+        tallies = [run and run.tally() for run in runs]
+        lines = {"speed-up": [t and t.speedup for t in tallies], "τ": [t and t.tokens_per_round for t in tallies]} if slider else {}
         with self.curve.hold_sync():
-            self.curve.at = float(values[name]) if places else 0.0
-            if asked != self._curved and not (self.error and places):
-                self._curved, self.curve.places = asked, places
-                self.curve.lines = lines_over(places, trace, kind, values, name) if places else {}
+            self.curve.slider, self.curve.lines = slider, lines
+        with self.view.hold_sync():
+            self.view.slider, self.view.pictures = slider, deflated(runs) if slider else b""
 
     def _list_examples(self, _change: object = None) -> None:
         self.examples.options = offered = [("own prompt", ""), *examples(self._traces)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from textwrap import shorten
 
 from dspark.bench.prompts import DOMAINS, load_prompts
@@ -13,26 +13,29 @@ from dspark.lab.rounds import Run
 from dspark.lab.text import remembered
 from dspark.schedule import Autoregressive, make_policy
 
+Replayer = Callable[[str, Mapping[str, float]], Run]  # a policy's name and the values of its parameters
 SAMPLE = data_dir() / "results" / "traces" / "sample.parquet"  # comes with the repository
 
 
-def replayed_run(trace: Trace, kind: str, values: Mapping[str, float]) -> Run:
-    """The run of a policy over the trace, beside plain decoding. Raises ValueError for values that the policy refuses."""
-    rounds = replay(trace, make_policy(kind, values, lambda: trace.times.sps))
-    words = {"arm": kind + "+copy" * copies(trace), "how": "replayed, seconds predicted from the trace's step times, n = 1 prompt"}
+def replayer(trace: Trace) -> Replayer:
+    """What gives a policy's run over the trace, beside plain decoding. It raises ValueError for values that the policy refuses."""
     decode, plain = remembered(trace_decode(trace)), replay(trace, Autoregressive())
-    return Run(rounds=rounds, plain=plain, tokens=len(trace.token_ids), decode=decode, **words)
+    words = {"how": "replayed, seconds predicted from the trace's step times, n = 1 prompt", "tokens": len(trace.token_ids)}
+
+    def run(kind: str, values: Mapping[str, float]) -> Run:
+        rounds = replay(trace, make_policy(kind, values, lambda: trace.times.sps))
+        return Run(rounds=rounds, plain=plain, arm=kind + "+copy" * copies(trace), decode=decode, **words)
+
+    return run
 
 
-def lines_over(places: Iterable[float], trace: Trace, kind: str, values: dict[str, float], name: str) -> dict[str, list[float | None]]:
-    """Speed-up and τ with each of these values of the parameter ``name``; None where it contradicts the others."""
-    tallies = []
+def runs_over(places: Iterable[float], run: Replayer, kind: str, values: dict[str, float], name: str) -> Iterator[Run | None]:
+    """The run with each of these values of the parameter ``name``; None where it contradicts the others."""
     for place in places:
         try:
-            tallies.append(replayed_run(trace, kind, values | {name: place}).tally())
+            yield run(kind, values | {name: place})
         except ValueError:
-            tallies.append(None)
-    return {"speed-up": [t and t.speedup for t in tallies], "τ": [t and t.tokens_per_round for t in tallies]}
+            yield None
 
 
 def examples(recorded: Iterable[str]) -> list[tuple[str, str]]:

@@ -42,29 +42,58 @@ function describe(item, rows) {
   }).join(" | ");
 }
 
-function prepare(view) {
-  for (const [i, group] of view.querySelectorAll(GROUPS).entries()) {
-    const all = items(group);
-    group.dataset.group = i;
-    group.setAttribute("role", all.length ? "listbox" : "img");
-    group.setAttribute("aria-label", group.getAttribute("aria-label") || "The text, token by token");
-    all.forEach((item, k) => {
-      item.setAttribute("role", "option");
-      item.setAttribute("aria-selected", "false");
-      item.setAttribute("tabindex", k ? -1 : 0);
-      item.removeAttribute("title"); // the line of details says more
-      item.setAttribute("aria-label", item.namespaceURI.includes("svg") ? `round ${item.dataset.r}` : item.textContent.trim() || "blank");
-    });
-    for (const word of group.querySelectorAll(":scope > :not([role])")) word.setAttribute("role", "presentation");
+/** What screen readers and the keyboard need of a group. */
+function prepare(group, i) {
+  const all = items(group);
+  group.dataset.group = i;
+  group.setAttribute("role", all.length ? "listbox" : "img");
+  group.setAttribute("aria-label", group.getAttribute("aria-label") || "The text, token by token");
+  all.forEach((item, k) => {
+    item.setAttribute("role", "option");
+    item.setAttribute("aria-selected", "false");
+    item.setAttribute("tabindex", k ? -1 : 0);
+    item.setAttribute("aria-label", item.namespaceURI.includes("svg") ? `round ${item.dataset.r}` : item.textContent.trim() || "blank");
+  });
+  for (const word of group.querySelectorAll(":scope > :not([role])")) word.setAttribute("role", "presentation");
+}
+
+/** The children of a group as Python wrote them, without what may change although nothing is to be drawn: the round's number. */
+function written(group) {
+  return [...group.children].map((child) => {
+    const r = child.dataset.r;
+    child.removeAttribute("title"); // the line of details says more
+    child.removeAttribute("data-r");
+    const markup = child.outerHTML;
+    if (r !== undefined) child.dataset.r = r;
+    return { child, r, markup };
+  });
+}
+
+/** Give a group these children, and keep those that it has already. */
+function update(group, children) {
+  const known = new Map([...group.children].map((child) => [child.markup, child]));
+  const next = children.map(({ child, r, markup }) => {
+    const own = known.get(markup) ?? child;
+    known.delete(markup);
+    own.markup = markup;
+    if (own.dataset.r !== r) own.dataset.r = r;
+    return own;
+  });
+  for (const child of known.values()) child.remove();
+  let at = group.firstElementChild;
+  for (const child of next) {
+    if (child === at) at = at.nextElementSibling;
+    else group.insertBefore(child, at);
   }
 }
 
 /** Shades of blue in place of fates. */
 function shade(view, rows, colour) {
+  const values = new Map(rows.map((row) => [String(row.round), row[colour]]));
   for (const cell of view.querySelectorAll("g[data-k]")) {
     const box = cell.querySelector("rect");
     box.dataset.fate ??= box.getAttribute("fill");
-    const value = rows.find((row) => row.round === Number(cell.dataset.r))?.[colour]?.[cell.dataset.k];
+    const value = values.get(cell.dataset.r)?.[cell.dataset.k];
     box.setAttribute("fill", colour === "fate" ? box.dataset.fate : value == null ? "none" : `rgba(0,114,178,${0.08 + 0.92 * value})`);
   }
 }
@@ -88,13 +117,17 @@ function render({ model, el }) {
   let held = null; // the element that was pointed at last: its group, round, position
   let colour = "fate";
   let rows = [];
+  let drawn = "";
+  let slider = null;
+  let pictures = []; // [html, details] at each place of the slider
 
-  const light = (item) => {
+  const light = (item, scroll = true) => {
     for (const lit of view.querySelectorAll(".on, .at")) {
       lit.classList.remove("on", "at");
       if (lit.role === "option") lit.setAttribute("aria-selected", "false");
     }
-    line.textContent = item ? describe(item, rows) : IDLE;
+    const words = item ? describe(item, rows) : IDLE;
+    if (line.textContent !== words) line.textContent = words;
     if (!item) return;
     const { r, n } = item.dataset;
     held = { group: item.closest(GROUPS)?.dataset.group, r, n };
@@ -105,7 +138,7 @@ function render({ model, el }) {
     if (item.role === "option") item.setAttribute("aria-selected", "true");
     const box = view.querySelector(".text");
     const token = box.querySelector(".at") ?? box.querySelector(".on");
-    if (token && !box.contains(item)) box.scrollTop = token.offsetTop - box.clientHeight / 2;
+    if (token && scroll && !box.contains(item)) box.scrollTop = token.offsetTop - box.clientHeight / 2;
   };
 
   const rove = (item) => {
@@ -118,24 +151,59 @@ function render({ model, el }) {
       (place && view.querySelector(`[data-group="${held.group}"] ${place}`));
   };
 
-  const draw = () => {
+  const draw = (html, details) => {
+    if (html === drawn) return;
+    [drawn, rows] = [html, details];
     const focused = view.contains(document.activeElement) && document.activeElement.matches("[data-r]");
-    const scrolled = view.querySelector(".text")?.scrollTop ?? 0;
-    rows = model.get("details");
-    view.innerHTML = model.get("html");
-    view.querySelector(".details")?.replaceWith(line);
-    prepare(view);
-    shade(view, rows, colour);
-    const drafts = view.querySelector("svg.drafts");
-    if (drafts) drafts.before(chooser);
+    const page = document.createElement("template");
+    page.innerHTML = html;
+    const fresh = [...page.content.querySelectorAll(GROUPS)];
+    const children = fresh.map(written);
+    let groups = [...view.querySelectorAll(GROUPS)];
+    if (groups.length === fresh.length) {
+      for (const part of [".numbers", ".legend"]) view.querySelector(part).innerHTML = page.content.querySelector(part).innerHTML;
+      groups.forEach((group, i) => {
+        for (const { name, value } of fresh[i].attributes) group.setAttribute(name, value);
+      });
+    } else {
+      view.replaceChildren(page.content);
+      view.querySelector(".details").replaceWith(line);
+      view.querySelector("svg.drafts").before(chooser);
+      groups = fresh;
+    }
+    groups.forEach((group, i) => {
+      update(group, children[i]);
+      prepare(group, i);
+    });
+    if (colour !== "fate") shade(view, rows, colour);
     const box = view.querySelector(".text");
-    if (box) box.scrollTop = model.get("live") ? box.scrollHeight : scrolled;
+    if (model.get("live")) box.scrollTop = box.scrollHeight;
     const item = held && find();
-    light(item);
+    light(item, false);
     if (item && focused) {
       rove(item);
       item.focus({ preventScroll: true });
     }
+  };
+
+  /** What Python drew, or the picture at the slider's place, if Python drew one of the same settings at any place. */
+  const show = () => {
+    const html = model.get("html");
+    const own = pictures.some((picture) => picture?.[0] === html) && pictures[slider.get("index")];
+    if (html) draw(...(own || [html, model.get("details")]));
+  };
+
+  const follow = async () => {
+    const [id, bytes] = [model.get("slider"), model.get("pictures")];
+    pictures = [];
+    slider?.off("change:index", show);
+    if (!id || !bytes.byteLength) return;
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    const [found, known] = await Promise.all([model.widget_manager.get_model(id.replace("IPY_MODEL_", "")), new Response(stream).json()]);
+    if (bytes !== model.get("pictures")) return; // newer ones came meanwhile
+    [slider, pictures] = [found, known];
+    slider.on("change:index", show);
+    show();
   };
 
   const chooser = document.createElement("div");
@@ -175,10 +243,12 @@ function render({ model, el }) {
     next()?.focus();
   });
   const stale = () => view.classList.toggle("stale", model.get("stale"));
-  model.on("change:html", draw);
+  model.on("change:html", show);
   model.on("change:stale", stale);
-  draw();
+  model.on("change:pictures", follow);
+  show();
   stale();
+  follow();
   new ResizeObserver((_, placed) => { // once the view has its place in the panel
     const controls = el.closest(".dspark-panel")?.querySelector(".dspark-controls");
     if (!controls) return;

@@ -6,13 +6,16 @@ everywhere and fills one line of details. ``curve.js`` draws the lines under a s
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import anywidget
+import ipywidgets as w
 import traitlets
 
 from dspark.draft.source import COPY
@@ -84,21 +87,36 @@ class Run:
         return rows
 
 
-class RoundsView(anywidget.AnyWidget):
-    """The linked view of a :class:`Run`. live: the text grows, so its end stays visible · stale: it is grey, being of other settings."""
+def deflated(runs: Iterable[Run | None]) -> bytes:
+    """What :attr:`RoundsView.pictures` holds."""
+    return zlib.compress(json.dumps([run and (run.html(), run.details()) for run in runs]).encode(), 1)
+
+
+class View(anywidget.AnyWidget):
+    """What follows a slider in the browser, without waiting for Python: ``slider``, and what is shown at each of its places."""
+
+    slider = traitlets.Instance(w.SelectionSlider, allow_none=True).tag(sync=True, **w.widget_serialization)
+
+
+class RoundsView(View):
+    """The linked view of a :class:`Run`.
+
+    pictures: (html, details) at each place of the slider, None where it is impossible, as deflated JSON; b"" without a slider.
+    live: the text grows, so its end stays visible.
+    stale: it is grey, being of other settings.
+    """
 
     _esm = Path(__file__).with_suffix(".js")
     _css = Path(__file__).with_suffix(".css")
     html = traitlets.Unicode().tag(sync=True)
     details = traitlets.List().tag(sync=True)
+    pictures = traitlets.Bytes().tag(sync=True)
     live = traitlets.Bool().tag(sync=True)
     stale = traitlets.Bool().tag(sync=True)
 
 
-class CurveView(anywidget.AnyWidget):
-    """Lines over the ``places`` of a slider that is ``at`` one of them: name → one number per place, None where it is impossible."""
+class CurveView(View):
+    """Lines over the slider: name → one number per place, None where it is impossible."""
 
     _esm = Path(__file__).with_name("curve.js")
-    places = traitlets.List().tag(sync=True)
     lines = traitlets.Dict().tag(sync=True)
-    at = traitlets.Float().tag(sync=True)

@@ -44,7 +44,7 @@ DRAWING = """view => new Promise((done) => {
     const heard = window.heard;
     requestAnimationFrame(() => setTimeout(() => done([performance.now() - pressed, performance.now() - heard])));
   });
-  seen.observe(view, {childList: true});
+  seen.observe(view, {childList: true, subtree: true});
   setTimeout(() => done(null), 5000); // two places may have the same picture
 })"""
 # Errors that JupyterLab logs although nothing is wrong, each with its reason.
@@ -226,10 +226,10 @@ def test_axe_finds_no_barrier_in_the_panel_in_any_state(page):
 
 
 def _measure_drawing(page: object, view: object, handle: object) -> None:
-    """Keep the medians of nine moves of the slider beside the screenshots; nothing is asserted about time."""
+    """Keep the medians of eleven moves of the slider beside the screenshots; nothing is asserted about time."""
     handle.focus()
     times = []
-    for n in range(9):
+    for n in range(11):
         key = "ArrowLeft" if n % 2 else "ArrowRight"
         page.evaluate(f"() => {{ window.drawn = ({DRAWING})(document.querySelector('.dspark-rounds')); }}")
         page.keyboard.press(key)

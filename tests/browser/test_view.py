@@ -10,14 +10,18 @@ import pytest
 from chromium import NEEDED, SHOTS, barriers, needs_axe, opened
 from rounds import ROUNDS, decode
 
+from dspark.bench.traces import load_traces
 from dspark.lab import rounds
-from dspark.lab.rounds import Run
+from dspark.lab.replaying import SAMPLE, replayer, runs_over
+from dspark.lab.rounds import Run, deflated
 
 pytestmark = NEEDED
 LAB = Path(rounds.__file__).parent
 SHOW = """async ([script, values]) => {
   const heard = [];
-  const model = {get: (name) => values[name], on: (names, call) => heard.push([names, call])};
+  const slider = {get: (name) => values[name], on: (names, call) => heard.push([names, call]), off: () => {}};
+  const model = {...slider, widget_manager: {get_model: async () => slider}};
+  values = {slider: "IPY_MODEL_1", index: 0, ...values, pictures: Uint8Array.from(atob(values.pictures ?? ""), (c) => c.charCodeAt(0))};
   window.change = (changed) => {
     Object.assign(values, changed);
     for (const [names, call] of heard) if (Object.keys(changed).some((name) => names.includes(`change:${name}`))) call();
@@ -27,7 +31,10 @@ SHOW = """async ([script, values]) => {
 
 
 def shown(count: int = len(ROUNDS)) -> dict[str, object]:
-    run = Run(rounds=ROUNDS[:count], plain=ROUNDS, arm="fixed", tokens=13, decode=decode)
+    return picture(Run(rounds=ROUNDS[:count], plain=ROUNDS, arm="fixed", tokens=13, decode=decode))
+
+
+def picture(run: Run) -> dict[str, object]:
     return {"html": run.html(), "details": run.details(), "live": False, "stale": False}
 
 
@@ -100,25 +107,49 @@ def test_a_stale_picture_is_grey_until_it_is_current_again(page):
         assert view.evaluate(grey) == stale
 
 
+def test_every_place_of_a_slider_is_shown_at_once_and_as_if_it_were_drawn_anew(page):
+    (_, trace), *_ = load_traces(SAMPLE)
+    runs = list(runs_over((0.0, 0.04, 0.3, 1.0), replayer(trace), "confidence", {}, "threshold"))
+    inside = "v => v.querySelector('.dspark-rounds').innerHTML"
+    anew, empty = [], page.content()
+    for run in runs:
+        anew.append(show(page, "rounds.js", picture(run)).evaluate(inside))
+        page.set_content(empty)
+    view = show(page, "rounds.js", picture(runs[0]) | {"pictures": base64.b64encode(deflated([*runs, None])).decode()})
+    view.locator("svg.race").wait_for(state="attached")
+    page.wait_for_timeout(500)  # until the pictures are inflated
+    before = view.evaluate_handle("v => v.querySelector('.text [data-n]')")
+    for index in (1, 3, 0, 2, 1):
+        page.evaluate("values => change(values)", {"index": index})
+        assert view.evaluate(inside) == anew[index]
+    assert before.evaluate("e => e.isConnected"), "what stays the same is kept"
+    page.evaluate("values => change(values)", {"index": 4})
+    assert view.evaluate(inside) == anew[0], "an impossible place: what Python says"
+    page.evaluate("values => change(values)", shown())
+    page.evaluate("values => change(values)", {"index": 2})
+    assert view.locator(".text").inner_text().startswith("Hello"), "a picture of other settings is not the slider's"
+
+
 def test_the_dot_stands_on_the_curve_at_the_place_of_the_slider(page):
     lines = {"speed-up": [1, 3, 2, None], "τ": [1.5, 2, 2, None]}
-    view = show(page, "curve.js", {"places": [0, 0.1, 0.5, 1], "lines": lines, "at": 0})
-    for k, place in enumerate((0, 0.1, 0.5)):
-        page.evaluate("values => change(values)", {"at": place})
+    view = show(page, "curve.js", {"_options_labels": ["0", "0.1", "0.5", "1"], "lines": lines})
+    view.locator("circle").first.wait_for(state="attached")
+    for k in range(3):
+        page.evaluate("values => change(values)", {"index": k})
         dots = view.evaluate("v => [...v.querySelectorAll('circle')].map(c => [parseFloat(c.getAttribute('cx')), +c.getAttribute('cy')])")
         points = view.evaluate("v => [...v.querySelectorAll('polyline')].map(l => l.getAttribute('points').trim().split(/\\s+/))")
         assert [x for x, _ in dots] == [pytest.approx(100 * k / 3)] * 2
         for (_, y), line in zip(dots, points, strict=True):
             assert float(line[k].split(",")[1]) == y
         assert f"speed-up {lines['speed-up'][k]:.2f}" in view.locator("svg[role=img]").get_attribute("aria-label")
-    page.evaluate("values => change(values)", {"at": 1})
+    page.evaluate("values => change(values)", {"index": 3})
     assert view.locator("circle").count() == 0, "no dot where the curve has a gap"
 
 
 @needs_axe
 @pytest.mark.parametrize("script", ["rounds.js", "curve.js"])
 def test_axe_finds_no_barrier(page, script):
-    curve = {"places": [0, 1], "lines": {"τ": [1, 2]}, "at": 0}
+    curve = {"_options_labels": ["0", "1"], "lines": {"τ": [1, 2]}}
     view = show(page, script, shown() | curve)
     assert barriers(page, ".dspark-panel") == []
     if script == "rounds.js":
