@@ -43,7 +43,7 @@ def test_every_committed_token_has_the_fate_that_its_round_gave_it():
 def test_accepted_drafts_after_the_end_of_the_text_have_no_fate():
     ended = round_of(1, "abcd", 4, 3, "ab")
     assert [t.fate for t in figures.fates([ended])] == ["draft", "draft"]
-    assert figures.draft_states([ended]) == [["accepted", "accepted", "discarded", "discarded"]]
+    assert figures.draft_states(ended) == ["accepted", "accepted", "discarded", "discarded"]
 
 
 def html(rounds: list[Round], decode=decode) -> str:
@@ -119,11 +119,9 @@ def test_a_character_of_tokens_with_different_fates_has_all_their_colours():
 
 
 def test_every_drafted_token_has_a_state():
-    states = figures.draft_states(ROUNDS, 7)
-    assert (len(states), {len(row) for row in states}) == (len(ROUNDS) - 1, {7}), "the prefill drafts nothing"
-    assert states[0] == ["accepted"] * 4 + [None] * 3
-    assert states[2] == ["accepted", "rejected", "discarded", "unchecked", None, None, None]
-    assert figures.draft_states(ROUNDS[:1], 3) == [] and len(figures.draft_states(ROUNDS)[0]) == 4
+    assert [len(figures.draft_states(r)) for r in ROUNDS] == [0, 4, 4, 4, 0, 2], "the prefill drafts nothing"
+    assert figures.draft_states(ROUNDS[1]) == ["accepted"] * 4
+    assert figures.draft_states(ROUNDS[3]) == ["accepted", "rejected", "discarded", "unchecked"]
 
 
 def test_the_same_records_give_the_same_figures_and_are_not_changed():

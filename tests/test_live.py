@@ -734,7 +734,7 @@ def test_settings_without_a_trace_turn_what_is_shown_grey_until_they_are_back(re
     setting = getattr(replayed, name)
     before = setting.value
     setting.value = value
-    assert replayed.view.stale and "load the models" in replayed.status.value
+    assert replayed.view.stale and "loads the models" in replayed.status.value
     setting.value = before
     assert not replayed.view.stale and "replayed" in replayed.status.value
 

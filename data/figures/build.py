@@ -176,7 +176,7 @@ def cartoon(trace: Trace) -> Drawing:
     row = next(
         r for r in rounds if r.accepted == 2 < r.verify_length - 1 and all(map(str.strip, map(decode, zip(r.draft_tokens, strict=True))))
     )
-    states, kept = draft_states([row])[0], [*["accepted"] * row.accepted, None]
+    states, kept = draft_states(row), [*["accepted"] * row.accepted, None]
     frames = {
         f"1  Draft {len(states)} tokens, cheaply": [(token, DRAFT_STATES["unchecked"], "") for token in row.draft_tokens],
         "2  Check them all in one pass": [

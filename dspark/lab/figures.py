@@ -134,21 +134,11 @@ def _continues(before: str, text: str) -> bool:
     )
 
 
-def draft_states(rounds: Sequence[Round], block_size: int | None = None) -> list[list[str | None]]:
-    """The state of every drafted token: one row per round without the prefill, ``block_size`` columns, None where nothing was drafted."""
-    rounds = [r for r in rounds if r.anchor is not None]
-    width = max((len(r.draft_tokens) for r in rounds), default=0) if block_size is None else block_size
-    return [[_state(r, k) for k in range(width)] for r in rounds]
-
-
-def _state(r: Round, k: int) -> str | None:
-    if k >= len(r.draft_tokens):
-        return None
-    if k >= r.verify_length:
-        return "unchecked"
-    if k >= min(r.accepted + 1, len(r.committed)):  # after a rejection, or after an accepted end of text
-        return "discarded"
-    return "accepted" if k < r.accepted else "rejected"
+def draft_states(r: Round) -> list[str]:
+    """The state of each draft of a round, a key of :data:`DRAFT_STATES`."""
+    kept = min(r.accepted + 1, len(r.committed))  # what follows comes after a rejection, or after an accepted end of text
+    judged = ("discarded" if k >= kept else "accepted" if k < r.accepted else "rejected" for k in range(r.verify_length))
+    return [*judged, *["unchecked"] * (len(r.draft_tokens) - r.verify_length)]
 
 
 class Drawing(Figure):

@@ -82,13 +82,25 @@ class LivePanel(Settings):
 
     # ---- the buttons
 
-    def run(self) -> None:
-        """Start, or go on after steps."""
-        self._start(stepping=False)
+    def run(self, *, stepping: bool = False, slow: bool = True) -> None:
+        """Start, or go on after steps. stepping: for one round. slow: in slow motion, if its box is ticked."""
+        if self.session is not None and self.session.is_alive():
+            self.session.go(stepping)
+            return
+        self.say("")
+        with self._errors():
+            self._check()
+            source, (request, name, values, _) = self.source, self._settings()
+            make = partial(make_policy, name, values, lambda: step_times(self.target, source))
+            plain = self._recorded.get(request) if self.race.value else ()
+            options = {"changed": self._changed, "pause": lambda: SLOW if self.slow.value and slow else 0.0, "stepping": stepping}
+            self.session = Session(self.target, source, request, make, plain=plain, **options)
+            self._asked, self._arm = self._settings(), name + "+copy" * (source is not self.drafter)
+            self.session.start()
 
     def step(self) -> None:
         """Decode one round; starts if nothing runs."""
-        self._start(stepping=True)
+        self.run(stepping=True)
 
     def stop(self) -> None:
         """End the decoding after the current round; the text so far stays."""
@@ -120,7 +132,7 @@ class LivePanel(Settings):
     def run_to_end(self) -> Output:
         """Run at full speed, wait for the end and return what was decoded. Raises ValueError with the error that the panel shows."""
         self.stop()
-        self._start(slow=False)
+        self.run(slow=False)
         if self.session is not None:
             self.session.join()
         if self.error:
@@ -132,6 +144,7 @@ class LivePanel(Settings):
     def offer(self, *traces: Trace) -> None:
         """Add traces to the examples and replay the first."""
         self._traces |= {prompt_of(trace): trace for trace in traces}
+        self._curved = None
         self._list_examples()
         self.choose(prompt_of(traces[0]))
 
@@ -182,10 +195,11 @@ class LivePanel(Settings):
         if self.shown:  # for pages without scripts; rounds.css hides it where the view runs
             display(HTML(f'<div class="dspark-still">{self.shown.html()}</div>'))
 
-    def _settings(self) -> tuple[Request, str, tuple[tuple[str, float], ...], bool]:
+    def _settings(self, but: str = "") -> tuple[Request, str, dict[str, float], bool]:
+        """What Run would decode. but: a slider to leave out."""
         name, values = self.controls.chosen()
         request = Request(self.prompt.value, self.length.value, self.temperature.value, self.top_p.value, self.seed.value)
-        return request, name, tuple(values.items()), self.copy.value
+        return request, name, {key: value for key, value in values.items() if key != but}, self.copy.value
 
     def _settle(self, _change: object = None) -> None:
         """Settings changed: replay them if there is a trace of them; else what is shown is stale until Run."""
@@ -193,22 +207,24 @@ class LivePanel(Settings):
             return
         trace = self.trace()
         with self._errors():
-            self.say("these settings have not run: press Run" if self.target else "no trace of these settings: load the models, then Run")
             if trace is not None:
-                self.controls.set_block_size(int(trace.about["block_size"]))
                 self._replay(trace)
-            elif self.target is not None:
+            else:
+                self.say("these settings have not run: press Run")
                 self._check()
         self.view.stale = self._asked != self._settings()
         self._draw_curve(trace)
 
     def _check(self) -> None:
-        """Raises ValueError if the drafter cannot serve the policy."""
+        """Raises ValueError without models, or if the drafter cannot serve the policy."""
+        if self.target is None:
+            raise ValueError("no model yet: run the cell that loads the models")
         source = self.source
         self.controls.set_block_size(source.block_size)
         make_policy(*self.controls.chosen(), lambda: float).check(source.block_size, source.has_confidence)
 
     def _replay(self, trace: Trace) -> None:
+        self.controls.set_block_size(int(trace.about["block_size"]))
         run = replayer(trace)(*self.controls.chosen())
         if self._curved != self._over(trace):
             self.view.pictures = b""
@@ -216,23 +232,6 @@ class LivePanel(Settings):
         self._draw(run)
         other = self.target is not None and trace.about["target_digest"] != self.target.digest
         self.say(f"replayed from a trace of {trace.about['target']}" + ", not of the model that Run uses" * other)
-
-    def _start(self, *, stepping: bool = False, slow: bool = True) -> None:
-        if self.session is not None and self.session.is_alive():
-            self.session.go(stepping)
-            return
-        self.say("")
-        with self._errors():
-            if self.target is None:
-                raise ValueError("no model yet: run the cell that loads the models")
-            self._check()
-            source, (request, name, values, _) = self.source, self._settings()
-            make = partial(make_policy, name, dict(values), lambda: step_times(self.target, source))
-            plain = self._recorded.get(request) if self.race.value else ()
-            options = {"changed": self._changed, "pause": lambda: SLOW if self.slow.value and slow else 0.0, "stepping": stepping}
-            self.session = Session(self.target, source, request, make, plain=plain, **options)
-            self._asked, self._arm = self._settings(), name + "+copy" * (source is not self.drafter)
-            self.session.start()
 
     def _changed(self, session: Session) -> None:
         """Called by the session's thread."""
@@ -262,23 +261,20 @@ class LivePanel(Settings):
             self.view.html, self.view.details = run.html(), run.details()
 
     def _over(self, trace: Trace | None) -> tuple[object, ...]:
-        """What the curve is of: all settings but the slider that was moved last, and the places of that one."""
-        name, (kind, values) = self.controls.moved, self.controls.chosen()
-        slider = self.controls.sliders.get(name) if trace is not None else None
-        others = {key: value for key, value in values.items() if key != name}
-        return slider, slider and slider.options, kind, name, others, trace and id(self._traces[self.prompt.value]), self.length.value
+        """What the curve is of: the slider that was moved last and its places, and all other settings."""
+        slider = self.controls.sliders.get(self.controls.moved) if trace is not None else None
+        return slider, slider and slider.options, self._settings(self.controls.moved)
 
     def _draw_curve(self, trace: Trace | None) -> None:
-        """What each place of the slider that was moved last would give: speed-up, τ, and the picture."""
-        slider, places, kind, name, others, *_ = over = self._over(trace)
+        """Speed-up, τ and the picture at every place of the slider that was moved last."""
+        slider, places, (_, kind, others, _) = over = self._over(trace)
         if over == self._curved or (self.error and slider):
             return
-        self._curved, runs = over, list(runs_over(places, replayer(trace), kind, others, name)) if slider else []
+        self._curved, runs = over, runs_over(places, replayer(trace), kind, others, self.controls.moved) if slider else []
         tallies = [run and run.tally() for run in runs]
-        lines = {"speed-up": [t and t.speedup for t in tallies], "τ": [t and t.tokens_per_round for t in tallies]} if slider else {}
-        with self.curve.hold_sync():
-            self.curve.slider, self.curve.lines = slider, lines
-        with self.view.hold_sync():
+        lines = {"speed-up": [t and t.speedup for t in tallies], "τ": [t and t.tokens_per_round for t in tallies]}
+        with self.curve.hold_sync(), self.view.hold_sync():
+            self.curve.slider, self.curve.lines = slider, lines if slider else {}
             self.view.slider, self.view.pictures = slider, deflated(runs) if slider else b""
 
     def _list_examples(self, _change: object = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from textwrap import shorten
 
 from dspark.bench.prompts import DOMAINS, load_prompts
@@ -29,13 +29,15 @@ def replayer(trace: Trace) -> Replayer:
     return run
 
 
-def runs_over(places: Iterable[float], run: Replayer, kind: str, values: dict[str, float], name: str) -> Iterator[Run | None]:
-    """The run with each of these values of the parameter ``name``; None where it contradicts the others."""
+def runs_over(places: Iterable[float], run: Replayer, kind: str, others: dict[str, float], name: str) -> list[Run | None]:
+    """The runs with each of these values of the parameter ``name``; None where it contradicts the others."""
+    runs = []
     for place in places:
         try:
-            yield run(kind, values | {name: place})
+            runs.append(run(kind, others | {name: place}))
         except ValueError:
-            yield None
+            runs.append(None)
+    return runs
 
 
 def examples(recorded: Iterable[str]) -> list[tuple[str, str]]:

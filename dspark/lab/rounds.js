@@ -69,6 +69,14 @@ function written(group) {
   });
 }
 
+/** What Python wrote, taken apart. */
+function read(html) {
+  const template = document.createElement("template");
+  template.innerHTML = html;
+  const fresh = [...template.content.querySelectorAll(GROUPS)];
+  return { page: template.content, fresh, children: fresh.map(written) };
+}
+
 /** Give a group these children, and keep those that it has already. */
 function update(group, children) {
   const known = new Map([...group.children].map((child) => [child.markup, child]));
@@ -98,12 +106,14 @@ function shade(view, rows, colour) {
   }
 }
 
-/** Names for screen readers of what ipywidgets leaves without: its sliders and the box of the prompt. */
+/** For screen readers: names of what ipywidgets leaves without, its sliders and the box of the prompt; and a slider's value, not its index. */
 function nameControls(controls) {
   for (const box of controls.querySelectorAll("textarea")) box.setAttribute("aria-label", box.placeholder);
   for (const handle of controls.querySelectorAll("[role=slider]")) {
-    const label = handle.closest(".widget-inline-hbox")?.querySelector(".widget-label");
-    if (label) handle.setAttribute("aria-label", label.textContent);
+    const of = (part) => handle.closest(".widget-inline-hbox")?.querySelector(part)?.textContent;
+    for (const [name, words] of [["aria-label", of(".widget-label")], ["aria-valuetext", of(".widget-readout")]]) {
+      if (words && handle.getAttribute(name) !== words) handle.setAttribute(name, words); // else its observer would call again
+    }
   }
 }
 
@@ -120,6 +130,7 @@ function render({ model, el }) {
   let drawn = "";
   let slider = null;
   let pictures = []; // [html, details] at each place of the slider
+  const ready = new Map(); // html → read already: what may be shown next
 
   const light = (item, scroll = true) => {
     for (const lit of view.querySelectorAll(".on, .at")) {
@@ -155,18 +166,16 @@ function render({ model, el }) {
     if (html === drawn) return;
     [drawn, rows] = [html, details];
     const focused = view.contains(document.activeElement) && document.activeElement.matches("[data-r]");
-    const page = document.createElement("template");
-    page.innerHTML = html;
-    const fresh = [...page.content.querySelectorAll(GROUPS)];
-    const children = fresh.map(written);
+    const { page, fresh, children } = ready.get(html) ?? read(html);
+    ready.delete(html);
     let groups = [...view.querySelectorAll(GROUPS)];
     if (groups.length === fresh.length) {
-      for (const part of [".numbers", ".legend"]) view.querySelector(part).innerHTML = page.content.querySelector(part).innerHTML;
+      for (const part of [".numbers", ".legend"]) view.querySelector(part).innerHTML = page.querySelector(part).innerHTML;
       groups.forEach((group, i) => {
         for (const { name, value } of fresh[i].attributes) group.setAttribute(name, value);
       });
     } else {
-      view.replaceChildren(page.content);
+      view.replaceChildren(page);
       view.querySelector(".details").replaceWith(line);
       view.querySelector("svg.drafts").before(chooser);
       groups = fresh;
@@ -188,14 +197,19 @@ function render({ model, el }) {
 
   /** What Python drew, or the picture at the slider's place, if Python drew one of the same settings at any place. */
   const show = () => {
-    const html = model.get("html");
-    const own = pictures.some((picture) => picture?.[0] === html) && pictures[slider.get("index")];
+    const [html, at] = [model.get("html"), slider?.get("index")];
+    const own = pictures.some((picture) => picture?.[0] === html) && pictures[at];
     if (html) draw(...(own || [html, model.get("details")]));
+    if (own) (window.requestIdleCallback ?? setTimeout)(() => [at - 1, at + 1].forEach((next) => {
+      const [beside] = pictures[next] ?? [];
+      if (beside && !ready.has(beside)) ready.set(beside, read(beside));
+    }));
   };
 
   const follow = async () => {
     const [id, bytes] = [model.get("slider"), model.get("pictures")];
     pictures = [];
+    ready.clear();
     slider?.off("change:index", show);
     if (!id || !bytes.byteLength) return;
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -254,7 +268,7 @@ function render({ model, el }) {
     if (!controls) return;
     placed.disconnect();
     nameControls(controls);
-    new MutationObserver(() => nameControls(controls)).observe(controls, { childList: true, subtree: true });
+    new MutationObserver(() => nameControls(controls)).observe(controls, { childList: true, subtree: true, attributeFilter: ["aria-valuetext"] });
   }).observe(el);
 }
 

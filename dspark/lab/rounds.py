@@ -73,14 +73,13 @@ class Run:
         """One row per round for the line of details: its tokens and drafts as text, with what is known about each."""
         rows, start = [], 0
         for r in self.seen:
-            (states,) = draft_states([r]) or [[]]
             numbers = {"p_target": r.target_probs_of_drafts, "p_draft": r.draft_probs_of_drafts, "confidence": r.confidence}
             texts = {"tokens": r.committed, "drafts": r.draft_tokens}
             rows.append(
                 {"round": r.index, "start": start, "window": r.window, "verified": r.verify_length, "ms": 1e3 * r.seconds}
                 | {name: [None if math.isnan(value) else value for value in values] for name, values in numbers.items()}
                 | {name: [self.decode([token]).replace(BROKEN, "▯") for token in ids] for name, ids in texts.items()}
-                | {"states": [DRAFT_STATES[state].label for state in states], "accepted": r.accepted, "copied": r.source == COPY}
+                | {"states": [DRAFT_STATES[state].label for state in draft_states(r)], "accepted": r.accepted, "copied": r.source == COPY}
                 | {"fates": [FATES[t.fate].label for t in fates([r])]}
             )
             start += len(r.committed)

@@ -53,24 +53,24 @@ def columns(rounds: Sequence[Round], tokens: int | None = None) -> Iterator[tupl
 
 def heat(rounds: Sequence[Round], tokens: int | None = None) -> Strip:
     """Every drafted token as a cell, positions in the block from bottom to top. tokens: length of the axis."""
-    states = draft_states(rounds)
-    count = max(map(len, states), default=0)
+    seen, states = list(columns(rounds, tokens)), []
+    count = max((len(r.draft_tokens) for r, *_ in seen), default=0)
     high, top = max(min(14.0, 108 / max(count, 1)), 6.0), 24
     bottom, cells = top + high * max(count, 1), []
-    for (r, start, x, wide), row in zip(columns(rounds, tokens), states, strict=True):
+    for r, start, x, wide in seen:
         cells.append(_band(r, x, wide, top, bottom))
-        for k, state in enumerate(row):
-            if state is not None:
-                mark = _mark(x, bottom - (k + 1) * high, wide, high - 1.5, state, r.source == COPY)
-                cells.append(f'<g data-r="{r.index}" data-n="{start + k}" data-k="{k}">{mark}</g>')
+        states += draft_states(r)
+        for k, state in enumerate(draft_states(r)):
+            mark = _mark(x, bottom - (k + 1) * high, wide, high - 1.5, state, r.source == COPY)
+            cells.append(f'<g data-r="{r.index}" data-n="{start + k}" data-k="{k}">{mark}</g>')
     step = next(n for n in (1, 2, 4, 8, 10**6) if n * high >= 12)
     axis = "".join(_text(-6, bottom - (k + 0.5) * high + 4, str(k + 1), "end") for k in range(0, count, step))
-    counts, key, x = {name: sum(row.count(name) for row in states) for name in reversed(DRAFT_STATES)}, [], 14.0
-    for name, n in counts.items():
-        label = f"{DRAFT_STATES[name].label} {n}"
+    key, x = [], 14.0
+    for name in reversed(DRAFT_STATES):
+        label = f"{DRAFT_STATES[name].label} {states.count(name)}"
         key.append(f"<g>{_mark(x, 3, 10, 9, name, False, '')}{_text(x + 15, 12, label)}</g>")
         x += 34 + 6.2 * len(label)
-    label = f"Drafts by position in the block: {counts['accepted']} of {sum(counts.values())} accepted, n = {len(states)} rounds"
+    label = f"Drafts by position in the block: {states.count('accepted')} of {len(states)} accepted, n = {len(seen)} rounds"
     return Strip(f'{_text(-LEFT, 12, "drafts", weight=600)}<g class="key">{"".join(key)}</g>{axis}{"".join(cells)}', bottom + 4, label)
 
 

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 
 from dspark.lab.figures import DRAFT_STATES, FATES, Decode, FatedToken, Look, draft_states, fates, whole_pieces
-from dspark.round import Round
+from dspark.round import Output, Round
 from dspark.target.stream import BROKEN
 
 BOX = "font:13px/1.75 var(--jp-code-font-family,monospace);white-space:pre-wrap;word-break:break-word;tab-size:4;margin:0"
@@ -72,7 +71,7 @@ def legend(tokens: Sequence[FatedToken]) -> str:
 
 def _discarded(r: Round, decode: Decode, waiting: bool) -> str:
     """The drafts of a round that were not accepted (all of them while they wait), as HTML."""
-    states = ["unchecked"] * len(r.draft_tokens) if waiting else draft_states([r], len(r.draft_tokens))[0] if r.draft_tokens else []
+    states = ["unchecked"] * len(r.draft_tokens) if waiting else draft_states(r)
     at = next((k for k, state in enumerate(states) if state != "accepted"), len(states))
     shown = []
     for count, text in whole_pieces(r.draft_tokens[at:], decode):
@@ -113,12 +112,7 @@ class Tally:
 
 def tally(rounds: Sequence[Round], plain: Sequence[Round] = ()) -> Tally:
     """Count a run. plain: rounds of plain decoding on the same prompt."""
-    rounds, speed, plain_speed = rounds[1:], *(_speed(run[1:]) for run in (rounds, plain))
+    run, beside = (Output("", [], list(each), 0.0) for each in (rounds, plain))
     verified, kept = sum(r.verify_length for r in rounds), sum(min(r.accepted, len(r.committed)) for r in rounds)
-    tau = sum(len(r.committed) for r in rounds) / len(rounds) if rounds else math.nan
-    return Tally(len(rounds), verified, verified - kept, tau, speed, speed / plain_speed)
-
-
-def _speed(rounds: Sequence[Round]) -> float:
-    seconds = sum(r.seconds for r in rounds)
-    return sum(len(r.committed) for r in rounds) / seconds if seconds > 0 else math.nan
+    speed = run.tokens_per_second
+    return Tally(len(rounds[1:]), verified, verified - kept, run.tokens_per_round, speed, speed / beside.tokens_per_second)

@@ -109,7 +109,7 @@ def test_a_stale_picture_is_grey_until_it_is_current_again(page):
 
 def test_every_place_of_a_slider_is_shown_at_once_and_as_if_it_were_drawn_anew(page):
     (_, trace), *_ = load_traces(SAMPLE)
-    runs = list(runs_over((0.0, 0.04, 0.3, 1.0), replayer(trace), "confidence", {}, "threshold"))
+    runs = runs_over((0.0, 0.04, 0.3, 1.0), replayer(trace), "confidence", {}, "threshold")
     inside = "v => v.querySelector('.dspark-rounds').innerHTML"
     anew, empty = [], page.content()
     for run in runs:
