@@ -289,7 +289,7 @@ def test_measured_speed_ups_have_intervals_round_them_in_every_domain_and_over_a
 
 def test_figures_of_speed_say_what_they_find_with_units_and_how_many():
     figure = speed.over(results(), "plain")
-    assert "fixed window 5 is 1.7" in figure.get_suptitle() and "n = 8 test prompts per domain" in figure.get_supxlabel()
+    assert "fixed window 5: 1.7" in figure.get_suptitle() and "n = 8 test prompts per domain" in figure.get_supxlabel()
     assert "(×)" in figure.axes[1].get_xlabel() and figure.axes[0].get_title("left") == "all, n = 16"
 
 

@@ -345,7 +345,7 @@ def test_panel_shows_the_text_and_every_picture_of_its_run(panel, target, drafte
     assert visible(html.split('<div class="details"')[0]) == visible(text.streaming_text(out.rounds, target.decode))
     assert f"n = {len(out.rounds) - 1} rounds" in html and "The window: " in html and "plain decoding: " in html
     assert [row["round"] for row in panel.view.details] == [r.index for r in out.rounds]
-    assert not panel.view.live and not panel.view.stale
+    assert "cursor" not in panel.view.html and not panel.view.stale
     assert words(panel.status.value) == "done" and panel.error == "" and not live_threads()
     for strip in panel.shown.strips().values():
         parsed(strip)

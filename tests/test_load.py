@@ -342,7 +342,7 @@ def test_the_table_behind_the_slider_has_the_arms_with_so_many_users_the_fastest
     assert list(figures.at_level(frame, 1).index) == ["automatic", "plain decoding"]
     assert list(figures.at_level(frame, 4).index) == ["plain decoding", "automatic"]
     assert len(figures.pareto(frame, "").axes[0].lines) == len(figures.budgets(frame, "").axes[0].lines) == 2
-    assert figures.pareto(frame, "").get_suptitle() == "Most tokens/s: automatic with the fewest users, plain decoding with the most"
+    assert figures.pareto(frame, "").get_suptitle() == "Most tokens/s: automatic (users: 1), plain decoding (users: 4)"
     written = figures.budgets(frame, "").axes[0].get_xticklabels() + figures.pareto(frame, "").axes[0].get_yticklabels()
     assert not [label for label in written if "$" in label.get_text()], "formulas are not typeset in these figures"
 

@@ -78,5 +78,5 @@ def finish(summary: Mapping[str, object], out: str) -> pd.DataFrame:
     summary = {name: None if value != value else value for name, value in summary.items()}  # NaN is no JSON
     if out:
         write_atomically(Path(out), json.dumps(summary, indent=1).encode())
-    short = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in summary.items() if not isinstance(v, dict | list)}
+    short = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in summary.items() if not isinstance(v, dict | list | None)}
     return pd.DataFrame({"value": {name: text for name, text in short.items() if text and len(text) < 60 and "\n" not in text}})

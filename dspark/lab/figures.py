@@ -169,7 +169,8 @@ def panels(finding: str, caption: str, height: float, columns: int = 1, **option
 def curves(lines: Iterable[dict[str, object]], finding: str, caption: str, height: float = 4.2, **options: object) -> Drawing:
     """Lines with marks in one panel; options set its axes.
 
-    lines: x and y; perhaps error, half of an interval within 0 … 1, and notes beside the marks; and what matplotlib's ``plot`` takes.
+    lines: x and y; perhaps error, half of an interval within 0 … 1, and notes, which stand beside the marks of the first line; and what
+        matplotlib's ``plot`` takes.
     """
     figure, (axes,) = panels(finding, caption, height)
     for line in lines:
@@ -177,7 +178,7 @@ def curves(lines: Iterable[dict[str, object]], finding: str, caption: str, heigh
         axes.plot(x, y, **{"marker": "o", "markersize": 5} | line)
         if error is not None:
             axes.vlines(x, (y - error).clip(0), (y + error).clip(upper=1), color=axes.lines[-1].get_color(), alpha=0.5)
-        for note, *at in zip(notes, x, y, strict=True) if notes is not None else ():
+        for note, *at in zip(notes, x, y, strict=True) if notes is not None and len(axes.lines) == 1 else ():
             axes.annotate(f"{note:g}", at, (4, 4), textcoords="offset points", fontsize=7)
     axes.set(**options)
     figure.legend(loc=BESIDE)
@@ -210,7 +211,7 @@ def by_arm(lines: pd.DataFrame, label: str, finding: str, caption: str) -> Drawi
     figure, axes = panels(finding, f"{caption}; all: geometric mean", 1.6 + 0.27 * len(arms), len(domains), sharex=True, sharey=True)
     for panel, domain in zip(axes, domains, strict=True):
         rows = lines[lines["domain"] == domain].set_index("arm").loc[arms]
-        panel.scatter(rows["speedup"], labels, s=26, c=colours)
+        panel.scatter(rows["speedup"], labels, s=28, c=colours, edgecolors=GREY, linewidths=0.7)  # seen on any ground
         if "low" in rows:
             panel.hlines(labels, rows["low"], rows["high"], colours, alpha=0.6)
         panel.axvline(1, color=GREY, linestyle="--", linewidth=1)

@@ -226,9 +226,8 @@ class LivePanel(Settings):
     def _replay(self, trace: Trace) -> None:
         self.controls.set_block_size(int(trace.about["block_size"]))
         run = replayer(trace)(*self.controls.chosen())
-        if self._curved != self._over(trace):
-            self.view.pictures = b""
-        self._asked, self.view.live = self._settings(), False
+        self._asked = self._settings()
+        self.view.slider = self.controls.sliders.get(self.controls.moved)  # pictures of another one no longer hold
         self._draw(run)
         other = self.target is not None and trace.about["target_digest"] != self.target.digest
         self.say(f"replayed from a trace of {trace.about['target']}" + ", not of the model that Run uses" * other)
@@ -247,7 +246,6 @@ class LivePanel(Settings):
         self.run_button.disabled, self.stop_button.disabled = state in ("recording", "decoding"), session.ended
         rounds, lane, arm = (plain, (), "plain") if state == "recording" else (list(session.rounds), plain, self._arm)
         end = {"ended": session.ended, "judged": session.judged}
-        self.view.live = not session.ended
         if rounds:
             self._draw(Run(rounds=rounds, plain=lane, arm=arm, tokens=session.request.max_new_tokens, decode=self._decode, **end))
         elif session.ended:
@@ -260,17 +258,15 @@ class LivePanel(Settings):
         with self.view.hold_sync():
             self.view.html, self.view.details = run.html(), run.details()
 
-    def _over(self, trace: Trace | None) -> tuple[object, ...]:
-        """What the curve is of: the slider that was moved last and its places, and all other settings."""
-        slider = self.controls.sliders.get(self.controls.moved) if trace is not None else None
-        return slider, slider and slider.options, self._settings(self.controls.moved)
-
     def _draw_curve(self, trace: Trace | None) -> None:
         """Speed-up, τ and the picture at every place of the slider that was moved last."""
-        slider, places, (_, kind, others, _) = over = self._over(trace)
+        name = self.controls.moved
+        slider = self.controls.sliders.get(name) if trace is not None else None
+        over = slider, slider and slider.options, self._settings(name)
         if over == self._curved or (self.error and slider):
             return
-        self._curved, runs = over, runs_over(places, replayer(trace), kind, others, self.controls.moved) if slider else []
+        _, places, (_, kind, others, _) = self._curved = over
+        runs = runs_over(places, replayer(trace), kind, others, name) if slider else []
         tallies = [run and run.tally() for run in runs]
         lines = {"speed-up": [t and t.speedup for t in tallies], "τ": [t and t.tokens_per_round for t in tallies]}
         with self.curve.hold_sync(), self.view.hold_sync():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from textwrap import shorten
 
 from dspark.bench.prompts import DOMAINS, load_prompts
@@ -31,13 +32,11 @@ def replayer(trace: Trace) -> Replayer:
 
 def runs_over(places: Iterable[float], run: Replayer, kind: str, others: dict[str, float], name: str) -> list[Run | None]:
     """The runs with each of these values of the parameter ``name``; None where it contradicts the others."""
-    runs = []
-    for place in places:
-        try:
-            runs.append(run(kind, others | {name: place}))
-        except ValueError:
-            runs.append(None)
-    return runs
+    runs = dict.fromkeys(places)
+    for place in runs:
+        with suppress(ValueError):
+            runs[place] = run(kind, others | {name: place})
+    return list(runs.values())
 
 
 def examples(recorded: Iterable[str]) -> list[tuple[str, str]]:

@@ -129,7 +129,8 @@ function render({ model, el }) {
   let rows = [];
   let drawn = "";
   let slider = null;
-  let pictures = []; // [html, details] at each place of the slider
+  let of = ""; // its name
+  let pictures = []; // [html, details] at each of its places
   const ready = new Map(); // html → read already: what may be shown next
 
   const light = (item, scroll = true) => {
@@ -186,7 +187,7 @@ function render({ model, el }) {
     });
     if (colour !== "fate") shade(view, rows, colour);
     const box = view.querySelector(".text");
-    if (model.get("live")) box.scrollTop = box.scrollHeight;
+    if (box.querySelector(".cursor")) box.scrollTop = box.scrollHeight; // the text grows
     const item = held && find();
     light(item, false);
     if (item && focused) {
@@ -198,7 +199,7 @@ function render({ model, el }) {
   /** What Python drew, or the picture at the slider's place, if Python drew one of the same settings at any place. */
   const show = () => {
     const [html, at] = [model.get("html"), slider?.get("index")];
-    const own = pictures.some((picture) => picture?.[0] === html) && pictures[at];
+    const own = model.get("slider") === of && pictures.some((picture) => picture?.[0] === html) && pictures[at];
     if (html) draw(...(own || [html, model.get("details")]));
     if (own) (window.requestIdleCallback ?? setTimeout)(() => [at - 1, at + 1].forEach((next) => {
       const [beside] = pictures[next] ?? [];
@@ -215,7 +216,7 @@ function render({ model, el }) {
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
     const [found, known] = await Promise.all([model.widget_manager.get_model(id.replace("IPY_MODEL_", "")), new Response(stream).json()]);
     if (bytes !== model.get("pictures")) return; // newer ones came meanwhile
-    [slider, pictures] = [found, known];
+    [of, slider, pictures] = [id, found, known];
     slider.on("change:index", show);
     show();
   };

@@ -101,7 +101,6 @@ class RoundsView(View):
     """The linked view of a :class:`Run`.
 
     pictures: (html, details) at each place of the slider, None where it is impossible, as deflated JSON; b"" without a slider.
-    live: the text grows, so its end stays visible.
     stale: it is grey, being of other settings.
     """
 
@@ -110,7 +109,6 @@ class RoundsView(View):
     html = traitlets.Unicode().tag(sync=True)
     details = traitlets.List().tag(sync=True)
     pictures = traitlets.Bytes().tag(sync=True)
-    live = traitlets.Bool().tag(sync=True)
     stale = traitlets.Bool().tag(sync=True)
 
 

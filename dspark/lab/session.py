@@ -17,6 +17,7 @@ from dspark.schedule import Autoregressive, Policy
 from dspark.target.target import Target
 
 log = logging.getLogger(__name__)
+NO_MEMORY = "the machine is out of memory: ask for fewer tokens or a shorter prompt"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Session(threading.Thread):
             self._show("stopped" if self._end.is_set() else "done")
         except Exception as error:
             log.debug("the live session failed", exc_info=True)
-            self.error = _explained(error)
+            words = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"
+            self.error = NO_MEMORY if isinstance(error, torch.OutOfMemoryError | MemoryError) else words
             self._show("failed")
 
     def _decode(self, policy: Policy) -> None:
@@ -115,10 +117,3 @@ class Session(threading.Thread):
     def _show(self, state: str) -> None:
         self.state = state
         self.changed(self)
-
-
-def _explained(error: Exception) -> str:
-    """An error for a reader who does not see the traceback."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return "the machine is out of memory: ask for fewer tokens or a shorter prompt"
-    return one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {one_line(error)}"

@@ -33,7 +33,7 @@ def over(frame: pd.DataFrame, baseline: str, quoted: bool = False) -> Drawing:
     range_note = f"grey, quoted: {low:.2f}–{high:.2f}× over MTP-1, of a far larger model on many GPUs" * quoted
     about = "; ".join(filter(None, [caption(frame), intervals, range_note]))
     doubt = ", but this machine was busy" * bool(busy(frame))
-    finding = f"{arm_label(best['arm'])} is {best['speedup']:.2f}× as fast as {arm_label(baseline)}{doubt}"
+    finding = f"{arm_label(best['arm'])}: {best['speedup']:.2f}× as fast as {arm_label(baseline)}{doubt}"
     figure = by_arm(lines, f"speed-up over {arm_label(baseline)} (×)", finding, f"{busy(frame)} {about}".strip())
     for panel in figure.axes if quoted else ():
         panel.axvspan(low, high, color=GREY, alpha=0.18)
@@ -120,7 +120,7 @@ def _loops(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _per_arm(frame: pd.DataFrame, x: str, y: str, finding: str, about: str, **labels: str) -> Drawing:
-    """One line per arm over the numbers of users, which stand below the axis or beside the dots."""
+    """One line per arm over the numbers of users, which stand below the axis or beside dots."""
     lines = []
     for arm, rows in _loops(frame).groupby("arm", sort=False):
         place = {"x": list(map("{:g}".format, rows[x]))} if x == "level" else {"x": rows[x], "notes": rows["level"]}
@@ -131,8 +131,9 @@ def _per_arm(frame: pd.DataFrame, x: str, y: str, finding: str, about: str, **la
 def pareto(frame: pd.DataFrame, about: str) -> Drawing:
     """Tokens per second of all users together over those of one user; along a line the number of users grows (the paper's Fig. 7)."""
     x, y, best = "user_tokens_per_second", "tokens_per_second", closed(frame).idxmax().map(arm_label)
-    finding = f"Most tokens/s: {best[min(best.index)]} with the fewest users, {best[max(best.index)]} with the most"
-    return _per_arm(frame, x, y, finding, f"{about}; numbers beside dots: users", xlabel="tokens/s of one user", ylabel="tokens/s in all")
+    finding = "Most tokens/s: " + ", ".join(f"{best[n]} (users: {n})" for n in (min(best.index), max(best.index)))
+    about += "; numbers beside the first line's dots: users"
+    return _per_arm(frame, x, y, finding, about, xlabel="tokens/s of one user", ylabel="tokens/s in all")
 
 
 def budgets(frame: pd.DataFrame, about: str) -> Drawing:

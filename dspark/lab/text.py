@@ -44,7 +44,7 @@ def streaming_text(rounds: Sequence[Round], decode: Decode, *, ended: bool = Tru
         shown[start + count > cut].append(span(tokens[start : start + count], text, start))
         start += count
     discarded = "" if last is None or ended else _discarded(last, decode, waiting)
-    cursor = "" if ended else '<span style="opacity:.6">▍</span>'
+    cursor = "" if ended else '<span class="cursor" style="opacity:.6">▍</span>'
     words = "".join([*shown[0], discarded, *shown[1], cursor])
     return f'<div>{legend(tokens)}<pre class="text" style="{BOX}">{words}</pre></div>'  # exports drop indentation outside of pre
 

@@ -35,7 +35,7 @@ def shown(count: int = len(ROUNDS)) -> dict[str, object]:
 
 
 def picture(run: Run) -> dict[str, object]:
-    return {"html": run.html(), "details": run.details(), "live": False, "stale": False}
+    return {"html": run.html(), "details": run.details(), "stale": False}
 
 
 def show(page: object, script: str, values: dict[str, object]) -> object:
@@ -125,6 +125,8 @@ def test_every_place_of_a_slider_is_shown_at_once_and_as_if_it_were_drawn_anew(p
     assert before.evaluate("e => e.isConnected"), "what stays the same is kept"
     page.evaluate("values => change(values)", {"index": 4})
     assert view.evaluate(inside) == anew[0], "an impossible place: what Python says"
+    page.evaluate("values => change(values)", {"slider": "IPY_MODEL_2", "index": 1})
+    assert view.evaluate(inside) == anew[0], "the pictures are another slider's"
     page.evaluate("values => change(values)", shown())
     page.evaluate("values => change(values)", {"index": 2})
     assert view.locator(".text").inner_text().startswith("Hello"), "a picture of other settings is not the slider's"
