@@ -88,7 +88,7 @@ class Run:
 
 def deflated(runs: Iterable[Run | None]) -> bytes:
     """What :attr:`RoundsView.pictures` holds."""
-    return zlib.compress(json.dumps([run and (run.html(), run.details()) for run in runs]).encode(), 1)
+    return zlib.compress(json.dumps([run and (run.html(), run.details()) for run in runs]).encode())
 
 
 class View(anywidget.AnyWidget):
