@@ -63,8 +63,7 @@ class Run:
         return made | ({"race": strips.race(lanes, self.tokens)} if lanes else {})
 
     def html(self) -> str:
-        first, *rest = self.tally().words(self.how) or [""]
-        words = f"<b>{escape(first)}</b> " + " ".join(f"<span>{escape(part)}</span>" for part in rest)
+        words = "".join(f'<span style="margin-right:14px">{escape(part)}</span> ' for part in self.tally().words(self.how))
         text = streaming_text(self.rounds, self.decode, ended=self.ended, judged=self.judged)
         pictures = "".join(strip.svg(f"linked {name}") for name, strip in self.strips().items())
         return f'<div class="numbers">{words}</div>{text}<div class="details" role="status"></div>{pictures}'
