@@ -16,7 +16,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in pa
 
 # From the bottom up. A room (a folder or a file of dspark/) imports only rooms of its own line and of the lines before it.
 LEVELS = (
-    ("round", "clock", "files", "cli"),
+    ("round", "clock", "files", "cli", "workers"),
     ("rewind",),
     ("target",),
     ("verify", "schedule"),

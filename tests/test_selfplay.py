@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dspark.files import file_sha256
+from dspark.load import load_target
 from dspark.target.target import Target
-from dspark.train import selfplay
-from dspark.train.corpus import Corpus, concatenate, load_corpus, save_corpus
-from dspark.train.selfplay import Subject, converse, load_subjects, pieces, sample, self_play, turns_of
+from dspark.train import selfplay, shards
+from dspark.train.corpus import Corpus, check_seeds, concatenate, load_corpus, save_corpus
+from dspark.train.selfplay import Subject, converse, load_subjects, pieces, sample, turns_of
+from dspark.train.shards import near_duplicates, self_play
 from dspark.verify.lean import lean_pass
 
 torch.set_num_threads(1)
@@ -84,13 +89,13 @@ def favour_ends(_head: object, _inputs: object, logits: Tensor) -> Tensor:
 
 
 def play(target: Target, path: Path, rows: int = 10, **settings: object) -> Corpus:
-    return self_play(target, path, **{"rows": rows, "tokens": 44, "batch": 4, "subjects": TALK, "seed": 3} | settings)
+    return self_play(target, path, **{"rows": rows, "tokens": 44, "batch": 4, "subjects": TALK, "seed": 4} | settings)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Ten rows in three parts, made without interruption."""
-    return play(tiny_target(), tmp_path_factory.mktemp("whole") / "c")
+    return play(tiny_target(), tmp_path_factory.mktemp("whole") / "c.json")
 
 
 def same(one: Corpus, other: Corpus) -> bool:
@@ -102,7 +107,7 @@ def test_the_lean_pass_writes_the_same_conversations(whole: Corpus, tmp_path: Pa
     target.verifier = lean_pass(target)
     head = target.verifier.head
     target.verifier.head = lambda hidden: favour_ends(None, None, head(hidden))
-    assert same(play(target, tmp_path / "c"), whole)
+    assert same(play(target, tmp_path / "c.json"), whole)
 
 
 def turns_in(row: list[int]) -> list[tuple[str, int, int]]:
@@ -120,7 +125,7 @@ def turns_in(row: list[int]) -> list[tuple[str, int, int]]:
 
 
 def test_assistant_tokens_are_exactly_those_between_the_assistant_header_and_end_of_turn(target: Target, tmp_path: Path) -> None:
-    corpus = play(target, tmp_path / "c", rows=24, batch=24)
+    corpus = play(target, tmp_path / "c.json", rows=24, batch=24)
     answers = 0
     for ids, mask in zip(corpus.token_ids.tolist(), corpus.assistant, strict=True):
         expected = torch.zeros(len(ids), dtype=torch.bool)
@@ -135,7 +140,7 @@ def test_assistant_tokens_are_exactly_those_between_the_assistant_header_and_end
 def test_every_row_starts_with_a_subject_in_proportion_to_the_shares(target: Target, tmp_path: Path) -> None:
     corpus = play(
         target,
-        tmp_path / "c",
+        tmp_path / "c.json",
         rows=60,
         batch=60,
         tokens=20,
@@ -157,14 +162,14 @@ def test_the_corpus_never_contains_padding_and_every_row_is_full(whole: Corpus) 
     assert whole.assistant.any(1).all(), "a row without an answer teaches nothing"
 
 
-def test_temperatures_take_turns_over_all_parts(whole: Corpus) -> None:
+def test_temperatures_take_turns_over_all_shards(whole: Corpus) -> None:
     assert torch.equal(whole.temperature, torch.tensor([0.0, 0.6, 1.0] * 3 + [0.0]))
 
 
 def test_a_user_turn_that_is_too_long_is_cut_off(target: Target, tmp_path: Path) -> None:
     never = torch.tensor(ids_of("<end> <stop>"))
     target.head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, never, -torch.inf))
-    corpus = play(target, tmp_path / "c", rows=4, tokens=60)
+    corpus = play(target, tmp_path / "c.json", rows=4, tokens=60)
     for ids, mask in zip(corpus.token_ids.tolist(), corpus.assistant, strict=True):
         (_, first, stop), (_, answer, last) = turns_in(ids)
         assert stop - first <= 60 // 3 + 1 + 3, "a third of the row, the end, the opening"
@@ -223,7 +228,7 @@ def test_each_speakers_turns_are_sampled_at_its_own_temperature(target: Target, 
 
 
 def test_an_interrupted_run_resumes_to_the_same_corpus(target: Target, whole: Corpus, tmp_path: Path) -> None:
-    stopped, calls = tmp_path / "stopped", iter(range(10**6))
+    stopped, calls = tmp_path / "stopped.json", iter(range(10**6))
 
     def stop(*_: object) -> None:
         if next(calls) == 50:  # in the middle of the second of three parts
@@ -233,61 +238,61 @@ def test_an_interrupted_run_resumes_to_the_same_corpus(target: Target, whole: Co
     with pytest.raises(KeyboardInterrupt):
         play(target, stopped)
     hook.remove()
-    assert sorted(os.listdir(f"{stopped}.parts")) == ["000000.safetensors", "settings.json"]
-    first = Path(f"{stopped}.parts", "000000.safetensors")
+    assert not stopped.exists() and os.listdir(tmp_path / "stopped.shards") == ["000000.safetensors"]
+    first = tmp_path / "stopped.shards" / "000000.safetensors"
     kept = first.stat().st_mtime_ns
     assert same(play(target, stopped), whole)
-    assert first.stat().st_mtime_ns == kept, "a finished part was made again"
+    assert first.stat().st_mtime_ns == kept, "a finished shard was made again"
 
 
-def test_a_lost_part_is_made_again_and_gives_the_same_corpus(target: Target, tmp_path: Path) -> None:
-    path = tmp_path / "c"
+def test_a_lost_shard_is_made_again_and_gives_the_same_corpus(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
     first = play(target, path, rows=7, tokens=30)
     content = path.read_bytes()
-    Path(f"{path}.parts", "000001.safetensors").unlink()
+    (tmp_path / "c.shards" / "000001.safetensors").unlink()
     assert same(play(target, path, rows=7, tokens=30), first)
     assert path.read_bytes() == content
 
 
-def test_parts_and_seeds_give_different_rows(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selfplay, "TEMPERATURES", (1.0,))  # greedy answers to one start may coincide
+def test_shards_and_seeds_give_different_rows(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "TEMPERATURES", (1.0,))  # greedy answers to one start may coincide
     warm = {"rows": 4, "batch": 2}
-    both = concatenate([play(target, tmp_path / "one", **warm), play(target, tmp_path / "other", **warm, seed=4)])
+    both = concatenate([play(target, tmp_path / "one.json", **warm), play(target, tmp_path / "other.json", **warm, seed=3)])
     assert len(set(map(tuple, both.token_ids.tolist()))) == 8
 
 
-def test_more_rows_are_appended_after_the_full_parts(target: Target, whole: Corpus, tmp_path: Path) -> None:
-    small = play(target, tmp_path / "c", rows=6)
+def test_more_rows_are_appended_after_the_full_shards(target: Target, whole: Corpus, tmp_path: Path) -> None:
+    small = play(target, tmp_path / "c.json", rows=6)
     assert same(small.rows(slice(4)), whole.rows(slice(4)))
-    assert same(play(target, tmp_path / "c"), whole)
+    assert same(play(target, tmp_path / "c.json"), whole)
 
 
-@pytest.mark.parametrize("other", [{"seed": 4}, {"tokens": 24}, {"batch": 5}, {"subjects": TALK[:1]}])
+@pytest.mark.parametrize("other", [{"seed": 3}, {"tokens": 24}, {"batch": 5}, {"subjects": TALK[:1]}])
 def test_settings_mismatch_is_refused(target: Target, tmp_path: Path, other: dict[str, object]) -> None:
-    play(target, tmp_path / "c", **FEW)
-    before = (tmp_path / "c").read_bytes()
+    play(target, tmp_path / "c.json", **FEW)
+    before = (tmp_path / "c.json").read_bytes()
     with pytest.raises(ValueError, match=r"was made with .*, not with .*: use the same settings or another path") as refusal:
-        play(target, tmp_path / "c", **FEW | other)
+        play(target, tmp_path / "c.json", **FEW | other)
     if "seed" in other:
-        assert "{'seed': 3}" in str(refusal.value) and "{'seed': 4}" in str(refusal.value)
-    assert (tmp_path / "c").read_bytes() == before
+        assert "{'seed': 4}" in str(refusal.value) and "{'seed': 3}" in str(refusal.value)
+    assert (tmp_path / "c.json").read_bytes() == before
 
 
 def test_another_target_is_refused(target: Target, tmp_path: Path) -> None:
-    play(target, tmp_path / "c", **FEW)
+    play(target, tmp_path / "c.json", **FEW)
     other = tiny_target(seed=1)
     with pytest.raises(ValueError, match=f"{target.digest}.*{other.digest}"):
-        play(other, tmp_path / "c", **FEW)
+        play(other, tmp_path / "c.json", **FEW)
 
 
 def test_a_file_from_elsewhere_is_not_overwritten(target: Target, tmp_path: Path) -> None:
-    (tmp_path / "c").write_bytes(b"precious")
-    with pytest.raises(ValueError, match="delete the file or choose another path"):
-        play(target, tmp_path / "c", rows=2)
-    assert (tmp_path / "c").read_bytes() == b"precious"
+    (tmp_path / "c.json").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"no manifest of a corpus .* choose another path"):
+        play(target, tmp_path / "c.json", rows=2)
+    assert (tmp_path / "c.json").read_bytes() == b"precious"
 
 
-def test_a_full_disk_is_one_line_and_finished_parts_stay(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line_and_finished_shards_stay(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = Path.write_bytes
 
     def full(self: Path, content: bytes) -> int:
@@ -298,11 +303,115 @@ def test_a_full_disk_is_one_line_and_finished_parts_stay(target: Target, tmp_pat
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ValueError, match="No space left on device") as error:
-        play(target, tmp_path / "c", rows=6)
+        play(target, tmp_path / "c.json", rows=6)
     assert "\n" not in str(error.value)
-    assert sorted(os.listdir(tmp_path / "c.parts")) == ["000000.safetensors", "settings.json"]
+    assert os.listdir(tmp_path) == ["c.shards"] and os.listdir(tmp_path / "c.shards") == ["000000.safetensors"]
     monkeypatch.undo()
-    assert len(play(target, tmp_path / "c", rows=6)) == 6
+    assert len(play(target, tmp_path / "c.json", rows=6)) == 6
+
+
+def test_the_manifest_alone_makes_the_shards_again(target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    first = play(target, path)
+    files, manifest = (sorted((tmp_path / "c.shards").iterdir()), json.loads(path.read_text()))
+    content = [file.read_bytes() for file in files]
+    assert [shard["seed"] for shard in manifest["shards"]] == ["4/0", "4/1", "4/2"]
+    assert [shard["sha256"] for shard in manifest["shards"]] == [file_sha256(file) for file in files]
+    assert sum(shard["response_tokens"] for shard in manifest["shards"]) == manifest["response_tokens"] == int(first.assistant.sum())
+    shutil.rmtree(tmp_path / "c.shards")
+    again = self_play(target, path, subjects=TALK)  # no setting but what the manifest says
+    assert same(again, first) and [file.read_bytes() for file in files] == content and json.loads(path.read_text()) == manifest
+    assert same(load_corpus(path, target), first)
+
+
+def test_shards_that_another_machine_made_are_not_mixed_with_this_ones(target: Target, tmp_path: Path) -> None:
+    play(target, path := tmp_path / "c.json")
+    content = path.read_bytes()
+    text = json.loads(content)
+    text["shards"][1]["sha256"] = "0" * 64
+    path.write_text(json.dumps(text))
+    with pytest.raises(ValueError, match=r"000001.safetensors is not the shard of .*c.json, which .* delete .*c.json to use yours"):
+        play(target, path)
+    path.unlink()
+    play(target, path)
+    assert path.read_bytes() == content
+
+
+def test_rows_that_repeat_earlier_answers_are_dropped_and_counted(target: Target, tmp_path: Path) -> None:
+    rows = torch.randint(0, 900, (6, 60), generator=torch.Generator().manual_seed(0))
+    rows[:, :10] = torch.arange(10)  # one system prompt
+    rows[2] = rows[0]
+    rows[2, 30] = 901  # a near-duplicate
+    rows[3, 20:], rows[4, 20:] = rows[1, 20:], 7  # half of a row, and one that repeats itself
+    rows[3, 40:] = rows[5, :20] + 1000
+    assistant = torch.ones(6, 60, dtype=torch.bool)
+    assistant[:, :10] = False
+    text = Corpus(rows, assistant, torch.ones(6))
+    assert near_duplicates(text).tolist() == [False, False, True, False, False, False]
+    assert not near_duplicates(text.rows(slice(2, 6))).any(), "the first of two stays"
+
+    target.head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, torch.tensor(ids_of("<end> <stop>")), -torch.inf))
+    greedy = play(target, path := tmp_path / "c.json", rows=8, subjects=(Subject("one", 1, ("w0",) * 9, ()),))
+    dropped = json.loads(path.read_text())["near_duplicates"]
+    assert len(greedy) + dropped == 8 and same(load_corpus(path), greedy)
+
+
+def broken_manifests(path: Path) -> Iterator[tuple[str, str]]:
+    """Change the files of a corpus, one way after another: (what, the error)."""
+    content, file = path.read_text(), path.with_suffix(".shards") / "000001.safetensors"
+    whole, again = file.read_bytes(), r"delete it, and `python -m dspark.train corpus --corpus .*c.json` makes it again"
+    file.write_bytes(whole[:-50])
+    yield "cut short", rf"000001.safetensors is missing or damaged .*: {again}"
+    file.unlink()
+    yield "missing", rf"000001.safetensors is missing or damaged .*: {again}"
+    file.write_bytes((file.parent / "000000.safetensors").read_bytes())
+    yield "another", rf"000001.safetensors is not the shard that .*c.json names: {again}"
+    file.write_bytes(whole)
+    for old, new in (("4/1", "4/0"),):
+        path.write_text(content.replace(f'"{old}"', f'"{new}"'))
+        yield "same seed", "both hold the shard of seed 4/0: make one with another --seed"
+    for wrong in ("", "[]", "{}", content.replace('"sha256"', '"md5"'), content.replace('"rows": 10', '"rows": "ten"')):
+        path.write_text(wrong)
+        yield "malformed", "c.json is no manifest of a corpus"
+    path.write_text(content)
+
+
+def test_a_corpus_whose_files_changed_is_refused_in_one_line(target: Target, tmp_path: Path) -> None:
+    whole = play(target, path := tmp_path / "c.json")
+    for what, error in broken_manifests(path):
+        with pytest.raises(ValueError, match=error) as refusal:
+            load_corpus(path, target)
+        assert "\n" not in str(refusal.value), what
+    assert same(load_corpus(path, target), whole)
+    with pytest.raises(ValueError, match=f"c.json was written by tiny .{target.digest}., not by tiny .*: choose text of this target"):
+        load_corpus(path, tiny_target(seed=1))
+    shutil.copytree(tmp_path / "c.shards", tmp_path / "copy.shards")
+    with pytest.raises(ValueError, match="both hold the shard of seed 4/0"):
+        check_seeds(path, shutil.copy(path, tmp_path / "copy.json"))
+
+
+def test_a_shard_in_the_place_of_another_is_refused(target: Target, tmp_path: Path) -> None:
+    play(target, tmp_path / "c.json")
+    first, second = (tmp_path / "c.shards" / f"00000{i}.safetensors" for i in (0, 1))
+    shutil.copy(first, second)
+    with pytest.raises(ValueError, match=r"000001.safetensors was made with {'shard': 0}, not with {'shard': 1}"):
+        play(target, tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_two_workers_make_the_same_corpus_as_one_process(tmp_path: Path, engine: str) -> None:
+    ray = pytest.importorskip("ray") if engine == "ray" else None
+    tiny_target().model.save_pretrained(tmp_path / "model")
+    tiny_target().tokenizer.save_pretrained(tmp_path / "model")
+    source = (str(tmp_path / "model"), "float32", "cpu")
+    target = load_target(source[0], dtype=source[1])
+    one = play(target, tmp_path / "one.json")
+    try:
+        two = play(target, tmp_path / "two.json", source=source, engine=engine, jobs=2)
+    finally:
+        if ray:
+            ray.shutdown()
+    assert same(one, two) and (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
 
 
 @pytest.mark.parametrize(("largest", "stored"), [(65_535, "U16"), (65_536, "I32")])
@@ -346,7 +455,7 @@ def test_a_template_without_system_role_or_end_of_user_turn_works(tmp_path: Path
     target = tiny_target(NO_SYSTEM)
     turns = turns_of(target)
     assert (list(turns.to_assistant), list(turns.to_user)) == (ids_of("assistant"), ids_of("<start>"))
-    corpus = play(target, tmp_path / "c", rows=6)
+    corpus = play(target, tmp_path / "c.json", rows=6)
     assert (corpus.token_ids[:, 0] == VOCAB["<start>"]).all()
     for ids, mask in zip(corpus.token_ids.tolist(), corpus.assistant.tolist(), strict=True):
         begins = [i for i in range(1, len(ids)) if mask[i] and not mask[i - 1]]
@@ -356,14 +465,13 @@ def test_a_template_without_system_role_or_end_of_user_turn_works(tmp_path: Path
 @pytest.mark.parametrize(
     ("template", "remedy"),
     [
-        (None, "needs a chat .instruct. model, or set tokenizer.chat_template"),
         ("{{ messages[0]['content'] }}", "set another tokenizer.chat_template"),
         ("{{ raise_exception('never') }}", "the chat template refuses .* never"),
     ],
 )
-def test_a_tokenizer_without_a_usable_chat_template_is_refused(tmp_path: Path, template: str | None, remedy: str) -> None:
+def test_a_chat_template_that_cannot_be_used_is_refused(tmp_path: Path, template: str, remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
-        play(tiny_target(template), tmp_path / "c")
+        play(tiny_target(template), tmp_path / "c.json")
     assert not any(tmp_path.iterdir())
 
 
@@ -371,12 +479,32 @@ def test_a_target_without_any_end_of_turn_is_refused(target: Target, tmp_path: P
     target.tokenizer.chat_template = "{% for m in messages %}{{ ' w1 ' + m['content'] + ' w2 ' }}{% endfor %}"
     target.model.generation_config.eos_token_id = target.config.eos_token_id = None
     with pytest.raises(ValueError, match="set eos_token_id in its generation config"):
-        play(target, tmp_path / "c")
+        play(target, tmp_path / "c.json")
 
 
-def test_a_target_without_tokenizer_is_refused(target: Target, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no chat template"):
-        play(Target(target.model, None, "bare"), tmp_path / "c")
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_model_without_chat_template_writes_free_text_from_its_first_token(tmp_path: Path, bare: bool) -> None:
+    """A document is its first token, an opening, and the rest to learn from; after its end the next one begins."""
+    target, start = tiny_target(None), VOCAB["<start>"]
+    if bare:
+        target, start = Target(target.model, None, "bare"), target.config.bos_token_id  # a token that also ends texts
+    corpus = play(target, tmp_path / "c.json", rows=6, tokens=96)
+    assert len({tuple(row) for row in corpus.token_ids[corpus.temperature == 0].tolist()}) > 1, "greedy rows are all alike"
+    ends, documents, answers = ids_of("<end> <stop>"), 0, 0
+    for ids, mask in zip(corpus.token_ids.tolist(), corpus.assistant.tolist(), strict=True):
+        for i in range(len(ids)):
+            if i == 0 or ids[i - 1] in ends:
+                first, documents = i - (i > 0 and start in ends), documents + 1
+                assert ids[first] == start or start in ends
+            assert mask[i] == (i - first > 1 + 96 // 16), "the opening is not learnt from, and everything after it is"
+            answers += mask[i]
+    assert documents > len(corpus) and answers > 100
+
+
+def test_a_model_without_any_first_token_is_refused(target: Target, tmp_path: Path) -> None:
+    target.model.generation_config.eos_token_id = target.config.eos_token_id = target.config.bos_token_id = None
+    with pytest.raises(ValueError, match="bare has no chat template and no first token of a text: set bos_token_id"):
+        play(Target(target.model, None, "bare"), tmp_path / "c.json")
 
 
 @pytest.mark.parametrize(
@@ -390,7 +518,7 @@ def test_a_target_without_tokenizer_is_refused(target: Target, tmp_path: Path) -
 )
 def test_settings_out_of_range_are_named(target: Target, tmp_path: Path, wrong: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        play(target, tmp_path / "c", **wrong)
+        play(target, tmp_path / "c.json", **wrong)
     assert not any(tmp_path.iterdir())
 
 

@@ -10,6 +10,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+from dspark import workers
 from dspark.lab import demo, sweep
 
 CODE = """
@@ -47,7 +48,7 @@ KERNELS = sweep.ENGINES["local"]
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells run in this process, one after the other; the last test starts processes and kernels."""
     monkeypatch.setattr(sweep, "run", inline.run)
-    monkeypatch.setitem(sweep.ENGINES, "local", lambda cells, jobs: ((cell, sweep.run_cell(cell)) for cell in cells))
+    monkeypatch.setitem(sweep.ENGINES, "local", lambda work, cells, jobs: ((cell, work(cell)) for cell in cells))
 
 
 def swept(notebook: Path, *words: str) -> int:
@@ -100,11 +101,11 @@ def test_a_repeated_value_is_one_cell(notebook, log):
 
 
 def test_an_interrupted_sweep_resumes_and_has_no_row_twice(notebook, log, monkeypatch, capsys):
-    def interrupted(cells, jobs):
+    def interrupted(work, cells, jobs):
         for i, cell in enumerate(cells):
             if i == 2:
                 raise KeyboardInterrupt
-            yield cell, sweep.run_cell(cell)
+            yield cell, work(cell)
 
     monkeypatch.setitem(sweep.ENGINES, "local", interrupted)
     assert swept(notebook, "-p", "x", "2,3,4,5") == 130
@@ -115,10 +116,9 @@ def test_an_interrupted_sweep_resumes_and_has_no_row_twice(notebook, log, monkey
 
 
 def test_no_cell_waits_inside_the_pool_where_ctrl_c_cannot_stop_it(monkeypatch):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
-    monkeypatch.setattr(sweep, "run_cell", lambda cell: "")
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
     taken = []
-    stream = sweep.run_locally((taken.append(i) or i for i in range(9)), jobs=2)
+    stream = workers.run_locally(str, (taken.append(i) or i for i in range(9)), jobs=2)
     for finished in range(1, 10):
         next(stream)
         assert len(taken) <= finished + 1  # the finished cells and those that run

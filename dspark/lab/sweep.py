@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -28,6 +26,7 @@ from dspark.bench.results import write_results
 from dspark.cli import run_main
 from dspark.files import data_dir, digest, write_atomically
 from dspark.lab.demo import ROOT, checked_parameters, notebook_parameters, run, shown
+from dspark.workers import ENGINES, check_engine
 
 Row = dict[str, object]
 READ = ("target", "drafter", "results", "trace")  # parameters that name files
@@ -88,45 +87,13 @@ def run_cell(cell: Cell) -> str:
     return ""
 
 
-def run_locally(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
-    """Each cell in a process, ``jobs`` at a time, as they finish. No cell waits inside the pool, where Ctrl-C would not reach it."""
-    todo = iter(cells)
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(run_cell, cell): cell for cell in islice(todo, jobs)}
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-                running |= {pool.submit(run_cell, cell): cell for cell in islice(todo, 1)}
-
-
-def run_on_ray(cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
-    """The same on a Ray cluster: a running one, else a local one with ``jobs`` workers. All workers need the same folder."""
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("engine 'ray' needs the package ray: pip install 'dspark[ray]', or use --engine local") from None
-    if not ray.is_initialized():
-        ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
-    remote = ray.remote(num_cpus=1)(run_cell)
-    waiting = {remote.remote(cell): cell for cell in cells}
-    while waiting:
-        (done,), _ = ray.wait(list(waiting), num_returns=1)
-        yield waiting.pop(done), ray.get(done)
-
-
-ENGINES = {"local": run_locally, "ray": run_on_ray}
-
-
 def sweep(cells: Sequence[Cell], *, jobs: int = 1, engine: str = "local") -> dict[Cell, str]:
     """Run the cells that are not finished. Returns the failed ones with their reasons; they do not stop the others."""
-    if engine not in ENGINES:
-        raise ValueError(f"engine {engine!r} is unknown: choose one of {', '.join(ENGINES)}")
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    check_engine(engine, jobs)
     todo = [cell for cell in cells if cell.row() is None]
     failed = {}
     with tqdm(desc="grid", unit="cell", total=len(cells), initial=len(cells) - len(todo)) as bar:
-        for cell, problem in ENGINES[engine](todo, jobs) if todo else ():
+        for cell, problem in ENGINES[engine](run_cell, todo, jobs) if todo else ():
             if problem:
                 failed[cell] = problem
             bar.update()

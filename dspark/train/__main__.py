@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from dspark.bench.plan import Plan, plan_of
 from dspark.bench.provenance import drafter_digest
@@ -18,11 +20,12 @@ from dspark.cpu.packed import has_bfloat16_kernels
 from dspark.files import cache_dir
 from dspark.load import load_drafter, load_target
 from dspark.train.compare import Comparison, Recipe, Variant, chosen
-from dspark.train.corpus import concatenate, load_corpus
+from dspark.train.corpus import check_seeds, concatenate, load_corpus
 from dspark.train.features import SHARD_ROWS, FeatureStore, all_text
 from dspark.train.loop import Trainer, train_to
-from dspark.train.selfplay import self_play
+from dspark.train.shards import DEFAULTS, self_play
 from dspark.train.start import BLOCK_SIZE, LAYERS
+from dspark.workers import ENGINES
 
 STAGES = ("train", "decode", "time")
 # Options of dspark.bench that compare does not have, or has as its own.
@@ -37,15 +40,19 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--target", default="default", help="'default', a hub id, a folder or a .gguf file")
     common.add_argument("--dtype", help="default bfloat16; float32 to train on a CPU without bfloat16 kernels, where it is faster")
     common.add_argument("--device", default="cpu")
-    common.add_argument("--corpus", type=Path, default=cache_dir() / "selfplay.safetensors", help="where the self-play text is kept")
-    common.add_argument("--seed", type=int, default=0)
+    common.add_argument(
+        "--corpus", type=Path, default=cache_dir() / "selfplay.json", help="self-play text: the manifest of its shards, or one file"
+    )
 
     corpus = commands.add_parser("corpus", parents=[common], help="let the target play both sides of conversations")
-    corpus.add_argument("--rows", type=int, default=4096)
-    corpus.add_argument("--tokens", type=int, default=448, help="tokens per row")
-    corpus.add_argument("--batch", type=int, default=256)
+    for name, default in DEFAULTS.items():
+        about = {"tokens": "tokens per row", "batch": "rows of a shard, sampled at a time"}.get(name, name)
+        corpus.add_argument(f"--{name}", type=int, help=f"{about}; default as in the manifest, else {default}")
+    corpus.add_argument("--engine", default="local", help=f"{' or '.join(ENGINES)}: where shards are made, on one machine or many")
+    corpus.add_argument("--jobs", type=int, default=1, help="shards at a time")
 
     trained = argparse.ArgumentParser(add_help=False, parents=[common])
+    trained.add_argument("--seed", type=int, default=0)
     trained.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
 
     drafter = commands.add_parser("drafter", parents=[trained], help="train a drafter on a corpus; resumes where it was interrupted")
@@ -78,18 +85,21 @@ def usual_dtype(command: str, device: str) -> str:
 
 def make_corpus(args: argparse.Namespace) -> None:
     target = load_target(args.target, dtype=args.dtype, device=args.device)
-    self_play(target, args.corpus, rows=args.rows, tokens=args.tokens, batch=args.batch, seed=args.seed)
+    given = {name: getattr(args, name) for name in DEFAULTS}
+    self_play(target, args.corpus, **given, source=(args.target, args.dtype, args.device), engine=args.engine, jobs=args.jobs)
 
 
 def train_drafter(args: argparse.Namespace) -> None:
+    PartialState(cpu=args.device.startswith("cpu"))  # gives each process that accelerate has launched its own GPU
     recipe = from_fields(Recipe, args)
     config = recipe.config(weight_decay=args.weight_decay, checkpoint_every=args.checkpoint_every)
     target = load_target(args.target, dtype=args.dtype, device=args.device, pack=False)
-    whole = load_corpus(args.corpus)
+    whole = load_corpus(args.corpus, target)
     corpus = recipe.text(whole)
     about = {"skipped_rows": args.skip_rows, "learnt_from": args.learn_from, "started_from": ""}
     if args.more:
-        more = load_corpus(args.more)
+        check_seeds(args.corpus, args.more)
+        more = load_corpus(args.more, target)
         more = more.rows(slice(len(more) // SHARD_ROWS * SHARD_ROWS))  # whole shards, so that the held-out last one stays the same
         if not len(more) or not len(corpus):
             raise ValueError(f"--more {args.more} needs at least {SHARD_ROWS} rows and --corpus at least one that is not skipped")
@@ -127,6 +137,8 @@ def compare_drafters(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.command != "drafter" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{args.command} runs in one process: accelerate launch is for drafter")
     args.dtype = args.dtype or usual_dtype(args.command, args.device)
     {"corpus": make_corpus, "drafter": train_drafter, "compare": compare_drafters}[args.command](args)
 

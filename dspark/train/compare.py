@@ -120,7 +120,7 @@ class Comparison:
 
     @cached_property
     def corpus(self) -> Corpus:
-        return load_corpus(self.corpus_path)
+        return load_corpus(self.corpus_path, self.target)
 
     @cached_property
     def _origin(self) -> dict[str, object]:

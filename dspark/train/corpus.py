@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
-from dspark.files import read_tensors, write_atomically
+from dspark.files import file_sha256, one_line, read_tensors, write_atomically
+from dspark.target.target import Target
 
 MAKE = "make it with `python -m dspark.train corpus`"
 
@@ -31,9 +33,70 @@ class Corpus:
         return Corpus(self.token_ids[index], self.assistant[index], self.temperature[index])
 
 
-def load_corpus(path: str | Path) -> Corpus:
-    """Read a corpus file. Raises ValueError if it is missing, damaged or has another layout."""
-    stored, _ = read_tensors(Path(path), MAKE)
+def load_corpus(path: str | Path, target: Target | None = None) -> Corpus:
+    """Read a corpus: one file, or the manifest ``*.json`` of a corpus in shards, without its near-duplicates.
+
+    target: the model that must have written it, as far as the corpus tells. Raises ValueError if anything is missing, damaged, changed,
+    of another target, or there twice.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        return read_shard(path, MAKE)[0]
+    manifest, parts = read_manifest(path), []
+    if target is not None and manifest["recipe"]["target"] != target.digest:
+        found = f"{path} was written by {manifest['recipe']['name']} ({manifest['recipe']['target']})"
+        raise ValueError(f"{found}, not by {target.name} ({target.digest}): choose text of this target")
+    check_seeds(path)
+    for file, shard in zip(shard_files(path, len(manifest["shards"])), manifest["shards"], strict=True):
+        remedy = f"delete it, and `python -m dspark.train corpus --corpus {path}` makes it again"
+        part, _ = read_shard(file, remedy)
+        if file_sha256(file) != shard["sha256"]:
+            raise ValueError(f"{file} is not the shard that {path} names: {remedy}")
+        parts.append(part.rows(without(shard["near_duplicates"], len(part))))
+    return concatenate(parts)
+
+
+def without(dropped: Sequence[int], rows: int) -> Tensor:
+    """[rows] bool, which rows stay."""
+    return torch.ones(rows, dtype=torch.bool).index_fill(0, torch.tensor(dropped, dtype=torch.long), False)
+
+
+def shard_files(path: Path, count: int) -> list[Path]:
+    return [path.with_suffix(".shards") / f"{index:06d}.safetensors" for index in range(count)]
+
+
+def read_manifest(path: Path) -> dict:
+    """``recipe``: what all shards depend on; ``rows``; ``shards``: seed, SHA-256, response tokens and near-duplicate rows of each.
+
+    Raises ValueError for a file that is no manifest.
+    """
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = [(type(shard["seed"]), type(shard["sha256"])) for shard in manifest["shards"]]
+        dropped = [row for shard in manifest["shards"] for row in shard["near_duplicates"]]
+        texts = {str} == {type(manifest["recipe"][name]) for name in ("target", "name")} | {kind for kinds in found for kind in kinds}
+        if not (texts and manifest["rows"] > 0 and all(0 <= row < manifest["recipe"]["batch"] for row in dropped)):
+            raise ValueError("a value is of the wrong kind or out of range")
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no manifest of a corpus ({one_line(error)}): choose another path, or {MAKE}") from None
+    return manifest
+
+
+def check_seeds(*paths: Path) -> None:
+    """Raises ValueError if two shards of these manifests were made alike, so that they hold the same rows."""
+    seen: dict[str, Path] = {}
+    for path in (path for path in paths if path.suffix == ".json"):
+        manifest = read_manifest(path)
+        for shard in manifest["shards"]:
+            key = json.dumps([manifest["recipe"] | {"seed": shard["seed"]}], sort_keys=True)
+            if key in seen:
+                raise ValueError(f"{seen[key]} and {path} both hold the shard of seed {shard['seed']}: make one with another --seed")
+            seen[key] = path
+
+
+def read_shard(path: Path, remedy: str) -> tuple[Corpus, dict[str, str]]:
+    """One file, and the text entries of its header. Raises ValueError if it is missing, damaged or has another layout."""
+    stored, header = read_tensors(path, remedy)
     ids, bits, temperature = (stored.get(name, torch.empty(0)) for name in ("token_ids", "assistant_bits", "temperature"))
     rows, tokens = ids.shape if ids.dim() == 2 else (-1, -1)
     for name, found, fits in (
@@ -42,15 +105,15 @@ def load_corpus(path: str | Path) -> Corpus:
         ("temperature", temperature, temperature.dtype == torch.float32 and temperature.shape == (rows,)),
     ):
         if not fits:
-            raise ValueError(f"{path} is no self-play corpus ({name} is {found.dtype} {list(found.shape)} or out of range): {MAKE}")
+            raise ValueError(f"{path} is no self-play corpus ({name} is {found.dtype} {list(found.shape)} or out of range): {remedy}")
     assistant = np.unpackbits(bits.numpy(), axis=1)[:, :tokens].astype(bool)
-    return Corpus(ids.long(), torch.from_numpy(assistant), temperature)
+    return Corpus(ids.long(), torch.from_numpy(assistant), temperature), header
 
 
-def save_corpus(corpus: Corpus, path: str | Path) -> None:
+def save_corpus(corpus: Corpus, path: str | Path, about: str = "") -> None:
     """Write a corpus file: token_ids uint16 (int32 if an id is 65 536 or more), assistant_bits uint8, temperature float32.
 
-    Raises ValueError if the file cannot be written (a full disk, a read-only folder).
+    about: of the rows, for the file's header. Raises ValueError if the file cannot be written (a full disk, a read-only folder).
     """
     ids = corpus.token_ids.numpy()
     stored = {
@@ -58,7 +121,7 @@ def save_corpus(corpus: Corpus, path: str | Path) -> None:
         "assistant_bits": np.packbits(corpus.assistant.numpy(), axis=1),
         "temperature": corpus.temperature.numpy().astype(np.float32),
     }
-    write_atomically(path, save(stored))
+    write_atomically(path, save(stored, {"about": about} if about else None))
 
 
 def concatenate(parts: Sequence[Corpus]) -> Corpus:

@@ -1,10 +1,14 @@
-"""Training a drafter for a frozen target: batches, optimiser, validation. A training that was killed resumes bit-exactly."""
+"""Training a drafter for a frozen target: batches, optimiser, validation. A training that was killed resumes bit-exactly.
+
+Started by ``accelerate launch``, each process computes the gradient of its share of a step's rows, and all take the step of their sum.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -60,6 +66,8 @@ class TrainConfig:
 class Trainer:
     """Float32 master weights, AdamW's moments and the step. Everything random derives from (seed, step), so a resume is exact.
 
+    Of several processes, the main one alone writes; all must see the same folders.
+
     The last shard of the store is held out. Continues from the checkpoint in ``folder`` if there is one. Raises ValueError if the
     corpus is too small, or the checkpoint damaged or of another training.
     """
@@ -69,6 +77,11 @@ class Trainer:
             found = f"the corpus has {len(store.corpus)} rows, and the last {store.shard_rows} are held out"
             raise ValueError(f"{found}, so nothing is left to train on: make more rows")
         self.target, self.store, self.config, self.folder = target, store, config, folder
+        self.processes = PartialState(cpu=target.device.type == "cpu")  # one, unless accelerate has launched several
+        self._share = slice(self.processes.process_index, None, self.processes.num_processes)  # this one's rows of a batch
+        if config.sequences < self.processes.num_processes:
+            found = f"{self.processes.num_processes} processes share {config.sequences} sequences a step"
+            raise ValueError(f"{found}: launch fewer, or raise --sequences")
         self.drafter = drafter.float().attach(target)
         decays = [(weight, config.weight_decay if weight.dim() > 1 else 0.0) for weight in self.drafter.parameters()]
         groups = [{"params": [weight], "weight_decay": decay} for weight, decay in decays]
@@ -83,6 +96,8 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self.step = load_checkpoint(self.checkpoint, self.drafter, self.optimizer, self._about)
+        if len(steps := set(gather_object([self.step]))) > 1:
+            raise ValueError(f"the processes would resume from steps {sorted(steps)}: let all of them see one folder {folder}")
 
     def run(self) -> Iterator[dict[str, object]]:
         """Train from the current step to the end and yield one record a step. Saves now and then, at the end and when interrupted."""
@@ -103,6 +118,7 @@ class Trainer:
         result = self._loss(self._batch(), generator)
         self.optimizer.zero_grad(set_to_none=False)
         result.loss.backward()
+        result = self._summed(result, [weight.grad for weight in self.drafter.parameters() if weight.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), CLIP)
         if not (norm + result.loss).isfinite():
             found = f"the loss is {result.loss.item()} and its gradient {norm.item()} at step {self.step}"
@@ -115,20 +131,36 @@ class Trainer:
     @torch.no_grad()
     def validate(self, batches: int = 8) -> dict[str, object]:
         """The record of a step, over held-out rows with the same anchors every time."""
-        shard = self.store.shard(len(self.store) - 1)
+        shard = self._shard(len(self.store) - 1)
         results = []
         for i in range(batches):
             rows = torch.arange(i * self.config.sequences, (i + 1) * self.config.sequences) % len(shard.token_ids)
-            results.append(self._loss(_each(shard, lambda x, rows=rows: x[rows]), torch.Generator().manual_seed(i)))
+            share = self._loss(_each(shard, lambda x, rows=rows: x[rows]), torch.Generator().manual_seed(i))
+            results.append(self._summed(share, []))
         acceptance, valid = (torch.cat([getattr(r, name) for r in results]) for name in ("acceptance", "valid"))
         return BlockLoss(torch.stack([r.loss for r in results]).mean(), acceptance, valid).summary()
 
     def _loss(self, shard: Shard, generator: torch.Generator) -> BlockLoss:
         config = self.drafter.config
         blocks = choose_blocks(shard, self.config.anchors, config.block_size, config.mask_token_id, generator)
-        shard, blocks = (_each(record, lambda x: x.to(self.target.device)) for record in (shard, blocks))
+        shard, blocks = (_each(record, lambda x: x[self._share].to(self.target.device)) for record in (shard, blocks))
         with torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=self.target.dtype == torch.bfloat16):
             return block_loss(self.drafter, self.t2d, shard, blocks)
+
+    def _summed(self, share: BlockLoss, gradients: list[Tensor]) -> BlockLoss:
+        """The loss of all processes' shares; ``gradients`` become those of all of them. One sum over one vector a step."""
+        if self.processes.num_processes == 1:
+            return share
+        whole = torch.zeros(2, self.config.sequences, *share.valid.shape[1:], device=share.valid.device)
+        whole[:, self._share] = torch.stack([share.acceptance, share.valid.float()])
+        tensors = [share.loss.detach(), whole, *gradients]
+        try:
+            vector = reduce(torch.cat([tensor.flatten() for tensor in tensors]), "sum")
+        except RuntimeError as error:  # another process has ended: this one keeps what it has
+            raise KeyboardInterrupt from error
+        for tensor, total in zip(tensors, vector.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view(tensor.shape))
+        return BlockLoss(tensors[0], whole[0], whole[1].bool())
 
     def _batch(self) -> Shard:
         """The rows of this step. Every epoch shuffles the shards, every visit to a shard its rows."""
@@ -139,15 +171,21 @@ class Trainer:
         order = torch.randperm(train_shards, generator=torch.Generator().manual_seed(self.config.seed * 7_919 + epoch))
         index = int(order[place])
         if self._loaded is None or self._loaded[0] != index:
-            self._loaded = (index, self.store.shard(index))
+            self._loaded = (index, self._shard(index))
         shard = self._loaded[1]
         rows = torch.randperm(len(shard.token_ids), generator=torch.Generator().manual_seed(self.config.seed * 104_729 + visit))
         chosen = rows[torch.arange(part * self.config.sequences, (part + 1) * self.config.sequences) % len(rows)]
         return _each(shard, lambda x: x[chosen])
 
+    def _shard(self, index: int) -> Shard:
+        """Of the processes of a machine the main one computes and keeps the features, and the others read them."""
+        with self.processes.local_main_process_first() if self.store.folder else contextlib.nullcontext():
+            return self.store.shard(index)
+
     def save(self) -> None:
         """Write the checkpoint. Raises ValueError as :func:`dspark.train.checkpoint.save_checkpoint` does."""
-        save_checkpoint(self.checkpoint, self.drafter, self.optimizer, {"step": self.step} | self._about)
+        if self.processes.is_main_process:
+            save_checkpoint(self.checkpoint, self.drafter, self.optimizer, {"step": self.step} | self._about)
 
 
 def _each(record: Shard | Blocks, change: Callable[[Tensor], Tensor]) -> Shard | Blocks:
@@ -177,9 +215,10 @@ def train_to(trainer: Trainer, out: Path, *, about: dict[str, object]) -> None:
 
     about: what config.json says of the training beside its steps, text, place and held-out numbers
     """
-    bar = tqdm(total=trainer.config.steps, initial=trainer.step, unit="step", desc=out.name)
+    main = trainer.processes.is_main_process
+    bar = tqdm(total=trainer.config.steps, initial=trainer.step, unit="step", desc=out.name, disable=not main)
     # Closing the iterator saves a checkpoint when Ctrl-C arrives in this function.
-    with (trainer.folder / "log.jsonl").open("a") as log, bar, contextlib.closing(trainer.run()) as records:
+    with (trainer.folder / "log.jsonl" if main else Path(os.devnull)).open("a") as log, bar, contextlib.closing(trainer.run()) as records:
         for record in records:
             bar.update()
             bar.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau']:.2f}", acceptance=record["acceptance"])
@@ -197,4 +236,5 @@ def train_to(trainer: Trainer, out: Path, *, about: dict[str, object]) -> None:
         "revision": revision(),
         "machine": cpu_name() if trainer.target.device.type == "cpu" else device_name(trainer.target.device),
     }
-    save_drafter(trainer.drafter, trainer.target, out, training=summary)
+    if main:
+        save_drafter(trainer.drafter, trainer.target, out, training=summary)

@@ -29,6 +29,7 @@ class Blocks:
     previous: Tensor  # int64, the text's token before the label
     labels: Tensor  # int64, the text's token that slot k predicts
     valid: Tensor  # bool, this label and all before it are tokens to learn from
+    weight: Tensor  # float32, in the loss; the sum is 1
 
 
 def choose_blocks(shard: Shard, count: int, block_size: int, mask_token_id: int, generator: torch.Generator) -> Blocks:
@@ -45,7 +46,9 @@ def choose_blocks(shard: Shard, count: int, block_size: int, mask_token_id: int,
     previous = pick(ids, positions.clamp(max=length - 1))
     tokens = torch.full_like(previous, mask_token_id)
     tokens[..., 0] = previous[..., 0]
-    return Blocks(positions, tokens, previous, pick(ids, after), valid.int().cumprod(-1).bool())
+    valid = valid.int().cumprod(-1).bool()
+    weight = valid * torch.exp(-torch.arange(block_size) / DECAY)
+    return Blocks(positions, tokens, previous, pick(ids, after), valid, weight / weight.sum().clamp(min=1e-6))
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class BlockLoss:
 
 
 def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks) -> BlockLoss:
-    """One forward pass over all blocks of a batch. t2d: [vocab] int64, each token's draft id, −1 if it has none."""
+    """One forward pass over the blocks of a batch, or of some of its rows. t2d: [vocab] int64, each token's draft id, −1 if it has none."""
     hidden = drafter.block_hidden(shard.token_ids, shard.taps, blocks.tokens, blocks.previous, blocks.positions)  # [rows, anchors, γ, h]
     embedded, latent, w2 = None, hidden.flatten(0, 2)[:, :0], drafter.head_weight[:, :0]  # no Markov head: rank 0
     if drafter.markov_head is not None:
@@ -81,8 +84,6 @@ def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks) -> B
         latent = drafter.markov_head.latents(hidden, embedded).flatten(0, 2)
         w2 = drafter.markov_head.markov_w2.weight
     positions = blocks.positions.clamp(max=shard.token_ids.shape[1] - 1)
-    weight = blocks.valid * torch.exp(-torch.arange(blocks.valid.shape[-1], device=blocks.valid.device) / DECAY)
-    weight = weight / weight.sum().clamp(min=1e-6)
     loss, acceptance = HeadLoss.apply(
         hidden.flatten(0, 2),
         latent,
@@ -91,13 +92,13 @@ def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks) -> B
         pick(shard.final, positions).flatten(0, 2),
         pick(shard.logsumexp, positions).flatten(),
         t2d[blocks.labels].flatten(),
-        weight.flatten(),
+        blocks.weight.flatten(),
     )
     acceptance = acceptance.view(blocks.positions.shape)
     if drafter.confidence_head is not None:
         logits = drafter.confidence_head(hidden, embedded).float()
         bce = F.binary_cross_entropy_with_logits(logits, acceptance.clamp(0, 1), reduction="none")
-        loss = loss + (weight * bce).sum()
+        loss = loss + (blocks.weight * bce).sum()
     return BlockLoss(loss, acceptance, blocks.valid)
 
 

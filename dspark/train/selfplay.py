@@ -1,33 +1,30 @@
 """Self-play: the target writes both sides of many conversations, so the drafter learns from the target's own distribution.
 
+:mod:`dspark.train.shards` makes a corpus of them.
+
 A row is a system prompt, a user turn, an answer, and so on until it is full. After each end of turn the chat template's tokens are
 inserted and sampling continues, so all rows have the same length and no padding.
 """
 
 from __future__ import annotations
 
-import json
-import random
 import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dspark.files import data_dir, digest, write_atomically
+from dspark.files import data_dir
 from dspark.target.target import Target
-from dspark.train.corpus import Corpus, concatenate, load_corpus, save_corpus
+from dspark.train.corpus import Corpus
 
 OPENED_SHARE = 0.7  # of a subject's rows start with one of its openings, the others with a system prompt and a free user turn
-USER_SHARE = 1 / 3  # of a row: a longer user turn is cut off, because the drafter learns from answers only
-TEMPERATURES = (0.0, 0.6, 1.0)  # of the answers; row i takes the i-th of them, over and over
-USER_TEMPERATURE = 0.9
+USER_SHARE, OPENING_SHARE = 1 / 3, 1 / 16  # of a row: the longest user turn, the opening of a free text
 CPU_SLICE = 16  # rows sampled at a time on a CPU: their float32 probabilities fit its cache (three times faster than 256 at once)
 PLACEHOLDERS = ("PLACEHOLDERONE", "PLACEHOLDERTWO", "PLACEHOLDERTHREE")
 
@@ -58,9 +55,10 @@ def load_subjects() -> tuple[Subject, ...]:
 class Turns:
     """Token ids that the chat template prints between turns, and those that end a turn when they are sampled."""
 
-    to_assistant: tuple[int, ...]  # all that follows the user's text: end of turn, assistant header
-    to_user: tuple[int, ...]  # what follows the assistant's end of turn
+    to_assistant: tuple[int, ...]  # all that follows the user's text: end of turn, assistant header; none in free text
+    to_user: tuple[int, ...]  # what follows the assistant's end of turn, or a free text
     stops: tuple[int, ...]  # every EOS, and the template's own ends of turn
+    user_share: float = USER_SHARE  # of a row: a longer user turn is cut off, because the drafter learns from answers only
 
 
 def turns_of(target: Target) -> Turns:
@@ -79,6 +77,20 @@ def turns_of(target: Target) -> Turns:
     return Turns(tuple(to_assistant), tuple(to_user), tuple(sorted(stops)))
 
 
+def free_text(target: Target) -> tuple[Turns, list[tuple[list[int], float]]]:
+    """The turns and starts of a model without a chat template: documents from their first token.
+
+    A short opening, sampled like a user turn so that greedy texts differ, then the text to learn from, as the answer to it.
+    Raises ValueError if nothing says what the first token is.
+    """
+    stops = tuple(sorted(target.eos_token_ids))
+    names = [getattr(target.tokenizer, "bos_token_id", None), getattr(target.config, "bos_token_id", None), *stops]
+    if not (known := [name for name in names if name is not None]):
+        raise ValueError(f"{target.name} has no chat template and no first token of a text: set bos_token_id in its config")
+    first = known[:1]
+    return Turns((), () if first[0] in stops else tuple(first), stops, OPENING_SHARE), [(first, 1.0)]
+
+
 def encoded_starts(target: Target, subjects: Sequence[Subject]) -> list[tuple[list[int], float]]:
     """Every way to start a row: (token ids up to and including the opening, weight)."""
     starts = [start for subject in subjects for start in subject.starts()]
@@ -87,14 +99,12 @@ def encoded_starts(target: Target, subjects: Sequence[Subject]) -> list[tuple[li
     return [(encode(heads[system] + opening)["input_ids"], weight) for weight, system, opening in starts]
 
 
-def pieces(tokenizer: object | None, system: str | None) -> tuple[str, str, str]:
+def pieces(tokenizer: object, system: str | None) -> tuple[str, str, str]:
     """What the template prints before the first user text, after an answer, and after a user text.
 
     system: the system prompt; None, or a template that takes none, leaves it to the template.
-    Raises ValueError for a tokenizer without a usable chat template.
+    Raises ValueError for a chat template that cannot be used.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("the target has no chat template: self-play needs a chat (instruct) model, or set tokenizer.chat_template")
     messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), PLACEHOLDERS, strict=True)]
     instructed = messages if system is None else [{"role": "system", "content": system}, *messages]
     try:
@@ -149,7 +159,8 @@ def converse(
     Returns a corpus on the CPU. Its mask marks the assistant's sampled tokens, including the end of turn.
     """
     device, rows, shortest = target.device, len(starts), min(map(len, starts))
-    end_of_user, stops = turns.to_assistant[0], torch.tensor(turns.stops, device=device)
+    chat, stops = bool(turns.to_assistant), torch.tensor(turns.stops, device=device)
+    longest = int(tokens * turns.user_share)
     inserted = [torch.tensor(piece, dtype=torch.long, device=device) for piece in (turns.to_assistant[1:], turns.to_user)]
     margin = max(map(len, inserted)) + 1  # a turn that ends at the end of the row writes tokens past it
     ids = torch.full((rows, tokens + margin), -1, device=device)  # -1: to be sampled
@@ -163,16 +174,19 @@ def converse(
     for place in tqdm(range(shortest, tokens), desc=f"{rows} rows of text", unit="token", leave=False):
         token = sample(step(latest), torch.where(answering, temperature, as_user), generator)
         free = ids[:, place] < 0
-        too_long = ~answering & (turn_length >= int(tokens * USER_SHARE))
-        ended = free & (torch.isin(token, stops) | too_long)
-        token = token.masked_fill(ended & ~answering, end_of_user)
+        too_long = ~answering & (turn_length >= longest)
+        stopped = torch.isin(token, stops)
+        ended = free & (stopped | too_long)
+        if chat:
+            token = token.masked_fill(ended & ~answering, turns.to_assistant[0])
         ids[:, place] = torch.where(free, token, ids[:, place])
         response[:, place] = free & answering
-        for speaker, piece in zip((~answering, answering), inserted, strict=True):
+        answer = ~answering & (~stopped | chat)  # follows an end here
+        for begins, piece in zip((answer, ~answer), inserted, strict=True):
             following = ids[:, place + 1 : place + 1 + len(piece)]
-            following.copy_(torch.where((ended & speaker)[:, None], piece, following))
+            following.copy_(torch.where((ended & begins)[:, None], piece, following))
         turn_length = torch.where(free & ~ended, turn_length + 1, 0)
-        answering = answering ^ ended
+        answering = torch.where(ended, answer, answering)
         latest = ids[:, place : place + 1]
     return Corpus(ids[:, :tokens].cpu(), response.cpu(), temperature.cpu())
 
@@ -185,66 +199,3 @@ def next_logits(target: Target, rows: int) -> Callable[[Tensor], Tensor]:
     slots_of = target.verifier.new_cache()
     slots = [slots_of.open() for _ in range(rows)]
     return lambda latest: torch.cat(target.verifier(latest.tolist(), slots, slots_of, last_only=True)[0])
-
-
-def self_play(
-    target: Target,
-    path: Path,
-    *,
-    rows: int,
-    tokens: int = 448,
-    batch: int = 256,
-    seed: int = 0,
-    subjects: Sequence[Subject] | None = None,
-) -> Corpus:
-    """Make a corpus of ``rows`` conversations of ``tokens`` tokens each and write it to ``path``.
-
-    batch: rows sampled at a time; each batch is kept as one part in the folder ``<path>.parts``. An interrupted run resumes at the
-        first missing part and gives the same rows as an uninterrupted one; a larger ``rows`` extends the corpus.
-    subjects: what the conversations are about; None: :func:`load_subjects`
-
-    Raises ValueError for settings out of range, a folder made with other settings, a target without a chat template, or a full disk
-    (finished parts are kept).
-    """
-    path, subjects = Path(path), load_subjects() if subjects is None else tuple(subjects)
-    if rows < 1 or batch < 1:
-        raise ValueError(f"rows={rows}, batch={batch}: both must be at least 1")
-    if tokens > target.max_context:
-        raise ValueError(f"tokens={tokens}, but {target.name} takes at most {target.max_context}: ask for fewer")
-    turns, starts = turns_of(target), encoded_starts(target, subjects)
-    needed = max(len(start) for start, _ in starts) + len(turns.to_assistant) + 1
-    if tokens - int(tokens * USER_SHARE) < needed:
-        raise ValueError(f"tokens={tokens} leaves no room for an answer after the longest opening: ask for at least {needed * 3 // 2 + 1}")
-    topics = digest(repr((subjects, target.tokenizer.chat_template)))
-    settings = {"target": target.digest, "dtype": str(target.dtype), "tokens": tokens, "batch": batch, "seed": seed, "topics": topics}
-    folder = path.with_name(path.name + ".parts")
-    _claim(folder, path, settings | {"temperatures": list(TEMPERATURES), "user_temperature": USER_TEMPERATURE})
-
-    parts = []
-    for index, first in enumerate(tqdm(range(0, rows, batch), desc="self-play", unit="part")):
-        file, count = folder / f"{index:06d}.safetensors", min(batch, rows - first)
-        part = load_corpus(file) if file.exists() else None
-        if part is None or len(part) < count:
-            rng = random.Random(f"{seed}/{index}")
-            generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
-            chosen = rng.choices([start for start, _ in starts], [weight for _, weight in starts], k=count)
-            temperature = torch.tensor([TEMPERATURES[row % len(TEMPERATURES)] for row in range(first, first + count)])
-            part = converse(target, turns, chosen, temperature, tokens, USER_TEMPERATURE, generator)
-            save_corpus(part, file)
-        parts.append(part.rows(slice(count)))
-    corpus = concatenate(parts)
-    save_corpus(corpus, path)
-    return corpus
-
-
-def _claim(folder: Path, path: Path, settings: dict[str, object]) -> None:
-    """Reserve the folder for these settings. Raises ValueError if its parts were made with others, which must not be mixed."""
-    note = folder / "settings.json"
-    if not note.exists():
-        if path.exists():
-            raise ValueError(f"{path} exists, but {folder} with its parts does not: delete the file or choose another path")
-        write_atomically(note, json.dumps(settings, indent=1).encode())
-    found = json.loads(note.read_text())
-    if other := [key for key in sorted(found.keys() | settings.keys()) if found.get(key) != settings.get(key)]:
-        there, asked = ({key: side.get(key) for key in other} for side in (found, settings))
-        raise ValueError(f"{folder} was made with {there}, not with {asked}: use the same settings or another path")
