@@ -52,13 +52,10 @@ def load_corpus(path: str | Path, target: Target | None = None) -> Corpus:
         part, _ = read_shard(file, remedy)
         if file_sha256(file) != shard["sha256"]:
             raise ValueError(f"{file} is not the shard that {path} names: {remedy}")
-        parts.append(part.rows(without(shard["near_duplicates"], len(part))))
+        kept = torch.ones(len(part), dtype=torch.bool)
+        kept[shard["near_duplicates"]] = False
+        parts.append(part.rows(kept))
     return concatenate(parts)
-
-
-def without(dropped: Sequence[int], rows: int) -> Tensor:
-    """[rows] bool, which rows stay."""
-    return torch.ones(rows, dtype=torch.bool).index_fill(0, torch.tensor(dropped, dtype=torch.long), False)
 
 
 def shard_files(path: Path, count: int) -> list[Path]:
@@ -66,16 +63,16 @@ def shard_files(path: Path, count: int) -> list[Path]:
 
 
 def read_manifest(path: Path) -> dict:
-    """``recipe``: what all shards depend on; ``rows``; ``shards``: seed, SHA-256, response tokens and near-duplicate rows of each.
+    """``recipe``: what all shards depend on; ``rows``; ``shards``: seed, sha256, rows, response_tokens and near_duplicates of each.
 
     Raises ValueError for a file that is no manifest.
     """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = [(type(shard["seed"]), type(shard["sha256"])) for shard in manifest["shards"]]
-        dropped = [row for shard in manifest["shards"] for row in shard["near_duplicates"]]
-        texts = {str} == {type(manifest["recipe"][name]) for name in ("target", "name")} | {kind for kinds in found for kind in kinds}
-        if not (texts and manifest["rows"] > 0 and all(0 <= row < manifest["recipe"]["batch"] for row in dropped)):
+        recipe, shards = manifest["recipe"], manifest["shards"]
+        texts = [recipe["target"], recipe["name"], *(shard[name] for shard in shards for name in ("seed", "sha256"))]
+        dropped = all(0 <= row < shard["rows"] for shard in shards for row in shard["near_duplicates"])
+        if {type(text) for text in texts} != {str} or not dropped or manifest["rows"] != sum(shard["rows"] for shard in shards):
             raise ValueError("a value is of the wrong kind or out of range")
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of a corpus ({one_line(error)}): choose another path, or {MAKE}") from None

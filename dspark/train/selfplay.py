@@ -77,18 +77,18 @@ def turns_of(target: Target) -> Turns:
     return Turns(tuple(to_assistant), tuple(to_user), tuple(sorted(stops)))
 
 
-def free_text(target: Target) -> tuple[Turns, list[tuple[list[int], float]]]:
-    """The turns and starts of a model without a chat template: documents from their first token.
-
-    A short opening, sampled like a user turn so that greedy texts differ, then the text to learn from, as the answer to it.
-    Raises ValueError if nothing says what the first token is.
+def turns_and_starts(target: Target, subjects: Sequence[Subject]) -> tuple[Turns, list[tuple[list[int], float]]]:
+    """As the chat template has them. Without one: free text from its first token, a short opening of which is sampled like a user turn,
+    so that greedy texts differ. Raises ValueError if nothing says what the first token is, and as :func:`turns_of`.
     """
+    if getattr(target.tokenizer, "chat_template", None) is not None:
+        return turns_of(target), encoded_starts(target, subjects)
     stops = tuple(sorted(target.eos_token_ids))
-    names = [getattr(target.tokenizer, "bos_token_id", None), getattr(target.config, "bos_token_id", None), *stops]
-    if not (known := [name for name in names if name is not None]):
+    tokens = [getattr(target.tokenizer, "bos_token_id", None), getattr(target.config, "bos_token_id", None), *stops]
+    first = next((token for token in tokens if token is not None), None)
+    if first is None:
         raise ValueError(f"{target.name} has no chat template and no first token of a text: set bos_token_id in its config")
-    first = known[:1]
-    return Turns((), () if first[0] in stops else tuple(first), stops, OPENING_SHARE), [(first, 1.0)]
+    return Turns((), () if first in stops else (first,), stops, OPENING_SHARE), [([first], 1.0)]
 
 
 def encoded_starts(target: Target, subjects: Sequence[Subject]) -> list[tuple[list[int], float]]:

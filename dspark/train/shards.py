@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from dspark.files import digest, file_sha256, write_atomically
 from dspark.load import load_target
 from dspark.target.target import Target
 from dspark.train.corpus import Corpus, concatenate, read_manifest, read_shard, save_corpus, shard_files
-from dspark.train.selfplay import Subject, converse, encoded_starts, free_text, load_subjects, turns_of
+from dspark.train.selfplay import Subject, converse, load_subjects, turns_and_starts
 from dspark.workers import ENGINES, check_engine
 
 TEMPERATURES = (0.0, 0.6, 1.0)  # of the answers; row i takes the i-th of them, over and over
@@ -31,131 +30,92 @@ REPEATED = 0.8  # a row is a near-duplicate if more of its answers' distinct GRA
 MIX = np.uint64(0x9E3779B97F4A7C15)  # an odd number, of the golden ratio
 DEFAULTS = {"rows": 4096, "tokens": 448, "batch": 256, "seed": 0}
 
-Source = Target | tuple[str, str, str]  # a loaded target, or name, dtype and device of one that every worker loads once
+_loaded = cache(lambda name, dtype, device: load_target(name, dtype=dtype, device=device))  # once in each worker
 
 
-@dataclass(frozen=True)
-class Play:
-    """Makes the shards of one corpus. ``recipe``: what their rows depend on, beside the shard's index and number of rows."""
-
-    source: Source
-    subjects: tuple[Subject, ...]
-    recipe: dict[str, object]
-
-    def __call__(self, task: tuple[int, int]) -> Corpus:
-        """task: index and rows of a shard. Raises ValueError if this machine's target is another one."""
-        (index, count), tokens = task, self.recipe["tokens"]
-        target = self.source if isinstance(self.source, Target) else _loaded(*self.source)
-        if target.digest != self.recipe["target"]:
-            raise ValueError(
-                f"a worker's {target.name} has the digest {target.digest}, not {self.recipe['target']}: give it the same files"
-            )
-        turns, starts = turns_and_starts(target, self.subjects)
-        rng, first = random.Random(self.seed(index)), index * self.recipe["batch"]
-        generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
-        chosen = rng.choices([start for start, _ in starts], [weight for _, weight in starts], k=count)
-        temperature = torch.tensor([TEMPERATURES[row % len(TEMPERATURES)] for row in range(first, first + count)])
-        return converse(target, turns, chosen, temperature, tokens, USER_TEMPERATURE, generator)
-
-    def seed(self, index: int) -> str:
-        return f"{self.recipe['seed']}/{index}"
-
-
-_loaded = cache(lambda name, dtype, device: load_target(name, dtype=dtype, device=device))
-
-
-def turns_and_starts(target: Target, subjects: Sequence[Subject]) -> tuple:
-    """As the chat template has them; free text without one."""
-    if getattr(target.tokenizer, "chat_template", None) is None:
-        return free_text(target)
-    return turns_of(target), encoded_starts(target, subjects)
+def make_shard(
+    source: Target | tuple[str, str, str], subjects: Sequence[Subject], recipe: dict[str, object], task: tuple[int, int]
+) -> Corpus:
+    """One shard. source: the target, or its name, dtype and device. recipe: what rows depend on. task: index and rows of the shard."""
+    (index, count), target = task, source if isinstance(source, Target) else _loaded(*source)
+    if target.digest != recipe["target"]:
+        raise ValueError(f"{target.name} of a worker is {target.digest}, not {recipe['target']}: give it the same files")
+    (turns, starts), first = turns_and_starts(target, subjects), index * recipe["batch"]
+    rng = random.Random(f"{recipe['seed']}/{index}")
+    generator = torch.Generator(target.device).manual_seed(rng.getrandbits(63))
+    chosen = rng.choices([start for start, _ in starts], [weight for _, weight in starts], k=count)
+    temperature = torch.tensor([TEMPERATURES[row % len(TEMPERATURES)] for row in range(first, first + count)])
+    return converse(target, turns, chosen, temperature, recipe["tokens"], USER_TEMPERATURE, generator)
 
 
 def self_play(
     target: Target,
     path: Path,
     *,
-    rows: int | None = None,
-    tokens: int | None = None,
-    batch: int | None = None,
-    seed: int | None = None,
     subjects: Sequence[Subject] | None = None,
-    source: Source | None = None,
+    source: tuple[str, str, str] | None = None,
     engine: str = "local",
     jobs: int = 1,
+    **given: int | None,
 ) -> Corpus:
-    """Make a corpus of ``rows`` rows of ``tokens`` tokens, in shards of ``batch`` rows that are sampled at a time.
+    """Let a target write a corpus, shard by shard, and then its manifest. Returns the rows that are no near-duplicates.
 
-    path: the manifest, ``*.json``, written last. An interrupted run resumes at the missing shards and gives the same rows as an
-        uninterrupted one; a larger ``rows`` extends the corpus. What is None is as in the manifest, else as in ``DEFAULTS``.
+    path: of the manifest, ``*.json``. An interrupted run resumes at the missing shards and gives the same rows as an uninterrupted one.
     subjects: what the conversations are about; None: :func:`load_subjects`
-    source: the target as workers load it, where an engine has several
+    source: name, dtype and device of the target, where workers have to load it
     engine, jobs: of :mod:`dspark.workers`
+    given: ``rows``, of ``tokens`` each, ``batch`` rows a shard, sampled at a time, and ``seed``. What is None or missing is as in the
+        manifest, else as in ``DEFAULTS``. More rows extend a corpus.
 
-    Returns the rows that are no near-duplicates. Raises ValueError for settings out of range or other than those of the shards that are
-    there, a target without a usable chat template, a damaged shard, or a full disk (finished shards are kept).
+    Raises ValueError for settings out of range or other than those of the shards that are there, a target without a usable chat template,
+    a damaged shard, or a full disk (finished shards are kept).
     """
     path, subjects = Path(path), load_subjects() if subjects is None else tuple(subjects)
     check_engine(engine, jobs)
     if path.suffix != ".json":
         raise ValueError(f"{path} is to be the manifest of the shards: let its name end in .json")
-    earlier = read_manifest(path) if path.exists() else {}
-    usual = DEFAULTS | ({"rows": earlier["rows"], **earlier["recipe"]} if earlier else {})
-    given = {"rows": rows, "tokens": tokens, "batch": batch, "seed": seed}
-    recipe = {name: usual[name] if value is None else value for name, value in given.items()}
+    earlier = read_manifest(path) if path.exists() else {"recipe": {}, "shards": ()}
+    usual = DEFAULTS | {name: value for name, value in (earlier | earlier["recipe"]).items() if name in DEFAULTS}
+    recipe = usual | {name: value for name, value in given.items() if value is not None}
     rows, batch = recipe.pop("rows"), recipe["batch"]
     if rows < 1 or batch < 1:
         raise ValueError(f"rows={rows}, batch={batch}: both must be at least 1")
-    check_length(target, subjects, recipe["tokens"])
+    _check_length(target, subjects, recipe["tokens"])
     topics = digest(repr((subjects, getattr(target.tokenizer, "chat_template", None))))
     recipe |= {"target": target.digest, "name": target.name, "dtype": str(target.dtype), "topics": topics}
     recipe |= {"temperatures": list(TEMPERATURES), "user_temperature": USER_TEMPERATURE}
-    if earlier:
-        _refuse_other(path, earlier["recipe"], recipe)
+    _refuse_other(path, earlier["recipe"] or recipe, recipe)
 
-    play = Play(target if source is None or (engine, jobs) == ("local", 1) else source, subjects, recipe)
-    counts, files = _counts(rows, batch), shard_files(path, -(-rows // batch))
-    named = zip(_counts(earlier.get("rows", 0), batch), earlier.get("shards", ()), strict=True)
-    named = [shard["sha256"] if count == now else None for (count, shard), now in zip(named, counts, strict=False)]
-    parts: dict[int, Corpus] = {}
-
-    def take(index: int, part: Corpus) -> None:
-        if index < len(named) and named[index] not in (None, file_sha256(files[index])):
-            raise ValueError(
-                f"{files[index]} is not the shard of {path}, which another machine or version made: delete {path} to use yours"
-            )
-        parts[index] = part
-
+    counts, parts = [min(batch, rows - first) for first in range(0, rows, batch)], {}
+    files = shard_files(path, len(counts))
     for index, file in enumerate(files):
         if file.exists():
             part, header = read_shard(file, "delete it, and the same command makes it again")
             _refuse_other(file, json.loads(header.get("about", "{}")), recipe | {"shard": index})
-            if len(part) == counts[index]:  # a shorter last one is made again
-                take(index, part)
+            parts |= {index: part} if len(part) == counts[index] else {}  # a shorter last one is made again
     todo = [task for task in enumerate(counts) if task[0] not in parts]
-    with tqdm(total=len(files), initial=len(parts), desc="self-play", unit="shard") as bar:
-        for (index, _), part in ENGINES[engine](play, todo, jobs, gpus=int(target.device.type == "cuda")) if todo else ():
-            save_corpus(part, files[index], json.dumps(recipe | {"shard": index}))
-            take(index, part)
-            bar.update()
-    corpus, shards = concatenate([parts[index] for index in range(len(files))]), []
-    repeated = near_duplicates(corpus)
-    for index, drop in enumerate(repeated.split(counts)):
-        about = {"seed": play.seed(index), "sha256": file_sha256(files[index])}
+    work = partial(make_shard, target if source is None or (engine, jobs) == ("local", 1) else source, subjects, recipe)
+    made = ENGINES[engine](work, todo, jobs, gpus=int(target.device.type == "cuda")) if todo else ()
+    for (index, _), part in tqdm(made, total=len(todo), desc="self-play", unit="shard"):
+        save_corpus(part, files[index], json.dumps(recipe | {"shard": index}))
+        parts[index] = part
+
+    repeated = near_duplicates(corpus := concatenate([parts[index] for index in range(len(files))]))
+    manifest = {"recipe": recipe, "rows": rows, "near_duplicates": int(repeated.sum()), "response_tokens": 0, "shards": []}
+    for index, (file, drop) in enumerate(zip(files, repeated.split(counts), strict=True)):
+        about = {"seed": f"{recipe['seed']}/{index}", "sha256": file_sha256(file), "rows": counts[index]}
         about |= {"response_tokens": int(parts[index].assistant[~drop].sum()), "near_duplicates": drop.nonzero()[:, 0].tolist()}
-        shards.append(about)
-    corpus = corpus.rows(~repeated)
-    total = {"rows": rows, "near_duplicates": int(repeated.sum()), "response_tokens": int(corpus.assistant.sum())}
-    write_atomically(path, json.dumps({"recipe": recipe, **total, "shards": shards}, indent=1).encode())
-    return corpus
+        for known in earlier["shards"][index : index + 1]:
+            if known["rows"] == counts[index] and known["sha256"] != about["sha256"]:
+                found = f"{file} is not the shard of {path}, which another machine or version made"
+                raise ValueError(f"{found}: delete {path} to use yours")
+        manifest["response_tokens"] += about["response_tokens"]
+        manifest["shards"].append(about)
+    write_atomically(path, json.dumps(manifest, indent=1).encode())
+    return corpus.rows(~repeated)
 
 
-def _counts(rows: int, batch: int) -> list[int]:
-    """Rows of each shard."""
-    return [min(batch, rows - first) for first in range(0, rows, batch)]
-
-
-def check_length(target: Target, subjects: Sequence[Subject], tokens: int) -> None:
+def _check_length(target: Target, subjects: Sequence[Subject], tokens: int) -> None:
     """Raises ValueError for rows that are too long for the target, or too short for an answer."""
     if tokens > target.max_context:
         raise ValueError(f"tokens={tokens}, but {target.name} takes at most {target.max_context}: ask for fewer")
