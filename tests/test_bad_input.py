@@ -350,6 +350,24 @@ def test_more_text_is_learnt_from_and_what_is_held_out_stays(
         assert message.startswith("dspark.train: ") and ("cannot join" in message or "at least 64 rows" in message)
 
 
+def test_a_manifest_stands_for_a_corpus_in_the_commands(
+    command: Callable[..., str], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, target = tmp_path / "text.json", ["--target", str(model_folder), "--dtype", "float32"]
+    assert main(["corpus", *target, "--corpus", str(text), "--rows", "72", "--batch", "36", "--tokens", "24", "--seed", "5"]) == 0
+    made = text.read_bytes()
+    assert main(["corpus", *target, "--corpus", str(text)]) == 0 and text.read_bytes() == made, "the manifest says the rest"
+    rows = 72 - json.loads(made)["near_duplicates"]
+    assert command(corpus=text) == "" and rows > 64
+    assert json.loads((tmp_path / "drafter" / "config.json").read_text())["training"]["corpus_rows"] == rows
+    assert "both hold the shard of seed 5/0" in command(corpus=text, more=text)
+    for words, error in ((["--seed", "6"], "was made with {'seed': 5}, not with {'seed': 6}"), (["--engine", "abacus"], "'abacus'")):
+        capsys.readouterr()
+        assert main(["corpus", *target, "--corpus", str(text), *words]) == 2
+        assert error in (message := capsys.readouterr().err.splitlines()[-1]) and message.startswith("dspark.train: ")
+    assert text.read_bytes() == made
+
+
 def short(folder: Path, rows: int = 70) -> Path:
     """A corpus whose rows have fewer tokens."""
     text = corpus(rows)

@@ -349,6 +349,7 @@ def test_rows_that_repeat_earlier_answers_are_dropped_and_counted(target: Target
     text = Corpus(rows, assistant, torch.ones(6))
     assert near_duplicates(text).tolist() == [False, False, True, False, False, False]
     assert not near_duplicates(text.rows(slice(2, 6))).any(), "the first of two stays"
+    assert not near_duplicates(Corpus(rows[:, :4], assistant[:, :4], torch.ones(6))).any(), "too short to tell"
 
     target.head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, torch.tensor(ids_of("<end> <stop>")), -torch.inf))
     greedy = play(target, path := tmp_path / "c.json", rows=8, subjects=(Subject("one", 1, ("w0",) * 9, ()),))
@@ -367,10 +368,16 @@ def broken_manifests(path: Path) -> Iterator[tuple[str, str]]:
     file.write_bytes((file.parent / "000000.safetensors").read_bytes())
     yield "another", rf"000001.safetensors is not the shard that .*c.json names: {again}"
     file.write_bytes(whole)
-    for old, new in (("4/1", "4/0"),):
-        path.write_text(content.replace(f'"{old}"', f'"{new}"'))
-        yield "same seed", "both hold the shard of seed 4/0: make one with another --seed"
-    for wrong in ("", "[]", "{}", content.replace('"sha256"', '"md5"'), content.replace('"rows": 10', '"rows": "ten"')):
+    path.write_text(content.replace('"4/1"', '"4/0"'))
+    yield "same seed", "both hold the shard of seed 4/0: make one with another --seed"
+    for wrong in (
+        "",
+        "[]",
+        "{}",
+        content.replace('"sha256"', '"md5"'),
+        content.replace('"rows": 10', '"rows": 9'),
+        content.replace('"batch": 4', '"batch": "4"'),
+    ):
         path.write_text(wrong)
         yield "malformed", "c.json is no manifest of a corpus"
     path.write_text(content)

@@ -55,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     trained.add_argument("--seed", type=int, default=0)
     trained.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
 
-    drafter = commands.add_parser("drafter", parents=[trained], help="train a drafter on a corpus; resumes where it was interrupted")
+    drafter = commands.add_parser(
+        "drafter", parents=[trained], help="train a drafter on a corpus; resumes; in several processes by accelerate launch"
+    )
     add_fields(drafter, Recipe, steps=5000, lr=1.5e-3, taps="", mask_token=-1)
     drafter.add_argument("--out", type=Path, required=True, help="folder of the finished drafter; its checkpoint is kept beside it")
     drafter.add_argument("--more", type=Path, help="learn from this corpus too, 64 rows at a time; the held-out rows are of --corpus")

@@ -71,8 +71,10 @@ def read_manifest(path: Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         recipe, shards = manifest["recipe"], manifest["shards"]
         texts = [recipe["target"], recipe["name"], *(shard[name] for shard in shards for name in ("seed", "sha256"))]
+        numbers = [recipe["tokens"], recipe["batch"], recipe["seed"], *(row for shard in shards for row in shard["near_duplicates"])]
         dropped = all(0 <= row < shard["rows"] for shard in shards for row in shard["near_duplicates"])
-        if {type(text) for text in texts} != {str} or not dropped or manifest["rows"] != sum(shard["rows"] for shard in shards):
+        kinds = {type(text) for text in texts}, {type(number) for number in numbers}
+        if kinds != ({str}, {int}) or not dropped or manifest["rows"] != sum(shard["rows"] for shard in shards):
             raise ValueError("a value is of the wrong kind or out of range")
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of a corpus ({one_line(error)}): choose another path, or {MAKE}") from None

@@ -135,7 +135,7 @@ def _refuse_other(where: Path, found: dict, wanted: dict) -> None:
 
 def near_duplicates(corpus: Corpus) -> Tensor:
     """[rows] bool: rows whose answers are mostly in earlier rows, by the hashes of their n-grams (Broder, 1997, without sampling)."""
-    ids, width = corpus.token_ids.numpy().astype(np.uint64), corpus.token_ids.shape[1] - GRAM + 1
+    ids, width = corpus.token_ids.numpy().astype(np.uint64), max(0, corpus.token_ids.shape[1] - GRAM + 1)
     hashes, inside = np.zeros((len(corpus), width), np.uint64), np.ones((len(corpus), width), bool)
     for i in range(GRAM):
         hashes = (hashes ^ ids[:, i : i + width]) * MIX  # modulo 2⁶⁴
