@@ -1,7 +1,5 @@
 """``python -m dspark.bench [speed|identity|memory|load|gpu]``: measure ways to decode against each other on fixed prompts."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Arms: each name on the command line is one way to decode a prompt."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable

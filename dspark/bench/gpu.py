@@ -4,8 +4,6 @@ Each part is a process of its own with its share of the time. It keeps what it h
 ``--rehearse`` runs every line but the capture itself at toy size on a CPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal
@@ -68,14 +66,13 @@ def measure_steps(plan: Plan, out: Path) -> pd.DataFrame:
         return [about | {"pass": name, "seconds": each} for name, each in seconds.items()]
 
     ledger = Ledger(out, plan.configuration("gpu-sps", target.digest, models.drafter))
-    return ledger.run({str(budget): budget for budget in (TOY_BUDGETS if isinstance(plan, Toy) else BUDGETS)}, measure)
+    return ledger.run({str(budget): budget for budget in (TOY_BUDGETS if isinstance(plan, ToyPlan) else BUDGETS)}, measure)
 
 
 def measure_users(plan: Plan, out: Path) -> pd.DataFrame:
     """The closed loops of ``python -m dspark.bench load``, each user with two requests."""
-    kind, users = (ToyLoad, TOY_USERS) if isinstance(plan, Toy) else (LoadPlan, USERS)
-    load = kind(**asdict(plan), users=users, rates="", per_user=2)
-    return measure_load(load, load.load(), out)
+    load = LoadPlan(**asdict(plan), users=TOY_USERS if isinstance(plan, ToyPlan) else USERS, rates="", per_user=2)
+    return measure_load(load, plan.load(), out)
 
 
 PARTS = {  # in the order of running
@@ -87,8 +84,8 @@ PARTS = {  # in the order of running
 }
 
 
-class Toy:
-    """Mixed into a plan: random models of a few thousand weights instead of the plan's, and prompts of a few letters."""
+class ToyPlan(Plan):
+    """Random models of a few thousand weights instead of the plan's, and prompts of a few letters."""
 
     def load(self, stock: bool = False) -> Models:
         shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -96,9 +93,8 @@ class Toy:
             torch.manual_seed(0)
             config = LlamaConfig(num_hidden_layers=3, max_position_embeddings=512, initializer_range=0.3, eos_token_id=None, **shape)
             target = ToyTarget(LlamaForCausalLM(config).to(DTYPES[self.dtype]), None, "toy")
-            drafter = Drafter(
-                DrafterConfig(**shape, num_hidden_layers=1, head_dim=8, target_layer_ids=(0, 1), mask_token_id=3, block_size=3)
-            )
+            config = DrafterConfig(**shape, num_hidden_layers=1, head_dim=8, target_layer_ids=(0, 1), mask_token_id=3, block_size=3)
+            drafter = Drafter(config)
         target.verifier = static_pass(target)
         return Models(target, drafter.to(target.dtype).attach(target).eval().requires_grad_(False), stock=target)
 
@@ -108,17 +104,9 @@ class ToyTarget(Target):
         return [5 + ord(letter) % 50 for letter in messages[0]["content"][:24]]
 
 
-class ToyPlan(Toy, Plan):
-    pass
-
-
-class ToyLoad(Toy, LoadPlan):
-    pass
-
-
 def run_part(plan: Plan, part: str, folder: Path) -> None:
     """One part, in the process that calls this. Ends it with a line on stderr and status 1 if the part stops early."""
-    differs = PARTS[part].differs | (TOY if isinstance(plan, Toy) else {})
+    differs = PARTS[part].differs | (TOY if isinstance(plan, ToyPlan) else {})
     try:
         PARTS[part].measure(replace(plan, **differs), folder / f"gpu-{part}.parquet")
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
@@ -156,9 +144,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.rehearse:
         options.device = "cpu"
     elif not (options.device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(
-            f"device {options.device!r} is no GPU that PyTorch can use here: --rehearse runs everything at toy size on the CPU"
-        )
+        found = f"device {options.device!r} is no GPU that PyTorch can use here"
+        raise ValueError(f"{found}: --rehearse runs everything at toy size on the CPU")
     plan = from_fields(ToyPlan if options.rehearse else Plan, options, arms="plain,fixed,prefix", prompts=8, tokens=128)
     found = measure(plan, options.minutes, options.out)
     complete = {name: (options.out / f"gpu-{name}.parquet").exists() for name in PARTS}

@@ -1,8 +1,6 @@
 """Is the greedy text of every arm ``model.generate``'s, token for token? In float32 it must be. In bfloat16 two nearly tied tokens may
 swap, as one row and a block of rows run through kernels that round differently: every divergence is weighed where it begins."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -1,19 +1,17 @@
 """llama.cpp (package ``xllamacpp``, an optional extra) on the same bfloat16 weights, plainly or with our drafter in it."""
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from http.client import HTTPConnection
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby, pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
 
 import torch
 
@@ -95,8 +93,7 @@ def serve(address: Connection, target_gguf: str, drafter_gguf: str, context: int
 
 
 class LlamaCpp:
-    """A running server. target_gguf: the file of ``target``; drafter: exported for this server alone; window: 0 for its whole block;
-    options: see :func:`serve`."""
+    """A running server. drafter: exported for this server alone; window: 0 for its whole block; options: see :func:`serve`."""
 
     def __init__(self, target_gguf: Path, target: Target, drafter: Drafter | None = None, window: int = 0, **options: object) -> None:
         package_version()
@@ -111,7 +108,7 @@ class LlamaCpp:
             spawn.Process(target=serve, args=arguments, daemon=True).start()
             there.close()
             try:
-                self.address = urlsplit(self.pipe.recv()).netloc
+                self.address = self.pipe.recv()
             except EOFError:
                 raise ValueError(f"llama.cpp's server did not start with {target_gguf}: its own message is above") from None
 
@@ -138,17 +135,14 @@ class LlamaCpp:
 
     def ask(self, body: dict[str, object]) -> Iterator[dict]:
         """One answer, or one per token and a last one. Raises ValueError with the server's reason."""
-        connection = HTTPConnection(self.address)
+        request = Request(f"{self.address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
-            connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            if response.status != 200:
-                raise ValueError(f"llama.cpp refuses the prompt: {response.read(500).decode(errors='replace')}")
-            for line in response:
-                if text := line.strip().removeprefix(b"data:"):
-                    answer = json.loads(text)
-                    if "error" in answer:
-                        raise ValueError(f"llama.cpp failed: {answer['error']}")
-                    yield answer
-        finally:
-            connection.close()
+            with build_opener(ProxyHandler({})).open(request) as response:
+                for line in response:
+                    if text := line.strip().removeprefix(b"data:"):
+                        answer = json.loads(text)
+                        if "error" in answer:
+                            raise ValueError(f"llama.cpp failed: {answer['error']}")
+                        yield answer
+        except HTTPError as error:
+            raise ValueError(f"llama.cpp refuses the prompt: {error.read(500).decode(errors='replace')}") from None

@@ -1,7 +1,5 @@
 """One arm, one prompt: decode it, in our loop or in transformers', and report numbers. Every rate leaves out the prefill and its token."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

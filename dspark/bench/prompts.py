@@ -1,7 +1,5 @@
 """The benchmark prompts: four domains, each split once into dev (to tune on) and test (to report on); and the sets of others."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from itertools import takewhile

@@ -1,7 +1,5 @@
 """Where a row comes from: machine, versions, git revision, models."""
 
-from __future__ import annotations
-
 import math
 import os
 import platform

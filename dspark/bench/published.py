@@ -1,7 +1,5 @@
 """What the paper reports, as plain numbers: the one place that the notebooks and our own paper quote it from. Nothing here is ours."""
 
-from __future__ import annotations
-
 import re
 
 SOURCE = "DSpark (DeepSeek-AI and Peking University, 2026)"

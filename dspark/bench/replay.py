@@ -3,8 +3,6 @@
 Exact, as greedy text does not depend on the policy; in milliseconds, and without noise: the same text, the same step times.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Result files: written whole or not at all, resumed where a killed run stopped, checked when they are read."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 One half of the dev prompts is fitted, the other half judges; the test prompts are never used.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json
@@ -25,7 +23,6 @@ from dspark.bench.provenance import utc
 from dspark.bench.results import Ledger, Row
 from dspark.cli import run_main
 from dspark.decode import generate
-from dspark.draft.drafter import Drafter
 from dspark.draft.source import NOTHING, Ask, Draft, DraftSource
 from dspark.formats.checkpoint import CONFIG
 from dspark.formats.native import save_drafter
@@ -62,34 +59,27 @@ def measure_rollouts(plan: Plan, models: Models, out: Path, fit_repeats: int | N
 
     def measure(run: tuple[float, Unit]) -> list[Row]:
         t, unit = run
+        watched, source, acceptances = observed(target, drafter, Sampling(t))
+        options = {"max_new_tokens": plan.tokens, "temperature": t, "seed": unit.seed}
+        stream = generate(watched, source, unit.item.messages, policy=FixedWindow(), **options).rounds
+        try:
+            data = rollouts(stream[1:], drafter.block_size, acceptances=acceptances[1:])
+            # Three digits take half the space of seven, and no number of blocks here could distinguish more.
+            lists = {name: getattr(data, name).half().flatten().tolist() for name in ("logits", "acceptance")}
+            lists |= {name: getattr(data, name).sum(-1).tolist() for name in ("checked", "survived")}
+        except ValueError:  # the text ended before a block could be checked
+            lists = {name: [] for name in TYPES}
         row = unit.columns() | {"temperature": t, "half": halves[unit.item.id], "max_new_tokens": plan.tokens}
-        return [row | _run(target, drafter, unit, t, plan.tokens) | {"utc": utc()} | constant]
+        return [row | {"blocks": len(lists["checked"])} | lists | {"utc": utc()} | constant]
 
     units = ((t, unit) for t in TEMPERATURES for unit in plan.units if unit.repeat < (most[halves[unit.item.id]] if t else 1))
     runs = {f"{t:g}/{unit.key}": (t, unit) for t, unit in units}
     return Ledger(out, about).run(runs, measure, TYPES)
 
 
-def _run(target: Target, drafter: Drafter, unit: Unit, temperature: float, tokens: int) -> Row:
-    options = {"max_new_tokens": tokens, "temperature": temperature, "seed": unit.seed}
-    watched, source, acceptances = observed(target, drafter, Sampling(temperature))
-    stream = generate(watched, source, unit.item.messages, policy=FixedWindow(), **options).rounds
-    try:
-        data = rollouts(stream[1:], drafter.block_size, acceptances=acceptances[1:])
-    except ValueError:  # the text ended before a block could be checked
-        return {"blocks": 0} | {name: [] for name in TYPES}
-    # Three digits take half the space of seven, and no number of blocks here could distinguish more.
-    numbers = {name: getattr(data, name).half().flatten() for name in ("logits", "acceptance")}
-    numbers |= {name: getattr(data, name).sum(-1) for name in ("checked", "survived")}
-    return {"blocks": len(data.logits)} | {name: values.tolist() for name, values in numbers.items()}
-
-
 def observed(target: Target, drafter: DraftSource, sampling: Sampling) -> tuple[Target, DraftSource, list[list[float]]]:
-    """Copies of a target and a drafter that decode as the originals do, and a list that fills while they do.
-
-    It gets, per target pass, Σ min(p_d, p_t) of each checked draft: the probability that x_k survives given x_<k, which c_k estimates.
-    The prefill's entry, the first, is empty.
-    """
+    """Copies of a target and a drafter that decode as the originals do, and a list that fills while they do: per target pass, the
+    prefill first, Σ min(p_d, p_t) of each checked draft, the probability that x_k survives given x_<k, which c_k estimates."""
     watched, source, run, last, acceptances = copy.copy(target), copy.copy(drafter), pass_of(target), NOTHING, []
 
     class Observed:

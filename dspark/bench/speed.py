@@ -1,7 +1,5 @@
 """The paired measurement: all arms run on every prompt, one after the other, and a different one starts each time. And peak memory."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor

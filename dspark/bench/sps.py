@@ -4,8 +4,6 @@ One row per context length, kind (verify: a target pass; draft: a drafter's bloc
 between processes with their memory layout, so several processes measure and the median counts.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The speed-up of an arm on a prompt is latency per token of the baseline over tha
 domain the median over its prompts; overall the geometric mean of the domains.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A trace holds the whole block, drafted and checked by the target, at EVERY posit
 these positions, so :mod:`dspark.bench.replay` gives exactly the rounds that the policy would have made.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -106,8 +104,7 @@ def record(
 ) -> Trace:
     """A greedy trace; costs one round per token. Raises ValueError for what :func:`dspark.decode.decode` refuses.
 
-    times: step times measured before; None measures them here, ``repeats`` times each, which takes about a second.
-    pieces: keep the text of every token.
+    times: None measures them here, ``repeats`` times each, which takes about a second. pieces: keep the text of every token.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -120,9 +117,7 @@ def record(
     beyond = min(limit + drafter.block_size + 1, longest)
     stream = rounds(endless, drafter, prompt_ids, beyond, FixedWindow(), Sampling(), _RejectAll(torch.Generator()))
     prefill = next(stream)
-    text, found, end = [*prefill.committed], [], limit
-    if text[0] in target.eos_token_ids:
-        end = 1
+    text, found, end = [*prefill.committed], [], 1 if prefill.committed[0] in target.eos_token_ids else limit
     while len(text) < end + drafter.block_size and (r := next(stream, None)) is not None:
         found.append(r)
         text += r.committed
@@ -130,7 +125,12 @@ def record(
             end = len(text)
     kept = tuple(_judged(r, text, target.eos_token_ids) for r in found[: end - 1])
     inner = getattr(drafter, "drafter", None) or drafter  # the one inside a lookup
-    times = times or _measured_times(target, drafter, inner, prompt_ids, kept, repeats)
+    if times is None:  # medians after this prompt, and of copies and overhead in these rounds
+        widths = range(1, drafter.block_size + 2)
+        options = {"context": max(min(len(prompt_ids), target.max_context - widths[-1]), 1), "repeats": repeats}
+        drafts, passes = draft_times(target, inner, **options), median_steps(target, widths=widths, **options)
+        copied = median([r.draft_seconds for r in kept if r.source == COPY] or [0.0])
+        times = StepTimes(drafts, passes, copied, median([r.seconds - r.draft_seconds - r.verify_seconds for r in kept] or [0.0]))
     name = drafter_digest(inner) if isinstance(inner, nn.Module) else type(inner).__name__
     prompt = prompt.flatten().tolist() if isinstance(prompt, Tensor) else prompt
     about = {
@@ -157,18 +157,6 @@ def _judged(r: Round, text: Sequence[int], eos_token_ids: frozenset[int]) -> Rou
     committed = coming[: accepted + 1]
     end = next((i + 1 for i, token in enumerate(committed) if token in eos_token_ids), len(committed))
     return replace(r, accepted=accepted, committed=tuple(committed[:end]))
-
-
-def _measured_times(
-    target: Target, drafter: DraftSource, inner: DraftSource, prompt_ids: Sequence[int], kept: Sequence[Round], repeats: int
-) -> StepTimes:
-    """Medians of drafts and target passes of every width after this prompt, and of copies and overhead in the rounds ``kept``."""
-    widths = range(1, drafter.block_size + 2)
-    context = max(min(len(prompt_ids), target.max_context - widths[-1]), 1)
-    draft = draft_times(target, inner, context=context, repeats=repeats)
-    verify = median_steps(target, context=context, widths=widths, repeats=repeats)
-    copied = median([r.draft_seconds for r in kept if r.source == COPY] or [0.0])
-    return StepTimes(draft, verify, copied, median([r.seconds - r.draft_seconds - r.verify_seconds for r in kept] or [0.0]))
 
 
 def texts_of(target: Target, trace: Trace) -> dict[str, object]:

@@ -3,8 +3,6 @@
 A results file holds one trace per row, in float32, which keeps confidences and probabilities exactly.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """The drafter on static buffers: its context lies in the target's slots, and a block is drawn without a question to the host."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

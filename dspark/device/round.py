@@ -4,8 +4,6 @@ One program draws the blocks, another runs the target over anchors and drafts an
 graphs of them can be replayed; on a CPU the same code runs without graphs. Copied blocks come from the host, which knows the text.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from dspark.clock import Marks
 from dspark.device.drafter import Drawn, StaticDrafter, empty_layers, fits
 from dspark.device.rules import Block, Samplings, accept_each, accept_greedy
 from dspark.draft.lookup import ContextLookup
-from dspark.draft.source import COPY, Draft, DraftSource
+from dspark.draft.source import COPY, NOTHING, Draft, DraftSource
 from dspark.request import Turn, Verdict
 from dspark.rewind import Slot
 from dspark.schedule import Policy
@@ -26,6 +24,7 @@ from dspark.verify import graphs
 from dspark.verify.passes import TargetPass
 from dspark.verify.static import Shape, StaticPass
 
+NONE = torch.empty(0)
 GREEDY, SAMPLED, FILTERED = "greedy", "sampled", "filtered"  # which part of the sampling the rows of a round need
 
 
@@ -154,36 +153,49 @@ class StaticRound:
         Returns what was decided about each turn, and the seconds of drafting and of verifying."""
         marks, mode = Marks(self.verifier.lean.device), _mode(turns)
         slots, limit = [turn.request.slot for turn in turns], self.drafter.block_size if self.drafter is not None else 0
-        copies = [([], [])] * len(turns)  # what the text itself proposes, and how likely each token is to be right
-        if self.copier is not None:
-            copies = [self.copier.copy(turn.request.state, turn.request.anchor, turn.draft_limit) for turn in turns]
-        widths = [len(tokens) or max(min(turn.draft_limit, limit), 0) for turn, (tokens, _) in zip(turns, copies, strict=True)]
+        if self.copier is not None:  # what the text itself proposes, and how likely each token is to be right
+            for turn in turns:
+                tokens, rates = self.copier.copy(turn.request.state, turn.request.anchor, turn.draft_limit)
+                turn.draft = Draft(tokens, NONE, torch.tensor(rates), COPY) if tokens else NOTHING
+        widths = [len(turn.draft.tokens) or max(min(turn.draft_limit, limit), 0) for turn in turns]
         self.cache.reserve(max(slot.length for slot in self.cache.slots) + self.block_size + 2)
         shape = self.cache.shape(slots, [1 + width for width in widths])
         static, run = self.programs.static(shape.rows, mode), self._run(mode)
+
+        def schedule(confidence: Sequence[Tensor]) -> None:
+            lengths = policy.lengths(confidence, [turn.request.rounds for turn in turns])
+            for turn, length, width in zip(turns, lengths, widths, strict=True):
+                turn.verify_length = min(length, width)
+
         reads = policy.reads_confidence and any(widths)
-        lengths = widths if reads else self._lengths(policy, turns, widths, [torch.full((width,), math.nan) for width in widths])
-        self._send(turns, shape.rows, lengths, copies, mode, static)
-        drawing = [width for width, copy in zip(widths, copies, strict=True) if width and not copy[0]]
+        if reads:
+            for turn, width in zip(turns, widths, strict=True):
+                turn.verify_length = width
+        else:
+            schedule([torch.full((width,), math.nan) for width in widths])
+        self._send(turns, shape.rows, mode, static)
+        drawing = [width for turn, width in zip(turns, widths, strict=True) if width and not turn.draft.tokens]
         if drawing:
             self.draw(slots, max(drawing), mode)
         if reads:
             host = graphs.to_host(static.drawn.confidence) if drawing else None
-            each = zip(slots, widths, copies, strict=True)
-            confidence = [torch.tensor(rates) if tokens else host[slot.index, :w] if w else NONE for slot, w, (tokens, rates) in each]
-            lengths = self._lengths(policy, turns, widths, confidence)
-            self._send(turns, shape.rows, lengths, copies, GREEDY, static)
+            each = zip(turns, widths, strict=True)
+            schedule([turn.draft.confidence if turn.draft.tokens or not w else host[turn.request.slot.index, :w] for turn, w in each])
+            self._send(turns, shape.rows, GREEDY, static)
         marks.add()
-        shape = self.cache.shape(slots, [1 + length for length in lengths])
+        shape = self.cache.shape(slots, [1 + turn.verify_length for turn in turns])
         table = self.verifier.lean.rope(self.cache.capacity)
         out = run(("verify", shape, mode), partial(self.programs.verify, static, table, shape, mode))
         marks.add()
-        found = graphs.to_host(out)
-        for slot, length in zip(slots, lengths, strict=True):
-            slot.length += 1 + length
-        rows = found.tolist()
-        each = zip(turns, (rows[slot.index] for slot in slots), widths, lengths, copies, strict=True)
-        return [self._verdict(*parts) for parts in each], *marks.seconds()
+        found, most, verdicts = graphs.to_host(out).tolist(), self.programs.block_size, []
+        for turn, width in zip(turns, widths, strict=True):
+            accepted, following, *rest = found[turn.request.slot.index]
+            tokens, p_target, p_draft, confidence = (rest[i * most : (i + 1) * most] for i in range(4))
+            if width and not turn.draft.tokens:
+                turn.draft = Draft([int(token) for token in tokens[:width]], NONE, torch.tensor(confidence[:width]))
+            turn.request.slot.length += 1 + turn.verify_length
+            verdicts.append(Verdict(int(accepted), int(following), tuple(p_target[: turn.verify_length]), tuple(p_draft[:width])))
+        return verdicts, *marks.seconds()
 
     @torch.inference_mode()
     def draw(self, slots: Sequence[Slot], width: int, mode: str = GREEDY) -> None:
@@ -196,26 +208,14 @@ class StaticRound:
         """What runs the programs of this round. Sorting a vocabulary asks the host for scratch memory, so it stays out of graphs."""
         return self.cache.buffers.run if mode != FILTERED else lambda key, program: program()
 
-    @staticmethod
-    def _lengths(policy: Policy, turns: Sequence[Turn], widths: Sequence[int], confidence: Sequence[Tensor]) -> list[int]:
-        lengths = policy.lengths(confidence, [turn.request.rounds for turn in turns])
-        return [min(length, width) for length, width in zip(lengths, widths, strict=True)]
-
-    def _send(
-        self,
-        turns: Sequence[Turn],
-        rows: int,
-        lengths: Sequence[int],
-        copies: Sequence[tuple[list[int], list[float]]],
-        mode: str,
-        static: _Static,
-    ) -> None:
+    def _send(self, turns: Sequence[Turn], rows: int, mode: str, static: _Static) -> None:
         """Fill the static buffers that the programs read. Rows without a turn keep their slots: they verify nothing."""
         numbers = [[0, 0, 0] + [-1] * self.programs.block_size for _ in range(rows)]
         for slot in self.cache.slots[:rows]:
             numbers[slot.index][0] = slot.length
-        for turn, length, (tokens, _) in zip(turns, lengths, copies, strict=True):
-            numbers[turn.request.slot.index][1 : 3 + len(tokens)] = [1 + length, turn.request.anchor, *tokens]
+        for turn in turns:
+            tokens = turn.draft.tokens  # copied ones
+            numbers[turn.request.slot.index][1 : 3 + len(tokens)] = [1 + turn.verify_length, turn.request.anchor, *tokens]
         self.cache.buffers.upload(("numbers", rows), numbers)
         if mode == GREEDY:
             return
@@ -226,18 +226,6 @@ class StaticRound:
             if sampling.temperature:
                 torch.rand(static.uniforms.shape[1], generator=turn.request.rng.generator, dtype=torch.float64, out=static.uniforms[row])
         self.cache.buffers.upload(("samplings", rows), chosen, torch.float64)
-
-    def _verdict(self, turn: Turn, row: list[float], width: int, length: int, copy: tuple[list[int], list[float]]) -> Verdict:
-        """The host's record of one turn. row: 2 + 4W numbers, see :meth:`_Programs.verify`."""
-        most = self.programs.block_size
-        tokens, p_target, p_draft, confidence = (row[2 + i * most : 2 + (i + 1) * most] for i in range(4))
-        drawn = torch.tensor(copy[1] if copy[0] else confidence[:width])
-        source = COPY if copy[0] else "drafter" if width else ""
-        turn.draft, turn.verify_length = Draft([int(token) for token in tokens[:width]], NONE, drawn, source), length
-        return Verdict(int(row[0]), int(row[1]), tuple(p_target[:length]), tuple(p_draft[:width]))
-
-
-NONE = torch.empty(0)
 
 
 def _mode(turns: Sequence[Turn]) -> str:

@@ -1,8 +1,6 @@
 """Drafters on disk. A format is one function, ``read(config, tensors)``: what is stored, and its entry in :data:`FORMATS`. It names every
 field that it understands and those that are known to be harmless; any other field is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from torch import Tensor

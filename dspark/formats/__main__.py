@@ -1,7 +1,5 @@
 """``python -m dspark.formats COMMAND``: look at drafters on disk, and write them for other programs."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """From what a format has read to a Drafter: every value, shape and number is checked before it is used."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, fields, replace
 

@@ -1,7 +1,5 @@
 """A drafter's folder: written whole or not at all, and validated when read. Safetensors only, never unpickled."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -3,8 +3,6 @@
 Its drafters for Gemma 4 have the layers of that model's full attention, a scaled embedding and capped logits.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a drafter's folder holds, read from its config.json and the headers of its weights alone."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 

@@ -1,9 +1,7 @@
 """GGUF, what llama.cpp and everything built on it reads: a drafter for its DSpark drafting, and a target in bfloat16."""
 
-from __future__ import annotations
-
-import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -18,24 +16,13 @@ from dspark.formats.fetch import DEFAULT, check_header, fetch_gguf
 from dspark.target.target import Target
 
 ARCHITECTURE = "dflash"  # llama.cpp's name for the block-parallel backbone; the tensors of a Markov head make it DSpark
-NAMES = {  # our name, without ".weight" → llama.cpp's; "layers.N." becomes "blk.N."
-    "fc": "fc",
-    "hidden_norm": "enc.output_norm",
-    "norm": "output_norm",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "markov_head.markov_w1": "markov_w1",
-    "markov_head.markov_w2": "markov_w2",
-    "confidence_head.proj": "conf_proj",
+NAMES = {  # our name → llama.cpp's, where its library knows no name for it
+    "fc.weight": "fc.weight",
+    "hidden_norm.weight": "enc.output_norm.weight",
+    "markov_head.markov_w1.weight": "markov_w1.weight",
+    "markov_head.markov_w2.weight": "markov_w2.weight",
+    "confidence_head.proj.weight": "conf_proj.weight",
+    "confidence_head.proj.bias": "conf_proj.bias",
 }
 
 
@@ -55,9 +42,7 @@ def export_gguf(drafter: Drafter, target: Target, path: str | Path, target_gguf:
         head = weights["confidence_head.proj.weight"]
         weights["confidence_head.proj.weight"] = torch.cat([head, head.new_zeros(1, shape.markov_rank)], 1)
 
-    def write(part: Path) -> None:
-        writer = gguf.GGUFWriter(part, ARCHITECTURE)
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    def fill(writer: gguf.GGUFWriter) -> None:
         writer.add_block_count(shape.num_hidden_layers)
         writer.add_context_length(target.max_context)
         writer.add_vocab_size(shape.vocab_size)
@@ -77,32 +62,27 @@ def export_gguf(drafter: Drafter, target: Target, path: str | Path, target_gguf:
         writer.add_bool(f"{ARCHITECTURE}.has_confidence_head", shape.enable_confidence_head)
         _copy_fields(reader, writer, "tokenizer.", without=(gguf.Keys.Tokenizer.MASK_ID,))
         writer.add_mask_token_id(shape.mask_token_id)
-        for name, weight in weights.items():  # layers.0.mlp.up_proj.weight → blk.0.ffn_up.weight
-            layer, stem, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(\w+)", name).groups(default="")
-            their_name = f"{layer.replace('layers', 'blk')}{NAMES[stem]}.{kind}"
-            _add(writer, their_name, weight, wide=name.startswith("confidence_head"))
+        known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, shape.num_hidden_layers)  # whose layers are ours
+        for name, weight in weights.items():
+            _add(writer, NAMES.get(name) or known.get_name(name, (".weight",)), weight, wide=name.startswith("confidence_head"))
         if shape.draft_vocab_size < shape.vocab_size:
             writer.add_tensor("d2t", drafter.d2t.cpu().numpy())
             _add(writer, "output.weight", drafter.head_weight)
-        _finish(writer)
 
-    write_atomically(path, write)
+    _write(path, ARCHITECTURE, fill)
 
 
 def export_target(source: str | Path, path: str | Path) -> None:
     """Write a target's GGUF file again with its tensors in bfloat16, whole or not at all; metadata and order of rows stay.
     Vectors stay float32, as llama.cpp has them. Raises ValueError for a damaged source."""
-    reader = _read(source)
+    reader, general = _read(source), gguf.Keys.General
 
-    def write(part: Path) -> None:
-        writer = gguf.GGUFWriter(part, reader.get_field(gguf.Keys.General.ARCHITECTURE).contents())
-        _copy_fields(reader, writer, without=(gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE))
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    def fill(writer: gguf.GGUFWriter) -> None:
+        _copy_fields(reader, writer, without=(general.ARCHITECTURE, general.FILE_TYPE))
         for tensor in reader.tensors:
             _add(writer, tensor.name, _plain(tensor.data, tensor.tensor_type))
-        _finish(writer)
 
-    write_atomically(path, write)
+    _write(path, reader.get_field(general.ARCHITECTURE).contents(), fill)
 
 
 def default_target_gguf() -> Path:
@@ -155,8 +135,14 @@ def _add(writer: gguf.GGUFWriter, name: str, weight: Tensor, *, wide: bool = Fal
     writer.add_tensor(name, bits.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
 
 
-def _finish(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def _write(path: str | Path, architecture: str, fill: Callable[[gguf.GGUFWriter], None]) -> None:
+    def write(part: Path) -> None:
+        writer = gguf.GGUFWriter(part, architecture)
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+        fill(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    write_atomically(path, write)

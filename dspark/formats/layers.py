@@ -1,7 +1,5 @@
 """What a transformers config says about the layers of a drafter, as fields of DrafterConfig. What those cannot express is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 
 import torch

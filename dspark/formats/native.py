@@ -1,7 +1,5 @@
 """Our own format: bfloat16 weights under the drafter's own names, without the target's embedding and head."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

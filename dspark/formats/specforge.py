@@ -1,7 +1,5 @@
 """The format of SpecForge, TorchSpec, z-lab's DFlash and Liquid: Qwen3's config, the drafter's fields in ``dflash_config`` or beside it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The format of the package ``speculators``, which vLLM serves: the layers in a nested config, a draft vocabulary as offsets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

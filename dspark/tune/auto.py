@@ -1,7 +1,5 @@
 """How decoding runs if nobody chooses a policy."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

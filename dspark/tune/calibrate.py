@@ -5,12 +5,11 @@ bias. Then sequential temperature scaling (STS, the paper's §4): position by po
 with the smallest calibration error of the product a_k = Π_{i≤k} c_i, the earlier ones fixed. Both are fitted on held-out rollouts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,13 +99,12 @@ def _bins(confidence: Tensor, bins: int) -> Tensor:
 def ranking_quality(confidence: Tensor, outcome: Tensor) -> float:
     """AUC: how often, in a random pair of one survivor and one other, the survivor has the higher confidence; ties count half.
     NaN where only one outcome occurred, or a confidence is NaN."""
-    positive, order = int(outcome.sum()), confidence.sort().values
+    positive = int(outcome.sum())
     negative = len(outcome) - positive
     if not positive or not negative or confidence.isnan().any():
         return math.nan
-    below, upto = (torch.searchsorted(order, confidence, right=right).double() for right in (False, True))
-    rank = (below + upto + 1) / 2  # mid-rank, 1-based
-    return float((rank[outcome].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    ranks = pd.Series(confidence).rank()[outcome.numpy()]
+    return float((ranks.sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
 def calibration_noise(confidence: Tensor, bins: int = BINS, draws: int = 200, seed: int = 0) -> float:
@@ -119,12 +117,9 @@ def calibration_noise(confidence: Tensor, bins: int = BINS, draws: int = 200, se
 
 def reliability(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> list[dict[str, float]]:
     """The bins of the calibration error: n, mean confidence and frequency of the outcome in each bin that is not empty."""
-    index, rows = _bins(confidence, bins), []
-    for i in index.unique().tolist():
-        inside = index == i
-        means = {name: float(values[inside].double().mean()) for name, values in (("confidence", confidence), ("frequency", outcome))}
-        rows.append({"n": int(inside.sum())} | means)
-    return rows
+    frame = pd.DataFrame({"confidence": confidence.double(), "frequency": outcome.double()})
+    by_bin = frame.groupby(_bins(confidence, bins).numpy())
+    return by_bin.mean().assign(n=by_bin.size()).to_dict("records")
 
 
 def calibration_report(data: Rollouts, calibration: Calibration) -> list[dict[str, float]]:

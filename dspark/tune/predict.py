@@ -1,7 +1,5 @@
 """What could a drafter gain on this model and this machine, before anything is trained? L = (T_draft + T_verify) / τ."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import product

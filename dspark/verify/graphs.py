@@ -4,8 +4,6 @@ A pass over a few tokens is some hundred small kernels, and calling them one by 
 them all at once, but reads and writes the same addresses in the same shapes every time. Without graphs programs simply run.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Sequence
