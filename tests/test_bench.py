@@ -21,13 +21,12 @@ from dspark.bench import __main__ as command
 from dspark.bench import llamacpp, provenance, results, speed
 from dspark.bench import plan as plan_module
 from dspark.bench.arms import Models, parse_arm, parse_arms
-from dspark.bench.identity import check_identity, weigh
 from dspark.bench.llamacpp import LlamaCpp, passes
 from dspark.bench.measure import Settings, by_transformers, first_divergence, positions
 from dspark.bench.plan import Plan, rotated
 from dspark.bench.prompts import data_dir
 from dspark.bench.results import Ledger, read_results, write_results
-from dspark.bench.speed import in_new_process, measure_speed
+from dspark.bench.speed import check_identity, in_new_process, measure_speed, weigh
 from dspark.bench.stats import acceptance_by_position, beyond_rounding, identity_table, memory_table, speed_table, speedups, summarise
 from dspark.cpu import is_packed, pack_target
 from dspark.draft.drafter import Drafter

@@ -13,8 +13,8 @@ from tiny import Wavering, letter_tokenizer, reference, tiny_drafter, tiny_targe
 
 import dspark
 from dspark.bench.arms import Models
-from dspark.bench.identity import weigh
 from dspark.bench.measure import Trial, first_divergence
+from dspark.bench.speed import weigh
 from dspark.draft.source import Draft, DraftSource
 from dspark.engine import Engine
 from dspark.request import Request

@@ -8,9 +8,8 @@ import torch
 
 from dspark.bench import gpu, load
 from dspark.bench.arms import CHOICES
-from dspark.bench.identity import check_identity
 from dspark.bench.plan import add_options, plan_of
-from dspark.bench.speed import measure_memory, measure_speed
+from dspark.bench.speed import check_identity, measure_memory, measure_speed
 from dspark.bench.stats import TABLES, beyond_rounding
 from dspark.cli import run_main
 

@@ -130,8 +130,6 @@ def parse_arm(name: str) -> Arm:
     return Arm(name, spec, int(copying[2] or 2) if copying else 0, trained=not alone)
 
 
-# ---- how figures and tables show an arm
-
 OTHER_ARMS = {  # what figures show beside our policies: label and colour
     "generate": ("transformers' generate", "#4d4d4d"),
     "lookup": ("transformers' prompt lookup", "#a6761d"),

@@ -21,12 +21,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dspark.bench.arms import Models, lean_of
-from dspark.bench.identity import check_identity
 from dspark.bench.load import LoadPlan, closed, measure_load
 from dspark.bench.plan import Plan
 from dspark.bench.provenance import utc
 from dspark.bench.results import Ledger, Row, rows_so_far
-from dspark.bench.speed import measure_memory, measure_speed
+from dspark.bench.speed import check_identity, measure_memory, measure_speed
 from dspark.bench.stats import TABLES
 from dspark.cli import add_fields, from_fields, run_main
 from dspark.draft.backbone import DrafterConfig

@@ -91,9 +91,6 @@ def _best_lengths(trace: Trace, limit: int) -> list[int]:
     return best
 
 
-# ---- policies against each other
-
-
 def policy_of(name: str, times: StepTimes = UNMEASURED) -> Policy:
     """The policy of this name (:func:`dspark.schedule.parse_policy`, or "oracle"), given the step times of a trace.
     Raises ValueError for a misspelled name, and for +copy: copying is decided when the trace is recorded."""

@@ -113,9 +113,6 @@ def acceptance_by_position(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(result, columns=["arm", "domain", "position", "reached", "accepted", "acceptance"])
 
 
-# ---- tables for a terminal
-
-
 def place(frame: pd.DataFrame) -> str:
     """Where the rows were measured: threads and processor, or the device."""
     first = frame.iloc[0]
@@ -149,7 +146,7 @@ def between(low: float, high: float) -> str:
 
 
 def beyond_rounding(frame: pd.DataFrame) -> pd.Series:
-    """Which rows diverge by more than rounding explains (:func:`dspark.bench.identity.weigh`): each of them is a bug."""
+    """Which rows diverge by more than rounding explains (:func:`dspark.bench.speed.weigh`): each of them is a bug."""
     return ~frame["equal"] & ~(frame["margin"] <= frame["noise"])
 
 

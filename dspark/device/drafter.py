@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dspark.device.rules import Samplings, choose_each
 from dspark.draft.drafter import Drafter
-from dspark.draft.source import DraftSource
 from dspark.verify.graphs import Buffers
 
 Buffer = tuple[Tensor, Tensor]  # one layer's keys and values, two of [slots, kv_heads, capacity, head_dim]
@@ -92,14 +91,3 @@ class StaticDrafter:
         """[R, draft_vocab] → [R, vocab]: tokens that the drafter cannot propose get probability zero."""
         vocab = self.drafter.config.vocab_size
         return rows if rows.shape[1] == vocab else rows.new_zeros(len(rows), vocab).index_copy_(1, self.drafter.d2t, rows)
-
-
-def fits(source: DraftSource) -> bool:
-    """Whether this is a drafter that :class:`StaticDrafter` knows."""
-    return type(source) is Drafter and source.fused is None and not source.config.unusual()
-
-
-def empty_layers(drafter: Drafter) -> list[Buffer]:
-    """Buffers for a drafter's context, without a slot yet."""
-    config, like = drafter.config, drafter.fc.weight
-    return [tuple(like.new_empty(0, config.num_key_value_heads, 0, config.head_dim) for _ in range(2)) for _ in drafter.layers]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dspark.clock import Marks
-from dspark.device.drafter import Drawn, StaticDrafter, empty_layers, fits
+from dspark.device.drafter import Drawn, StaticDrafter
 from dspark.device.rules import Block, Samplings, accept_each, accept_greedy
+from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import COPY, NOTHING, Draft, DraftSource
 from dspark.request import Turn, Verdict
@@ -126,7 +127,11 @@ class StaticRound:
         self.block_size = source.block_size if source else 0
         self.target_layer_ids = source.target_layer_ids if source else ()
         self.has_confidence = bool(source and source.has_confidence)
-        self.cache = verifier.new_cache((drafter, self.block_size), empty_layers(drafter) if drafter else ())
+        further = []  # layers of the drafter's context, without a slot yet
+        if drafter is not None:
+            config, like = drafter.config, drafter.fc.weight
+            further = [tuple(like.new_empty(0, config.num_key_value_heads, 0, config.head_dim) for _ in range(2)) for _ in drafter.layers]
+        self.cache = verifier.new_cache((drafter, self.block_size), further)
         buffers, static = self.cache.buffers, None
         if drafter is not None:
             temperatures = [drafter.sts_temperatures or (1.0,) * drafter.block_size]
@@ -238,4 +243,5 @@ def _mode(turns: Sequence[Turn]) -> str:
 def static_round(verifier: TargetPass, source: DraftSource | None) -> StaticRound | None:
     """The round on the device, None if the target's pass or the source has no static form: then a round asks the host for every token."""
     inner = source.drafter if type(source) is ContextLookup else source
-    return StaticRound(verifier, source) if isinstance(verifier, StaticPass) and (inner is None or fits(inner)) else None
+    known = inner is None or (type(inner) is Drafter and inner.fused is None and not inner.config.unusual())
+    return StaticRound(verifier, source) if known and isinstance(verifier, StaticPass) else None

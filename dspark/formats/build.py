@@ -15,8 +15,7 @@ from dspark.target.target import Target
 OPTIONAL = {"markov_head_type", "confidence_head_with_markov", "draft_vocab_size", *UNUSUAL}
 MAY_BE_ZERO = ("markov_rank", "mask_token_id")
 VALID = {  # annotation of a field of DrafterConfig → which values it takes
-    "int": lambda v: type(v) is int and 0 < v < 1 << 31,
-    "int | None": lambda v: type(v) is int and 0 < v < 1 << 31,
+    **dict.fromkeys(("int", "int | None"), lambda v: type(v) is int and 0 < v < 1 << 31),
     "float": lambda v: type(v) in (int, float) and 1e-30 < v < 1e30,  # well inside float32
     "bool": lambda v: type(v) is bool,
     "str": lambda v: type(v) is str,
@@ -69,7 +68,13 @@ def build(stored: Stored, target: Target) -> Drafter:
     tensors = stored.tensors | {name: stored.copies[name] for name in stored.copies if name.split(".")[0] in shape.own_tables}
     with torch.device("meta"):  # shapes without memory: the weights that were read become the parameters
         drafter = stored.kind(shape)
-    _check_shapes(drafter, tensors)
+    expected = dict(drafter.named_parameters())
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        raise ValueError(f"the weights do not fit config.json: {some(odd)} missing or unexpected")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.element_size() == 1 or tensor.shape != expected[name].shape:
+            found, asked = f"{tensor.dtype} {list(tensor.shape)}", list(expected[name].shape)
+            raise ValueError(f"{name} is {found}, but config.json asks for {asked} of 16 bits or more, not quantised")
     weights = {name: tensor.to(target.dtype) for name, tensor in tensors.items()}
     check_finite(weights)
     drafter.load_state_dict(weights | {"d2t": d2t}, assign=True)
@@ -148,17 +153,6 @@ def _draft_vocabulary(stored: Tensor | None, shape: DrafterConfig) -> Tensor:
         found += f" from {int(ids.min())} to {int(ids.max())}" if ids.numel() else ""
         raise ValueError(f"it needs d2t, {count} ids rising strictly within 0..{shape.vocab_size - 1}, and has {found}: restore it")
     return ids
-
-
-def _check_shapes(drafter: Drafter, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless there is exactly one tensor of the right shape, 16 bits or wider, for each parameter."""
-    expected = dict(drafter.named_parameters())
-    if odd := sorted(expected.keys() ^ tensors.keys()):
-        raise ValueError(f"the weights do not fit config.json: {some(odd)} missing or unexpected")
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.element_size() == 1 or tensor.shape != expected[name].shape:
-            found, asked = f"{tensor.dtype} {list(tensor.shape)}", list(expected[name].shape)
-            raise ValueError(f"{name} is {found}, but config.json asks for {asked} of 16 bits or more, not quantised")
 
 
 def _with_tables(shape: DrafterConfig, stored: Stored, target: Target, d2t: Tensor) -> DrafterConfig:

@@ -42,15 +42,13 @@ def read_shapes(folder: Path) -> dict[str, Tensor]:
     for path in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
         try:
             with safe_open(path, "pt") as file:
-                parts = {name: file.get_slice(name) for name in file.keys()}
-                shapes = {name: (part.get_shape(), getattr(torch, DTYPES.get(part.get_dtype(), "uint8"))) for name, part in parts.items()}
+                for name in file.keys():
+                    shape = file.get_slice(name).get_shape()
+                    dtype = (file.get_slice(name)[:0] if shape else file.get_tensor(name)).dtype
+                    tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} is damaged ({one_line(error)}): fetch the drafter again") from None
-        tensors |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
     return tensors
-
-
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "BOOL": "bool"}
 
 
 def try_to_read(config: dict, tensors: dict[str, Tensor], ignore_fields: Collection[str]) -> tuple[Stored | None, list[str]]:

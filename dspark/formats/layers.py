@@ -83,8 +83,16 @@ def read_layers(
     if values["head_dim"] is None and values["num_attention_heads"]:
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     values["hidden_act"] = next(iter(acts.values()), None)
-    kinds = _kinds(config)
-    return values | _windows(config, kinds, non_causal) | read_rope(config, kinds, rotates_all)
+    kinds, window, causal = _kinds(config), config.get("sliding_window"), config.get("is_causal")
+    if SLIDING in kinds and not (type(window) is int and window > 0):
+        raise Refusal("sliding_window", f"sliding_window is {window!r}, not a number of tokens, and layer_types has {SLIDING}")
+    causal = config.get("dflash_query_causal") if causal is None else causal
+    if causal is not None and type(causal) is not bool:
+        raise Refusal("is_causal", f"is_causal is {causal!r}, not true or false")
+    causal_layers = [kind == SLIDING and not non_causal if causal is None else causal for kind in kinds]
+    values["causal_layers"] = causal_layers if any(causal_layers) else []
+    values["sliding_windows"] = [window if kind == SLIDING else 0 for kind in kinds] if SLIDING in kinds else []
+    return values | read_rope(config, kinds, rotates_all)
 
 
 def _kinds(config: dict) -> list[str]:
@@ -108,18 +116,6 @@ def _kinds(config: dict) -> list[str]:
     return kinds
 
 
-def _windows(config: dict, kinds: list[str], non_causal: bool) -> dict[str, object]:
-    window, causal = config.get("sliding_window"), config.get("is_causal")
-    causal = config.get("dflash_query_causal") if causal is None else causal
-    if SLIDING in kinds and not (type(window) is int and window > 0):
-        raise Refusal("sliding_window", f"sliding_window is {window!r}, not a number of tokens, and layer_types has {SLIDING}")
-    if causal is not None and type(causal) is not bool:
-        raise Refusal("is_causal", f"is_causal is {causal!r}, not true or false")
-    causal_layers = [kind == SLIDING and not non_causal if causal is None else causal for kind in kinds]
-    windows = [window if kind == SLIDING else 0 for kind in kinds]
-    return {"sliding_windows": windows if any(windows) else [], "causal_layers": causal_layers if any(causal_layers) else []}
-
-
 def read_rope(config: dict, kinds: Collection[str], rotates_all: bool) -> dict[str, object]:
     """rope_theta and rope_scaling. Numbers may stand in rope_parameters, there for each kind of attention, in rope_scaling, or flat."""
     rope, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
@@ -136,19 +132,16 @@ def read_rope(config: dict, kinds: Collection[str], rotates_all: bool) -> dict[s
     if len(thetas) > 1:
         raise Refusal("rope_theta", f"rope_theta is both {' and '.join(map(repr, thetas))}: which one is meant?")
     values = {"rope_theta": next(iter(thetas), None), "rope_scaling": {}}
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if kind == "default":
-        if not rotates_all:
-            refuse_unlike([("partial_rotary_factor", partial, 1.0)])
-        refuse_unknown(rope, {"rope_type", "type", "rope_theta", "partial_rotary_factor", FULL, SLIDING, *SECTIONS}, "rope_parameters.")
-        return values
-    if kind not in ROPE:
+    if kind not in ("default", *ROPE):
         raise Refusal("rope_type", f"rope_type is {kind!r}, and only default, {', '.join(ROPE)} are supported: pass another drafter")
-    if kind != "proportional":
+    if not (kind == "proportional" or (kind == "default" and rotates_all)):
+        partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         refuse_unlike([("partial_rotary_factor", partial, 1.0)])
     others = {"rope_type", "type", "rope_theta", *SECTIONS}
     numbers = {name: value for name, value in rope.items() if value is not None and name not in others}
-    refuse_unknown(numbers, ROPE[kind] | {"partial_rotary_factor"}, "rope_parameters.")
+    refuse_unknown(numbers, ROPE.get(kind, {FULL, SLIDING}) | {"partial_rotary_factor"}, "rope_parameters.")
+    if kind == "default":
+        return values
     if kind == "yarn" and "original_max_position_embeddings" not in numbers:
         numbers["original_max_position_embeddings"] = config.get("max_position_embeddings")
     return values | {"rope_scaling": {"rope_type": kind} | numbers}

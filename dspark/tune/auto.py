@@ -1,7 +1,6 @@
 """How decoding runs if nobody chooses a policy."""
 
 import torch
-from torch import Tensor
 
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
@@ -22,14 +21,11 @@ def prepared(target: Target, drafter: DraftSource | None, policy: Policy | None)
             raise ValueError(f"{policy} needs a drafter: pass one, or leave the policy out for plain decoding")
         return None, Autoregressive()
     mine = getattr(getattr(drafter, "drafter", drafter), "attached_to", None)  # the embedding of the target it was made for
-    if mine is not None and mine is not target.embedding and not _equal(mine.weight, target.embedding.weight):
+    a, b = getattr(mine, "weight", None), target.embedding.weight
+    if a is not None and a is not b and (a.device != b.device or a.dtype != b.dtype or not torch.equal(a, b)):
         raise ValueError(f"the drafter is attached to another model than {target.name}: load_drafter(…, target) with this very target")
     if policy is None:
         source = drafter if isinstance(drafter, ContextLookup) else ContextLookup(drafter, target=target)
         return source, Auto(step_times(target, drafter))
     policy.check(drafter.block_size, drafter.has_confidence)
     return drafter, policy
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
