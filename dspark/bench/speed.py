@@ -104,7 +104,7 @@ def peak_of(plan: Plan) -> Row:
 def check_identity(plan: Plan, models: Models, out: Path) -> pd.DataFrame:
     """Decode every prompt greedily with every arm and by ``model.generate`` of the stock target. One row per prompt and arm. Resumes.
 
-    tokens, equal: of the reference; whether all are the reference's.
+    tokens: of the reference. equal: whether all are the reference's.
     first_divergence: index of the first new token that differs, −1 for none.
     margin, noise: see :func:`weigh`; NaN for none.
     """

@@ -125,7 +125,7 @@ def reliability(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> list[d
 def calibration_report(data: Rollouts, calibration: Calibration) -> list[dict[str, float]]:
     """One row per position with checked blocks: a_k as the head was trained, and after calibration.
 
-    position: 1, 2, … n, survival: checked blocks, and the share that survived.
+    position: from 1. n, survival: checked blocks, and the share that survived.
     ece_before, ece_after, noise: :func:`calibration_error`, and :func:`calibration_noise` of the calibrated a_k.
     auc_before, auc_after: :func:`ranking_quality`. auc_best: of a perfect head; NaN if the acceptance is unknown.
     """
