@@ -92,8 +92,8 @@ class Blocks(Rng):
         self.next, self.tested = self.numbers[self.width + self.tested], self.tested + 1
         return super().accepts(p_target, p_draft)
 
-    def _uniform(self, device: torch.device) -> torch.Tensor:
-        return self.next if len(self.numbers) else super()._uniform(device)
+    def _uniform(self) -> torch.Tensor:
+        return self.next if len(self.numbers) else super()._uniform()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.0, 40), Sampling(1.5, 0, 0.8)], ids=str)
