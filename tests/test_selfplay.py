@@ -337,7 +337,7 @@ def test_shards_that_another_machine_made_are_not_mixed_with_this_ones(target: T
     assert path.read_bytes() == content
 
 
-def test_rows_that_repeat_earlier_answers_are_dropped_and_counted(target: Target, tmp_path: Path) -> None:
+def test_rows_that_repeat_earlier_answers_are_dropped_and_counted(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randint(0, 900, (6, 60), generator=torch.Generator().manual_seed(0))
     rows[:, :10] = torch.arange(10)  # one system prompt
     rows[2] = rows[0]
@@ -352,9 +352,12 @@ def test_rows_that_repeat_earlier_answers_are_dropped_and_counted(target: Target
     assert not near_duplicates(Corpus(rows[:, :4], assistant[:, :4], torch.ones(6))).any(), "too short to tell"
 
     target.head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, torch.tensor(ids_of("<end> <stop>")), -torch.inf))
-    greedy = play(target, path := tmp_path / "c.json", rows=8, subjects=(Subject("one", 1, ("w0",) * 9, ()),))
-    dropped = json.loads(path.read_text())["near_duplicates"]
-    assert len(greedy) + dropped == 8 and same(load_corpus(path), greedy)
+    monkeypatch.setattr(shards, "USER_TEMPERATURE", 0.0)
+    monkeypatch.setattr(shards, "TEMPERATURES", (0.0,))
+    greedy = play(target, path := tmp_path / "c.json", rows=8, subjects=(Subject("one", 1, ("w0",) * 9, ("w1",)),))
+    manifest = json.loads(path.read_text())
+    assert (len(greedy), manifest["near_duplicates"], manifest["rows"]) == (2, 6, 8), "an opening and a system prompt, then only copies"
+    assert same(load_corpus(path), greedy) and manifest["response_tokens"] == int(greedy.assistant.sum())
 
 
 def broken_manifests(path: Path) -> Iterator[tuple[str, str]]:
