@@ -36,7 +36,7 @@ def run_on_ray(work: Callable[[Task], Result], tasks: Sequence[Task], jobs: int,
             ray.init(address="auto", log_to_driver=False)
         except ConnectionError:
             ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False)
-    remote = ray.remote(num_cpus=1, num_gpus=gpus)(work)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus)(lambda task: work(task))  # a partial is no function to Ray
     waiting = {remote.remote(task): task for task in tasks}
     while waiting:
         (done,), _ = ray.wait(list(waiting), num_returns=1)
