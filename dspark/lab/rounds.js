@@ -173,7 +173,9 @@ function render({ model, el }) {
     if (groups.length === fresh.length) {
       for (const part of [".numbers", ".legend"]) view.querySelector(part).innerHTML = page.querySelector(part).innerHTML;
       groups.forEach((group, i) => {
-        for (const { name, value } of fresh[i].attributes) group.setAttribute(name, value);
+        for (const { name, value } of fresh[i].attributes) {
+          if (name !== "role" && group.getAttribute(name) !== value) group.setAttribute(name, value); // the same again costs a layout
+        }
       });
     } else {
       view.replaceChildren(page);
