@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import full_disk, sliding_target, tiny_drafter, tiny_target
+from tiny import CONVOLUTIONS, DFLASH2, SELECTOR, full_disk, sliding_target, tiny_drafter, tiny_target
 from torch import Tensor
 from transformers import Qwen3Config
 
@@ -26,6 +26,7 @@ from dspark.formats.speculators import export_speculators
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
 
+OURS = {"selector": SELECTOR, "convolutions": CONVOLUTIONS, "both": DFLASH2}
 HEADS = {
     "vanilla": {},
     "gated": {"markov_head_type": "gated"},
@@ -101,7 +102,9 @@ def refused(name: object, target: Target, *values: object) -> None:
 # ---- round trips
 
 
-def test_a_native_round_trip_gives_bit_equal_drafts(drafter: Drafter, target: Target, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", (HEADS | OURS).values(), ids=HEADS | OURS)
+def test_a_native_round_trip_gives_bit_equal_drafts(target: Target, tmp_path: Path, shape: dict) -> None:
+    drafter = tiny_drafter(target, **shape)
     dspark.save_drafter(drafter, target, tmp_path)
     loaded = dspark.load_drafter(tmp_path, target)
     assert loaded.config == drafter.config
@@ -111,6 +114,24 @@ def test_a_native_round_trip_gives_bit_equal_drafts(drafter: Drafter, target: Ta
 def test_a_reference_round_trip_gives_bit_equal_drafts(drafter: Drafter, target: Target, tmp_path: Path) -> None:
     export_deepspec(drafter, target, tmp_path)
     assert_same_drafts(dspark.load_drafter(tmp_path, target), drafter, target)
+
+
+@pytest.mark.parametrize("export", [export_deepspec, export_speculators])
+@pytest.mark.parametrize("shape", OURS.values(), ids=OURS)
+def test_other_programs_layouts_hold_no_selector_and_no_convolutions(target: Target, tmp_path: Path, shape: dict, export: Callable) -> None:
+    with pytest.raises(
+        ValueError, match=rf"{'num_candidates' if shape is not CONVOLUTIONS else 'convolution_kernel'} is \d, and .* has no"
+    ):
+        export(tiny_drafter(target, **shape), target, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["num_candidates", "convolution_kernel", "convolution_groups"])
+@pytest.mark.parametrize("value", [0, -1, True, 2.5, "many"])
+def test_a_selector_or_convolution_of_an_impossible_size_is_refused(target: Target, tmp_path: Path, field: str, value: object) -> None:
+    dspark.save_drafter(tiny_drafter(target, **DFLASH2), target, tmp_path)
+    edit(tmp_path, **{field: value})
+    refused(tmp_path, target, field)
 
 
 def test_a_reduced_vocabulary_and_its_temperatures_survive(target: Target, tmp_path: Path) -> None:
@@ -519,6 +540,6 @@ def test_copies_of_another_targets_head_are_noticed(reference: Path, target: Tar
 def test_every_field_of_the_config_is_written(folder: Path, target: Target) -> None:
     about = json.loads((folder / "config.json").read_text())
     names = [field.name for field in dataclasses.fields(DrafterConfig)]
-    assert set(names[: names.index("sample_from_anchor")]) <= about.keys()
-    assert not set(names[names.index("sample_from_anchor") :]) & about.keys()  # as in every file before those fields
+    assert set(names[: names.index("num_candidates")]) <= about.keys()
+    assert not set(names[names.index("num_candidates") :]) & about.keys()  # as in every file before those fields
     assert (about["target"], about["target_digest"], about["architectures"]) == ("tiny", target.digest, ["DSparkDrafter"])

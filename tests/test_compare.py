@@ -16,7 +16,7 @@ import dspark
 from dspark.bench.results import read_results, write_results
 from dspark.train import __main__ as command
 from dspark.train import compare
-from dspark.train.compare import GROUPS, VARIANTS, Recipe, chosen
+from dspark.train.compare import ALIKE, GROUPS, VARIANTS, Recipe, chosen
 from dspark.train.corpus import Corpus, save_corpus
 from dspark.train.features import FeatureStore
 from dspark.train.loop import TrainConfig, Trainer, train_to
@@ -168,13 +168,17 @@ def test_variants_differ_only_in_the_fields_they_name(tiny_folders: dict[str, st
     drafters = {name: recipe.start(variant, target, text) for name, variant in VARIANTS.items()}
     base = drafters["dspark"].config.to_dict()
     differing = {
-        name: {key for key, value in drafter.config.to_dict().items() if value != base[key]} | {drafter.architecture}
+        name: {key for key, value in drafter.config.to_dict().items() if value != base.get(key)} | {drafter.architecture}
         for name, drafter in drafters.items()
     }
     ours, theirs = {"DSparkDrafter"}, {"EagleDrafter"}
     assert differing["dspark"] == ours and differing["eagle"] == theirs | {"markov_rank", "num_hidden_layers"}
     assert differing["gated"] == differing["rnn"] == ours | {"markov_head_type"}
     assert differing["dflash"] == ours | {"markov_rank"}
+    selector, convolutions = {"markov_head_type", "num_candidates"}, {"convolution_kernel", "convolution_groups"}
+    assert differing["dspark+selector"] == ours | selector and differing["dflash2"] == ours | selector | convolutions
+    assert differing["dspark+conv"] == ours | convolutions and differing["dflash+conv"] == ours | convolutions | {"markov_rank"}
+    assert all(differing[f"{variant.name}-block7"] == differing[variant.name] | {"block_size"} for variant in ALIKE)
     assert differing["dspark-block8"] == ours | {"block_size"} and differing["dflash-layers3"] == ours | {
         "markov_rank",
         "num_hidden_layers",
@@ -204,6 +208,17 @@ def test_a_drafter_of_another_recipe_is_refused(arguments: list[str], tmp_path: 
     shutil.rmtree(tmp_path / "results")
     assert "another --out" in refused(capsys, *arguments, "--only", "dflash", "--steps", "4")
     assert "another target, recipe or corpus" in refused(capsys, *arguments, "--only", "dflash", "--lr", "0.5")
+
+
+def test_the_records_hold_what_the_held_out_rows_gave_along_the_training(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(*arguments, "--only", "dflash", "--stages", "train")
+    monkeypatch.setattr(Recipe, "config", lambda r, **_: TrainConfig(r.steps, r.sequences, r.anchors, r.lr, checkpoint_every=1))
+    call(*arguments, "--only", "dflash2", "--stages", "train")
+    trained = read_results(tmp_path / "results" / "drafters-trained.parquet").set_index("drafter")
+    assert list(trained.at["dflash2", "curve_steps"]) == [1, 2, 3] and list(trained.at["dflash", "curve_steps"]) == []
+    assert trained.at["dflash2", "curve_tau"][-1] == trained.at["dflash2", "held_out_tau"]
 
 
 def test_decoding_before_training_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

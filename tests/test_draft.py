@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_drafter, tiny_target
+from tiny import HEADS, tiny_drafter, tiny_target
 from torch import Tensor
 
 from dspark.draft.backbone import Context, DrafterConfig
 from dspark.draft.drafter import Drafter, DraftState
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
-
-HEADS = [{"markov_rank": 0}, {"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}]
 
 
 def ready(target: Target, drafter: Drafter, prompt: list[int]) -> tuple[DraftState, Tensor]:
@@ -39,7 +37,7 @@ def test_step_by_step_drafting_equals_the_training_forward_pass(head: dict[str, 
     embedded = None
     if drafter.markov_head is not None:
         embedded = drafter.markov_head.markov_w1(previous)
-        logits = logits + drafter.markov_head.markov_w2(drafter.markov_head.latents(hidden, embedded))
+        logits = drafter.markov_head.logits(logits, drafter.markov_head.latents(hidden, embedded))
     assert torch.allclose(draft.probs, logits.softmax(-1), atol=1e-6)
     assert torch.allclose(draft.confidence, torch.sigmoid(drafter.confidence_head(hidden, embedded)), atol=1e-6)
 

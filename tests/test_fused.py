@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import HEADS, tiny_drafter, tiny_target
+from tiny import DFLASH2, HEADS, tiny_drafter, tiny_target
 from torch import Tensor, nn
 
 import dspark.cpu.fused
@@ -60,7 +60,7 @@ def test_the_fused_backbone_drafts_as_the_plain_one(shape: dict[str, object], fi
 
 
 @needs_kernels
-@pytest.mark.parametrize("shape", [{}, EAGLE], ids=["block", "one by one"])
+@pytest.mark.parametrize("shape", [{}, DFLASH2 | {"std": 0.1}, EAGLE], ids=["block", "selector", "one by one"])
 def test_a_packed_drafter_reports_the_distribution_that_it_drew_from(shape: dict[str, object]) -> None:
     """Rounded weights have another distribution than plain ones, a close one; what counts is that it is the reported one."""
     target = tiny_target(dtype=torch.bfloat16)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_checkpoint import REDUCED, assert_same_drafts
-from tiny import full_disk, random_prompt, reference, tiny_drafter, tiny_target
+from tiny import CONVOLUTIONS, SELECTOR, full_disk, random_prompt, reference, tiny_drafter, tiny_target
 from torch import Tensor
 
 from dspark import generate, load_target, save_drafter
@@ -352,6 +352,13 @@ def test_our_own_rounds_are_the_ones_that_our_drafter_finds_in_the_text() -> Non
 
 
 # ---- what is refused
+
+
+@pytest.mark.parametrize("shape", [SELECTOR, CONVOLUTIONS], ids=["selector", "convolutions"])
+def test_what_llamacpp_has_no_field_for_is_refused(target: Target, target_file: Path, tmp_path: Path, shape: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(name for name in shape if name != 'markov_head_type')} is .*no such field"):
+        export_gguf(tiny_drafter(target, **shape), target, tmp_path / "d.gguf", target_file)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["gated", "rnn"])

@@ -103,7 +103,7 @@ def test_sampled_text_has_the_distribution_of_the_processed_target(name):
     """Enumerated. What they do to a token changes from draft to draft within a block."""
     vocab, processor = ENUMERATED[name]
     small = small_target(vocab, False)
-    drafter = small_drafter(small, "vanilla", 3, False)
+    drafter = small_drafter(small, "vanilla", 3)
     drafts = dspark.ContextLookup(drafter, 1, max_copy=3) if "copying" in name else drafter
     proof = compared(small, drafts, POLICIES["fixed:3"], ExactSampling(1.0), [4], processor)
     assert proof.difference == 0

@@ -18,7 +18,10 @@ from dspark.target.target import Target
 from dspark.train.start import drafter_for
 from dspark.verify.sampling import Rng, Sampling
 
-HEADS = ({"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}, {"markov_rank": 0})
+SELECTOR = {"markov_head_type": "selector", "num_candidates": 6}
+CONVOLUTIONS = {"convolution_kernel": 3, "convolution_groups": 4}
+DFLASH2 = SELECTOR | CONVOLUTIONS
+HEADS = ({"markov_head_type": "vanilla"}, {"markov_head_type": "gated"}, {"markov_head_type": "rnn"}, SELECTOR, {"markov_rank": 0}, DFLASH2)
 WINDOW = 8  # tokens that the sliding layers see
 LETTERS = "".join(map(chr, range(32, 127)))
 TEMPLATE = (

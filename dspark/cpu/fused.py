@@ -36,22 +36,23 @@ class FusedLayer:
         self.project = make(_joined(attention.q_proj, attention.k_proj, attention.v_proj))
         self.out = make(attention.o_proj.weight)
         self.gate_and_up, self.down = make(_joined(mlp.gate_proj, mlp.up_proj)), make(mlp.down_proj.weight)
-        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.attention_norm, self.mlp_norm, self.convolutions = layer.input_layernorm, layer.post_attention_layernorm, layer.convolutions
         norms = [attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads
         self.head_norms, self.eps = torch.stack(norms).float()[:, None], attention.q_norm.eps
 
     def __call__(self, x: Tensor, rope: Rope, contexts: Sequence[GrowingKV]) -> Tensor:
         """x: [R, n, hidden] → the same shape; each request's block is appended to its context, and sees all of it."""
-        qkv = self.project(self.before_attention(x)).float().unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        before_attention, after_attention, before_mlp, after_mlp = self.convolutions
+        qkv = self.project(before_attention(self.attention_norm(x))).float().unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         rotated = rope.rotate(F.rms_norm(qkv[:, : -self.kv_heads], (self.head_dim,), eps=self.eps) * self.head_norms)
         mixed = []
         for r, context in enumerate(contexts):
             keys, values = context.append(rotated[r, None, self.heads :], qkv[r, None, -self.kv_heads :])
             folded = rotated[r, : self.heads].reshape(1, self.kv_heads, -1, self.head_dim)  # heads that share keys
             mixed.append(F.scaled_dot_product_attention(folded.to(keys.dtype), keys, values).view(self.heads, -1, self.head_dim))
-        x = x + self.out(torch.stack(mixed).transpose(1, 2).flatten(2))
-        gate, up = self.gate_and_up(self.before_mlp(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        x = x + after_attention(self.out(torch.stack(mixed).transpose(1, 2).flatten(2)))
+        gate, up = self.gate_and_up(before_mlp(self.mlp_norm(x))).chunk(2, -1)
+        return x + after_mlp(self.down(F.silu(gate) * up))
 
 
 class FusedBackbone:

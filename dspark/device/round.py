@@ -15,6 +15,7 @@ from torch import Tensor
 from dspark.clock import Marks
 from dspark.device.drafter import Drawn, StaticDrafter
 from dspark.device.rules import Block, Samplings, accept_each, accept_greedy
+from dspark.draft.backbone import TRAINED_HERE
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import COPY, NOTHING, Draft, DraftSource
@@ -243,5 +244,5 @@ def _mode(turns: Sequence[Turn]) -> str:
 def static_round(verifier: TargetPass, source: DraftSource | None) -> StaticRound | None:
     """The round on the device, None if the target's pass or the source has no static form: then a round asks the host for every token."""
     inner = source.drafter if type(source) is ContextLookup else source
-    known = inner is None or (type(inner) is Drafter and inner.fused is None and not inner.config.unusual())
+    known = inner is None or (type(inner) is Drafter and inner.fused is None and inner.config.unusual().keys() <= TRAINED_HERE)
     return StaticRound(verifier, source) if known and isinstance(verifier, StaticPass) else None

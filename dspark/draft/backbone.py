@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.draft.convolution import BlockConvolution
 from dspark.draft.scaling import scaled_frequencies
 from dspark.rewind import GrowingKV
 
-HEAD_TYPES = ("vanilla", "gated", "rnn")
+HEAD_TYPES = ("vanilla", "gated", "rnn", "selector")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
@@ -38,7 +39,11 @@ class DrafterConfig:
     draft_vocab_size: int | None = None  # tokens that can be drafted; None for vocab_size
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    # From here on: what only drafters trained elsewhere have, see unusual().
+    # From here on: what config.json holds only where it is used, and other programs do not know, see unusual().
+    num_candidates: int = 0  # K, among which the selector head chooses; 0 for another head
+    convolution_kernel: int = 0  # slots that a BlockConvolution reads; 0 for none
+    convolution_groups: int = 1  # of channels that share the weights which it computes from the token
+    # And from here on: what only drafters trained elsewhere have.
     sample_from_anchor: bool = True  # False: slot 0 predicts nothing, so γ slots give γ − 1 drafts
     head_starts_at_anchor: bool = False  # and the rnn head's state still passes through slot 0
     sliding_windows: tuple[int, ...] = ()  # tokens of context that each layer sees, 0 for all; () for all in all layers
@@ -56,7 +61,7 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         for name in ("target_layer_ids", "sliding_windows", "causal_layers", "own_tables"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, choices in (("layer_type", ("qwen3", "gemma4")), ("hidden_act", ACTIVATIONS)):
+        for name, choices in (("layer_type", ("qwen3", "gemma4")), ("hidden_act", ACTIVATIONS), ("markov_head_type", HEAD_TYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, and only {', '.join(choices)} are supported")
         for name in ("sliding_windows", "causal_layers"):
@@ -64,8 +69,6 @@ class DrafterConfig:
                 raise ValueError(f"{name} {list(given)} must have one entry for each of the {self.num_hidden_layers} layers")
         if self.draft_vocab_size is None:
             object.__setattr__(self, "draft_vocab_size", self.vocab_size)
-        if self.markov_head_type not in HEAD_TYPES:
-            raise ValueError(f"markov_head_type {self.markov_head_type!r} is unknown: choose one of {', '.join(HEAD_TYPES)}")
         if self.num_drafts < 1:
             raise ValueError(f"block_size must be at least {2 - self.sample_from_anchor}, got {self.block_size}")
         if self.markov_rank < 0:
@@ -81,7 +84,7 @@ class DrafterConfig:
         return self.block_size - (not self.sample_from_anchor)
 
     def unusual(self) -> dict[str, object]:
-        """Fields of drafters trained elsewhere that differ from what is trained here, by name: whoever lacks them must refuse."""
+        """Fields with another value than DSpark's own drafters have, by name: whoever lacks them must refuse."""
         return {name: value for name, usual in UNUSUAL.items() if (value := getattr(self, name)) != usual}
 
     def to_dict(self) -> dict[str, object]:
@@ -92,17 +95,23 @@ class DrafterConfig:
 
 
 _names = [f.name for f in fields(DrafterConfig)]
-UNUSUAL = {name: getattr(DrafterConfig, name, {}) for name in _names[_names.index("sample_from_anchor") :]}  # field → its usual value
+UNUSUAL = {name: getattr(DrafterConfig, name, {}) for name in _names[_names.index("num_candidates") :]}  # field → its usual value
+TRAINED_HERE = {"num_candidates", "convolution_kernel", "convolution_groups"}  # of these, and run by every way to draft
 
 
-class Context(NamedTuple):
-    """One layer's context while training: what :meth:`append` returns is differentiable, and the context itself does not change."""
+@dataclass
+class Context:
+    """One layer's context while training: what :meth:`append` returns is differentiable."""
 
     keys: Tensor  # [batch, kv_heads, tokens, head_dim]
     values: Tensor  # the same
+    grows: bool = False  # whether what was appended stays
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        both = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        if self.grows:
+            self.keys, self.values = both
+        return both
 
 
 class Rope(NamedTuple):
@@ -206,7 +215,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer. Arguments as :meth:`Attention.forward`."""
+    """Pre-norm transformer layer; convolutions, if any, stand around attention and MLP. Arguments as :meth:`Attention.forward`."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -214,7 +223,9 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.convolutions = nn.ModuleList(BlockConvolution(config) if config.convolution_kernel else nn.Identity() for _ in range(4))
 
     def forward(self, x: Tensor, rope: Rope, context: GrowingKV | Context, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, context, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        before_attention, after_attention, before_mlp, after_mlp = self.convolutions
+        x = x + after_attention(self.self_attn(before_attention(self.input_layernorm(x)), rope, context, mask))
+        return x + after_mlp(self.mlp(before_mlp(self.post_attention_layernorm(x))))

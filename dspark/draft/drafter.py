@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.draft.backbone import Context, DrafterConfig, Layer, RMSNorm, Rope, block_mask
+from dspark.draft.backbone import TRAINED_HERE, Context, DrafterConfig, Layer, RMSNorm, Rope, block_mask
 from dspark.draft.gemma4 import Gemma4Layer
-from dspark.draft.heads import ConfidenceHead, MarkovHead
-from dspark.draft.source import Ask, Draft
+from dspark.draft.heads import ConfidenceHead
+from dspark.draft.selector import markov_head
+from dspark.draft.source import Ask, Draft, Together
 from dspark.rewind import GrowingKV
-from dspark.verify.sampling import OneHot, Rng, Sampling
+from dspark.verify.sampling import OneHot
 
 Contexts = Sequence[GrowingKV | Context]
 
@@ -28,24 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class DraftState:
-    """What the drafter remembers about one request.
+    """What the drafter remembers about one request."""
 
-    layers: keys and values of the context, one cache per layer; those of a block are dropped after drafting.
-    pending: taps [1, tokens, m·hidden] of committed tokens that are not in ``layers`` yet.
-    """
-
-    layers: list[GrowingKV]
-    pending: list[Tensor] = field(default_factory=list)
+    layers: list[GrowingKV]  # keys and values of the context, one cache per layer; those of a block are dropped after drafting
+    pending: list[Tensor] = field(default_factory=list)  # taps [1, tokens, m·hidden] of committed tokens that are not in layers yet
 
 
-class Drafter(nn.Module):
-    """Backbone, Markov head and confidence head; embedding and LM head are the target's, frozen, unless it has tables of its own.
-
-    config: shape and numbers of the layers and heads.
-    d2t: [draft_vocab] int64, the target's id of each token that can be drafted.
-    sts_temperatures: one per position, from calibration (sequential temperature scaling); () if it was never calibrated.
-    fused: None, or an object with faster :meth:`context` and :meth:`blocks`, put there from outside (:func:`dspark.cpu.pack_drafter`).
-    """
+class Drafter(nn.Module, Together):
+    """Backbone, Markov head and confidence head; embedding and LM head are the target's, frozen, unless it has tables of its own."""
 
     architecture = "DSparkDrafter"  # what config.json says
 
@@ -59,16 +50,16 @@ class Drafter(nn.Module):
         layer = Gemma4Layer if config.layer_type == "gemma4" else Layer
         self.layers = nn.ModuleList(layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(h, eps=config.rms_norm_eps)
-        self.markov_head = MarkovHead(config) if config.markov_rank else None
+        self.markov_head = markov_head(config)
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
         if "embed_tokens" in config.own_tables:
             self.embed_tokens = nn.Embedding(config.vocab_size, h)
         if "lm_head" in config.own_tables:
             self.lm_head = nn.Linear(h, config.draft_vocab_size, bias=False)
-        self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
+        self.register_buffer("d2t", torch.arange(config.draft_vocab_size))  # the target's id of each token that can be drafted
         self.register_buffer("head_weight", torch.empty(0), persistent=False)  # [draft_vocab, hidden], rows of the target's
-        self.sts_temperatures: tuple[float, ...] = ()
-        self.fused: Any = None
+        self.sts_temperatures: tuple[float, ...] = ()  # one per position, once calibrated (sequential temperature scaling)
+        self.fused: Any = None  # or an object with faster context() and blocks(), put there by dspark.cpu.pack_drafter
 
     @torch.no_grad()
     def init_context_norm(self, norm_weight: Tensor) -> None:
@@ -77,11 +68,8 @@ class Drafter(nn.Module):
 
     def attach(self, target: Target) -> Drafter:
         """Borrow the target's embedding and LM head. Raises ValueError if the drafter was made for another shape of target."""
-        for name, mine, theirs in (
-            ("hidden_size", self.config.hidden_size, target.hidden_size),
-            ("vocab_size", self.config.vocab_size, target.vocab_size),
-        ):
-            if mine != theirs:
+        for name in ("hidden_size", "vocab_size"):
+            if (mine := getattr(self.config, name)) != (theirs := getattr(target, name)):
                 raise ValueError(f"the drafter's {name} is {mine}, but {target.name} has {theirs}: it was made for another target")
         target.check_taps(self.config.target_layer_ids)
         self.to(device=target.device)
@@ -126,14 +114,11 @@ class Drafter(nn.Module):
     def block_hidden(self, token_ids: Tensor, taps: Tensor, tokens: Tensor, previous: Tensor, positions: Tensor) -> Tensor:
         """The backbone for many blocks of known texts in one pass, as drafting would compute it; used in training.
 
-        token_ids: [rows, length], the texts; not read here, but by drafters that override this.
-        taps: [rows, length, m·hidden].
-        tokens: [rows, anchors, γ], anchor and masks.
-        previous: [rows, anchors, γ], x_{k−1} in the text; not read here either.
-        positions: [rows, anchors, γ], the position of slot k.
+        token_ids: [rows, length], the texts; taps: [rows, length, m·hidden]. tokens, positions: [rows, anchors, γ], anchor and masks, and
+        where they stand. previous: of this shape, x_{k−1} in the text; it and the ids are read by drafters that override this.
         Returns [rows, anchors, γ, hidden] after the norm. Raises ValueError for a drafter with unusual fields.
         """
-        if unusual := self.config.unusual():
+        if unusual := self.config.unusual().keys() - TRAINED_HERE:
             raise ValueError(f"{', '.join(unusual)}: a drafter that has these can draft, but not be trained or drawn on known text here")
         contexts = [Context(*kv) for kv in self.context(taps)]
         masks = [block_mask(positions[..., 0], positions.shape[-1], taps.shape[1])] * len(contexts)
@@ -151,16 +136,12 @@ class Drafter(nn.Module):
         """Add committed tokens to the context. taps: [1, tokens, m·hidden]; the ids are not read: the taps stand for the tokens."""
         state.pending.append(taps)
 
-    def draft(self, state: DraftState, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
-        """Propose ``window`` tokens after the anchor, whose position is the length of the context (§3.1–3.2).
-
-        Raises ValueError unless 1 ≤ window ≤ block_size.
-        """
-        return self.propose([Ask(state, anchor, window, sampling, rng)])[0]
-
     @torch.inference_mode()
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
-        """One block per request, in one parallel pass and at most γ sequential steps for all of them. Raises as :meth:`draft`."""
+        """One block per request, in one parallel pass and at most γ sequential steps for all of them (§3.1–3.2).
+
+        Each has ``window`` tokens; the anchor's position is the length of the context. Raises ValueError unless 1 ≤ window ≤ block_size.
+        """
         for ask in asks:
             if not 1 <= ask.window <= self.block_size:
                 raise ValueError(f"window {ask.window} must lie in 1..{self.block_size}, the drafter's block size")
@@ -239,7 +220,7 @@ class Drafter(nn.Module):
         if self.markov_head is None:
             return base, None
         latent, state = self.markov_head.step(hidden, self.markov_head.markov_w1.weight[previous], state)
-        return base + self.markov_head.markov_w2(latent), state
+        return self.markov_head.logits(base, latent), state
 
     def _confidence(self, drafts: Sequence[tuple[Tensor, Sequence[int]]]) -> Sequence[Tensor]:
         """c_1..c_w of each draft, calibrated: [w] float32, NaN without a head. drafts: h_1..h_w [w, hidden] and x_0..x_{w−1} of each."""

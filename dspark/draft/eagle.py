@@ -24,23 +24,9 @@ from dspark.verify.sampling import Rng, Sampling
 @dataclass
 class EagleState(DraftState):
     """As :class:`DraftState`; the cache has one entry per token but the first, which has no feature before it.
+    The taps of the last committed token stay pending: they wait for the anchor, which comes after it."""
 
-    pending: taps not used in an entry yet; those of the last committed token wait for the anchor, which comes after it.
-    tokens: the ids at the same positions as ``pending``.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-
-
-class _Unrolled:
-    """Keys and values of the context and of the steps so far, differentiable: the training counterpart of a GrowingKV."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.context = Context(*self.context.append(keys, values))
-        return self.context
+    tokens: list[int] = field(default_factory=list)  # the ids at the same positions as pending
 
 
 class EagleDrafter(Drafter):
@@ -86,7 +72,7 @@ class EagleDrafter(Drafter):
         """γ steps of all blocks at once; see :meth:`dspark.draft.drafter.Drafter.block_hidden`. ``tokens`` is not read."""
         features, anchors = self.fc(taps), positions[..., 0]  # [rows, length, hidden], [rows, anchors]
         at = torch.arange(1, token_ids.shape[1], device=taps.device).expand(len(token_ids), -1)
-        entries = _Unrolled(Context(*self._keys_values(self._inputs(token_ids[:, 1:], features[:, :-1]), at)))
+        entries = Context(*self._keys_values(self._inputs(token_ids[:, 1:], features[:, :-1]), at), grows=True)
         visible = at[:, None] < anchors[..., None]  # [rows, anchors, length − 1]: context strictly before the anchor, …
         own = torch.eye(anchors.shape[1], dtype=torch.bool, device=taps.device).expand(len(anchors), -1, -1)
         before = (anchors - 1).clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])

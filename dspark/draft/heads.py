@@ -39,13 +39,17 @@ class MarkovHead(nn.Module):
 
     def latents(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """All positions of known blocks, for training. hidden: [..., γ, hidden], embedded: [..., γ, rank] → [..., γ, rank]."""
-        if self.kind == "vanilla":
-            return embedded
+        if self.kind != "rnn":  # no position needs another
+            return self.step(hidden, embedded, None)[0]
         state, out = None, []
         for k in range(embedded.shape[-2]):
             latent, state = self.step(hidden[..., k, :], embedded[..., k, :], state)
             out.append(latent)
         return torch.stack(out, dim=-2)
+
+    def logits(self, base: Tensor, latent: Tensor) -> Tensor:
+        """U_k + B_k, −∞ for a token that is not drafted. base: [..., draft_vocab], latent: [..., rank] → [..., draft_vocab]."""
+        return base + self.markov_w2(latent)
 
 
 class ConfidenceHead(nn.Module):

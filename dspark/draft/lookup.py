@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dspark.draft.drafter import Drafter, DraftState
-from dspark.draft.source import COPY, NOTHING, Ask, Draft, propose
-from dspark.verify.sampling import OneHot, Rng, Sampling
+from dspark.draft.source import COPY, NOTHING, Ask, Draft, Together, propose
+from dspark.verify.sampling import OneHot
 
 if TYPE_CHECKING:
     from dspark.target.target import Target
@@ -28,19 +28,14 @@ Gram = tuple[int, ...]
 
 @dataclass
 class LookupState:
-    """What is remembered about one request.
+    """What is remembered about one request."""
 
-    drafter: the wrapped drafter's state, None without one.
-    tokens: the committed tokens.
-    follows: n-gram → the token after its last occurrence.
-    """
-
-    drafter: DraftState | None
-    tokens: list[int] = field(default_factory=list)
-    follows: dict[Gram, int] = field(default_factory=dict)
+    drafter: DraftState | None  # the wrapped drafter's state, None without one
+    tokens: list[int] = field(default_factory=list)  # the committed tokens
+    follows: dict[Gram, int] = field(default_factory=dict)  # n-gram → the token after its last occurrence
 
 
-class ContextLookup:
+class ContextLookup(Together):
     """Copies where the text repeats itself; elsewhere the wrapped drafter proposes, or nobody.
 
     Token by token, the draft is what followed the longest suffix n-gram with a known continuation, at least ``min_match`` tokens of
@@ -57,10 +52,9 @@ class ContextLookup:
     def __init__(self, drafter: Drafter | None, min_match: int = 2, max_copy: int = MAX_COPY, *, target: Target | None = None) -> None:
         if drafter is None and target is None:
             raise ValueError("copying without a drafter needs the target's vocabulary: pass ContextLookup(None, target=target)")
-        if min_match < 1:
-            raise ValueError(f"min_match must be at least 1, got {min_match}")
-        if max_copy < 1:
-            raise ValueError(f"max_copy must be at least 1, got {max_copy}")
+        for name, value in (("min_match", min_match), ("max_copy", max_copy)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.drafter, self.target, self.min_match, self.max_copy = drafter, target, min_match, max_copy
         self.block_size = max(max_copy, drafter.block_size) if drafter else max_copy
         self.target_layer_ids = drafter.target_layer_ids if drafter else ()
@@ -83,10 +77,6 @@ class ContextLookup:
             # Indexed one token late: the n-grams that end the text have no continuation yet.
             state.follows.update((gram, token) for gram in self._suffixes(state.tokens))
             state.tokens.append(token)
-
-    def draft(self, state: LookupState, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
-        """Copy at most ``window`` tokens after the anchor; where nothing can be copied, let the drafter propose."""
-        return self.propose([Ask(state, anchor, window, sampling, rng)])[0]
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         """Copies for the requests that repeat themselves; the drafter proposes for all others together."""

@@ -15,37 +15,23 @@ COPY = "copy"  # the source of a draft that was copied from the context
 
 
 class Ask(NamedTuple):
-    """What one request wants drafted.
+    """What one request wants drafted."""
 
-    state: what the source remembers about the request.
-    anchor: x_0.
-    window: tokens to propose at most; at least 1.
-    sampling: how the request's tokens are chosen.
-    rng: the request's own random numbers.
-    """
-
-    state: object
-    anchor: int
-    window: int
-    sampling: Sampling
-    rng: Rng
+    state: object  # what the source remembers about the request
+    anchor: int  # x_0
+    window: int  # tokens to propose at most; at least 1
+    sampling: Sampling  # how the request's tokens are chosen
+    rng: Rng  # the request's own random numbers
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A proposed block of w tokens.
+    """A proposed block of w tokens."""
 
-    tokens: w ids of the target's vocabulary.
-    probs: [w, vocab] float32, exactly the distributions they were drawn from; where decoding is greedy or a text was copied, without
-        their zeros.
-    confidence: [w] float32, c_k, calibrated if the drafter was calibrated; NaN without a confidence head.
-    source: who proposed it.
-    """
-
-    tokens: list[int]
-    probs: Tensor | Sequence[OneHot]
-    confidence: Tensor
-    source: str = "drafter"
+    tokens: list[int]  # w ids of the target's vocabulary
+    probs: Tensor | Sequence[OneHot]  # [w, vocab] float32 that they were drawn from; without their zeros if greedy or copied
+    confidence: Tensor  # [w] float32, c_k, calibrated if the drafter was calibrated; NaN without a confidence head
+    source: str = "drafter"  # who proposed it
 
 
 NOTHING = Draft([], torch.empty(0, 0), torch.empty(0), "")
@@ -54,16 +40,12 @@ NOTHING = Draft([], torch.empty(0, 0), torch.empty(0), "")
 class DraftSource(Protocol):
     """Anything that proposes blocks: the trained drafter, copying from the context, a baseline.
 
-    block_size: most tokens it proposes at once.
-    target_layer_ids: target layers whose output it reads; () for none.
-    has_confidence: whether its drafts carry confidences; if not, they are NaN.
-
     A source may also have ``propose(asks) → drafts``, for several requests at once, and ``bytes_per_token`` of its keys and values.
     """
 
-    block_size: int
-    target_layer_ids: tuple[int, ...]
-    has_confidence: bool
+    block_size: int  # most tokens it proposes at once
+    target_layer_ids: tuple[int, ...]  # target layers whose output it reads; () for none
+    has_confidence: bool  # whether its drafts carry confidences; if not, they are NaN
 
     def new_state(self, prompt: Sequence[int]) -> object:
         """What this source remembers about one request."""
@@ -73,6 +55,14 @@ class DraftSource(Protocol):
 
     def draft(self, state: object, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
         """Propose at most ``window`` tokens after the anchor."""
+
+
+class Together:
+    """A source that proposes for several requests at once, asked for one."""
+
+    def draft(self, *ask: object) -> Draft:
+        """Arguments as :class:`Ask`."""
+        return self.propose([Ask(*ask)])[0]
 
 
 def propose(source: DraftSource, asks: Sequence[Ask]) -> list[Draft]:

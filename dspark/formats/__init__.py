@@ -51,5 +51,5 @@ def refuse(config: dict) -> None:
         raise Refusal("architectures", f"architectures is {names!r}: {reason}. Pass another drafter or train one")
     for name, value in {**config, **(inner if isinstance(inner, dict) else {})}.items():
         if (name.startswith(DFLASH_2) and value is not None) or (name == "speculators_model_type" and value == "dflash2"):
-            reason = "DFlash 2 has convolutions along the block and selects among candidates, which is not supported"
+            reason = "DFlash 2's own files are not read; dspark.train drafter --head selector --convolutions makes one of its kind"
             raise Refusal(name, f"{name} is {value!r}: {reason}. Pass another drafter or train one")

@@ -95,6 +95,17 @@ def weights_of(drafter: Drafter) -> dict[str, Tensor]:
     return tensors
 
 
+def written_layers(shape: DrafterConfig) -> dict[str, object]:
+    """What other programs' configs say of our layers, which are Qwen3's, beside their sizes."""
+    return {
+        "layer_types": ["full_attention"] * shape.num_hidden_layers,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
 def refuse_unwritten(drafter: Drafter, layout: str, target: Target | None = None, **only: object) -> None:
     """Raises ValueError, naming the field, for a drafter that another program's layout cannot hold: none takes unusual fields.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark.draft.drafter import Drafter
-from dspark.formats.build import Stored, refuse_unwritten, weights_of
+from dspark.formats.build import Stored, refuse_unwritten, weights_of, written_layers
 from dspark.formats.checkpoint import write_folder
 from dspark.formats.layers import FULL, HARMLESS, HEADS, LAYERS, PLAIN, TABLES, read_layers, refuse_unknown, refuse_unlike, take_tables
 from dspark.target.target import Target
@@ -53,16 +53,12 @@ def export_deepspec(drafter: Drafter, target: Target, folder: str | Path) -> Non
         )
     known = {*HARMLESS, *OF_TARGETS, "max_position_embeddings"}
     config = {name: value for name, value in json.loads(target.config.to_json_string()).items() if name in known}
-    config |= shape.to_dict() | {
+    config |= shape.to_dict() | written_layers(shape)
+    config |= {
         "architectures": [ARCHITECTURE],
         "confidence_head_with_markov": shape.confidence_head_with_markov and shape.markov_rank > 0,
         "num_target_layers": target.num_layers,
         "num_anchors": 512,
-        "layer_types": ["full_attention"] * shape.num_hidden_layers,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": False,
         "dtype": "bfloat16",
         "sts_temperatures": list(drafter.sts_temperatures),
     }

@@ -74,12 +74,14 @@ def _shape(shape: DrafterConfig, tables: list[str], temperatures: object) -> dic
     order = ["causal" if causal else "bidirectional" for causal in shape.causal_layers or [False]]
     rope = shape.rope_scaling or {"rope_type": "default"}
     head = f"{shape.markov_head_type} of rank {shape.markov_rank}" if shape.markov_rank else "none (purely parallel)"
+    head += f" among {shape.num_candidates} candidates" if shape.num_candidates else ""
+    convolutions = f", convolutions over {shape.convolution_kernel} slots" if shape.convolution_kernel else ""
     sure = "with" if shape.enable_confidence_head else "without"
     return {
         "taps": f"after target layers {', '.join(map(str, shape.target_layer_ids))}",
         "block": f"{drafts}: the anchor's slot " + ("predicts, too" if shape.sample_from_anchor else "predicts nothing (1+N)"),
         "layers": f"{shape.num_hidden_layers} of {shape.layer_type}, hidden {shape.hidden_size}, {shape.num_attention_heads} heads, "
-        f"{shape.num_key_value_heads} for keys, of {shape.head_dim}",
+        f"{shape.num_key_value_heads} for keys, of {shape.head_dim}{convolutions}",
         "context": ", ".join(dict.fromkeys(sees)) + (" (each layer: " + ", ".join(sees) + ")" if len(set(sees)) > 1 else ""),
         "in a block": ", ".join(dict.fromkeys(order)) + (" (each layer: " + ", ".join(order) + ")" if len(set(order)) > 1 else ""),
         "rotary": f"theta {shape.rope_theta:g}, " + ", ".join(f"{name} {value}" for name, value in rope.items()),

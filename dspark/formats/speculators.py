@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dspark.draft.drafter import Drafter
-from dspark.formats.build import Stored, refuse_unwritten, weights_of
+from dspark.formats.build import Stored, refuse_unwritten, weights_of, written_layers
 from dspark.formats.checkpoint import write_folder
 from dspark.formats.layers import HARMLESS, HEADS, LAYERS, SIZES, SLIDING, Refusal, read_layers, refuse_unknown, refuse_unlike, take_shared
 from dspark.target.target import Target
@@ -34,16 +34,8 @@ def export_speculators(drafter: Drafter, target: Target, folder: str | Path) -> 
         d2t = drafter.d2t.cpu()
         tensors |= {"d2t": d2t - torch.arange(len(d2t)), "t2d": torch.zeros(shape.vocab_size, dtype=torch.bool).index_fill(0, d2t, True)}
         tensors["lm_head.weight"] = drafter.head_weight.to("cpu", torch.bfloat16, copy=True)
-    layers = {name: getattr(shape, name) for name in (*SIZES, "head_dim", "rms_norm_eps")} | {
-        "model_type": "qwen3",  # its layers are ours: queries and keys normed per head
-        "layer_types": ["full_attention"] * shape.num_hidden_layers,
-        "use_sliding_window": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "max_position_embeddings": target.max_context,
-        "tie_word_embeddings": False,
-    }
+    layers = {name: getattr(shape, name) for name in (*SIZES, "head_dim", "rms_norm_eps")} | written_layers(shape)
+    layers |= {"model_type": "qwen3", "use_sliding_window": False, "max_position_embeddings": target.max_context}
     proposal = {"proposal_type": "greedy", "speculative_tokens": shape.block_size}
     verifier = {"name_or_path": target.name, "architectures": target.config.architectures or [type(target.model).__name__]}
     config = {name: getattr(shape, name) for name in SHARED} | {

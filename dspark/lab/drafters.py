@@ -181,7 +181,7 @@ def known_blocks(target: Target, drafter: Drafter, token_ids: Sequence[int], anc
     biased = base
     if head is not None:
         latents = head.latents(hidden, head.markov_w1(previous)).flatten(0, -2)  # [n·γ, r]
-        biased = base + torch.stack([head.markov_w2(latent).float() for latent in latents]).view_as(base)
+        biased = torch.stack([head.logits(*each) for each in zip(base.flatten(0, -2), latents, strict=True)]).view_as(base)
     return biased.softmax(-1), base.softmax(-1), logits[0].float().softmax(-1)[:, drafter.d2t][positions[0]]
 
 

@@ -17,9 +17,10 @@ from dspark.bench.plan import Plan, plan_of
 from dspark.bench.provenance import drafter_digest
 from dspark.cli import add_fields, from_fields, run_main
 from dspark.cpu.packed import has_bfloat16_kernels
+from dspark.draft.backbone import HEAD_TYPES
 from dspark.files import cache_dir
 from dspark.load import load_drafter, load_target
-from dspark.train.compare import Comparison, Recipe, Variant, chosen
+from dspark.train.compare import CANDIDATES, GROUPS, Comparison, Recipe, Variant, chosen
 from dspark.train.corpus import check_seeds, concatenate, load_corpus
 from dspark.train.features import SHARD_ROWS, FeatureStore, all_text
 from dspark.train.loop import Trainer, train_to
@@ -66,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
     drafter.add_argument("--weight-decay", type=float, default=0.0, help="of matrices, not of norms")
     drafter.add_argument("--block-size", type=int, default=BLOCK_SIZE)
     drafter.add_argument("--layers", type=int, default=LAYERS, choices=range(1, 9), help="start as copies of as many of the target's")
-    drafter.add_argument("--head", default="vanilla", choices=("vanilla", "gated", "rnn"))
+    drafter.add_argument("--head", default="vanilla", choices=HEAD_TYPES)
+    drafter.add_argument("--candidates", type=int, default=CANDIDATES, help="among which a selector head chooses")
+    drafter.add_argument("--convolutions", action="store_true", help="along the block, around attention and MLP")
     drafter.add_argument("--checkpoint-every", type=int, default=500, help="steps; held-out rows are judged as often")
 
     compare = commands.add_parser("compare", parents=[trained], help="train several kinds of drafter alike and decode with them; resumes")
@@ -74,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add_fields(compare, Plan, UNSHARED, temperature=1.0)  # as in the paper's table
     compare.add_argument("--out", type=Path, default=Path("runs/compare"), help="holds one folder per drafter")
     compare.add_argument("--results", type=Path, help="folder of the measurements; default a folder in --out")
-    compare.add_argument("--only", default="main", help="drafters or groups of them: all, main, heads, block, layers, dspark-block8, …")
+    compare.add_argument("--only", default="main", help=f"drafters or groups of them: all, {', '.join(GROUPS)}, dspark-block8, …")
     compare.add_argument("--stages", default="train,decode", help=f"of {', '.join(STAGES)}; time needs a quiet machine")
     return top
 
@@ -112,7 +115,8 @@ def train_drafter(args: argparse.Namespace) -> None:
         about["started_from"] = drafter_digest(drafter)
         drafter.sts_temperatures = ()  # fitted to the weights it starts from
     else:
-        drafter = recipe.start(Variant(args.out.name, args.layers, args.block_size, head=args.head), target, whole)
+        kind = {"head": args.head, "candidates": args.candidates, "convolutions": args.convolutions}
+        drafter = recipe.start(Variant(args.out.name, args.layers, args.block_size, **kind), target, whole)
     if args.learn_from == "all":
         corpus = all_text(corpus)
     store = FeatureStore(target, corpus, drafter.target_layer_ids, args.features)

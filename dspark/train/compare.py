@@ -7,6 +7,7 @@ names differs. Everything resumes: a finished drafter is not trained again, a fi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -35,6 +36,8 @@ from dspark.train.loop import TrainConfig, Trainer, train_to
 from dspark.train.start import BLOCK_SIZE, LAYERS, drafter_for, frequent_tokens, spread, spread_taps, unused_token
 from dspark.tune.profile import median_steps, medians, profile_draft
 
+CANDIDATES, KERNEL, CHANNEL_GROUPS = 16, 3, 8  # of a selector head; of convolutions: slots, and groups of channels
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -44,17 +47,27 @@ class Variant:
     layers: int = LAYERS
     block_size: int = BLOCK_SIZE
     rank: int = -1  # of the Markov head; −1: the recipe's, 0: none (DFlash)
-    head: str = "vanilla"  # kind of Markov head: vanilla, gated, rnn
+    head: str = "vanilla"  # kind of Markov head: vanilla, gated, rnn, selector
     kind: type[Drafter] = Drafter
+    candidates: int = CANDIDATES  # of a selector, where the draft vocabulary has as many
+    convolutions: bool = False
 
 
 SIDES = (("dspark", -1), ("dflash", 0))  # name and rank of the drafters that are compared at each size
 GROUPS: dict[str, tuple[Variant, ...]] = {  # in order of importance
     "main": (Variant("dspark"), Variant("dflash", rank=0), Variant("eagle", layers=1, rank=0, kind=EagleDrafter)),
     "heads": (Variant("gated", head="gated"), Variant("rnn", head="rnn")),
+    "dflash2": (
+        Variant("dflash2", head="selector", convolutions=True),
+        Variant("dspark+selector", head="selector"),  # in place of its own head
+        Variant("dspark+conv", convolutions=True),
+        Variant("dflash+conv", rank=0, convolutions=True),
+    ),
     "block": tuple(Variant(f"{side}-block{n}", block_size=n, rank=rank) for n in (8, 3, 12, 2, 16) for side, rank in SIDES),
     "layers": tuple(Variant(f"{side}-layers{n}", layers=n, rank=rank) for n in (1, 4, 3) for side, rank in SIDES),
 }
+ALIKE = (*GROUPS["main"], *GROUPS["heads"], *GROUPS["dflash2"])
+GROUPS["block7"] = tuple(replace(variant, name=f"{variant.name}-block7", block_size=7) for variant in ALIKE)
 VARIANTS = {variant.name: variant for group in GROUPS.values() for variant in group}
 
 
@@ -93,6 +106,8 @@ class Recipe:
 
     def start(self, variant: Variant, target: Target, corpus: Corpus) -> Drafter:
         """A fresh drafter; its layers start as copies of the target's, from the first to the last. Drafts tokens of the whole corpus."""
+        groups = math.gcd(CHANNEL_GROUPS, target.hidden_size)
+        convolutions = {"convolution_kernel": KERNEL, "convolution_groups": groups} if variant.convolutions else {}
         return drafter_for(
             target,
             kind=variant.kind,
@@ -103,6 +118,8 @@ class Recipe:
             target_layer_ids=tuple(map(int, self.taps.split(","))) if self.taps else spread_taps(target.num_layers),
             markov_rank=self.markov_rank if variant.rank < 0 else variant.rank,
             markov_head_type=variant.head,
+            num_candidates=min(variant.candidates, self.draft_vocab) if variant.head == "selector" else 0,
+            **convolutions,
             mask_token_id=unused_token(target, corpus) if self.mask_token < 0 else self.mask_token,
         )
 
@@ -202,6 +219,8 @@ def _shape_and_loss(config: dict) -> dict[str, object]:
     names = {"layers": "num_hidden_layers", "block_size": "block_size", "head": "markov_head_type", "rank": "markov_rank"}
     training, held_out = config["training"], config["training"]["held_out"]
     columns = {name: config[field] for name, field in names.items()} | {name: training[name] for name in ("steps", "revision", "machine")}
+    curve = dict(training.get("curve", ()))  # of none that an older dspark trained
+    columns |= {"curve_steps": list(curve), "curve_tau": list(curve.values())}
     return columns | {f"held_out_{name}": held_out[name] for name in ("loss", "tau", "acceptance")}
 
 

@@ -226,13 +226,14 @@ def train_to(trainer: Trainer, out: Path, *, about: dict[str, object]) -> None:
                 record |= {"held_out": trainer.validate()}
             log.write(json.dumps(record) + "\n")
             log.flush()
-    corpus = trainer.store.corpus
+    corpus, lines = trainer.store.corpus, Path(log.name).read_text(encoding="utf-8").splitlines()
     summary = {
         "steps": trainer.step,
         **about,
         "corpus_rows": len(corpus),
         "response_tokens": int(corpus.assistant.sum()),
         "held_out": trainer.validate(),
+        "curve": sorted({r["step"]: r["held_out"]["tau"] for r in map(json.loads, lines) if "held_out" in r}.items()),
         "revision": revision(),
         "machine": cpu_name() if trainer.target.device.type == "cpu" else device_name(trainer.target.device),
     }

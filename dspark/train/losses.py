@@ -93,6 +93,7 @@ def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks) -> B
         pick(shard.logsumexp, positions).flatten(),
         t2d[blocks.labels].flatten(),
         blocks.weight.flatten(),
+        drafter.config.num_candidates,
     )
     acceptance = acceptance.view(blocks.positions.shape)
     if drafter.confidence_head is not None:
@@ -109,6 +110,10 @@ class HeadLoss(torch.autograd.Function):
         ∂‖p − q‖₁/∂z = p ⊙ (s − ⟨p, s⟩)        ∂CE/∂z = p − onehot(label)
     The target's mass outside the draft vocabulary counts in full in the L1 distance, as the drafter can never propose it.
 
+    A selector's latent acts on its K candidates alone, and drafts are drawn from the softmax over these: it is p in the L1 distance and
+    the acceptance, and the target's mass outside the candidates counts in full. Only the cross-entropy takes the softmax over all z, as
+    one over the candidates would never raise the base logit of a label outside them, and so never make it a candidate.
+
     Returns the loss (scalar float32, the weighted sum over rows) and the acceptance ([n] float32, without gradient).
     """
 
@@ -123,8 +128,9 @@ class HeadLoss(torch.autograd.Function):
         logsumexp: Tensor,  # [n] float32, over the whole vocabulary
         label: Tensor,  # [n] int64 draft ids, −1 where the label is outside the draft vocabulary
         weight: Tensor,  # [n] float32, of each row in the loss
+        candidates: int = 0,  # K of a selector, 0 for another head
     ) -> tuple[Tensor, Tensor]:
-        dtype = head.dtype
+        dtype, width = head.dtype, hidden.shape[-1]
         inputs = torch.cat([hidden.to(dtype), latent.to(dtype)], -1)
         columns = torch.cat([head, w2.to(dtype)], -1)  # [draft_vocab, h + r]
         grad_inputs = torch.empty_like(inputs)
@@ -134,7 +140,13 @@ class HeadLoss(torch.autograd.Function):
 
         for rows in torch.arange(len(inputs), device=head.device).split(CHUNK_ROWS):
             rows = slice(int(rows[0]), int(rows[-1]) + 1)
-            p = F.linear(inputs[rows], columns).float()  # logits, [chunk, draft_vocab] …
+            if candidates:
+                p = F.linear(inputs[rows, :width], head).float()
+                chosen = torch.zeros_like(p, dtype=torch.bool).scatter_(-1, p.topk(candidates).indices, True)
+                p += chosen * F.linear(inputs[rows, width:], columns[:, width:])
+                drawn = p.masked_fill(~chosen, -torch.inf).softmax(-1)
+            else:
+                p = drawn = F.linear(inputs[rows], columns).float()  # logits, [chunk, draft_vocab] …
             log_norm = p.logsumexp(-1, keepdim=True)
             known = (label[rows] >= 0).float()
             index = label[rows].clamp(min=0)[:, None]
@@ -142,7 +154,7 @@ class HeadLoss(torch.autograd.Function):
             p.sub_(log_norm).exp_()  # … now probabilities
             q = F.linear(final[rows], head).float().sub_(logsumexp[rows, None]).exp_()
             outside = (1 - q.sum(-1)).clamp_(min=0)
-            sign = p - q
+            sign = drawn - q
             distance = sign.abs().sum(-1) + outside
             sign.sign_()
             acceptance[rows] = 1 - 0.5 * distance
@@ -151,15 +163,18 @@ class HeadLoss(torch.autograd.Function):
 
             a = (w * TOTAL_VARIATION)[:, None]
             b = (w * CROSS_ENTROPY * known)[:, None]
-            inner = torch.linalg.vecdot(p, sign).unsqueeze(-1)
-            grad = sign.mul_(a).add_(b - a * inner).mul_(p)  # p·(a·(s − ⟨p,s⟩) + b)
+            inner = torch.linalg.vecdot(drawn, sign).unsqueeze(-1)
+            grad = sign.sub_(inner).mul_(drawn).mul_(a).addcmul_(p, b)  # a·p·(s − ⟨p,s⟩) + b·p
             grad.scatter_add_(-1, index, -b)
             grad = grad.to(dtype)
             grad_inputs[rows] = grad @ columns
-            grad_w2 += grad.T @ inputs[rows, hidden.shape[-1] :]
+            if candidates:
+                grad *= chosen
+                grad_inputs[rows, width:] = grad @ columns[:, width:]
+            grad_w2 += grad.T @ inputs[rows, width:]
 
         ctx.save_for_backward(grad_inputs, grad_w2)
-        ctx.width = hidden.shape[-1]
+        ctx.width = width
         ctx.mark_non_differentiable(acceptance)
         return total, acceptance
 
@@ -167,4 +182,4 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_inputs, grad_w2 = ctx.saved_tensors
         grad_inputs = grad_inputs * grad_total.to(grad_inputs.dtype)
-        return grad_inputs[:, : ctx.width], grad_inputs[:, ctx.width :], grad_w2 * grad_total, None, None, None, None, None
+        return grad_inputs[:, : ctx.width], grad_inputs[:, ctx.width :], grad_w2 * grad_total, *[None] * 6

@@ -52,10 +52,7 @@ def unused_token(target: Target, corpus: Corpus) -> int:
 
 
 def untrained_drafter(target: Target, layers: int = LAYERS, block_size: int = BLOCK_SIZE) -> Drafter:
-    """A drafter of the default shape with random weights, ready to draft.
-
-    The cost of a block depends on shapes alone, so :func:`dspark.tune.profile.profile_draft` can measure it before any training.
-    """
+    """A drafter of the default shape with random weights, ready to draft: a block's cost depends on shapes alone."""
     shape = {"num_hidden_layers": layers, "block_size": block_size, "target_layer_ids": spread_taps(target.num_layers)}
     d2t = torch.arange(min(DRAFT_VOCAB, target.vocab_size))
     drafter = drafter_for(target, d2t=d2t, markov_rank=MARKOV_RANK, mask_token_id=0, **shape)
@@ -110,8 +107,8 @@ def drafter_for(
         for name, weight in drafter.named_parameters():
             if weight.dim() == 2:
                 torch.nn.init.normal_(weight, std=0.02)
-            if name.endswith(("markov_w2.weight", "confidence_head.proj.weight")):
-                torch.nn.init.zeros_(weight)  # start as the purely parallel drafter, with c = ½
+            if name.endswith(("markov_w2.weight", "confidence_head.proj.weight")) or ".convolutions." in name:
+                torch.nn.init.zeros_(weight)  # start as the purely parallel drafter, without convolutions and with c = ½
     if d2t is not None:
         drafter.d2t.copy_(d2t)
     if init_layers:

@@ -89,7 +89,7 @@ SPECS = "plain mtp1 fixed:1 fixed:2 fixed:3 fixed:4 adaptive:0.6,0.5,0.3 confide
 POLICIES: dict[str, Policy] = {spec.split(",")[0]: parse_policy(spec, lambda: JAGGED) for spec in SPECS}
 POLICIES |= {name: make_policy(name, {}, lambda: SMOOTH) for name in REGISTRY if name not in {spec.split(":")[0] for spec in SPECS}}
 POLICIES["prefix smooth"] = PrefixScheduler(SMOOTH)
-HEADS = ("none", "vanilla", "gated", "rnn")
+HEADS = ("vanilla", "none", "gated", "rnn", "selector")
 SOURCES = (*HEADS, "reduced", "copying")  # "reduced": vanilla with a draft vocabulary of two tokens; "copying": ContextLookup(vanilla)
 TOP_TWO = ExactSampling(1.0, top_k=2)
 SAMPLINGS = (ExactSampling(0.5), ExactSampling(2.0), ExactSampling(0.0), TOP_TWO, ExactSampling(1.0, top_p=0.8), ExactSampling(2.0, 2, 0.7))
@@ -130,7 +130,7 @@ def few_cases() -> list[Case]:
     by_source = [Case(policy, source) for policy, source in zip(served(3), cycle(SOURCES), strict=False)]
     by_sampling = [Case(policy, "gated", s, 3, 2, eos=True) for policy, s in zip(served(2), SAMPLINGS, strict=False)]
     shapes = [
-        Case("prefix", "gated", TOP_TWO, 3, 2, eos=True),
+        Case("prefix", "selector", vocab=3, block_size=2, eos=True),
         Case("adaptive:0.6", block_size=4, tokens=(6,), eos=True),
         Case("mtp1", vocab=4, block_size=1, tokens=(3,)),
         Case("fixed:2", "reduced", TOP_TWO, 5, 2, tokens=(3,)),
@@ -165,10 +165,11 @@ def small_target(vocab: int, eos: bool, lean: bool = False) -> Target:
 
 
 @cache
-def small_drafter(target: Target, head: str, block_size: int, reduced: bool) -> Drafter:
+def small_drafter(target: Target, source: str, block_size: int) -> Drafter:
     """A random drafter of one layer whose confidence differs from branch to branch."""
+    head, last = source if source in HEADS else "vanilla", target.vocab_size - 1
     markov = {"markov_rank": 0} if head == "none" else {"markov_rank": 4, "markov_head_type": head}
-    kept = {"d2t": torch.tensor([0, target.vocab_size - 1])} if reduced else {}
+    kept = {"reduced": {"d2t": torch.tensor([0, last])}, "selector": {"num_candidates": last}}.get(source, {})
     shape = {"num_hidden_layers": 1, "block_size": block_size, "target_layer_ids": (0,), "mask_token_id": 1}
     drafter = tiny_drafter(target, seed=SEED + 10 * target.vocab_size + block_size, std=0.5, **shape, **markov, **kept)
     hidden, embedding = drafter.confidence_head.proj.weight.data.split([target.hidden_size, drafter.config.markov_rank], -1)
@@ -199,8 +200,7 @@ class Proof:
 def prove(case: Case) -> Proof:
     """Enumerate one case."""
     target = small_target(case.vocab, case.eos, lean=len(case.tokens) > 1)
-    head = case.source if case.source in HEADS else "vanilla"
-    source: DraftSource = small_drafter(target, head, case.block_size, case.source == "reduced")
+    source: DraftSource = small_drafter(target, case.source, case.block_size)
     if case.source == "copying":
         source = ContextLookup(source, 2, max_copy=case.block_size)
     return compared(target, source, POLICIES[case.policy], case.sampling, case.tokens)
