@@ -21,7 +21,7 @@ def prepared(target: Target, drafter: DraftSource | None, policy: Policy | None)
             raise ValueError(f"{policy} needs a drafter: pass one, or leave the policy out for plain decoding")
         return None, Autoregressive()
     mine = getattr(getattr(drafter, "drafter", drafter), "attached_to", None)  # the embedding of the target it was made for
-    a, b = getattr(mine, "weight", None), target.embedding.weight
+    a, b = (None, None) if mine is None else (mine.weight, target.embedding.weight)
     if a is not None and a is not b and (a.device != b.device or a.dtype != b.dtype or not torch.equal(a, b)):
         raise ValueError(f"the drafter is attached to another model than {target.name}: load_drafter(…, target) with this very target")
     if policy is None:
