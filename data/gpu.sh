@@ -18,8 +18,11 @@ drafter() { $python -m dspark.train drafter $common $shape --weight-decay 0.1 --
 trio() { $python -m dspark.train compare $common $shape --only main --stages train --out "$work/trio" ${toy:+--features $work/features}; }
 bench() { $python -m dspark.bench gpu $toy --minutes "${MINUTES:-5}" --out "$work/bench"; }
 
-for stage in ${*:-text drafter trio bench}; do
+stages=${*:-text drafter trio bench}
+for stage in $stages; do
   case $stage in text | drafter | trio | bench) ;; *) echo "data/gpu.sh: stage $stage is unknown: text, drafter, trio, bench" >&2; exit 2 ;; esac
+done
+for stage in $stages; do
   echo "== $stage, $(date +%T)"
   status=0
   $stage || status=$?

@@ -1,4 +1,4 @@
-"""data/gpu.sh, for the one chance on a GPU: every option of its commands exists, and a stage that fails ends it."""
+"""data/gpu.sh: every option of its commands exists, and a stage that fails ends it."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ def test_a_stage_that_fails_ends_the_script_and_later_calls_may_name_the_rest(tm
     status, commands = script(tmp_path, "drafter", "trio", fail="drafter")
     assert status == 3 and len(commands) == 1
     (other := tmp_path / "other").mkdir()
-    assert script(other, "everything") == (2, [])
+    assert script(other, "text", "everything") == (2, [])

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ TRAIN += " --checkpoint-every 4 --taps 0,1 --layers 1 --mask-token 3 --block-siz
 
 
 def start(models: Path, out: Path, *more: str, command: str = "") -> subprocess.Popen:  # noqa: F811
-    """Two processes in a group of their own. The rows of a step are shared unequally: three by two."""
+    """Two processes and their launcher. They share the three rows of a step unequally."""
     out.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -33,15 +34,13 @@ def start(models: Path, out: Path, *more: str, command: str = "") -> subprocess.
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     with out.with_suffix(".txt").open("a") as text:
-        return subprocess.Popen(words, cwd=models, env=environment, stdout=text, stderr=text, start_new_session=True)
+        return subprocess.Popen(words, cwd=models, env=environment, stdout=text, stderr=text)
 
 
-def losses(out: Path) -> Tensor:
-    """[steps, 2]: the loss and τ of each step, of the last run that took it."""
+def losses(out: Path) -> dict[int, Tensor]:
+    """Step → its loss and τ, of the last run that took it."""
     lines = [json.loads(line) for line in (out / "drafter.training" / "log.jsonl").read_text().splitlines()]
-    found = {line["step"]: [line["loss"], line["tau"]] for line in lines}
-    assert list(found) == sorted(found) == list(range(1, STEPS + 1))
-    return torch.tensor(list(found.values()))
+    return {line["step"]: torch.tensor([line["loss"], line["tau"]]) for line in lines}
 
 
 def test_two_processes_take_the_steps_of_one_are_killed_and_resume(models: Path) -> None:  # noqa: F811
@@ -52,11 +51,17 @@ def test_two_processes_take_the_steps_of_one_are_killed_and_resume(models: Path)
         before, process, deadline = len(steps_kept(pair)), start(models, pair, *features), time.monotonic() + HEAVY
         while len(steps_kept(pair)) <= before and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)
-        os.killpg(process.pid, how)
+        # The launcher passes SIGTERM on. SIGKILL leaves it no time to, and its processes have sessions of their own.
+        children = psutil.Process(process.pid).children(recursive=True) if how == signal.SIGKILL else []
+        for each in (*children, process):
+            each.send_signal(how)
         process.wait(HEAVY)
         assert before < len(steps_kept(pair)) < STEPS, pair.with_suffix(".txt").read_text()
     assert start(models, pair, *features).wait(HEAVY) == 0, pair.with_suffix(".txt").read_text()
-    assert torch.allclose(losses(pair), losses(single), rtol=1e-4, atol=1e-5)
+    ours, theirs = losses(pair), losses(single)
+    assert list(ours) == sorted(ours) and list(theirs) == list(range(1, STEPS + 1))
+    assert len(theirs.keys() - ours.keys()) <= 1, "SIGTERM between an update and its line may cost the line"
+    assert all(torch.allclose(ours[step], theirs[step], rtol=1e-4, atol=1e-5) for step in ours)
     ours, theirs = (load_file(out / "drafter" / "model.safetensors") for out in (pair, single))
     assert all(torch.allclose(ours[name].float(), theirs[name].float(), rtol=0.02, atol=1e-4) for name in theirs)
 

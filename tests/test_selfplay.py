@@ -265,6 +265,10 @@ def test_more_rows_are_appended_after_the_full_shards(target: Target, whole: Cor
     small = play(target, tmp_path / "c.json", rows=6)
     assert same(small.rows(slice(4)), whole.rows(slice(4)))
     assert same(play(target, tmp_path / "c.json"), whole)
+    content = (tmp_path / "c.shards" / "000002.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"000002.safetensors has 2 rows, not 1: ask for more rows"):
+        play(target, tmp_path / "c.json", rows=9)
+    assert (tmp_path / "c.shards" / "000002.safetensors").read_bytes() == content
 
 
 @pytest.mark.parametrize("other", [{"seed": 3}, {"tokens": 24}, {"batch": 5}, {"subjects": TALK[:1]}])

@@ -36,8 +36,7 @@ class Corpus:
 def load_corpus(path: str | Path, target: Target | None = None) -> Corpus:
     """Read a corpus: one file, or the manifest ``*.json`` of a corpus in shards, without its near-duplicates.
 
-    target: the model that must have written it, as far as the corpus tells. Raises ValueError if anything is missing, damaged, changed,
-    of another target, or there twice.
+    target: the model that must have written it, if the corpus names one. Raises ValueError for a file missing, changed or there twice.
     """
     path = Path(path)
     if path.suffix != ".json":

@@ -107,7 +107,8 @@ class Trainer:
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
         except (GeneratorExit, KeyboardInterrupt):  # the consumer stopped early, or Ctrl-C
-            self.save()
+            with uninterrupted():  # a launcher that sees a process end stops the others too
+                self.save()
             raise
         self.save()
 
@@ -216,9 +217,10 @@ def train_to(trainer: Trainer, out: Path, *, about: dict[str, object]) -> None:
     about: what config.json says of the training beside its steps, text, place and held-out numbers
     """
     main = trainer.processes.is_main_process
+    path = trainer.folder / "log.jsonl" if main else Path(os.devnull)
     bar = tqdm(total=trainer.config.steps, initial=trainer.step, unit="step", desc=out.name, disable=not main)
     # Closing the iterator saves a checkpoint when Ctrl-C arrives in this function.
-    with (trainer.folder / "log.jsonl" if main else Path(os.devnull)).open("a") as log, bar, contextlib.closing(trainer.run()) as records:
+    with path.open("a" if trainer.step else "w") as log, bar, contextlib.closing(trainer.run()) as records:
         for record in records:
             bar.update()
             bar.set_postfix(loss=f"{record['loss']:.3f}", tau=f"{record['tau']:.2f}", acceptance=record["acceptance"])
@@ -226,7 +228,7 @@ def train_to(trainer: Trainer, out: Path, *, about: dict[str, object]) -> None:
                 record |= {"held_out": trainer.validate()}
             log.write(json.dumps(record) + "\n")
             log.flush()
-    corpus, lines = trainer.store.corpus, Path(log.name).read_text(encoding="utf-8").splitlines()
+    corpus, lines = trainer.store.corpus, path.read_text(encoding="utf-8").splitlines()
     summary = {
         "steps": trainer.step,
         **about,

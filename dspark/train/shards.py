@@ -68,7 +68,7 @@ def self_play(
         manifest, else as in ``DEFAULTS``. More rows extend a corpus.
 
     Raises ValueError for settings out of range or other than those of the shards that are there, a target without a usable chat template,
-    a damaged shard, or a full disk (finished shards are kept).
+    a shard that is damaged or has more rows than asked for, or a full disk (finished shards are kept).
     """
     path, subjects = Path(path), load_subjects() if subjects is None else tuple(subjects)
     check_engine(engine, jobs)
@@ -87,11 +87,12 @@ def self_play(
     _refuse_other(path, earlier["recipe"] or recipe, recipe)
 
     counts, parts = [min(batch, rows - first) for first in range(0, rows, batch)], {}
-    files = shard_files(path, len(counts))
-    for index, file in enumerate(files):
+    for index, file in enumerate(files := shard_files(path, len(counts))):
         if file.exists():
             part, header = read_shard(file, "delete it, and the same command makes it again")
             _refuse_other(file, json.loads(header.get("about", "{}")), recipe | {"shard": index})
+            if len(part) > counts[index]:
+                raise ValueError(f"{file} has {len(part)} rows, not {counts[index]}: ask for more rows, or choose another path")
             parts |= {index: part} if len(part) == counts[index] else {}  # a shorter last one is made again
     todo = [task for task in enumerate(counts) if task[0] not in parts]
     work = partial(make_shard, target if source is None or (engine, jobs) == ("local", 1) else source, subjects, recipe)
@@ -107,8 +108,7 @@ def self_play(
         about |= {"response_tokens": int(parts[index].assistant[~drop].sum()), "near_duplicates": drop.nonzero()[:, 0].tolist()}
         for known in earlier["shards"][index : index + 1]:
             if known["rows"] == counts[index] and known["sha256"] != about["sha256"]:
-                found = f"{file} is not the shard of {path}, which another machine or version made"
-                raise ValueError(f"{found}: delete {path} to use yours")
+                raise ValueError(f"{file} is not the shard of {path}, which another machine or version made: delete {path} to use yours")
         manifest["response_tokens"] += about["response_tokens"]
         manifest["shards"].append(about)
     write_atomically(path, json.dumps(manifest, indent=1).encode())
