@@ -122,7 +122,7 @@ def write_results(frame: pd.DataFrame, path: Path) -> None:
 
 
 def read_results(path: Path, remedy: str = COMMAND) -> pd.DataFrame:
-    """The rows of a Parquet file, without those of arms that no longer exist. Raises ValueError, with the command that makes it."""
+    """The rows of a file, but for arms that no longer exist. Raises ValueError, naming ``remedy``, if it is missing or not Parquet."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: pass a file in it that {remedy} has made")
     try:
@@ -137,7 +137,7 @@ def read_results(path: Path, remedy: str = COMMAND) -> pd.DataFrame:
 
 
 def read_rows(path: Path, remedy: str = COMMAND, schema_version: int = SCHEMA_VERSION) -> pd.DataFrame:
-    """:func:`read_results` for a table or figure. Also raises ValueError for a file without rows or of another schema version."""
+    """:func:`read_results` for a table or figure. Raises ValueError also if there are no rows, or of another schema version."""
     frame = read_results(path, remedy)
     if frame.empty:
         raise ValueError(f"{path} has no rows: make it again with {remedy}")

@@ -115,7 +115,7 @@ def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
     return Rollouts(values["logits"], position < values["survived"], position < values["checked"], values["acceptance"])
 
 
-def judged(frame: pd.DataFrame, calibration: Calibration, report: Callable = calibration_report) -> pd.DataFrame:
+def judged(frame: pd.DataFrame, calibration: Calibration, report: Callable[..., list[Row]] = calibration_report) -> pd.DataFrame:
     """Confidence before and after calibration, on the half that was not fitted: one row per sampling temperature and position."""
     data = {t: rollouts_of(frame, half=JUDGE, temperature=t) for t in sorted(set(frame["temperature"]))}
     return pd.DataFrame([{"temperature": t} | row for t, part in data.items() for row in report(part, calibration)])
@@ -127,7 +127,8 @@ def ranked(frame: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
 
 
 def store(calibration: Calibration, name: str, target: Target) -> Path:
-    """Add the offset to the bias of the drafter's confidence head and write the temperatures into its config; all else stays."""
+    """Add the offset to the bias of the drafter's confidence head and write the temperatures into its config; all else stays.
+    Returns the folder. Raises ValueError if it does not exist."""
     folder = default_drafter() if name == "default" else Path(name).expanduser()
     if not folder.is_dir():
         raise ValueError(f"no drafter folder at {folder}: a calibration can only be stored in a folder, so download the drafter first")

@@ -70,9 +70,6 @@ def constant_columns(plan: Plan, models: Models) -> dict[str, Row]:
     }
 
 
-# ---- peak memory: it never falls, so each arm has a process of its own
-
-
 def in_new_process(function: Callable, *arguments: object) -> object:
     """``function(*arguments)``, run in a process of its own. Raises what it raises, or ValueError if the process was killed."""
     try:
@@ -84,7 +81,8 @@ def in_new_process(function: Callable, *arguments: object) -> object:
 
 
 def measure_memory(plan: Plan, out: Path) -> pd.DataFrame:
-    """One row per arm and repeat. Resumes. The parent never loads a model, as a child's count starts at its parent's peak."""
+    """Peak memory: one row per arm and repeat. Resumes. A peak never falls, so each arm has a process of its own; and a child's count
+    starts at its parent's peak, so the parent never loads a model."""
     names = [arm.name for arm in plan.parsed_arms]
     runs = {f"{repeat}/{name}": (repeat, name) for repeat in range(plan.repeats) for name in rotated(names, repeat)}
     ledger = Ledger(out, plan.configuration("memory", "", None))

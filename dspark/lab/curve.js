@@ -9,7 +9,10 @@ function render({ model, el }) {
   el.append(view);
 
   let slider = null;
+  let of; // its name
+  let gone = false; // the page has removed this view
   const draw = () => {
+    if (of !== model.get("slider")) return; // the lines are of a slider that is still to be found
     const lines = Object.entries(model.get("lines"));
     view.hidden = !slider || !lines.length;
     if (view.hidden) return;
@@ -44,15 +47,21 @@ function render({ model, el }) {
         <text x="-8" y="${y(high) + 4}" text-anchor="end">${high.toFixed(1)}</text>${parts.join("")}${marks}</svg>`;
   };
   const follow = async () => {
-    slider?.off("change:index", draw);
     const id = model.get("slider");
-    slider = id && (await model.widget_manager.get_model(id.replace("IPY_MODEL_", "")));
+    const found = id && (await model.widget_manager.get_model(id.replace("IPY_MODEL_", "")));
+    if (gone || id !== model.get("slider")) return; // another one came meanwhile
+    slider?.off("change:index", draw);
+    [of, slider] = [id, found];
     slider?.on("change:index", draw);
     draw();
   };
   model.on("change:slider", follow);
   model.on("change:lines", draw);
   follow();
+  return () => {
+    gone = true;
+    slider?.off("change:index", draw);
+  };
 }
 
 export default { render };

@@ -87,7 +87,8 @@ function update(group, children) {
     if (own.dataset.r !== r) own.dataset.r = r;
     return own;
   });
-  for (const child of known.values()) child.remove();
+  const kept = new Set(next);
+  for (const child of [...group.children]) if (!kept.has(child)) child.remove(); // several may look alike
   let at = group.firstElementChild;
   for (const child of next) {
     if (child === at) at = at.nextElementSibling;
@@ -131,6 +132,7 @@ function render({ model, el }) {
   let slider = null;
   let of = ""; // its name
   let pictures = []; // [html, details] at each of its places
+  let gone = false; // the page has removed this view
   const ready = new Map(); // html → read already: what may be shown next
 
   const light = (item, scroll = true) => {
@@ -217,7 +219,7 @@ function render({ model, el }) {
     if (!id || !bytes.byteLength) return;
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
     const [found, known] = await Promise.all([model.widget_manager.get_model(id.replace("IPY_MODEL_", "")), new Response(stream).json()]);
-    if (bytes !== model.get("pictures")) return; // newer ones came meanwhile
+    if (gone || bytes !== model.get("pictures")) return; // newer ones came meanwhile
     [of, slider, pictures] = [id, found, known];
     slider.on("change:index", show);
     show();
@@ -273,6 +275,10 @@ function render({ model, el }) {
     nameControls(controls);
     new MutationObserver(() => nameControls(controls)).observe(controls, { childList: true, subtree: true, attributeFilter: ["aria-valuetext"] });
   }).observe(el);
+  return () => {
+    gone = true;
+    slider?.off("change:index", show);
+  };
 }
 
 export default { render };

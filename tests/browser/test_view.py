@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from chromium import NEEDED, SHOTS, barriers, needs_axe, opened
-from rounds import ROUNDS, decode
+from rounds import ROUNDS, decode, round_of
 
 from dspark.bench.traces import load_traces
 from dspark.lab import rounds
@@ -130,6 +130,14 @@ def test_every_place_of_a_slider_is_shown_at_once_and_as_if_it_were_drawn_anew(p
     page.evaluate("values => change(values)", shown())
     page.evaluate("values => change(values)", {"index": 2})
     assert view.locator(".text").inner_text().startswith("Hello"), "a picture of other settings is not the slider's"
+
+
+def test_drafts_that_look_alike_are_all_gone_after_their_round(page):
+    run = {"rounds": [ROUNDS[0], round_of(1, "aaaa", 4, 0, "x")], "plain": (), "arm": "fixed", "tokens": 13, "decode": decode}
+    view = show(page, "rounds.js", picture(Run(**run, ended=False, judged=False)))
+    assert view.locator(".draft").count() == 4
+    page.evaluate("values => change(values)", picture(Run(**run)))
+    assert view.locator(".draft").count() == 0 and view.locator(".text").inner_text() == "Hx"
 
 
 def test_the_dot_stands_on_the_curve_at_the_place_of_the_slider(page):
