@@ -50,7 +50,7 @@ COMMANDS = {  # results file → the command that makes it
     "sps-bfloat16": "python -m dspark.bench.sps --out data/results/sps-bfloat16.parquet",
     "traces-test": "python -m dspark.bench.traces --out data/results/traces-test.parquet",
     "rollouts-dev": "python -m dspark.bench.rollouts --repeats 18 --fit-repeats 6 --out data/results/rollouts-dev.parquet",
-    "drafters-trained": f"{COMPARE} all --stages train",
+    "drafters-trained": f"{COMPARE} main,heads,block,layers --stages train",
     "drafters-time": f"{COMPARE} main,block --stages time",
 } | {f"drafters-t1-{name}": f"{COMPARE} main" for name in DRAFTERS}
 RUNS = {"Greedy": "speed-bfloat16-t0", "Sampled": "speed-bfloat16-t1"}  # the text speaks of these; the table shows all speed runs

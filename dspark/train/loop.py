@@ -228,14 +228,18 @@ def train_to(trainer: Trainer, out: Path, *, about: dict[str, object]) -> None:
                 record |= {"held_out": trainer.validate()}
             log.write(json.dumps(record) + "\n")
             log.flush()
-    corpus, lines = trainer.store.corpus, path.read_text(encoding="utf-8").splitlines()
+    corpus, curve = trainer.store.corpus, {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, KeyError):  # a line that a full disk tore apart; a step that was not judged
+            record = json.loads(line)
+            curve[record["step"]] = record["held_out"]["tau"]
     summary = {
         "steps": trainer.step,
         **about,
         "corpus_rows": len(corpus),
         "response_tokens": int(corpus.assistant.sum()),
         "held_out": trainer.validate(),
-        "curve": sorted({r["step"]: r["held_out"]["tau"] for r in map(json.loads, lines) if "held_out" in r}.items()),
+        "curve": sorted(curve.items()),
         "revision": revision(),
         "machine": cpu_name() if trainer.target.device.type == "cpu" else device_name(trainer.target.device),
     }
