@@ -26,7 +26,7 @@ from dspark.bench.measure import Settings, by_transformers, first_divergence, po
 from dspark.bench.plan import Plan, rotated
 from dspark.bench.prompts import data_dir
 from dspark.bench.results import Ledger, read_results, write_results
-from dspark.bench.speed import check_identity, in_new_process, measure_speed, weigh
+from dspark.bench.speed import check_identity, in_new_process, margin, measure_speed, weigh
 from dspark.bench.stats import acceptance_by_position, beyond_rounding, identity_table, memory_table, speed_table, speedups, summarise
 from dspark.cpu import is_packed, pack_target
 from dspark.draft.drafter import Drafter
@@ -614,6 +614,14 @@ def made_up(ratio: float, n: int = 12, noise: float = 0.1, domains: tuple[str, .
 
 def of(summary: pd.DataFrame, arm: str, domain: str = "all") -> pd.Series:
     return summary[(summary["arm"] == arm) & (summary["domain"] == domain)].iloc[0]
+
+
+def test_the_margin_is_between_the_two_best_tokens_of_plain_decoding(target):
+    text, prompt = [9, 30, 7, 55], [5, 6, 7]
+    for i in range(4):
+        logits, _ = target.forward(torch.tensor([prompt + text[:i]]), target.new_cache())
+        best, second = logits[0, -1].topk(2).values.tolist()
+        assert margin(target, prompt, text, i) == pytest.approx(best - second, abs=1e-4) and best > second
 
 
 def test_the_speed_up_of_identical_arms_is_one():

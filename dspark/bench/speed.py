@@ -24,6 +24,7 @@ from dspark.bench.measure import Decoder, Trial, by_transformers, first_divergen
 from dspark.bench.plan import Plan, Unit, rotated
 from dspark.bench.provenance import peaks, utc
 from dspark.bench.results import Ledger, Row
+from dspark.target.prompt import Prompt
 from dspark.target.target import Target
 from dspark.verify.passes import Slot, TargetPass, TransformersPass, pass_of
 
@@ -145,6 +146,14 @@ def weigh(models: Models, prompt: list[int], expected: list[int], trial: Trial, 
     at_once = logits_of(modules, DynamicCache(), text, (), 0)
     lead, left = (float(row[expected[i]] - row[trial.token_ids[i]]) for row in (alone, together))
     return abs(lead), min(max(0.0, lead - left), 2 * float((singly - at_once).abs().max()))
+
+
+def margin(target: Target, prompt: Prompt, tokens: list[int], i: int) -> float:
+    """By how many logits the target prefers its best token to its second, for new token ``i`` of this text, decoded plainly."""
+    verifier, passes = pass_of(target), (([token], 1) for token in tokens)
+    cache = verifier.new_cache()
+    best, second = logits_of(verifier, cache.open(), target.encode(prompt), passes, i, cache).topk(2).values.tolist()
+    return best - second
 
 
 def logits_of(
