@@ -1,7 +1,5 @@
 """The frame round every command: options from a dataclass, parse, run, one line for an error, an exit status."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Sequence

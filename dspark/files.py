@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, digests of what they hold, and the folders that dspark keeps things in."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import hashlib

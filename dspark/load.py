@@ -1,7 +1,5 @@
 """``dspark.load_target`` and ``dspark.load_drafter``: find by name, read, check, and lay out for the machine."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection
 from pathlib import Path

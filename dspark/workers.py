@@ -1,7 +1,5 @@
 """Independent pieces of work: one after another, in several processes, or on a Ray cluster."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait

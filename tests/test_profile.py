@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
@@ -111,6 +112,16 @@ def test_the_curve_is_measured_once_per_target_and_thread_count(monkeypatch: pyt
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     sps_curve(one)
     assert measured == [one.digest, other.digest, one.digest]
+
+
+def test_step_times_of_a_busy_machine_are_not_kept(monkeypatch: pytest.MonkeyPatch, caplog):
+    measured = iter((0.05, 0.01, 0.02))
+    monkeypatch.setattr(profile, "profile_sps", lambda *_args, **_options: SPSCurve((1,), (next(measured),)))
+    target = tiny_target()
+    monkeypatch.setattr(os, "getloadavg", lambda: (os.cpu_count() + 1.0, 0.0, 0.0))
+    assert sps_curve(target).seconds == (0.05,) and "busy" in caplog.text
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))
+    assert sps_curve(target).seconds == sps_curve(target).seconds == (0.01,)
 
 
 def test_a_damaged_profile_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

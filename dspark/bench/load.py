@@ -4,8 +4,6 @@ Closed loop: R users, each of whom sends the next request when the last is answe
 process) or at the times of a file, however many are still being served. All policies serve the same requests of mixed lengths.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

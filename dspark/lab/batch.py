@@ -1,7 +1,5 @@
 """What all notebooks share: a cell that checks the parameters before anything loads, and one that saves and shows the summary."""
 
-from __future__ import annotations
-
 import ast
 import json
 import math

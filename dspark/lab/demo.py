@@ -1,7 +1,5 @@
 """``python -m dspark.lab.demo``: run the first notebook in batch on this machine and print what it prints."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

@@ -1,7 +1,5 @@
 """Drafters: compared (from the frames of ``python -m dspark.train compare``), trained inside a notebook, and their bias on a known text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

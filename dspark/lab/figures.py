@@ -4,8 +4,6 @@ Every token fate has one name and one colour in all figures, and every policy th
 and Ito and can be told apart by colour-blind readers; backgrounds are translucent, so light and dark pages both work.
 """
 
-from __future__ import annotations
-
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Figures and tables of exactness: pure functions of distributions and of the file that ``make proof`` writes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

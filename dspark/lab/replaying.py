@@ -1,7 +1,5 @@
 """What the panel reads from a recorded trace, so that any policy is replayed in milliseconds without a model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from textwrap import shorten

@@ -4,8 +4,6 @@ Python writes the markup, which needs no script to be read. ``rounds.js`` links 
 everywhere and fills one line of details. ``curve.js`` draws the lines under a slider.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import zlib

@@ -1,7 +1,5 @@
 """Figures of schedules and of the confidence that they read: pure functions of records and frames."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Figures and tables of speed, of one request and of many: pure functions of the frames that :mod:`dspark.bench` writes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -4,8 +4,6 @@ They share one horizontal axis, the position in the text: a round is as wide as 
 percentages, so a picture fills any width and its words keep their size. Text has the colour of its page.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence

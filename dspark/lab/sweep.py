@@ -5,8 +5,6 @@ Finished cells are not run again, so a killed sweep resumes, and a wider grid ru
 object at its parameter ``out``: the row of the cell in the table, its three results first.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -3,8 +3,6 @@
 ``rounds.js`` links it with the pictures: ``data-r`` is the round, ``data-n`` the position in the text, ``data-c`` a number of tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """The controls of the live panel: the menu of policies with the sliders of the registry, settings, buttons, and how to free them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """``python -m dspark.train``: self-play corpus and drafter training from the command line."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

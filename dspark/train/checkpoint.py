@@ -1,7 +1,5 @@
 """What an interrupted training resumes from: one file with float32 weights, AdamW's moments, the step and the settings."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

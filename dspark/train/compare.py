@@ -4,8 +4,6 @@ One corpus, one number of steps, the same taps, the same batches in the same ord
 names differs. Everything resumes: a finished drafter is not trained again, a finished measurement is not repeated.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the drafter learns from: the target's taps and last hidden states over a corpus, computed once, shard by shard."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

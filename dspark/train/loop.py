@@ -3,8 +3,6 @@
 Started by ``accelerate launch``, each process computes the gradient of its share of a step's rows, and all take the step of their sum.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

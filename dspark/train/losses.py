@@ -4,8 +4,6 @@ Tensors of rows × vocabulary in float32 would dominate a training step in time 
 computed a few rows at a time.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -6,8 +6,6 @@ A row is a system prompt, a user turn, an answer, and so on until it is full. Af
 inserted and sampling continues, so all rows have the same length and no padding.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 ``text.json`` holds the recipe and each shard's seed, digest, response tokens and near-duplicates; ``text.shards/`` holds the shards.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Sequence

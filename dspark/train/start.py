@@ -1,7 +1,5 @@
 """A fresh drafter for a target: its shape, its vocabulary, and weights that start close to something useful."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

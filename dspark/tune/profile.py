@@ -1,7 +1,5 @@
 """Seconds of one target step over B tokens: measured once per machine, cached, read by the scheduler."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -208,7 +206,7 @@ def profile_drafts(target: Target, drafter: DraftSource, *, requests: Sequence[i
 
 
 def _kept(target: Target, more: dict[str, object], kind: type[T], measure: Callable[[], T]) -> T:
-    """Step times from the cache, else measured and kept there under all that they depend on."""
+    """Step times from the cache, else measured and kept there under all that they depend on; not kept if the machine is busy."""
     key = more | {
         "format": FORMAT,
         "machine": cpu_name(),
@@ -230,7 +228,10 @@ def _kept(target: Target, more: dict[str, object], kind: type[T], measure: Calla
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the profile %s cannot be read and is measured again (%s)", path.name, error)
-    times = measure()
+    load, times = getattr(os, "getloadavg", lambda: (0.0,))()[0], measure()  # Windows does not tell
+    if load > os.cpu_count():
+        log.warning("other programs keep this machine busy (load %.1f): its step times serve this process and are not kept", load)
+        return times
     try:
         write_atomically(path, json.dumps({"key": key, "times": asdict(times)}, indent=1).encode())
     except ValueError as error:
