@@ -377,7 +377,7 @@ def test_a_published_pair_is_inspected_decoded_and_judged_beside_the_paper(tmp_p
 
 
 def test_under_load_shows_a_small_run_where_no_loads_are_recorded(executed):
-    for words in ("no recorded loads", "async over the best window", "fixed:2 with 3 users", "request 0 is active, request 1 is waiting"):
+    for words in ("no recorded loads", "async over the best window", "fixed:2, users 3", "request 0 is active, request 1 is waiting"):
         assert words in executed("06_under_load").printed
 
 

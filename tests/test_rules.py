@@ -30,7 +30,7 @@ class Given(Rng):
     def __init__(self, numbers: list[float]) -> None:
         self.numbers = list(numbers)
 
-    def _uniform(self, device: torch.device) -> torch.Tensor:
+    def _uniform(self) -> torch.Tensor:
         return torch.tensor(self.numbers.pop(0), dtype=torch.float64)
 
 
