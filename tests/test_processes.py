@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from test_killed import Job, models, run, steps_kept  # noqa: F401  models: the tiny models and their text, a fixture
 from torch import Tensor
 
+from dspark.train.__main__ import main
+
 STEPS, HEAVY = 40, 200.0  # seconds that a start may take on a busy machine
 TRAIN = f"dspark.train drafter --target target --dtype float32 --corpus corpus.safetensors --steps {STEPS} --sequences 3 --anchors 4"
 TRAIN += " --checkpoint-every 4 --taps 0,1 --layers 1 --mask-token 3 --block-size 3 --markov-rank 4 --draft-vocab 60"
@@ -66,14 +68,14 @@ def test_two_processes_take_the_steps_of_one_are_killed_and_resume(models: Path)
     assert all(torch.allclose(ours[name].float(), theirs[name].float(), rtol=0.02, atol=1e-4) for name in theirs)
 
 
-@pytest.mark.parametrize(
-    ("command", "error"),
-    [
-        (f"{TRAIN} --sequences 1 --out refused/drafter", "2 processes share 1 sequences a step: launch fewer, or raise --sequences"),
-        ("dspark.train corpus --target target --corpus refused.json", "corpus runs in one process"),
-    ],
-)
-def test_what_several_processes_cannot_do_is_refused(models: Path, command: str, error: str) -> None:  # noqa: F811
-    out = models / "refused"
-    assert start(models, out, command=command).wait(HEAVY) != 0
+def test_processes_that_cannot_share_a_step_are_refused(models: Path) -> None:  # noqa: F811
+    out, error = models / "refused", "2 processes share 1 sequences a step: launch fewer, or raise --sequences"
+    assert start(models, out, command=f"{TRAIN} --sequences 1 --out refused/drafter").wait(HEAVY) != 0
     assert error in out.with_suffix(".txt").read_text() and os.listdir(out) == []
+
+
+@pytest.mark.parametrize("command", ["corpus --corpus text.json", "compare --only main"])
+def test_all_but_the_training_of_one_drafter_runs_in_one_process(command: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command.split()) != 0
+    assert f"{command.split()[0]} runs in one process" in capsys.readouterr().err
