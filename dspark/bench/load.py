@@ -215,8 +215,8 @@ def server(plan: LoadPlan, models: Models, arm: Arm, requests: int) -> tuple[Eng
     return engine, lambda job: engine.submit(job.item.messages, max_new_tokens=job.limit, seed=job.seed, **sampling)
 
 
-def measure_load(plan: LoadPlan, models: Models, out: Path) -> pd.DataFrame:
-    """One row per load, arm and repeat, and one of the step times, in ``out`` and returned. Resumes."""
+def measure_load(plan: LoadPlan, models: Models, out: Path, *, costs: bool = True) -> pd.DataFrame:
+    """One row per load, arm and repeat, and one of what steps cost (for simulations), in ``out`` and returned. Resumes."""
     jobs = {load: plan.jobs(*load) for load in plan.loads}
     about = plan.configuration("load", models.target.digest, models.drafter)
     ledger = Ledger(out, about | {"arrivals": [list(each) for each in read_arrivals(plan.arrivals)]})
@@ -231,7 +231,7 @@ def measure_load(plan: LoadPlan, models: Models, out: Path) -> pd.DataFrame:
         found = serve(engine, jobs[kind, level], send, users) | peaks(models.target.device) | {"utc": utc()}
         return [{"kind": kind, "level": level, "arm": arm.name, "place": place} | found | constant]
 
-    return ledger.run({COSTS: None} | plan.cells(), measure)
+    return ledger.run(({COSTS: None} if costs else {}) | plan.cells(), measure)
 
 
 def read_load(path: Path) -> pd.DataFrame:
