@@ -119,7 +119,7 @@ def test_step_times_of_a_busy_machine_are_not_kept(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(profile, "profile_sps", lambda *_args, **_options: SPSCurve((1,), (next(measured),)))
     target = tiny_target()
     monkeypatch.setattr(os, "getloadavg", lambda: (os.cpu_count() + 1.0, 0.0, 0.0))
-    assert sps_curve(target).seconds == (0.05,) and "busy" in caplog.text
+    assert sps_curve(target).seconds == sps_curve(target).seconds == (0.05,) and "busy" in caplog.text
     monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))
     assert sps_curve(target).seconds == sps_curve(target).seconds == (0.01,)
 

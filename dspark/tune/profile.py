@@ -38,6 +38,7 @@ CONTEXT = 256  # cached tokens before the steps that are measured
 SHAPES = ((1, 1, CONTEXT), (1, 8, CONTEXT), (8, 8, CONTEXT), (1, 1, 768), (1, 8, 768), (2, 8, 768))
 PATIENCE = 2.0  # seconds for one kind of step where the default policy waits for it
 FORMAT = 7  # of the cached files; files of another format are measured again
+_while_busy: dict[Path, object] = {}  # file → times that serve while this machine is busy, and are not written there
 
 
 def profile_sps(target: Target, **options: object) -> SPSCurve:
@@ -228,10 +229,13 @@ def _kept(target: Target, more: dict[str, object], kind: type[T], measure: Calla
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("the profile %s cannot be read and is measured again (%s)", path.name, error)
-    load, times = getattr(os, "getloadavg", lambda: (0.0,))()[0], measure()  # Windows does not tell
+    load = getattr(os, "getloadavg", lambda: (0.0,))()[0]  # Windows does not tell
     if load > os.cpu_count():
-        log.warning("other programs keep this machine busy (load %.1f): its step times serve this process and are not kept", load)
-        return times
+        if path not in _while_busy:
+            log.warning("this machine is busy (load %.1f): its step times are not kept, and are measured again when it is not", load)
+            _while_busy[path] = measure()
+        return _while_busy[path]
+    times = measure()
     try:
         write_atomically(path, json.dumps({"key": key, "times": asdict(times)}, indent=1).encode())
     except ValueError as error:
