@@ -24,7 +24,7 @@ lab: $(stamp)  ## open the notebooks in JupyterLab
 test test-notebooks: export OMP_WAIT_POLICY = PASSIVE
 
 test: $(stamp)  ## run the tests
-	$(python) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(python) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-notebooks: $(stamp)  ## run every notebook at its defaults, asserts included
 	$(python) -m pytest -q -n auto --maxprocesses 2 --dist loadfile $(nbval) notebooks

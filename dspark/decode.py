@@ -1,7 +1,5 @@
 """One call that decodes: round by round (:func:`decode`) or to the end, for one prompt or several (:func:`generate`)."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 

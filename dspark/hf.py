@@ -5,8 +5,6 @@ generator) or refused in one sentence. Two arguments never reach a custom loop: 
 instead of ``stop_strings`` pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

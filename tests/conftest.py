@@ -14,6 +14,14 @@ from dspark.tune.profile import SPSCurve
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
+LONGEST = ("notebooks", "processes", "sweep", "killed", "live", "gemma", "selfplay", "planted")  # test_*.py, the longest first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest files first, so that no worker is left alone with one of them at the end."""
+    rank = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 @pytest.fixture(autouse=True)
 def step_times_as_given(monkeypatch: pytest.MonkeyPatch) -> None:

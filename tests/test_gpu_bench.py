@@ -63,6 +63,7 @@ def dying(plan: Plan, part: str, folder: Path) -> None:
 def test_a_part_that_dies_or_hangs_costs_itself_and_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PARTS", {name: Part(share, print, {}) for name, share in (("speed", 0.3), ("sps", 0.3), ("memory", 0.4))})
     monkeypatch.setattr(gpu, "get_context", lambda _: get_context("fork"))  # starts at once
+    monkeypatch.setattr(gpu, "GRACE", 2.0)  # a forked process sometimes ignores the interrupt
     write_results(pd.DataFrame({"arm": ["plain"]}), tmp_path / "whole.parquet")
     found = measure(REHEARSAL, 0.1, tmp_path, dying)
     assert [len(frame) for frame in found.values()] == [1, 1, 1]

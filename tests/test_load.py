@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Generator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -25,6 +26,7 @@ from dspark.bench.provenance import drafter_digest
 from dspark.bench.results import Ledger, write_results
 from dspark.bench.simulate import Shared, Simulated, simulate, simulated_grid
 from dspark.bench.trace import StepTimes, record
+from dspark.bench.turns import Stopwatch, in_turns
 from dspark.engine import Engine
 from dspark.lab import speed as figures
 from dspark.schedule import FixedWindow, PrefixScheduler
@@ -60,15 +62,33 @@ def small(**changed: object) -> LoadPlan:
 # ---- loads
 
 
-def test_every_policy_serves_the_same_requests_in_turns():
+def test_every_policy_serves_the_same_requests():
     plan = small()
     for level in plan.loads:
         jobs = plan.jobs(*level)
         assert jobs == small().jobs(*level) and {4 <= job.limit <= 12 for job in jobs} == {True} and len({job.limit for job in jobs}) > 1
-    cells = plan.cells()
-    places = pd.DataFrame([(kind, n, place, arm.name) for kind, n, place, arm in cells.values()], columns=["kind", "level", "place", "arm"])
-    assert (places.groupby(["kind", "level"])["arm"].nunique() == 5).all() and not places.duplicated(["level", "place"]).any()
-    assert places.loc[places["place"] == 0, "arm"].nunique() == 3  # of three loads
+    assert list(small(repeats=2).cells().values()) == 2 * plan.loads
+
+
+def test_each_turn_is_taken_by_the_one_that_has_worked_least_and_no_clock_counts_the_turns_of_others(monkeypatch):
+    time, order = [0.0], []
+    monkeypatch.setattr("dspark.bench.turns.time", SimpleNamespace(perf_counter=lambda: time[0]))
+
+    def steps(name: str, seconds: float, number: int, clock: Stopwatch) -> Generator[None, None, float]:
+        for _ in range(number):
+            time[0] += seconds
+            order.append(name)
+            yield
+        clock.skip(10.0)
+        return clock.now()
+
+    clocks = {name: Stopwatch() for name in "AB"}
+    work = {name: (clock, steps(name, *what, clock)) for (name, clock), what in zip(clocks.items(), ((1.0, 6), (3.0, 2)), strict=True)}
+    assert in_turns(work) == {"A": 16.0, "B": 16.0} and "".join(order) == "ABAAABAA"
+
+
+def served(*arguments: object) -> dict[str, object]:
+    return in_turns({"": (Stopwatch(), load.serve(*arguments))})[""]
 
 
 def test_a_load_has_a_row_for_every_policy_and_one_of_the_step_times(models, tmp_path):
@@ -100,7 +120,8 @@ def test_an_interrupted_load_keeps_its_cells_and_resumes_there(models, tmp_path,
     kept = [json.loads(line) for line in Path(f"{out}.partial.jsonl").read_text().splitlines()[1:]]
     frame = measure_load(small(), models, out)
     assert [line["unit"] for line in kept] == measured and len(frame) == 16
-    assert frame["utc"][: len(kept)].tolist() == [line["rows"][0]["utc"] for line in kept]
+    rows = [row for line in kept for row in line["rows"]]
+    assert frame["seconds"][1 : len(rows)].tolist() == [row["seconds"] for row in rows[1:]]  # the first row is of step times
     with pytest.raises(ValueError, match=r"tokens=8.*tokens=9"):
         measure_load(small(tokens=9), models, out)
 
@@ -108,10 +129,10 @@ def test_an_interrupted_load_keeps_its_cells_and_resumes_there(models, tmp_path,
 def test_more_users_than_the_memory_holds_wait_and_the_row_says_so(models):
     plan = small(memory=60 * Engine(models.target, None).bytes_per_token / load.MIB)  # a request needs 28 to 36 tokens
     engine, send = server(plan, models, plan.parsed_arms[0], 3)
-    found = load.serve(engine, plan.jobs("closed", 3), send, 3)
+    found = served(engine, plan.jobs("closed", 3), send, 3)
     assert found["waited"] > 0 and found["active"] < 3
     engine, send = server(small(), models, plan.parsed_arms[0], 3)
-    assert load.serve(engine, plan.jobs("closed", 3), send, 3)["waited"] == 0
+    assert served(engine, plan.jobs("closed", 3), send, 3)["waited"] == 0
 
 
 def test_the_time_to_the_first_token_counts_from_the_arrival(models):
@@ -120,7 +141,7 @@ def test_the_time_to_the_first_token_counts_from_the_arrival(models):
     jobs = [load.Job(unit.item, 2, 0, at=i / 4) for i, unit in enumerate(small().units[:4])]
     step = engine.step
     engine.step = lambda: (step(), clock.__setitem__(0, clock[0] + 1.0))[0]
-    found = load.serve(engine, jobs, lambda job: engine.submit(job.item.messages, max_new_tokens=2), None, lambda: clock[0])
+    found = served(engine, jobs, lambda job: engine.submit(job.item.messages, max_new_tokens=2), None, lambda: clock[0])
     assert found["first_ms_p99"] > 5000 and found["first_ms_p50"] > 2000 and found["token_ms_p50"] == found["token_ms_p99"] == 1000
 
 
@@ -132,7 +153,7 @@ def test_a_closed_loop_is_measured_while_all_users_are_served(models):
     engine.step = lambda: (step(), clock.__setitem__(0, clock[0] + 1.0))[0]
     send = lambda job: engine.submit(job.item.messages, max_new_tokens=job.limit)  # noqa: E731
     jobs = [load.Job(item, limit, 0) for item, limit in zip(items, (3, 5, 4, 9), strict=True)]
-    found = load.serve(engine, jobs, send, 2, lambda: clock[0])
+    found = served(engine, jobs, send, 2, lambda: clock[0])
     lengths = [len(request.token_ids) for request in engine.active]
     assert found["seconds"] == clock[0] - 1 and len(lengths) == 1 and found["requests"] == 2
     assert found["tokens_per_second"] == pytest.approx(2, abs=0.5) and found["active"] <= 2
@@ -151,7 +172,7 @@ def test_a_busy_machine_is_noticed_by_steps_that_take_longer_than_others_with_as
 
     engine.step = timed
     jobs = [load.Job(unit.item, 16, 0) for unit in small().units[:4]]
-    found = load.serve(engine, jobs, lambda job: engine.submit(job.item.messages, max_new_tokens=job.limit), None, lambda: clock[0])
+    found = served(engine, jobs, lambda job: engine.submit(job.item.messages, max_new_tokens=job.limit), None, lambda: clock[0])
     assert found["busy"] == is_busy and found["spread"] == pytest.approx(1 + pause)
 
 
@@ -212,11 +233,8 @@ def test_a_grid_of_another_schema_or_kind_is_refused(tmp_path):
 
 
 def test_the_command_measures_prints_and_is_a_mode_of_bench(models, tmp_path, monkeypatch, capsys):
-    real = load.serve
-    unsteady = {FixedWindow: {"spread": 1.9, "busy": True}}
-    monkeypatch.setattr(
-        load, "serve", lambda engine, *rest: real(engine, *rest) | unsteady.get(type(engine.policy), {"spread": 1.1, "busy": False})
-    )
+    spread = {"plain": {"spread": 1.1, "busy": False}, "fixed:2": {"spread": 1.9, "busy": True}}
+    monkeypatch.setattr(load, "in_turns", lambda work: {name: row | spread[name] for name, row in in_turns(work).items()})
     monkeypatch.setattr(LoadPlan, "load", lambda self: models)
     options = "load --arms plain,fixed:2 --users 1,2 --rates= --domains code --prompts 2 --tokens 6 --threads 1 --memory 0.03 --out".split()
     assert command.main([*options, str(tmp_path / "load.parquet")]) == 0

@@ -1,7 +1,8 @@
 """``python -m dspark.bench load``: what policies are worth when requests share every pass. Needs a quiet machine.
 
 Closed loop: R users, each of whom sends the next request when the last is answered. Open loop: requests arrive at random (a Poisson
-process) or at the times of a file, however many are still being served. All policies serve the same requests of mixed lengths.
+process) or at the times of a file, however many are still being served. All policies serve the same requests of mixed lengths, each with
+an engine of its own; the engines take their steps in turns, so a machine whose speed drifts is fair to all.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
@@ -22,11 +23,12 @@ import torch
 
 from dspark.bench.arms import Arm, Models
 from dspark.bench.costs import measure_costs
-from dspark.bench.plan import Plan, rotated
+from dspark.bench.plan import Plan
 from dspark.bench.prompts import PromptItem
 from dspark.bench.provenance import peaks, utc
 from dspark.bench.results import Ledger, Row, read_rows
 from dspark.bench.stats import BUSY, busy
+from dspark.bench.turns import Stopwatch, in_turns
 from dspark.cli import add_fields, from_fields, option, run_main
 from dspark.engine import Engine
 from dspark.request import Request
@@ -93,14 +95,9 @@ class LoadPlan(Plan):
         items = cycle(unit.item for unit in self.units)
         return [Job(item, int(n), i, float(at)) for i, (item, n, at) in enumerate(zip(items, limits, times, strict=False))]
 
-    def cells(self) -> dict[str, tuple[str, float, int, Arm]]:
-        """Key → kind, level, place and arm. The arms take turns in going first, from load to load."""
-        arms, found = {arm.name: arm for arm in self.parsed_arms}, {}
-        for repeat in range(self.repeats):
-            for turn, (kind, level) in enumerate(self.loads):
-                for place, name in enumerate(rotated(list(arms), turn + repeat)):
-                    found[f"{repeat}/{kind}/{level:g}/{name}"] = kind, level, place, arms[name]
-        return found
+    def cells(self) -> dict[str, tuple[str, float]]:
+        """Key → kind and level, once per repeat."""
+        return {f"{repeat}/{kind}/{level:g}": (kind, level) for repeat in range(self.repeats) for kind, level in self.loads}
 
 
 def numbers(name: str, text: str, kind: type, most: float) -> list[float]:
@@ -139,11 +136,12 @@ def serve(
     users: int | None = None,
     now: Callable[[], float] = time.perf_counter,
     idle: Callable[[float], object] = time.sleep,
-) -> Row:
-    """Serve the jobs and report what their users saw.
+) -> Generator[None, None, Row]:
+    """Serve the jobs, a step of the engine at a time, and report in the end what their users saw.
 
     send: submits a job to the engine. users: of a closed loop, which is measured from the first token of the last of them until no
     request is left for one of them; None for an open loop, measured to its end. now, idle: the clock; a simulation has its own.
+    Yields after every step of the engine. Returns:
 
     tokens_per_second: of all together; decode_tokens_per_second: without prefills, their tokens and their time;
     user_tokens_per_second: of one, between its first and last token.
@@ -182,6 +180,7 @@ def serve(
             if request.error:
                 raise request.error
             del sent[request]
+        yield
     tokens, active, checked, drafting, held, waiting, prefills, times = np.array(steps, dtype=float).T
     alike = pd.Series(times[prefills == 0]).groupby([each[prefills == 0] for each in (active, checked, drafting)])
     uneven = float(alike.transform(lambda part: part / part.median()).quantile(0.9))
@@ -216,20 +215,22 @@ def server(plan: LoadPlan, models: Models, arm: Arm, requests: int) -> tuple[Eng
 
 
 def measure_load(plan: LoadPlan, models: Models, out: Path, *, costs: bool = True) -> pd.DataFrame:
-    """One row per load, arm and repeat, and one of what steps cost (for simulations), in ``out`` and returned. Resumes."""
+    """One row per load, repeat and arm, and one of what steps cost (for simulations), in ``out`` and returned. Resumes."""
     jobs = {load: plan.jobs(*load) for load in plan.loads}
-    about = plan.configuration("load", models.target.digest, models.drafter)
+    about = plan.configuration("load in turns", models.target.digest, models.drafter)
     ledger = Ledger(out, about | {"arrivals": [list(each) for each in read_arrivals(plan.arrivals)]})
     constant = plan.provenance(models) | {name: getattr(plan, name) for name in ("split", "temperature", "tokens", "prompts", "domains")}
 
-    def measure(cell: tuple[str, float, int, Arm] | None) -> list[Row]:
+    def measure(cell: tuple[str, float] | None) -> list[Row]:
         if cell is None:
             return [{"kind": COSTS, "arm": "", "costs": json.dumps(measure_costs(models, plan)), "utc": utc()} | constant]
-        kind, level, place, arm = cell
-        users = int(level) if kind == CLOSED else None
-        engine, send = server(plan, models, arm, users or 1 << 20)
-        found = serve(engine, jobs[kind, level], send, users) | peaks(models.target.device) | {"utc": utc()}
-        return [{"kind": kind, "level": level, "arm": arm.name, "place": place} | found | constant]
+        users, work = int(cell[1]) if cell[0] == CLOSED else None, {}
+        for arm in plan.parsed_arms:
+            (engine, send), clock = server(plan, models, arm, users or 1 << 20), Stopwatch()
+            work[arm.name] = clock, serve(engine, jobs[cell], send, users, clock.now, clock.skip)
+        found = in_turns(work)
+        about = dict(zip(("kind", "level"), cell, strict=True)) | peaks(models.target.device) | {"utc": utc()} | constant
+        return [about | {"arm": name} | row for name, row in found.items()]
 
     return ledger.run(({COSTS: None} if costs else {}) | plan.cells(), measure)
 

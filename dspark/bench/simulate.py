@@ -25,6 +25,7 @@ from dspark.bench.results import Row, read_rows, write_results
 from dspark.bench.sps import curve_of
 from dspark.bench.trace import Trace
 from dspark.bench.traces import load_traces
+from dspark.bench.turns import Stopwatch, in_turns
 from dspark.cli import run_main
 from dspark.files import data_dir
 from dspark.round import Round
@@ -142,7 +143,7 @@ def simulate(traces: Mapping[str, Trace], costs: Costs, arm: str, jobs: Sequence
     if "copy" in arm:
         raise ValueError(f"{arm!r} cannot be simulated: copying is decided when a trace is recorded")
     engine = Simulated(traces, costs, parse_policy(arm, lambda: sps), sample, each)
-    found = serve(engine, jobs, engine.send, sample, engine.now, engine.idle)
+    found = in_turns({arm: (Stopwatch(), serve(engine, jobs, engine.send, sample, engine.now, engine.idle))})[arm]
     return found | {name: each * found[name] for name in ("tokens_per_second", "decode_tokens_per_second", "budget", "active", "requests")}
 
 

@@ -11,8 +11,6 @@ of a bfloat16 number of at least 2⁻¹⁷. Other devices and dtypes are left al
 Only a drafter's weights may have 8 bits: acceptance is exact for any distribution of drafts, but the target's must not change.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from functools import cache

@@ -1,7 +1,5 @@
 """The policy for those who do not want to choose one: draft only where past rounds say that it pays, then run Algorithm 1."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ cut depends on the token it cuts: that keeps the target's distribution exact. A 
 :data:`dspark.schedule.POLICIES`, where names, sliders, labels and colours live.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

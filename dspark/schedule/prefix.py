@@ -1,7 +1,5 @@
 """The prefix scheduler: the paper's Algorithm 1 on measured step times."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ To add a policy, write one class and add one row::
                                  (Parameter("reach", "reach", "What reach means", default=0.5),))
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

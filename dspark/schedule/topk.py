@@ -1,7 +1,5 @@
 """Asynchronous top-K: older rounds say how many drafts to verify, this round's confidences say which (the paper's §5.2)."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Exact acceptance: one target pass over [x_0, x_1..x_ℓ] decides how many drafts stay (Leviathan et al., 2023, Theorem 1)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor
