@@ -24,9 +24,9 @@ from dspark.tune.predict import predict_speedup
 
 DATA = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-MTP1 = "mtp1"
+MTP1, GENERATE = "mtp1", "generate"
 HEADLINE, COMPARE = "speed-bfloat16-t0.parquet", "python -m dspark.train compare"
-HEADLINE_ARMS = ("generate", MTP1, "fixed:5", "fixed+copy")
+HEADLINE_ARMS = (GENERATE, MTP1, "fixed:5", "auto+copy")
 REPLAYED = ("adaptive", "confidence:0.1", "prefix", ORACLE)
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # tokens in a pass, of the step times that are shown
 
@@ -48,10 +48,10 @@ do not edit it. What was tried without a result file is in [data/LOG.md](data/LO
   for the CPU first. `lookup` and `assisted`, which drafts with the target's first layers, are transformers' own methods on those.
 - `mtp1` verifies one draft per round, `fixed:5` the whole block, `prefix` as many as pay off given this machine's step times. `+copy`
   adds copying from the context.
-- Speeds, memory and step times, but for the tables of llama.cpp and of the target's pass, were measured before the lean pass
-  (`dspark/verify/lean.py`), through packed modules of transformers; [LOG](data/LOG.md) compares the two.
-- In bfloat16 a block and a single token round differently, so greedy texts part at near ties; in float32 they are equal.
-- AVX512 is a Zen 5 processor with bfloat16 kernels, AVX2 a Zen 3 without; its first speed table is of an earlier drafter."""
+- Where activations are bfloat16, a block and a single token round differently, so greedy texts part at near ties. In float32 they are
+  equal, and so are activations of bfloat16 weights on a CPU without bfloat16 kernels: see the counts of equal texts.
+- AVX512 is a Zen 5 processor with bfloat16 kernels, AVX2 a Zen 3 without. The other methods of transformers were measured on the former and
+  before the lean pass (`dspark/verify/lean.py`), through packed modules of transformers."""
 
 
 def results_page(data: Path) -> str:
@@ -75,8 +75,7 @@ def results_page(data: Path) -> str:
 
 def _each(folder: Path, pattern: str, make: Callable[[pd.DataFrame], str], command: str = "") -> str:
     """What ``make`` makes of every file whose name matches. command: the end of the command that measures it."""
-    paths = sorted(folder.glob(f"{pattern}.parquet"), key=lambda path: (path.stem.count("-avx2"), path.stem))
-    return paragraphs(make(read_rows(path, f"python -m dspark.bench{command}")) for path in paths)
+    return paragraphs(make(read_rows(path, f"python -m dspark.bench{command}")) for path in sorted(folder.glob(f"{pattern}.parquet")))
 
 
 def headline_table(data: Path) -> str:
@@ -108,7 +107,7 @@ def paragraphs(parts: Iterable[str]) -> str:
 def speed_table(frame: pd.DataFrame, texts: bool = True) -> str:
     """One row per arm: speed-up over the run's baseline with its interval in every domain, and τ where something was drafted.
 
-    The words before the table also compare the arms with MTP-1. texts: say there how many texts equal the baseline's.
+    The words before the table also compare the arms with MTP-1 and with transformers' own loop. texts: say there how many texts equal the baseline's.
     """
     baseline, domains = frame.iloc[0]["baseline"], list(dict.fromkeys(frame["domain"]))
     lines = summarise(frame, baseline).set_index(["arm", "domain"])
@@ -116,7 +115,7 @@ def speed_table(frame: pd.DataFrame, texts: bool = True) -> str:
     arms = [arm for arm in dict.fromkeys(frame["arm"]) if arm != baseline]
     rows = [[f"`{arm}`", *(cells[arm, domain] for domain in (*domains, ALL))] for arm in arms]
     words = [f"Speed-up over `{baseline}` [95 % interval], τ ({caption(frame)})."]
-    words += [over_mtp1(frame), same_texts(frame) if texts else ""]
+    words += [over(frame, MTP1), over(frame, GENERATE), same_texts(frame) if texts else ""]
     return paragraphs([" ".join(filter(None, words)), table(["", *domains, "geometric mean"], rows)])
 
 
@@ -124,12 +123,12 @@ def _speedup(line: pd.Series) -> str:
     return f"{line['speedup']:.2f}× [{line['low']:.2f}, {line['high']:.2f}]"
 
 
-def over_mtp1(frame: pd.DataFrame) -> str:
-    """Speed-ups over MTP-1, the baseline of the published range; empty for a run without it."""
-    if MTP1 not in set(frame["arm"]):
+def over(frame: pd.DataFrame, other: str) -> str:
+    """Speed-ups of what drafts more than one token over another arm; empty for a run without it."""
+    if other not in set(frame["arm"]):
         return ""
-    lines = summarise(frame, MTP1).query("domain == @ALL and tokens_per_round > 1 and arm != @MTP1").set_index("arm")
-    return f"Over `{MTP1}`, geometric mean: {', '.join(f'`{arm}` {_speedup(line)}' for arm, line in lines.iterrows())}."
+    lines = summarise(frame, other).query("domain == @ALL and tokens_per_round > 1 and arm not in [@MTP1, @other]").set_index("arm")
+    return f"Over `{other}`, geometric mean: {', '.join(f'`{arm}` {_speedup(line)}' for arm, line in lines.iterrows())}."
 
 
 def same_texts(frame: pd.DataFrame) -> str:

@@ -37,15 +37,11 @@ DRAFTERS = {"dspark": "DSpark", "dflash": "DFlash", "eagle": "autoregressive"}
 BENCH = "python -m dspark.bench --arms"
 CORPUS = "--corpus data/corpus/smollm2-135m-selfplay.safetensors --skip-rows 2560"
 COMPARE = f"python -m dspark.train compare {CORPUS} --results data/results --only"
-HEADLINE, FEW = f"{BENCH} plain,generate,mtp1,fixed:5,fixed+copy --prompts 10", f"{BENCH} plain,mtp1,fixed:5 --prompts"
+HEADLINE = f"{BENCH} plain,generate,mtp1,fixed:5,fixed+copy,auto+copy --prompts"
 OTHERS = "plain,generate,lookup,assisted,mtp1,fixed:2,fixed:3,fixed:4,fixed:5,adaptive,confidence:0.1,confidence:0.3,prefix"
 COMMANDS = {  # results file → the command that makes it
-    "speed-bfloat16-t0": f"{HEADLINE} --out data/results/speed-bfloat16-t0.parquet",
-    "speed-bfloat16-t1": f"{HEADLINE} --temperature 1 --out data/results/speed-bfloat16-t1.parquet",
-    "speed-n20-bfloat16-t0": f"{FEW} 20 --out data/results/speed-n20-bfloat16-t0.parquet",
-    "speed-n20-bfloat16-t1": f"{FEW} 20 --temperature 1 --out data/results/speed-n20-bfloat16-t1.parquet",
-    "speed-bfloat16-t0-avx2": f"{FEW} 10 --out data/results/speed-bfloat16-t0-avx2.parquet",
-    "speed-bfloat16-t1-avx2": f"{FEW} 10 --temperature 1 --out data/results/speed-bfloat16-t1-avx2.parquet",
+    "speed-bfloat16-t0": f"{HEADLINE} 20 --out data/results/speed-bfloat16-t0.parquet",
+    "speed-bfloat16-t1": f"{HEADLINE} 10 --temperature 1 --out data/results/speed-bfloat16-t1.parquet",
     "peers-bfloat16-t0": f"{BENCH} {OTHERS} --prompts 3 --tokens 96 --out data/results/peers-bfloat16-t0.parquet",
     "sps-bfloat16": "python -m dspark.bench.sps --out data/results/sps-bfloat16.parquet",
     "traces-test": "python -m dspark.bench.traces --out data/results/traces-test.parquet",

@@ -19,7 +19,7 @@ from dspark.tune.calibrate import calibrate
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "data"))
 report = __import__("report")  # data/ is no package
-over_mtp1, same_texts, speed_table = report.over_mtp1, report.same_texts, report.speed_table
+over, same_texts, speed_table = report.over, report.same_texts, report.speed_table
 PLACE = {"schema_version": SCHEMA_VERSION, "threads": 2, "machine": "a machine", "device": "cpu", "dtype": "bfloat16"}
 
 
@@ -66,14 +66,15 @@ def test_table_has_every_arm_and_domain_with_interval_and_tau():
     assert caption(frame) == "tiny, greedy, bfloat16, 33 new tokens, n = 8 test prompts per domain, 2 threads of a machine"
 
 
-def test_remarks_hold_the_ratio_to_mtp1_and_the_number_of_equal_texts():
+def test_remarks_hold_the_ratios_to_mtp1_and_generate_and_the_number_of_equal_texts():
     frame = speed_rows({"generate": 0.9, "mtp1": 1.2, "fixed:5": 1.8})
     frame["equals_baseline"] = (frame["arm"] != "fixed:5") | (frame["domain"] != "code")
-    assert over_mtp1(frame) == "Over `mtp1`, geometric mean: `fixed:5` 1.50× [1.50, 1.50]."
+    assert over(frame, "mtp1") == "Over `mtp1`, geometric mean: `fixed:5` 1.50× [1.50, 1.50]."
+    assert over(frame, "generate") == "Over `generate`, geometric mean: `fixed:5` 2.00× [2.00, 2.00]."
     assert same_texts(frame).endswith("token for token: `generate` 16 of 16, `mtp1` 16 of 16, `fixed:5` 8 of 16.")
-    assert same_texts(frame.assign(temperature=1.0)) == "" and over_mtp1(speed_rows({"fixed:5": 1.8})) == ""
-    assert over_mtp1(frame) in speed_table(frame) and same_texts(frame) in speed_table(frame)
-    assert over_mtp1(frame) in speed_table(frame, texts=False) and same_texts(frame) not in speed_table(frame, texts=False)
+    assert same_texts(frame.assign(temperature=1.0)) == "" and over(speed_rows({"fixed:5": 1.8}), "mtp1") == ""
+    assert over(frame, "mtp1") in speed_table(frame) and same_texts(frame) in speed_table(frame)
+    assert over(frame, "generate") in speed_table(frame, texts=False) and same_texts(frame) not in speed_table(frame, texts=False)
 
 
 def test_sections_without_a_file_are_left_out_and_a_missing_gpu_is_said(tmp_path):
@@ -84,11 +85,11 @@ def test_sections_without_a_file_are_left_out_and_a_missing_gpu_is_said(tmp_path
 
 def test_readme_table_has_four_rows_and_a_missing_arm_is_named(tmp_path):
     path = tmp_path / "results" / report.HEADLINE
-    gains = {"generate": 0.9, "mtp1": 1.4, "fixed:5": 1.7, "fixed+copy": 2.0}
+    gains = {"generate": 0.9, "mtp1": 1.4, "fixed:5": 1.7, "auto+copy": 2.0}
     write_results(speed_rows(gains | {"prefix": 1.8}), path)
     assert re.findall(r"^\| `(.+?)`", report.headline_table(tmp_path), flags=re.MULTILINE) == list(gains)
     write_results(speed_rows({"mtp1": 1.4}), path)
-    with pytest.raises(ValueError, match=r"no arm generate, fixed:5, fixed\+copy: measure it again"):
+    with pytest.raises(ValueError, match=r"no arm generate, fixed:5, auto\+copy: measure it again"):
         report.headline_table(tmp_path)
 
 
