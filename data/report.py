@@ -107,7 +107,8 @@ def paragraphs(parts: Iterable[str]) -> str:
 def speed_table(frame: pd.DataFrame, texts: bool = True) -> str:
     """One row per arm: speed-up over the run's baseline with its interval in every domain, and τ where something was drafted.
 
-    The words before the table also compare the arms with MTP-1 and with transformers' own loop. texts: say there how many texts equal the baseline's.
+    The words before the table also compare the arms with MTP-1 and with transformers' own loop.
+    texts: say there how many texts equal the baseline's.
     """
     baseline, domains = frame.iloc[0]["baseline"], list(dict.fromkeys(frame["domain"]))
     lines = summarise(frame, baseline).set_index(["arm", "domain"])

@@ -132,12 +132,13 @@ def test_what_is_gone_is_in_no_table_and_not_in_the_text(files):
 
 
 def test_the_text_draws_the_conclusions_that_the_numbers_allow(numbers):
-    low, high = numbers["QuotedRangeLow"] / 100 + 1, numbers["QuotedRangeHigh"] / 100 + 1
-    assert numbers["MeasuredGreedyCopySpeedupLow"] > numbers["MeasuredGreedyBlockSpeedupHigh"]  # greedy copying gains
+    assert numbers["MeasuredGreedyCopySpeedupLow"] >= numbers["MeasuredGreedyBlockSpeedupHigh"]  # greedy copying gains
     assert numbers["MeasuredSampledCopySpeedupLow"] < numbers["MeasuredSampledBlockSpeedup"] < numbers["MeasuredSampledCopySpeedupHigh"]
-    assert numbers["MeasuredGreedyBlockOverMtpHigh"] < low < numbers["MeasuredGreedyCopyOverMtpHigh"] < high
-    assert numbers["MeasuredSampledBlockOverMtpHigh"] < low and numbers["MeasuredSampledCopyOverMtpHigh"] < low
-    assert numbers["MeasuredStepsBlock"] < 1.1 * numbers["MeasuredStepsPlain"]
+    low = numbers["QuotedRangeLow"] / 100 + 1
+    assert 1 < numbers["MeasuredGreedyBlockOverMtpLow"] and numbers["MeasuredGreedyCopyOverMtpHigh"] < low  # both stay below the range
+    assert numbers["MeasuredSampledBlockOverMtpLow"] < 1 < numbers["MeasuredSampledBlockOverMtpHigh"] < low  # a window of one is as good
+    assert numbers["MeasuredSampledCopyOverMtpLow"] < 1 < numbers["MeasuredSampledCopyOverMtpHigh"] < low
+    assert numbers["MeasuredBlockEqual"] == 100 and numbers["MeasuredStepsBlock"] < 2 * numbers["MeasuredStepsPlain"]
     assert numbers["MeasuredTimedPrefixLow"] < 1 < numbers["MeasuredTimedPrefixHigh"] and numbers["SimulatedPolicyPrefixLow"] > 97
     assert numbers["MeasuredConfidenceSampledAfter"] < numbers["MeasuredConfidenceSampledBefore"]
     assert numbers["MeasuredOverDflashLow"] > 0 > numbers["MeasuredOverEagleLow"] and numbers["MeasuredOverEagleHigh"] > 0
