@@ -48,8 +48,8 @@ do not edit it. What was tried without a result file is in [data/LOG.md](data/LO
   for the CPU first. `lookup` and `assisted`, which drafts with the target's first layers, are transformers' own methods on those.
 - `mtp1` verifies one draft per round, `fixed:5` the whole block, `prefix` as many as pay off given this machine's step times. `+copy`
   adds copying from the context.
-- Where activations are bfloat16, a block and a single token round differently, so greedy texts part at near ties. In float32 they are
-  equal, and so are activations of bfloat16 weights on a CPU without bfloat16 kernels: see the counts of equal texts.
+- Where activations are bfloat16, a block and a single token round differently, so greedy texts part at near ties. In float32 texts are
+  equal, and also with bfloat16 weights on a CPU without bfloat16 kernels, where activations are float32: see the counts.
 - AVX512 is a Zen 5 processor with bfloat16 kernels, AVX2 a Zen 3 without. The other methods of transformers were measured on the former and
   before the lean pass (`dspark/verify/lean.py`), through packed modules of transformers."""
 

@@ -139,7 +139,7 @@ OTHER_ARMS = {  # what figures show beside our policies: label and colour
     "copy": ("copying alone", "#117733"),
     "oracle": ("oracle", "#8c8c8c"),
 }
-COPYING_SHADE = 0.6  # how much of a policy's colour stays when it also copies
+COPYING_SHADE = 0.75  # how much of a policy's colour stays when it also copies
 
 
 def _look(arm: str) -> tuple[str, str]:

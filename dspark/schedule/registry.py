@@ -75,7 +75,7 @@ _WINDOW = Parameter("window", "window (tokens)", "Tokens drafted per round, or a
 _THRESHOLD = Parameter("threshold", "threshold", "The block is cut before the first token below it", 0.1)
 
 _ROWS = (
-    PolicyRow("auto", "automatic", "#882255", lambda v, sps: Auto(sps()), needs_step_times=True),
+    PolicyRow("auto", "automatic", "#e8397f", lambda v, sps: Auto(sps()), needs_step_times=True),
     PolicyRow("prefix", "prefix scheduler", "#0072b2", lambda v, sps: PrefixScheduler(sps()), needs_confidence=True, needs_step_times=True),
     PolicyRow("async", "asynchronous top-K", "#999933", lambda v, sps: AsyncTopK(sps()), needs_confidence=True, needs_step_times=True),
     PolicyRow("fixed", "fixed window", "#e69f00", lambda v, sps: FixedWindow(v["window"]), (_WINDOW,)),
