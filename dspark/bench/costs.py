@@ -59,7 +59,8 @@ class Costs:
 def measure_costs(models: Models, plan: Plan) -> Row:
     """The fields of :class:`Costs`: step times of this machine, and lines fitted to short runs on prompts that are not measured."""
     target, times = models.target, measured_times(models.target, models.drafter)
-    items = load_prompts(plan.units[0].item.domain, "test" if plan.split == "dev" else "dev", 8)
+    domains, other = dict.fromkeys(unit.item.domain for unit in plan.units), "test" if plan.split == "dev" else "dev"
+    items = [item for each in zip(*(load_prompts(name, other, 2) for name in domains), strict=True) for item in each]  # of all lengths
     points = {"rest": [], "prefill": []}  # (terms of the line, seconds)
     for drafter in (None, models.drafter):
         for users in USERS:
