@@ -51,7 +51,8 @@ do not edit it. What was tried without a result file is in [data/LOG.md](data/LO
 - Where activations are bfloat16, a block and a single token round differently, so greedy texts part at near ties. In float32 texts are
   equal, and also with bfloat16 weights on a CPU without bfloat16 kernels, where activations are float32: see the counts.
 - AVX512 is a Zen 5 processor with bfloat16 kernels, AVX2 a Zen 3 without. The other methods of transformers were measured on the former and
-  before the lean pass (`dspark/verify/lean.py`), through packed modules of transformers."""
+  before the lean pass (`dspark/verify/lean.py`), through packed modules of transformers; llama.cpp and the target's pass with an older
+  version of it."""
 
 
 def results_page(data: Path) -> str:

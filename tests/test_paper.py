@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from dspark.bench.results import read_results, write_results
+from dspark.bench.stats import ALL, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER, RESULTS = ROOT / "paper", ROOT / "data" / "results"
@@ -142,6 +143,12 @@ def test_the_text_draws_the_conclusions_that_the_numbers_allow(numbers):
     assert numbers["MeasuredTimedPrefixLow"] < 1 < numbers["MeasuredTimedPrefixHigh"] and numbers["SimulatedPolicyPrefixLow"] > 97
     assert numbers["MeasuredConfidenceSampledAfter"] < numbers["MeasuredConfidenceSampledBefore"]
     assert numbers["MeasuredOverDflashLow"] > 0 > numbers["MeasuredOverEagleLow"] and numbers["MeasuredOverEagleHigh"] > 0
+
+
+def test_greedy_copying_gains_prompt_by_prompt_and_most_where_the_text_says():
+    gains = summarise(build.read(build.DATA / "results")[build.RUNS["Greedy"]], build.BLOCK).set_index(["arm", "domain"]).loc[build.COPY]
+    assert gains.loc[ALL, "low"] > 1
+    assert gains.loc[["structured", "math"], "speedup"].min() > gains.loc[["code", "chat"], "speedup"].max()
 
 
 def test_each_kind_of_value_has_a_look_of_its_own_that_survives_grey_print():

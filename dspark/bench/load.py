@@ -215,7 +215,9 @@ def server(plan: LoadPlan, models: Models, arm: Arm, requests: int) -> tuple[Eng
 
 
 def measure_load(plan: LoadPlan, models: Models, out: Path, *, costs: bool = True) -> pd.DataFrame:
-    """One row per load, repeat and arm, and one of what steps cost (for simulations), in ``out`` and returned. Resumes."""
+    """One row per load, repeat and arm, and one of what steps cost (for simulations), in ``out`` and returned. Resumes.
+
+    Peaks of memory are those of the process, in which all arms of a load are served."""
     jobs = {load: plan.jobs(*load) for load in plan.loads}
     about = plan.configuration("load in turns", models.target.digest, models.drafter)
     ledger = Ledger(out, about | {"arrivals": [list(each) for each in read_arrivals(plan.arrivals)]})
