@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import inline
 import nbformat
@@ -12,6 +13,7 @@ import pytest
 
 from dspark import workers
 from dspark.lab import demo, sweep
+from dspark.schedule import POLICIES
 
 CODE = """
 import json
@@ -91,7 +93,8 @@ def test_a_new_policy_is_swept_by_its_name_and_parameter(notebook):
     changed = nbformat.read(notebook, as_version=4)
     changed.cells.append(nbformat.v4.new_code_cell(TOY))
     nbformat.write(changed, notebook)
-    assert swept(notebook, "-p", "word", "mtp1,toy,toy:3") == 0
+    with patch.dict(POLICIES):  # the cell runs in this process, and its row must not outlive the test
+        assert swept(notebook, "-p", "word", "mtp1,toy,toy:3") == 0
     assert table(notebook)[["word", "window"]].to_numpy().tolist() == [["mtp1", 1], ["toy", 4], ["toy:3", 6]]
 
 
