@@ -19,7 +19,7 @@ from dspark.tune.curve import Extra, SPSCurve
 from dspark.tune.profile import measured_times
 
 TOKENS = 16  # of each text that is written to measure
-USERS = (1, 8, 24)
+USERS = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,14 @@ class Costs:
 
 
 def measure_costs(models: Models, plan: Plan) -> Row:
-    """The fields of :class:`Costs`: step times of this machine, and lines fitted to short runs on prompts that are not measured."""
+    """The fields of :class:`Costs`: step times of this machine, and lines fitted to short runs on prompts that are not measured.
+
+    The lines have the least squares of relative errors: one request counts as much as 32, whose step takes twenty times as long.
+    """
     target, times = models.target, measured_times(models.target, models.drafter)
     domains, other = dict.fromkeys(unit.item.domain for unit in plan.units), "test" if plan.split == "dev" else "dev"
     items = [item for each in zip(*(load_prompts(name, other, 2) for name in domains), strict=True) for item in each]  # of all lengths
-    points = {"rest": [], "prefill": []}  # (terms of the line, seconds)
+    points = {"rest": [], "prefill": []}  # (terms of the line, seconds), both over the seconds that were measured
     for drafter in (None, models.drafter):
         for users in USERS:
             engine = Engine(target, drafter, FixedWindow() if drafter else None, max_requests=users)
@@ -70,11 +73,11 @@ def measure_costs(models: Models, plan: Plan) -> Row:
             while engine.active or engine.waiting:
                 start = time.perf_counter()
                 rounds, seconds = [r for _, r in engine.step()], time.perf_counter() - start
-                points["prefill"] += [((1.0, r.context), r.seconds) for r in rounds if r.index == 0]
+                points["prefill"] += [(np.array((1.0, r.context)) / r.seconds, 1.0) for r in rounds if r.index == 0]
                 if all(r.index for r in rounds):
                     tokens, drafting = sum(1 + r.verify_length for r in rounds), sum(bool(r.draft_tokens) for r in rounds)
-                    seconds -= Costs(times).step(tokens, [r.context for r in rounds], drafting)
-                    points["rest"].append(((1.0, len(rounds), tokens), seconds))
+                    models_only = Costs(times).step(tokens, [r.context for r in rounds], drafting)
+                    points["rest"].append((np.array((1.0, len(rounds), tokens)) / seconds, 1 - models_only / seconds))
     prompts = {unit.item.id: len(target.encode(unit.item.messages)) for unit in plan.units}
     lines = {name: np.linalg.lstsq(*map(np.array, zip(*found, strict=True)))[0].tolist() for name, found in points.items()}
     return {"times": asdict(times), **lines, "bytes_per_token": engine.bytes_per_token, "prompts": prompts}
