@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Generator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,7 +67,7 @@ def test_every_policy_serves_the_same_requests():
     for level in plan.loads:
         jobs = plan.jobs(*level)
         assert jobs == small().jobs(*level) and {4 <= job.limit <= 12 for job in jobs} == {True} and len({job.limit for job in jobs}) > 1
-    assert list(small(repeats=2).cells().values()) == 2 * plan.loads
+    assert list(small(repeats=2).cells(costs=False).values()) == 2 * plan.loads
 
 
 def test_each_turn_is_taken_by_the_one_that_has_worked_least_and_no_clock_counts_the_turns_of_others(monkeypatch):
@@ -101,8 +101,14 @@ def test_a_load_has_a_row_for_every_policy_and_one_of_the_step_times(models, tmp
     assert (plain["tokens_per_round"] == 1).all() and (plain["checked"] == 0).all()
     assert plain.loc[("closed", 3.0), "budget"] == plain.loc[("closed", 3.0), "active"] > 2
     assert (rows[rows["arm"] == "fixed:2"]["checked"] > 1).all()
-    costs = Costs.of(json.loads(found.loc[found["kind"] == COSTS, "costs"].iloc[0]))
+    costs = Costs.of(found)
     assert costs.times == TIMES and costs.prompts.keys() == {unit.item.id for unit in small().units} and costs.bytes_per_token > 0
+
+
+def test_the_lines_of_several_repeats_are_averaged():
+    row = {"times": asdict(TIMES), "bytes_per_token": 2, "prompts": {"x": 5}}
+    rows = [json.dumps(row | {"rest": [r, 0.0, 2 * r], "prefill": [r, 1.0]}) for r in (1.0, 3.0)]
+    assert Costs.of(pd.DataFrame({"costs": [rows[0], None, rows[1]]})) == Costs(TIMES, [2.0, 0.0, 4.0], [2.0, 1.0], 2, {"x": 5})
 
 
 def test_an_interrupted_load_keeps_its_cells_and_resumes_there(models, tmp_path, monkeypatch):
@@ -305,7 +311,7 @@ def test_a_sample_stands_for_many_users(models, traces, monkeypatch):
 
 def test_a_simulated_grid_stands_beside_the_measured_one(models, traces, tmp_path):
     frame = measure_load(small(arms="plain,auto"), models, tmp_path / "load.parquet")
-    known = Costs.of(json.loads(frame.loc[frame["kind"] == COSTS, "costs"].iloc[0]))
+    known = Costs.of(frame)
     found = simulated_grid(frame, traces, known, [1, 3, 100_000])
     assert found["simulated"].all() and len(found) == 6 and found["measured"].notna().sum() == 4
     assert (found["tokens_per_second"] > 0).all()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 
 import numpy as np
+import pandas as pd
 
 from dspark.bench.arms import Models
 from dspark.bench.plan import Plan
@@ -40,11 +42,13 @@ class Costs:
     prompts: dict[str, int] | None = None
 
     @classmethod
-    def of(cls, row: Row) -> Costs:
-        """From what :func:`measure_costs` returned."""
-        times = dict(row["times"])
+    def of(cls, loads: pd.DataFrame) -> Costs:
+        """From the rows of measured loads. The lines are the means of those that were fitted, one per repeat."""
+        rows = [json.loads(text) for text in loads["costs"].dropna()]
+        times = dict(rows[0]["times"])
         times["draft"], times["extra"] = times["draft"] and SPSCurve(**times["draft"]), times["extra"] and Extra(**times["extra"])
-        return cls(**row | {"times": SPSCurve(**times)})
+        lines = {name: np.mean([row[name] for row in rows], 0).tolist() for name in ("rest", "prefill")}
+        return cls(**rows[0] | {"times": SPSCurve(**times)} | lines)
 
     def step(self, tokens: float, contexts: Sequence[int], drafting: float) -> float:
         """Seconds of a round over so many tokens for these requests, so many of which draft."""

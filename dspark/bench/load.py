@@ -95,9 +95,10 @@ class LoadPlan(Plan):
         items = cycle(unit.item for unit in self.units)
         return [Job(item, int(n), i, float(at)) for i, (item, n, at) in enumerate(zip(items, limits, times, strict=False))]
 
-    def cells(self) -> dict[str, tuple[str, float]]:
-        """Key → kind and level, once per repeat."""
-        return {f"{repeat}/{kind}/{level:g}": (kind, level) for repeat in range(self.repeats) for kind, level in self.loads}
+    def cells(self, costs: bool = True) -> dict[str, tuple[str, float]]:
+        """Key → kind and level, once per repeat; the costs of a step first, if they are measured."""
+        loads = [(COSTS, 0.0)] * costs + self.loads
+        return {f"{repeat}/{kind}/{level:g}": (kind, level) for repeat in range(self.repeats) for kind, level in loads}
 
 
 def numbers(name: str, text: str, kind: type, most: float) -> list[float]:
@@ -215,7 +216,7 @@ def server(plan: LoadPlan, models: Models, arm: Arm, requests: int) -> tuple[Eng
 
 
 def measure_load(plan: LoadPlan, models: Models, out: Path, *, costs: bool = True) -> pd.DataFrame:
-    """One row per load, repeat and arm, and one of what steps cost (for simulations), in ``out`` and returned. Resumes.
+    """One row per load, repeat and arm, and per repeat one of what steps cost (for simulations), in ``out`` and returned. Resumes.
 
     Peaks of memory are those of the process, in which all arms of a load are served."""
     jobs = {load: plan.jobs(*load) for load in plan.loads}
@@ -223,8 +224,8 @@ def measure_load(plan: LoadPlan, models: Models, out: Path, *, costs: bool = Tru
     ledger = Ledger(out, about | {"arrivals": [list(each) for each in read_arrivals(plan.arrivals)]})
     constant = plan.provenance(models) | {name: getattr(plan, name) for name in ("split", "temperature", "tokens", "prompts", "domains")}
 
-    def measure(cell: tuple[str, float] | None) -> list[Row]:
-        if cell is None:
+    def measure(cell: tuple[str, float]) -> list[Row]:
+        if cell[0] == COSTS:
             return [{"kind": COSTS, "arm": "", "costs": json.dumps(measure_costs(models, plan)), "utc": utc()} | constant]
         users, work = int(cell[1]) if cell[0] == CLOSED else None, {}
         for arm in plan.parsed_arms:
@@ -234,7 +235,7 @@ def measure_load(plan: LoadPlan, models: Models, out: Path, *, costs: bool = Tru
         about = dict(zip(("kind", "level"), cell, strict=True)) | peaks(models.target.device) | {"utc": utc()} | constant
         return [about | {"arm": name} | row for name, row in found.items()]
 
-    return ledger.run(({COSTS: None} if costs else {}) | plan.cells(), measure)
+    return ledger.run(plan.cells(costs), measure)
 
 
 def read_load(path: Path) -> pd.DataFrame:

@@ -7,7 +7,6 @@ step times. Every row is marked simulated. Where the grid was measured, both num
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from dspark.bench.costs import Costs
-from dspark.bench.load import CLOSED, COSTS, Job, LoadPlan, closed, numbers, read_load, serve
+from dspark.bench.load import CLOSED, Job, LoadPlan, closed, numbers, read_load, serve
 from dspark.bench.replay import cut
 from dspark.bench.results import Row, read_rows, write_results
 from dspark.bench.sps import curve_of
@@ -69,9 +68,8 @@ class Simulated:
         trace = self.traces[job.item.id]
         if job.limit > int(trace.about["max_new_tokens"]):
             raise ValueError(f"a request for {job.limit} tokens is longer than its trace: record traces with --tokens {job.limit}")
-        self.waiting.append(
-            SimulatedRequest(trace, trace.token_ids[: job.limit], job.limit, (self.costs.prompts or {}).get(job.item.id, 0))
-        )
+        prompt = (self.costs.prompts or {}).get(job.item.id, 0)
+        self.waiting.append(SimulatedRequest(trace, trace.token_ids[: job.limit], job.limit, prompt))
         return self.waiting[-1]
 
     def now(self) -> float:
@@ -183,15 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _simulate(options: argparse.Namespace) -> None:
     grid, traces = read_load(options.grid), {about["prompt_id"]: trace for about, trace in load_traces(options.traces)}
-    costs = Costs.of(json.loads(grid.loc[grid["kind"] == COSTS, "costs"].iloc[0]))
+    costs = Costs.of(grid)
     here = sorted({int(n) for n in grid.loc[grid["kind"] == CLOSED, "level"]})
     if options.curve:
         grid, costs = _elsewhere(grid, costs, read_rows(options.curve, "python -m dspark.bench.sps"))
     frame = simulated_grid(grid, traces, costs, sorted({*here, *numbers("users", options.users, int, 1e6)}))
     write_results(frame, options.out)
-    print(
-        f"{closed(frame).round(0).to_string()}\ntokens per second in all, simulated, by number of users; {len(frame)} rows in {options.out}"
-    )
+    print(f"{closed(frame).round(0).to_string()}\ntokens/s in all, simulated, by number of users; {len(frame)} rows in {options.out}")
     if not options.curve:
         ratio = closed(frame.assign(ratio=frame["tokens_per_second"] / frame["measured"]), "ratio")
         print(f"{ratio.round(2).to_string()}\nsimulated over measured; the largest difference is {(ratio - 1).abs().max().max():.1%}")
