@@ -78,9 +78,7 @@ def find_drafter(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=[CONFIG, "*.safetensors", INDEX]))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no folder {name}, and it cannot be fetched from the hub ({one_line(error)}): connect, or pass a folder"
-        ) from error
+        raise ValueError(f"no folder {name}, nor can the hub be asked for it ({one_line(error)}): connect, or pass a folder") from error
 
 
 def _find_target(name: str | Path) -> tuple[str | Path, str]:
@@ -95,9 +93,7 @@ def _find_target(name: str | Path) -> tuple[str | Path, str]:
     if path.is_dir():
         return path, path.resolve().name
     if not is_hub_id(name):
-        raise ValueError(
-            f"no model at {str(name)!r}: pass {', '.join(PACKAGED)}, a folder with config.json, a .gguf file, or a hub id such as org/name"
-        )
+        raise ValueError(f"no model at {str(name)!r}: pass {', '.join(PACKAGED)}, a folder with config.json, a .gguf file, or a hub id")
     return str(name), str(name)
 
 
@@ -126,10 +122,7 @@ def _read_target(source: str | Path, name: str, dtype: torch.dtype, device: torc
     if isinstance(source, Path) and (source / INDEX).is_file() and not (source / WEIGHTS).is_file():
         placed_weights(source)  # refuses shards outside the folder
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    options |= {
-        "return_dict": True,
-        "ignore_mismatched_sizes": True,
-    }  # the first may be switched off in a config, the second is refused below
+    options |= {"return_dict": True, "ignore_mismatched_sizes": True}  # a config may switch off the first; the second is refused below
     try:
         model, report = AutoModelForCausalLM.from_pretrained(source, **options)
         if report["missing_keys"]:  # transformers fills them with random numbers

@@ -43,12 +43,9 @@ class GrowingKV:
         self.length = length
 
     def _grow(self, keys: Tensor, values: Tensor, valid: int) -> None:
-        capacity = max(self.capacity, FIRST_CAPACITY)
-        while capacity < self.length:
-            capacity *= 2
+        capacity = max(FIRST_CAPACITY, 1 << (self.length - 1).bit_length())
         for name, new in (("keys", keys), ("values", values)):
-            batch, heads, _, head_dim = new.shape
-            bigger = new.new_empty(batch, heads, capacity, head_dim)
+            bigger = new.new_empty(*new.shape[:2], capacity, new.shape[3])
             if valid:
                 bigger[:, :, :valid] = getattr(self, name)[:, :, :valid]
             setattr(self, name, bigger)
@@ -101,11 +98,7 @@ class Slot:
     def __init__(self, index: int) -> None:
         self.index, self.length = index, 0
 
-    def rewind(self, length: int) -> None:
-        """Forget every position from ``length`` on. Raises ValueError if fewer are held."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot rewind to {length}: the slot holds {self.length} tokens")
-        self.length = length
+    rewind = GrowingKV.rewind
 
 
 class SlotCache:

@@ -492,15 +492,6 @@ def test_parquet_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_rows_of_arms_that_are_gone_are_dropped_when_read_and_the_others_keep_their_numbers(tmp_path):
-    arms = ["plain", "fixed+phrases", "prefix+siblings", "prefix+phrases+siblings", "fixed+copy", None]
-    frame = pd.DataFrame({"arm": arms, "seconds": [0.5, 1.5, 2.5, 3.5, 4.5, 5.5]})
-    frame.attrs["configuration"] = {"mode": "speed"}
-    write_results(frame, tmp_path / "r.parquet")
-    found = read_results(tmp_path / "r.parquet")
-    assert found["seconds"].tolist() == [0.5, 4.5, 5.5] and found.attrs == frame.attrs
-
-
 def test_the_results_in_data_load_and_name_only_arms_that_exist():
     for path in sorted((data_dir() / "results").glob("*.parquet")):
         frame = read_results(path)

@@ -15,6 +15,7 @@ from dspark.draft.drafter import Drafter
 from dspark.draft.eagle import EagleDrafter
 from dspark.draft.source import Draft
 from dspark.target.target import Target
+from dspark.verify.lean import plain_product
 from dspark.verify.sampling import Rng, Sampling
 
 TEXT = [5, 9, 11, 4, 30, 8, 2, 61]
@@ -23,12 +24,6 @@ EAGLE = {"kind": EagleDrafter, "num_hidden_layers": 1, "markov_rank": 0}  # its 
 needs_kernels = pytest.mark.skipif(
     not can_quantize(torch.zeros(8, 8, dtype=torch.bfloat16)), reason="this CPU or this build of PyTorch has no kernels to pack for"
 )
-
-
-def plain(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
 
 
 def drafts(drafter: Drafter, target: Target, rng: type[Rng] = Rng) -> list[Draft]:
@@ -52,7 +47,7 @@ def test_the_fused_backbone_drafts_as_the_plain_one(shape: dict[str, object], fi
     for norm in (module for module in drafter.modules() if isinstance(module, nn.RMSNorm)):
         norm.weight.data = 0.5 + torch.rand(norm.weight.shape, generator=generator)
     expected = drafts(drafter, target)
-    drafter.fused = FusedBackbone(drafter, plain, plain)
+    drafter.fused = FusedBackbone(drafter, plain_product, plain_product)
     for ours, theirs in zip(drafts(drafter, target), expected, strict=True):
         assert ours.tokens == theirs.tokens
         assert torch.allclose(ours.probs, theirs.probs, atol=1e-5)

@@ -15,10 +15,10 @@ from dspark.bench.prompts import data_dir
 from dspark.bench.replay import Oracle, replay
 from dspark.bench.results import read_results, write_results
 from dspark.bench.trace import StepTimes, Trace, record, texts_of, trace_decode
-from dspark.bench.traces import load_traces, row_trace, save_traces, trace_row
+from dspark.bench.traces import load_traces, save_traces
 from dspark.draft.lookup import ContextLookup
 from dspark.round import Round
-from dspark.schedule import Policy
+from dspark.schedule import Policy, Shortened
 from dspark.tune.calibrate import rollouts
 
 TIMES = StepTimes({n: 1e-3 + 1e-4 * n for n in range(9)}, {n: 1e-2 + 1e-3 * n for n in range(1, 10)}, 1e-5, 1e-4)
@@ -39,7 +39,7 @@ def assert_same(found: list[Round], expected: list[Round], *about: object) -> No
 
 
 def all_policies(block_size: int) -> list[Policy]:
-    return [*policies(block_size), dspark.AdaptiveWindow(0.02, 0.01, 0.005), dspark.PrefixScheduler(TIMES.sps, max_window=2)]
+    return [*policies(block_size), dspark.AdaptiveWindow(0.02, 0.01, 0.005), Shortened(dspark.PrefixScheduler(TIMES.sps), 2)]
 
 
 @pytest.mark.parametrize("source", ["drafter", "copying", "wavering"])
@@ -170,15 +170,6 @@ def test_characters_of_several_tokens_are_read_from_a_file_as_they_were_written(
     assert decode([3]) == "⟨3⟩"
 
 
-def test_a_file_of_a_version_that_could_stop_within_a_block_is_read() -> None:
-    """It holds the confidence at which a draft stopped as well, and the time of an empty one."""
-    target = tiny_target()
-    trace = record(target, tiny_drafter(target), PROMPT, max_new_tokens=6, times=TIMES)
-    longer = [replace(r, confidence=(*r.confidence, 0.25)) if r.source else r for r in trace.rounds]
-    row = trace_row(replace(trace, rounds=tuple(longer))) | {"confidence_lengths": [len(r.confidence) for r in longer]}
-    assert row_trace(row) == row_trace(trace_row(trace))
-
-
 def test_the_traces_in_data_load_and_replay_over_their_own_greedy_text() -> None:
     results = data_dir() / "results"
     traces = [
@@ -191,13 +182,6 @@ def test_the_traces_in_data_load_and_replay_over_their_own_greedy_text() -> None
             rounds = replay(trace, policy)
             assert [token for r in rounds for token in r.committed] == trace.token_ids
             assert all(r.accepted <= r.verify_length <= len(r.draft_tokens) == len(r.survival) for r in rounds)
-
-
-def test_a_live_run_of_an_older_version_is_refused() -> None:
-    target = tiny_target()
-    trace = record(target, tiny_drafter(target), PROMPT, max_new_tokens=5, times=TIMES)
-    with pytest.raises(ValueError, match="record it again"):
-        replay(replace(trace, about=trace.about | {"complete": False}), dspark.FixedWindow())
 
 
 def test_a_policy_that_the_drafter_cannot_serve_is_refused() -> None:

@@ -34,9 +34,7 @@ class Oracle(Policy):
 
 def replay(trace: Trace, policy: Policy) -> list[Round]:
     """The rounds of :func:`dspark.decode.decode` in float32 with the trace's own limit, the prefill first; seconds are its step times.
-    Raises ValueError for a policy that the drafter cannot serve, or a live run of an older version."""
-    if not trace.about["complete"]:
-        raise ValueError("the trace is a live run of an older version: record it again with dspark.bench.trace.record")
+    Raises ValueError for a policy that the drafter cannot serve."""
     block_size = int(trace.about["block_size"])
     policy.check(block_size, bool(trace.about["has_confidence"]))
     limit, text = int(trace.about["max_new_tokens"]), trace.token_ids
@@ -58,23 +56,11 @@ def cut(r: Round, index: int, window: int, drafts: int, length: int, times: Step
     """The round with ``drafts`` drafted tokens, of which ``length`` are checked."""
     source, accepted = r.source if drafts else "", min(r.accepted, length)
     drafted, verified = times.draft_seconds(drafts, source), times.sps.step_seconds(1 + length)
-    return replace(
-        r,
-        index=index,
-        window=window,
-        draft_tokens=r.draft_tokens[:drafts],
-        confidence=r.confidence[:drafts],
-        draft_probs_of_drafts=r.draft_probs_of_drafts[:drafts],
-        verify_length=length,
-        target_probs_of_drafts=r.target_probs_of_drafts[:length],
-        accepted=accepted,
-        committed=r.committed[: accepted + 1],
-        context=r.context and r.context + accepted,  # a recorded round accepts nothing
-        source=source,
-        draft_seconds=drafted,
-        verify_seconds=verified,
-        seconds=drafted + verified + times.other,
-    )
+    kept = {name: getattr(r, name)[:drafts] for name in ("draft_tokens", "confidence", "draft_probs_of_drafts")}
+    kept |= {"target_probs_of_drafts": r.target_probs_of_drafts[:length], "committed": r.committed[: accepted + 1], "source": source}
+    took = {"draft_seconds": drafted, "verify_seconds": verified, "seconds": drafted + verified + times.other}
+    context = r.context and r.context + accepted  # a recorded round accepts nothing
+    return replace(r, index=index, window=window, verify_length=length, accepted=accepted, context=context, **kept, **took)
 
 
 def _best_lengths(trace: Trace, limit: int) -> list[int]:
@@ -124,16 +110,9 @@ def pooled(frame: pd.DataFrame) -> pd.DataFrame:
     """
     by = pd.concat([frame, frame.assign(domain=ALL)]).groupby(["policy", "domain"], sort=False)
     total = by[["tokens", "rounds", "seconds", "checked", "accepted"]].sum()
-    lines = pd.DataFrame(
-        {
-            "n": by["prompt_id"].nunique(),
-            "tokens_per_round": total["tokens"] / total["rounds"],
-            "tokens_per_second": total["tokens"] / total["seconds"],
-            "acceptance": total["accepted"] / total["checked"],
-            "checked": total["checked"] / total["rounds"],
-            "accepted": total["accepted"] / total["rounds"],
-        }
-    ).reset_index()
+    lines = pd.DataFrame({"n": by["prompt_id"].nunique(), "tokens_per_round": total["tokens"] / total["rounds"]})
+    lines = lines.assign(tokens_per_second=total["tokens"] / total["seconds"], acceptance=total["accepted"] / total["checked"])
+    lines = lines.join(total[["checked", "accepted"]].div(total["rounds"], axis=0)).reset_index()
     whole = lines["domain"] == ALL
     means = np.exp(np.log(lines[~whole].set_index("policy")["tokens_per_second"]).groupby("policy").mean())
     lines.loc[whole, "tokens_per_second"] = lines.loc[whole, "policy"].map(means)

@@ -18,7 +18,6 @@ T = TypeVar("T")
 Row = dict[str, object]
 COMMAND = "python -m dspark.bench"
 SCHEMA_VERSION = 1  # of rows of results (traces have their own); readers refuse another
-GONE = r"\+(?:phrases|siblings)"  # arms with features that no longer exist: their rows are dropped when a file is read
 
 
 class Ledger:
@@ -122,18 +121,15 @@ def write_results(frame: pd.DataFrame, path: Path) -> None:
 
 
 def read_results(path: Path, remedy: str = COMMAND) -> pd.DataFrame:
-    """The rows of a file, but for arms that no longer exist. Raises ValueError, naming ``remedy``, if it is missing or not Parquet."""
+    """The rows of a file. Raises ValueError, naming ``remedy``, if it is missing or not Parquet."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: pass a file in it that {remedy} has made")
     try:
-        frame = pd.read_parquet(path)
+        return pd.read_parquet(path)
     except FileNotFoundError:
         raise ValueError(f"no results at {path}: make them with {remedy}") from None
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file ({one_line(error)}): pass one that {remedy} has made") from error
-    if "arm" in frame and (gone := frame["arm"].str.contains(GONE, na=False)).any():
-        frame = frame[~gone].reset_index(drop=True)
-    return frame
 
 
 def read_rows(path: Path, remedy: str = COMMAND, schema_version: int = SCHEMA_VERSION) -> pd.DataFrame:

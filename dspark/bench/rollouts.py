@@ -105,8 +105,6 @@ def rollouts_of(frame: pd.DataFrame, **chosen: object) -> Rollouts:
     for name, value in chosen.items():
         frame = frame[frame[name] == value]
     frame = frame[frame["blocks"] > 0]
-    if "acceptance" not in frame:
-        raise ValueError(f"the rollouts are of an older version, without acceptances: measure them again with {COMMAND}")
     if frame.empty:
         raise ValueError(f"no blocks with {chosen}: roll out more prompts with {COMMAND}")
     blocks = int(frame["blocks"].sum())

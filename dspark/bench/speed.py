@@ -66,9 +66,7 @@ def constant_columns(plan: Plan, models: Models) -> dict[str, Row]:
     chosen = {name: getattr(plan, name) for name in ("baseline", "split", "temperature", "top_p", "top_k", "seed", "repeats")}
     chosen |= {"prompt_set": plan.domains, "n": plan.prompts, "max_new_tokens": plan.tokens}
     trained, untrained = (plan.provenance(each) | chosen for each in (models, replace(models, drafter=None)))
-    return {
-        arm.name: (trained if arm.trained else untrained) | ({"pass": arm.pass_name} if arm.pass_name else {}) for arm in plan.parsed_arms
-    }
+    return {a.name: (trained if a.trained else untrained) | ({"pass": a.pass_name} if a.pass_name else {}) for a in plan.parsed_arms}
 
 
 def in_new_process(function: Callable, *arguments: object) -> object:

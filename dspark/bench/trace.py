@@ -140,7 +140,6 @@ def record(
         "target_digest": target.digest,
         "drafter": name + ("+copy" if inner is not drafter else ""),
         "temperature": 0.0,
-        "complete": True,  # files of older versions may hold live runs
         "pieces": {},
         "block_size": drafter.block_size,
         "has_confidence": drafter.has_confidence,

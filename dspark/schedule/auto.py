@@ -46,7 +46,8 @@ class Auto(Policy):
             survival = [*(outlooks[r] for r in ranked[:drafting]), *nobody[drafting:]]
             return max(step.throughput for step in scheduler.admissions(survival))
 
-        drafting = {*ranked[: max(_counts(len(ranked)), key=throughput)]}
+        counts = [0, *(1 << k for k in range((len(ranked) - 1).bit_length())), len(ranked)]  # 0, 1, 2, 4, … and all
+        drafting = {*ranked[: max(counts, key=throughput)]}
         drafting |= {r for r, rounds in enumerate(histories) if _is_due(rounds, len(histories))}
         return [block_size if r in drafting else 0 for r in range(len(histories))]
 
@@ -93,11 +94,6 @@ def _outlooks(histories: Histories) -> list[list[float]] | None:
 def _survival(r: Round) -> Sequence[float]:
     """a_1..a_w of a draft; without confidences, what became of each token instead."""
     return r.survival if not math.isnan(r.confidence[0]) else [float(k < r.accepted) for k in range(len(r.draft_tokens))]
-
-
-def _counts(requests: int) -> list[int]:
-    """How many of them could draft: 0, 1, 2, 4, … and all."""
-    return [0, *(1 << k for k in range((requests - 1).bit_length())), requests]
 
 
 def _is_due(rounds: Sequence[Round], requests: int) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dspark.round import Round
 from dspark.schedule.policies import SPS, Histories, NeedsConfidence
 
 
@@ -44,24 +43,14 @@ class PrefixScheduler(NeedsConfidence):
     sps: measured target steps per second at B tokens.
     draft_seconds: T_draft of the parallel pass. 0 is the paper's rule: a server drafts while it verifies. A single stream waits for
         drafting; counting that time makes a round longer, so a few more drafts are admitted.
-    max_window: tokens to draft at most, None for the whole block.
     """
 
     sps: SPS
     draft_seconds: float = 0.0
-    max_window: int | None = None
 
     def __post_init__(self) -> None:
         if not self.draft_seconds >= 0:
             raise ValueError(f"draft_seconds must be at least 0, got {self.draft_seconds}: 0 leaves drafting out")
-
-    def window(self, last: Round | None, block_size: int) -> int:
-        return block_size if self.max_window is None else self.max_window
-
-    def check(self, block_size: int, has_confidence: bool) -> None:
-        super().check(block_size, has_confidence)
-        if self.max_window is not None and not 1 <= self.max_window <= block_size:
-            raise ValueError(f"max_window {self.max_window} must lie in 1..{block_size}, the drafter's block size")
 
     def lengths(self, confidence: Sequence[Tensor], histories: Histories = ()) -> list[int]:
         lengths = [0] * len(confidence)

@@ -39,9 +39,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--target", default="default", help="'default', a hub id, a folder or a .gguf file")
     common.add_argument("--dtype", help="default bfloat16; float32 to train on a CPU without bfloat16 kernels, where it is faster")
     common.add_argument("--device", default="cpu")
-    common.add_argument(
-        "--corpus", type=Path, default=cache_dir() / "selfplay.json", help="self-play text: the manifest of its shards, or one file"
-    )
+    common.add_argument("--corpus", type=Path, default=cache_dir() / "selfplay.json", help="self-play text: a manifest, or one file")
 
     corpus = commands.add_parser("corpus", parents=[common], help="let the target play both sides of conversations")
     for name, default in DEFAULTS.items():
@@ -54,9 +52,7 @@ def parser() -> argparse.ArgumentParser:
     trained.add_argument("--seed", type=int, default=0)
     trained.add_argument("--features", type=Path, help="keep the target's features here (7 kB a token for the default target)")
 
-    drafter = commands.add_parser(
-        "drafter", parents=[trained], help="train a drafter on a corpus; resumes; in several processes by accelerate launch"
-    )
+    drafter = commands.add_parser("drafter", parents=[trained], help="train a drafter; resumes; also in processes of accelerate launch")
     add_fields(drafter, Recipe, steps=5000, lr=1.5e-3, taps="", mask_token=-1)
     drafter.add_argument("--out", type=Path, required=True, help="folder of the finished drafter; its checkpoint is kept beside it")
     drafter.add_argument("--more", type=Path, help="learn from this corpus too, 64 rows at a time; the held-out rows are of --corpus")

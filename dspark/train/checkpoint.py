@@ -37,14 +37,12 @@ def load_checkpoint(path: Path, drafter: Drafter, optimizer: torch.optim.Optimiz
     """
     tensors, header = read_tensors(path, START_OVER)
     try:
-        about = {"text": wanted["text"]} | json.loads(header["about"])  # older files lack some keys: what they were made with
-        about["drafter"] = {"architecture": Drafter.architecture} | about["drafter"]
-        settings = {"weight_decay": 0.0} | about["train"]  # and hold settings that are constants now
+        about = json.loads(header["about"])
+        about["train"] |= {name: wanted["train"][name] for name in MAY_CHANGE}
         if type(about["step"]) is not int or about["step"] < 0:
             raise ValueError(f"step {about['step']!r}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({one_line(error)}): {START_OVER}") from None
-    about["train"] = {name: value if name in MAY_CHANGE else settings.get(name) for name, value in wanted["train"].items()}
     for key, value in wanted.items():
         if about.get(key) != json.loads(json.dumps(value)):
             raise ValueError(f"{path} was made with {key} = {about.get(key)!r}, not {value}: choose another folder")

@@ -231,15 +231,8 @@ def train_to(trainer: Trainer, out: Path, *, about: dict[str, object]) -> None:
         with contextlib.suppress(ValueError, KeyError):  # a line that a full disk tore apart; a step that was not judged
             record = json.loads(line)
             curve[record["step"]] = record["held_out"]["tau"]
-    summary = {
-        "steps": trainer.step,
-        **about,
-        "corpus_rows": len(corpus),
-        "response_tokens": int(corpus.assistant.sum()),
-        "held_out": trainer.validate(),
-        "curve": sorted(curve.items()),
-        "revision": revision(),
-        "machine": cpu_name() if trainer.target.device.type == "cpu" else device_name(trainer.target.device),
-    }
+    machine = cpu_name() if trainer.target.device.type == "cpu" else device_name(trainer.target.device)
+    summary = {"steps": trainer.step, **about, "corpus_rows": len(corpus), "response_tokens": int(corpus.assistant.sum())}
+    summary |= {"held_out": trainer.validate(), "curve": sorted(curve.items()), "revision": revision(), "machine": machine}
     if main:
         save_drafter(trainer.drafter, trainer.target, out, training=summary)

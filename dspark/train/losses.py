@@ -82,17 +82,10 @@ def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks) -> B
         latent = drafter.markov_head.latents(hidden, embedded).flatten(0, 2)
         w2 = drafter.markov_head.markov_w2.weight
     positions = blocks.positions.clamp(max=shard.token_ids.shape[1] - 1)
-    loss, acceptance = HeadLoss.apply(
-        hidden.flatten(0, 2),
-        latent,
-        w2,
-        drafter.head_weight,
-        pick(shard.final, positions).flatten(0, 2),
-        pick(shard.logsumexp, positions).flatten(),
-        t2d[blocks.labels].flatten(),
-        blocks.weight.flatten(),
-        drafter.config.num_candidates,
-    )
+    student = hidden.flatten(0, 2), latent, w2, drafter.head_weight
+    teacher = pick(shard.final, positions).flatten(0, 2), pick(shard.logsumexp, positions).flatten()
+    labels = t2d[blocks.labels].flatten(), blocks.weight.flatten()
+    loss, acceptance = HeadLoss.apply(*student, *teacher, *labels, drafter.config.num_candidates)
     acceptance = acceptance.view(blocks.positions.shape)
     if drafter.confidence_head is not None:
         logits = drafter.confidence_head(hidden, embedded).float()

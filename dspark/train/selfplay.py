@@ -80,21 +80,16 @@ def turns_and_starts(target: Target, subjects: Sequence[Subject]) -> tuple[Turns
     so that greedy texts differ. Raises ValueError if nothing says what the first token is, and as :func:`turns_of`.
     """
     if getattr(target.tokenizer, "chat_template", None) is not None:
-        return turns_of(target), encoded_starts(target, subjects)
+        starts = [start for subject in subjects for start in subject.starts()]
+        heads = {system: pieces(target.tokenizer, system)[0] for _, system, _ in starts}
+        encode = partial(target.tokenizer, add_special_tokens=False)
+        return turns_of(target), [(encode(heads[system] + opening)["input_ids"], weight) for weight, system, opening in starts]
     stops = tuple(sorted(target.eos_token_ids))
     tokens = [getattr(target.tokenizer, "bos_token_id", None), getattr(target.config, "bos_token_id", None), *stops]
     first = next((token for token in tokens if token is not None), None)
     if first is None:
         raise ValueError(f"{target.name} has no chat template and no first token of a text: set bos_token_id in its config")
     return Turns((), () if first in stops else (first,), stops, OPENING_SHARE), [([first], 1.0)]
-
-
-def encoded_starts(target: Target, subjects: Sequence[Subject]) -> list[tuple[list[int], float]]:
-    """Every way to start a row: (token ids up to and including the opening, weight)."""
-    starts = [start for subject in subjects for start in subject.starts()]
-    heads = {system: pieces(target.tokenizer, system)[0] for _, system, _ in starts}
-    encode = partial(target.tokenizer, add_special_tokens=False)
-    return [(encode(heads[system] + opening)["input_ids"], weight) for weight, system, opening in starts]
 
 
 def pieces(tokenizer: object, system: str | None) -> tuple[str, str, str]:

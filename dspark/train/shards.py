@@ -31,9 +31,7 @@ DEFAULTS = {"rows": 4096, "tokens": 448, "batch": 256, "seed": 0}
 _loaded = cache(lambda name, dtype, device: load_target(name, dtype=dtype, device=device))  # once in each worker
 
 
-def make_shard(
-    source: Target | tuple[str, str, str], subjects: Sequence[Subject], recipe: dict[str, object], task: tuple[int, int]
-) -> Corpus:
+def make_shard(source: Target | tuple[str, ...], subjects: Sequence[Subject], recipe: dict[str, object], task: tuple[int, int]) -> Corpus:
     """One shard. source: the target, or its name, dtype and device. recipe: what rows depend on. task: index and rows of the shard."""
     (index, count), target = task, source if isinstance(source, Target) else _loaded(*source)
     if target.digest != recipe["target"]:

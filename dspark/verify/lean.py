@@ -30,29 +30,14 @@ FIRST_TABLE = 1024  # positions in the first table of cosines and sines; it grow
 FOLDED = 64  # tokens of a request up to which the heads that share keys are folded into the queries
 
 
-@dataclass(frozen=True)
-class Family:
-    """What distinguishes one Llama-like architecture from another, beyond what its modules show.
-
-    qk_norm: queries and keys are RMS-normed per head before the rotary embedding.
-    windows: (config, number of layers) → per layer how many tokens a query sees, itself included; None for all.
-    """
-
-    qk_norm: bool = False
-    windows: Callable[[object, int], list[int | None]] = lambda config, layers: [None] * layers
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # models of other types run transformers' own modules
 
 
-def _by_layer_types(config: object, layers: int) -> list[int | None]:
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-
-
-FAMILIES = {  # model_type → Family; models of other types run transformers' own modules
-    "llama": Family(),
-    "mistral": Family(windows=lambda config, layers: [getattr(config, "sliding_window", None)] * layers),
-    "qwen2": Family(windows=_by_layer_types),
-    "qwen3": Family(qk_norm=True, windows=_by_layer_types),
-}
+def windows(config: object, layers: int) -> list[int | None]:
+    """Per layer how many tokens a query sees, itself included; None for all."""
+    if config.model_type.startswith("qwen"):
+        return [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+    return [config.sliding_window if config.model_type == "mistral" else None] * layers
 
 
 def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
@@ -79,29 +64,29 @@ class LeanPass:
 
     name = "lean"
 
-    def __init__(self, target: Target, family: Family, make: MakeProduct, dtype: torch.dtype) -> None:
+    def __init__(self, target: Target, make: MakeProduct, dtype: torch.dtype) -> None:
         config, decoder = target.config, target.decoder
         self.device, self.dtype, self.rotary = target.device, dtype, decoder.rotary_emb
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.eps, self.scale = config.rms_norm_eps, self.head_dim**-0.5
-        windows = family.windows(config, target.num_layers)
-        self.layers = [self._layer(layer, window, family, make) for layer, window in zip(target.layers, windows, strict=True)]
+        seen = windows(config, target.num_layers)
+        self.layers = [self._layer(layer, window, make) for layer, window in zip(target.layers, seen, strict=True)]
         self.norm = decoder.norm.weight.detach().to(dtype)
         self.embedding = target.embedding.weight
         self.head = make(target.head_weight, None)
         self.table = (torch.empty(0), torch.empty(0))
 
-    def _layer(self, layer: nn.Module, window: int | None, family: Family, make: MakeProduct) -> _Layer:
+    def _layer(self, layer: nn.Module, window: int | None, make: MakeProduct) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         norms = None
-        if family.qk_norm:
+        if hasattr(attention, "q_norm"):
             norms = torch.stack([attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads).detach().to(self.dtype)
         return _Layer(
-            _joined(make, attention.q_proj, attention.k_proj, attention.v_proj),
-            _joined(make, attention.o_proj),
-            _joined(make, mlp.gate_proj, mlp.up_proj),
-            _joined(make, mlp.down_proj),
+            joined(make, attention.q_proj, attention.k_proj, attention.v_proj),
+            joined(make, attention.o_proj),
+            joined(make, mlp.gate_proj, mlp.up_proj),
+            joined(make, mlp.down_proj),
             layer.input_layernorm.weight.detach().to(self.dtype),
             layer.post_attention_layernorm.weight.detach().to(self.dtype),
             norms,
@@ -244,26 +229,28 @@ def lean_pass(target: Target, make: MakeProduct = plain_product, dtype: torch.dt
 
     dtype: of hidden states, keys, values and logits between the products; None for the model's own.
     """
-    family, config = FAMILIES.get(target.config.model_type), target.config
+    config = target.config
     devices = {str(weight.device) for weight in target.model.parameters()}
     if len(devices) > 1:
         log.warning("%s is split over %s: its own modules run", target.name, ", ".join(sorted(devices)))
         return None
     rope = getattr(config, "rope_parameters", None) or {}
-    fits = family is not None and getattr(config, "hidden_act", "silu") == "silu" and rope.get("partial_rotary_factor", 1.0) == 1.0
+    fits = (
+        config.model_type in FAMILIES and getattr(config, "hidden_act", "silu") == "silu" and rope.get("partial_rotary_factor", 1.0) == 1.0
+    )
     fits = fits and target.steady_context >= (getattr(config, "max_position_embeddings", None) or 0)
-    if not fits or not all(_is_plain(layer, family) for layer in target.layers):
+    if not fits or not all(_is_plain(layer) for layer in target.layers):
         return None
-    return LeanPass(target, family, make, dtype or target.dtype)
+    return LeanPass(target, make, dtype or target.dtype)
 
 
-def _is_plain(layer: nn.Module, family: Family) -> bool:
+def _is_plain(layer: nn.Module) -> bool:
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     names = [(attention, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")] + [(mlp, n) for n in ("gate_proj", "up_proj", "down_proj")]
     return all(type(getattr(part, name, None)) is nn.Linear for part, name in names)
 
 
-def _joined(make: MakeProduct, *linears: nn.Linear) -> Product:
+def joined(make: MakeProduct, *linears: nn.Linear) -> Product:
     """One product that computes the outputs of all of these, side by side."""
     weight = torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
     bias = None

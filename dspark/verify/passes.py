@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from dspark.rewind import RewindCache
-
 if TYPE_CHECKING:
     from dspark.target.target import Target
 
@@ -71,13 +69,7 @@ class TransformersPass:
         return SimpleNamespace(open=self.target.new_cache, close=lambda slot: None)
 
     def __call__(
-        self,
-        tokens: Sequence[Sequence[int]],
-        slots: Sequence[RewindCache],
-        cache: SimpleNamespace,
-        taps: Sequence[int] = (),
-        *,
-        last_only: bool = False,
+        self, tokens: Sequence[Sequence[int]], slots: Sequence[Slot], cache: Any, taps: Sequence[int] = (), *, last_only: bool = False
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """See :class:`TargetPass`."""
         out = []

@@ -44,9 +44,7 @@ class Processors:
             if isinstance(each, type) or not callable(each):
                 raise ValueError(f"{each!r} is no logit processor: pass objects such as RepetitionPenaltyLogitsProcessor(1.2)")
             if isinstance(each, REFUSED):
-                raise ValueError(
-                    f"{type(each).__name__} is not supported: dspark applies processors that read the text before a token alone"
-                )
+                raise ValueError(f"{type(each).__name__} is not supported: only processors that read the text before a token alone are")
         self.first, self.last = LogitsProcessorList(first), LogitsProcessorList(last)
 
     @classmethod

@@ -134,13 +134,7 @@ class StaticPass:
 
     @torch.inference_mode()
     def __call__(
-        self,
-        tokens: Sequence[Sequence[int]],
-        slots: Sequence[Slot],
-        cache: StaticCache,
-        taps: Sequence[int] = (),
-        *,
-        last_only: bool = False,
+        self, tokens: Sequence[Sequence[int]], slots: Sequence[Slot], cache: SlotCache, taps: Sequence[int] = (), *, last_only: bool = False
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """See :class:`dspark.verify.passes.TargetPass`."""
         counts = [len(ids) for ids in tokens]
