@@ -48,8 +48,6 @@ def models() -> Models:
 @pytest.fixture(autouse=True)
 def times_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is profiled on a busy machine."""
-    monkeypatch.setattr("dspark.bench.costs.USERS", (1, 3))
-    monkeypatch.setattr("dspark.bench.costs.TOKENS", 4)
     for module in ("arms.step_times", "costs.measured_times"):
         monkeypatch.setattr(f"dspark.bench.{module}", lambda target, drafter: TIMES)
 
@@ -67,7 +65,7 @@ def test_every_policy_serves_the_same_requests():
     for level in plan.loads:
         jobs = plan.jobs(*level)
         assert jobs == small().jobs(*level) and {4 <= job.limit <= 12 for job in jobs} == {True} and len({job.limit for job in jobs}) > 1
-    assert list(small(repeats=2).cells(costs=False).values()) == 2 * plan.loads
+    assert list(small(repeats=2).cells().values()) == 2 * plan.loads
 
 
 def test_each_turn_is_taken_by_the_one_that_has_worked_least_and_no_clock_counts_the_turns_of_others(monkeypatch):
@@ -94,7 +92,7 @@ def served(*arguments: object) -> dict[str, object]:
 def test_a_load_has_a_row_for_every_policy_and_one_of_the_step_times(models, tmp_path):
     frame = measure_load(small(), models, tmp_path / "load.parquet")
     found = read_load(tmp_path / "load.parquet")
-    assert len(found) == len(frame) == 1 + 5 * 3 and set(closed(found).columns) == {1, 3}
+    assert len(found) == len(frame) == 2 + 5 * 3 and set(closed(found).columns) == {1, 3}
     rows = found[found["kind"] != COSTS]
     assert (rows["tokens_per_second"] > 0).all() and (rows["token_ms_p50"] <= rows["token_ms_p99"]).all() and (rows["kv_mib"] > 0).all()
     plain = rows[rows["arm"] == "plain"].set_index(["kind", "level"])
@@ -105,29 +103,37 @@ def test_a_load_has_a_row_for_every_policy_and_one_of_the_step_times(models, tmp
     assert costs.times == TIMES and costs.prompts.keys() == {unit.item.id for unit in small().units} and costs.bytes_per_token > 0
 
 
-def test_the_lines_of_several_repeats_are_averaged():
+def test_the_lines_go_through_all_steps_that_were_timed_and_errors_count_relatively():
     row = {"times": asdict(TIMES), "bytes_per_token": 2, "prompts": {"x": 5}}
-    rows = [json.dumps(row | {"rest": [r, 0.0, 2 * r], "prefill": [r, 1.0]}) for r in (1.0, 3.0)]
-    assert Costs.of(pd.DataFrame({"costs": [rows[0], None, rows[1]]})) == Costs(TIMES, [2.0, 0.0, 4.0], [2.0, 1.0], 2, {"x": 5})
+    steps = [[[r, n, 9.0, 1 + 2 * r + 3 * n] for n in (r, 2 * r)] for r in (1, 4)]
+    prefills = [[[n, 0.5 + n] for n in (10, 20)], [[30, 30.5]]]
+    rows = [json.dumps(row | {"steps": each, "prefills": prompts}) for each, prompts in zip(steps, prefills, strict=True)]
+    found = Costs.of(pd.DataFrame({"costs": [rows[0], None, rows[1]]}))
+    assert found.rest == pytest.approx([1, 2, 3]) and found.prefill == pytest.approx([0.5, 1])
+    assert (found.times, found.bytes_per_token, found.prompts) == (TIMES, 2, {"x": 5})
+    uneven = json.dumps(row | {"steps": steps[0], "prefills": [[1, 1.0], [1, 2.0]]})
+    assert Costs.of(pd.DataFrame({"costs": [uneven]})).prompt(1) == pytest.approx(1.2)  # 20 % above and 40 % below, not 1.5
+    with pytest.raises(ValueError, match="do not say what a step costs"):
+        Costs.of(pd.DataFrame({"costs": [None]}))
 
 
 def test_an_interrupted_load_keeps_its_cells_and_resumes_there(models, tmp_path, monkeypatch):
     add, out, measured = Ledger.add, tmp_path / "load.parquet", []
 
-    def third_is_interrupted(self: Ledger, key: str, rows: list) -> None:
-        if len(measured) == 3:
+    def second_is_interrupted(self: Ledger, key: str, rows: list) -> None:
+        if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(key)
         add(self, key, rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Ledger, "add", third_is_interrupted)
+        patch.setattr(Ledger, "add", second_is_interrupted)
         measure_load(small(), models, out)
     kept = [json.loads(line) for line in Path(f"{out}.partial.jsonl").read_text().splitlines()[1:]]
     frame = measure_load(small(), models, out)
-    assert [line["unit"] for line in kept] == measured and len(frame) == 16
+    assert [line["unit"] for line in kept] == measured and len(frame) == 17
     rows = [row for line in kept for row in line["rows"]]
-    assert frame["seconds"][1 : len(rows)].tolist() == [row["seconds"] for row in rows[1:]]  # the first row is of step times
+    assert frame["seconds"][: len(rows)].fillna(0).tolist() == [row.get("seconds", 0) for row in rows]  # rows of costs have none
     with pytest.raises(ValueError, match=r"tokens=8.*tokens=9"):
         measure_load(small(tokens=9), models, out)
 
@@ -240,7 +246,7 @@ def test_a_grid_of_another_schema_or_kind_is_refused(tmp_path):
 
 def test_the_command_measures_prints_and_is_a_mode_of_bench(models, tmp_path, monkeypatch, capsys):
     spread = {"plain": {"spread": 1.1, "busy": False}, "fixed:2": {"spread": 1.9, "busy": True}}
-    monkeypatch.setattr(load, "in_turns", lambda work: {name: row | spread[name] for name, row in in_turns(work).items()})
+    monkeypatch.setattr(load, "in_turns", lambda work: {name: row | spread.get(name, {}) for name, row in in_turns(work).items()})
     monkeypatch.setattr(LoadPlan, "load", lambda self: models)
     options = "load --arms plain,fixed:2 --users 1,2 --rates= --domains code --prompts 2 --tokens 6 --threads 1 --memory 0.03 --out".split()
     assert command.main([*options, str(tmp_path / "load.parquet")]) == 0
@@ -311,14 +317,13 @@ def test_a_sample_stands_for_many_users(models, traces, monkeypatch):
 
 def test_a_simulated_grid_stands_beside_the_measured_one(models, traces, tmp_path):
     frame = measure_load(small(arms="plain,auto"), models, tmp_path / "load.parquet")
-    known = Costs.of(frame)
-    found = simulated_grid(frame, traces, known, [1, 3, 100_000])
+    found = simulated_grid(frame, traces, [1, 3, 100_000])
     assert found["simulated"].all() and len(found) == 6 and found["measured"].notna().sum() == 4
     assert (found["tokens_per_second"] > 0).all()
     trace = next(iter(traces.values()))
     other = {"x": type(trace)(trace.rounds, trace.about | {"drafter": "0" * 16})}
     with pytest.raises(ValueError, match=f"drafter {'0' * 16}, the grid is of {drafter_digest(models.drafter)}"):
-        simulated_grid(frame, other, known, [1])
+        simulated_grid(frame, other, [1])
 
 
 def test_what_cannot_be_simulated_is_refused(models, traces):

@@ -1,10 +1,10 @@
-"""What a step of the engine costs on one machine: measured with a load, kept with its rows, read by the simulation."""
+"""What a step of the engine costs on one machine: measured in turns with a load, kept with its rows, read by the simulation."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 
@@ -15,13 +15,13 @@ from dspark.bench.arms import Models
 from dspark.bench.plan import Plan
 from dspark.bench.prompts import load_prompts
 from dspark.bench.results import Row
+from dspark.bench.turns import Stopwatch
 from dspark.engine import Engine
 from dspark.schedule import FixedWindow
 from dspark.tune.curve import Extra, SPSCurve
 from dspark.tune.profile import measured_times
 
-TOKENS = 16  # of each text that is written to measure
-USERS = (1, 2, 4, 8, 16, 32)
+LEAST = 6  # requests whose steps are timed
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,19 @@ class Costs:
 
     @classmethod
     def of(cls, loads: pd.DataFrame) -> Costs:
-        """From the rows of measured loads. The lines are the means of those that were fitted, one per repeat."""
+        """From the rows of measured loads: lines through all of their steps. Raises ValueError for loads without costs.
+
+        They have the least squares of relative errors, so that one request counts as much as 32, whose step takes twenty times as long.
+        """
         rows = [json.loads(text) for text in loads["costs"].dropna()]
+        if not rows:
+            raise ValueError("these loads do not say what a step costs: measure them with python -m dspark.bench load --users …")
         times = dict(rows[0]["times"])
         times["draft"], times["extra"] = times["draft"] and SPSCurve(**times["draft"]), times["extra"] and Extra(**times["extra"])
-        lines = {name: np.mean([row[name] for row in rows], 0).tolist() for name in ("rest", "prefill")}
-        return cls(**rows[0] | {"times": SPSCurve(**times)} | lines)
+        requests, tokens, seconds, rest = np.array([step for row in rows for step in row["steps"]]).T
+        prompts, prefill = np.array([each for row in rows for each in row["prefills"]]).T
+        about = {name: rows[0][name] for name in ("bytes_per_token", "prompts")}
+        return cls(SPSCurve(**times), _line(rest, seconds, requests, tokens), _line(prefill, prefill, prompts), **about)
 
     def step(self, tokens: float, contexts: Sequence[int], drafting: float) -> float:
         """Seconds of a round over so many tokens for these requests, so many of which draft."""
@@ -60,28 +67,47 @@ class Costs:
         return max(float(np.dot(self.prefill, (1.0, tokens))), 0.0) or self.times.step_seconds(tokens)
 
 
-def measure_costs(models: Models, plan: Plan) -> Row:
-    """The fields of :class:`Costs`: step times of this machine, and lines fitted to short runs on prompts that are not measured.
+def _line(seconds: np.ndarray, measured: np.ndarray, *terms: np.ndarray) -> list[float]:
+    """A constant and a factor per term that give ``seconds``; errors count relative to what was measured."""
+    terms = np.stack([np.ones_like(seconds), *terms], 1)
+    return np.linalg.lstsq(terms / measured[:, None], seconds / measured)[0].tolist()
 
-    The lines have the least squares of relative errors: one request counts as much as 32, whose step takes twenty times as long.
-    """
-    target, times = models.target, measured_times(models.target, models.drafter)
+
+def beside(models: Models, plan: Plan, users: int) -> dict[str, tuple[Stopwatch, Generator[None, None, Row]]]:
+    """What a load is measured in turns with, to know what its steps cost: prompts of the other split, plainly and with whole blocks."""
     domains, other = dict.fromkeys(unit.item.domain for unit in plan.units), "test" if plan.split == "dev" else "dev"
     items = [item for each in zip(*(load_prompts(name, other, 2) for name in domains), strict=True) for item in each]  # of all lengths
-    points = {"rest": [], "prefill": []}  # (terms of the line, seconds), both over the seconds that were measured
-    for drafter in (None, models.drafter):
-        for users in USERS:
-            engine = Engine(target, drafter, FixedWindow() if drafter else None, max_requests=users)
-            for _, item in zip(range(users), cycle(items), strict=False):
-                engine.submit(item.messages, max_new_tokens=TOKENS)
-            while engine.active or engine.waiting:
-                start = time.perf_counter()
-                rounds, seconds = [r for _, r in engine.step()], time.perf_counter() - start
-                points["prefill"] += [(np.array((1.0, r.context)) / r.seconds, 1.0) for r in rounds if r.index == 0]
-                if all(r.index for r in rounds):
-                    tokens, drafting = sum(1 + r.verify_length for r in rounds), sum(bool(r.draft_tokens) for r in rounds)
-                    models_only = Costs(times).step(tokens, [r.context for r in rounds], drafting)
-                    points["rest"].append((np.array((1.0, len(rounds), tokens)) / seconds, 1 - models_only / seconds))
+    times, work = measured_times(models.target, models.drafter), {}
+    for name, drafter, policy in (("plain steps", None, None), ("drafted steps", models.drafter, FixedWindow())):
+        engine = Engine(models.target, drafter, policy, max_requests=users)
+        for _, item in zip(range(max(LEAST, 2 * users)), cycle(items), strict=False):
+            engine.submit(item.messages, max_new_tokens=plan.tokens)
+        work[name] = Stopwatch(), _timed(engine, Costs(times))
+    return work
+
+
+def _timed(engine: Engine, models: Costs) -> Generator[None, None, Row]:
+    """Serve what was submitted, a step at a time. models: what they alone take. Returns two columns of :func:`costs_row`."""
+    steps, prefills = [], []
+    while engine.active or engine.waiting:
+        start = time.perf_counter()
+        rounds, seconds = [r for _, r in engine.step()], time.perf_counter() - start
+        prefills += [(r.context, r.seconds) for r in rounds if r.index == 0]
+        if all(r.index for r in rounds):
+            tokens, drafting = sum(1 + r.verify_length for r in rounds), sum(bool(r.draft_tokens) for r in rounds)
+            rest = seconds - models.step(tokens, [r.context for r in rounds], drafting)
+            steps.append((len(rounds), tokens, seconds, rest))
+        yield
+    return {"steps": steps, "prefills": prefills}
+
+
+def costs_row(models: Models, plan: Plan, found: Sequence[Row]) -> Row:
+    """What :meth:`Costs.of` reads. found: what :func:`beside` returned.
+
+    steps: requests, tokens in the pass, seconds, and how many of these beyond the models. prefills: tokens and seconds of a prompt.
+    """
+    target, times = models.target, measured_times(models.target, models.drafter)
     prompts = {unit.item.id: len(target.encode(unit.item.messages)) for unit in plan.units}
-    lines = {name: np.linalg.lstsq(*map(np.array, zip(*found, strict=True)))[0].tolist() for name, found in points.items()}
-    return {"times": asdict(times), **lines, "bytes_per_token": engine.bytes_per_token, "prompts": prompts}
+    points = {name: [point for each in found for point in each[name]] for name in ("steps", "prefills")}
+    size = Engine(target, models.drafter, FixedWindow()).bytes_per_token
+    return {"times": asdict(times), **points, "bytes_per_token": size, "prompts": prompts}

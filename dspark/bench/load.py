@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from dspark.bench.arms import Arm, Models
-from dspark.bench.costs import measure_costs
+from dspark.bench.costs import beside, costs_row
 from dspark.bench.plan import Plan
 from dspark.bench.prompts import PromptItem
 from dspark.bench.provenance import peaks, utc
@@ -95,10 +95,9 @@ class LoadPlan(Plan):
         items = cycle(unit.item for unit in self.units)
         return [Job(item, int(n), i, float(at)) for i, (item, n, at) in enumerate(zip(items, limits, times, strict=False))]
 
-    def cells(self, costs: bool = True) -> dict[str, tuple[str, float]]:
-        """Key → kind and level, once per repeat; the costs of a step first, if they are measured."""
-        loads = [(COSTS, 0.0)] * costs + self.loads
-        return {f"{repeat}/{kind}/{level:g}": (kind, level) for repeat in range(self.repeats) for kind, level in loads}
+    def cells(self) -> dict[str, tuple[str, float]]:
+        """Key → kind and level, once per repeat."""
+        return {f"{repeat}/{kind}/{level:g}": (kind, level) for repeat in range(self.repeats) for kind, level in self.loads}
 
 
 def numbers(name: str, text: str, kind: type, most: float) -> list[float]:
@@ -216,7 +215,7 @@ def server(plan: LoadPlan, models: Models, arm: Arm, requests: int) -> tuple[Eng
 
 
 def measure_load(plan: LoadPlan, models: Models, out: Path, *, costs: bool = True) -> pd.DataFrame:
-    """One row per load, repeat and arm, and per repeat one of what steps cost (for simulations), in ``out`` and returned. Resumes.
+    """One row per load, repeat and arm, and per closed loop one of what its steps cost (for simulations), in ``out`` and returned. Resumes.
 
     Peaks of memory are those of the process, in which all arms of a load are served."""
     jobs = {load: plan.jobs(*load) for load in plan.loads}
@@ -225,17 +224,19 @@ def measure_load(plan: LoadPlan, models: Models, out: Path, *, costs: bool = Tru
     constant = plan.provenance(models) | {name: getattr(plan, name) for name in ("split", "temperature", "tokens", "prompts", "domains")}
 
     def measure(cell: tuple[str, float]) -> list[Row]:
-        if cell[0] == COSTS:
-            return [{"kind": COSTS, "arm": "", "costs": json.dumps(measure_costs(models, plan)), "utc": utc()} | constant]
-        users, work = int(cell[1]) if cell[0] == CLOSED else None, {}
+        users = int(cell[1]) if cell[0] == CLOSED else None
+        others = beside(models, plan, users) if costs and users else {}
+        work = dict(others)
         for arm in plan.parsed_arms:
             (engine, send), clock = server(plan, models, arm, users or 1 << 20), Stopwatch()
             work[arm.name] = clock, serve(engine, jobs[cell], send, users, clock.now, clock.skip)
         found = in_turns(work)
-        about = dict(zip(("kind", "level"), cell, strict=True)) | peaks(models.target.device) | {"utc": utc()} | constant
-        return [about | {"arm": name} | row for name, row in found.items()]
+        timed = [found.pop(name) for name in others]
+        about = {"level": cell[1]} | peaks(models.target.device) | {"utc": utc()} | constant
+        rows = [{"kind": cell[0], "arm": name} | about | row for name, row in found.items()]
+        return rows + [{"kind": COSTS, "arm": "", "costs": json.dumps(costs_row(models, plan, timed))} | about] * bool(timed)
 
-    return ledger.run(plan.cells(costs), measure)
+    return ledger.run(plan.cells(), measure)
 
 
 def read_load(path: Path) -> pd.DataFrame:

@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from dspark.bench.costs import Costs
-from dspark.bench.load import CLOSED, Job, LoadPlan, closed, numbers, read_load, serve
+from dspark.bench.load import CLOSED, COSTS, Job, LoadPlan, closed, numbers, read_load, serve
 from dspark.bench.replay import cut
 from dspark.bench.results import Row, read_rows, write_results
 from dspark.bench.sps import curve_of
@@ -145,9 +145,10 @@ def simulate(traces: Mapping[str, Trace], costs: Costs, arm: str, jobs: Sequence
     return found | {name: each * found[name] for name in ("tokens_per_second", "decode_tokens_per_second", "budget", "active", "requests")}
 
 
-def simulated_grid(grid: pd.DataFrame, traces: Mapping[str, Trace], costs: Costs, users: Sequence[int]) -> pd.DataFrame:
+def simulated_grid(grid: pd.DataFrame, traces: Mapping[str, Trace], users: Sequence[int], costs: Costs | None = None) -> pd.DataFrame:
     """Every arm of a grid with so many users; ``measured`` holds the grid's tokens per second, NaN where it has none.
 
+    costs: of a step on another machine. None: of the steps that were timed with the load or, beyond the grid, with all loads.
     Raises ValueError for traces of another target or drafter.
     """
     for name, column in (("target_digest", "target_digest"), ("drafter", "drafter_digest")):
@@ -159,11 +160,13 @@ def simulated_grid(grid: pd.DataFrame, traces: Mapping[str, Trace], costs: Costs
     options = grid.attrs["configuration"] | {"arrivals": "", "rates": "1"}
     plan = LoadPlan(**{each.name: options[each.name] for each in fields(LoadPlan)})
     constant = {name: grid[name].iloc[0] for name in ("target", "dtype", "machine", "threads", "split", "tokens", "schema_version")}
+    timed = grid[grid["kind"] == COSTS]
     for n in tqdm(users, "simulating", unit="load"):
+        known = costs or Costs.of(here if len(here := timed[timed["level"] == n]) else timed)
         jobs = plan.jobs(CLOSED, min(n, SAMPLE))
         for arm in [arm for arm in dict.fromkeys(loops["arm"]) if "copy" not in arm]:
             about = {"kind": CLOSED, "level": float(n), "arm": arm, "simulated": True, "measured": measured.get((arm, float(n)), math.nan)}
-            rows.append(about | simulate(traces, costs, arm, jobs, n) | constant)
+            rows.append(about | simulate(traces, known, arm, jobs, n) | constant)
     return pd.DataFrame(rows)
 
 
@@ -181,11 +184,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _simulate(options: argparse.Namespace) -> None:
     grid, traces = read_load(options.grid), {about["prompt_id"]: trace for about, trace in load_traces(options.traces)}
-    costs = Costs.of(grid)
+    costs = None
     here = sorted({int(n) for n in grid.loc[grid["kind"] == CLOSED, "level"]})
     if options.curve:
-        grid, costs = _elsewhere(grid, costs, read_rows(options.curve, "python -m dspark.bench.sps"))
-    frame = simulated_grid(grid, traces, costs, sorted({*here, *numbers("users", options.users, int, 1e6)}))
+        grid, costs = _elsewhere(grid, Costs.of(grid), read_rows(options.curve, "python -m dspark.bench.sps"))
+    frame = simulated_grid(grid, traces, sorted({*here, *numbers("users", options.users, int, 1e6)}), costs)
     write_results(frame, options.out)
     print(f"{closed(frame).round(0).to_string()}\ntokens/s in all, simulated, by number of users; {len(frame)} rows in {options.out}")
     if not options.curve:
