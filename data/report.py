@@ -45,14 +45,13 @@ do not edit it. What was tried without a result file is in [data/LOG.md](data/LO
   of ratios: do not divide one by another. Two runs of one machine differ on top of that: compare `generate` in two tables.
 - τ is tokens per round: accepted drafts + 1, over all prompts of a domain.
 - `plain` is our loop without a drafter. `generate` is transformers' own loop on weights as transformers loads them; ours are packed
-  for the CPU first. `lookup` and `assisted`, which drafts with the target's first layers, are transformers' own methods on those.
+  for the CPU first. `lookup` and `assisted`, which drafts with the target's first layers, are transformers' own methods on those; without
+  bfloat16 kernels a pass of theirs over several tokens takes nearly as long as one after the other (see "The target's pass").
 - `mtp1` verifies one draft per round, `fixed:5` the whole block, `prefix` as many as pay off given this machine's step times. `+copy`
   adds copying from the context.
 - Where activations are bfloat16, a block and a single token round differently, so greedy texts part at near ties. In float32 texts are
   equal, and also with bfloat16 weights on a CPU without bfloat16 kernels, where activations are float32: see the counts.
-- AVX512 is a Zen 5 processor with bfloat16 kernels, AVX2 a Zen 3 without. The other methods of transformers were measured on the former and
-  before the lean pass (`dspark/verify/lean.py`), through packed modules of transformers; llama.cpp and the target's pass with an older
-  version of it."""
+- `AMD EPYC (AVX2)` is a Zen 3 without bfloat16 kernels; `AMD EPYC` alone is a processor with AVX-512, measured with an older pass."""
 
 
 def results_page(data: Path) -> str:
@@ -190,7 +189,7 @@ def _load(folder: Path) -> str:
         both, beyond = rows[rows["measured"].notna()], rows[rows["measured"].isna() & (rows["kind"] == CLOSED)]
         error = (both["tokens_per_second"] / both["measured"] - 1).abs()
         words += (
-            f" In italics **simulated** loads, from recorded traces and the step times measured with the run: on the {len(both)} loads "
+            f" In italics **simulated** loads, from recorded traces and steps timed in turns with the loads: on the {len(both)} loads "
             f"that were measured too, the two differ by {error.median():.0%} in the median and {error.max():.0%} at most."
         )
         simulated = beyond.pivot(index="arm", columns="level", values="tokens_per_second")

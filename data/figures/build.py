@@ -42,13 +42,8 @@ from dspark.schedule import make_policy, parse_policy
 HEADLINE = data_dir() / "results" / "speed-bfloat16-t0.parquet"
 PROMPT = "Write a Python class for a bank account with deposit, withdraw and balance methods."
 TEXT = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
-WIDTH, COLUMNS, CELL, LINE, TOP = (
-    900,
-    112,
-    7.8,
-    19,
-    54,
-)  # characters in a line; else pixels: of the picture, a character, a line, above them
+# In pixels: of the picture, a character, a line, above them. COLUMNS: characters in a line.
+WIDTH, COLUMNS, CELL, LINE, TOP = 900, 112, 7.8, 19, 54
 PAPER, INK, FAINT = ("#ffffff", "#0d1117"), ("#1f2328", "#e6edf3"), "rgba(128,128,128,.25)"  # light, dark; a lit round
 
 
