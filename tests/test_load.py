@@ -48,6 +48,7 @@ def models() -> Models:
 @pytest.fixture(autouse=True)
 def times_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is profiled on a busy machine."""
+    monkeypatch.setattr("dspark.bench.costs.LEAST", 1)
     for module in ("arms.step_times", "costs.measured_times"):
         monkeypatch.setattr(f"dspark.bench.{module}", lambda target, drafter: TIMES)
 
@@ -114,7 +115,7 @@ def test_the_lines_go_through_all_steps_that_were_timed_and_errors_count_relativ
     uneven = json.dumps(row | {"steps": steps[0], "prefills": [[1, 1.0], [1, 2.0]]})
     assert Costs.of(pd.DataFrame({"costs": [uneven]})).prompt(1) == pytest.approx(1.2)  # 20 % above and 40 % below, not 1.5
     with pytest.raises(ValueError, match="do not say what a step costs"):
-        Costs.of(pd.DataFrame({"costs": [None]}))
+        Costs.of(pd.DataFrame({"costs": [None, json.dumps(row | {"rest": [1, 2, 3]})]}))  # as an older version wrote it
 
 
 def test_an_interrupted_load_keeps_its_cells_and_resumes_there(models, tmp_path, monkeypatch):
