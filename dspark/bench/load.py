@@ -233,8 +233,8 @@ def measure_load(plan: LoadPlan, models: Models, out: Path, *, costs: bool = Tru
         found = in_turns(work)
         timed = [found.pop(name) for name in others]
         about = {"level": cell[1]} | peaks(models.target.device) | {"utc": utc()} | constant
-        rows = [{"kind": cell[0], "arm": name} | about | row for name, row in found.items()]
-        return rows + [{"kind": COSTS, "arm": "", "costs": json.dumps(costs_row(models, plan, timed))} | about] * bool(timed)
+        rows = [{"kind": COSTS, "arm": "", "costs": json.dumps(costs_row(models, plan, timed))} | about] if timed else []
+        return rows + [{"kind": cell[0], "arm": name} | about | row for name, row in found.items()]
 
     return ledger.run(plan.cells(), measure)
 
