@@ -34,7 +34,7 @@ from dspark.rewind import RewindCache, Slot
 from dspark.round import Round
 from dspark.schedule import POLICIES, FixedWindow, PolicyRow
 from dspark.target.target import Target
-from dspark.verify.lean import _Attention, lean_pass
+from dspark.verify.lean import Attention, lean_pass
 
 EVERY_POLICY = "plain,fixed:4,mtp1,adaptive,adaptive:0.3,0.1,0.01,confidence:0.4,conditional:0.4,prefix,fixed:3+copy:1,adaptive+copy"
 
@@ -344,8 +344,8 @@ def test_a_fault_of_the_pass_does_not_pass_for_rounding(monkeypatch):
     """Run again, it computes the same wrong logits; rounding cannot explain them."""
     target = tiny_target(eos_token_id=None)
     stock, target.verifier = copy.copy(target), lean_pass(target)
-    models, rotate = Models(target, tiny_drafter(target), stock), _Attention.rotate
-    monkeypatch.setattr(_Attention, "rotate", lambda self, x: rotate(self, x) * (1 + 0.2 * (self.widest == 5)))
+    models, rotate = Models(target, tiny_drafter(target), stock), Attention.rotate
+    monkeypatch.setattr(Attention, "rotate", lambda self, x: rotate(self, x) * (1 + 0.2 * (self.widest == 5)))
     prompt, settings = [5, 6, 7], Settings(max_new_tokens=40)
     right, trial = (models.decoder(parse_arm(arm), settings)(prompt, 0) for arm in ("generate", "fixed:4"))
     i = first_divergence(trial.token_ids, right.token_ids)
@@ -354,7 +354,7 @@ def test_a_fault_of_the_pass_does_not_pass_for_rounding(monkeypatch):
 
 
 def test_a_flip_in_bfloat16_is_explained_by_the_pass_that_decoded():
-    """The lean pass rounds in places of its own, so the run that explains its texts is its own."""
+    """Our passes round in places of their own, so the run that explains their texts is their own."""
     stock = tiny_target(dtype=torch.bfloat16, eos_token_id=None)
     target = pack_target(copy.copy(stock))
     models, settings = Models(target, tiny_drafter(stock), stock), Settings(max_new_tokens=24)
@@ -368,7 +368,7 @@ def test_a_flip_in_bfloat16_is_explained_by_the_pass_that_decoded():
                 margin, noise = weigh(models, prompt, expected, trial, i)
                 assert margin <= noise, (first, arm, i, margin, noise)
                 flips += 1
-    assert target.pass_name == "lean" and flips
+    assert target.pass_name != "transformers" and flips
 
 
 def test_generate_is_measured_on_the_stock_target_and_no_drafter_is_loaded_without_need(monkeypatch):

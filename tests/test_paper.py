@@ -133,14 +133,13 @@ def test_what_is_gone_is_in_no_table_and_not_in_the_text(files):
 
 
 def test_the_text_draws_the_conclusions_that_the_numbers_allow(numbers):
-    assert numbers["MeasuredGreedyCopySpeedupLow"] >= numbers["MeasuredGreedyBlockSpeedupHigh"]  # greedy copying gains
-    assert numbers["MeasuredSampledCopySpeedupLow"] < numbers["MeasuredSampledBlockSpeedup"] < numbers["MeasuredSampledCopySpeedupHigh"]
+    assert numbers["MeasuredSampledBlockSpeedup"] < 1 and numbers["MeasuredSampledCopySpeedup"] < 1  # no gain when sampling
     low = numbers["QuotedRangeLow"] / 100 + 1
-    assert 1 < numbers["MeasuredGreedyBlockOverMtpLow"] and numbers["MeasuredGreedyCopyOverMtpHigh"] < low  # both stay below the range
-    assert numbers["MeasuredSampledBlockOverMtpLow"] < 1 < numbers["MeasuredSampledBlockOverMtpHigh"] < low  # a window of one is as good
-    assert numbers["MeasuredSampledCopyOverMtpLow"] < 1 < numbers["MeasuredSampledCopyOverMtpHigh"] < low
+    assert numbers["MeasuredGreedyBlockOverMtpLow"] < 1 < numbers["MeasuredGreedyBlockOverMtpHigh"] < low  # no better than one token,
+    assert 1 <= numbers["MeasuredGreedyCopyOverMtpLow"] and numbers["MeasuredGreedyCopyOverMtpHigh"] < low  # unless it may copy
+    assert numbers["MeasuredSampledBlockOverMtpHigh"] < 1 and numbers["MeasuredSampledCopyOverMtpHigh"] < 1  # slower when sampling
     assert numbers["MeasuredBlockEqual"] == 100 and numbers["MeasuredStepsBlock"] < 2 * numbers["MeasuredStepsPlain"]
-    assert numbers["MeasuredTimedPrefixLow"] < 1 < numbers["MeasuredTimedPrefixHigh"] and numbers["SimulatedPolicyPrefixLow"] > 97
+    assert numbers["MeasuredTimedPrefixHigh"] < 1 and numbers["SimulatedPolicyPrefixLow"] > 97
     assert numbers["MeasuredConfidenceSampledAfter"] < numbers["MeasuredConfidenceSampledBefore"]
     assert numbers["MeasuredOverDflashLow"] > 0 > numbers["MeasuredOverEagleLow"] and numbers["MeasuredOverEagleHigh"] > 0
 

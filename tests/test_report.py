@@ -59,9 +59,13 @@ def test_table_has_every_arm_and_domain_with_interval_and_tau():
     frame = speed_rows({"generate": 0.9, "fixed:5": 1.7})
     words, table = speed_table(frame).split("\n\n")
     head, rule, *rows = table.split("\n")
-    assert head == "|  | code | chat | geometric mean |" and rule == "| --- | --- | --- | --- |"
+    assert head == "|  | code | chat | geometric mean | tokens/s |" and rule == "| --- | --- | --- | --- | --- |"
     assert [row.split(" | ")[0] for row in rows] == ["| `generate`", "| `fixed:5`"]
-    assert rows[1].strip("| ").split(" | ")[1:] == ["1.70× [1.70, 1.70], τ 2.00"] * 3
+    assert rows[1].strip("| ").split(" | ")[1:-1] == ["1.70× [1.70, 1.70], τ 2.00"] * 3
+    plain = frame.query("arm == 'plain'").sum(numeric_only=True)
+    speed = plain["decoded_tokens"] / plain["seconds"]
+    assert [row.strip("| ").split(" | ")[-1] for row in rows] == [f"{gain * speed:.0f}" for gain in (0.9, 1.7)]
+    assert f"which writes {speed:.0f} tokens/s" in words
     assert "τ" not in rows[0] and caption(frame) in words
     assert caption(frame) == "tiny, greedy, bfloat16, 33 new tokens, n = 8 test prompts per domain, 2 threads of a machine"
 

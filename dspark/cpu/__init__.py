@@ -5,27 +5,29 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from dspark.cpu.fused import FusedBackbone
-from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize, compute_dtype, pack_linears
+from dspark.cpu.fused import FusedBackbone, FusedLayer
+from dspark.cpu.packed import LANES, PackedLinear, QuantizedLinear, can_pack, can_quantize, compute_dtype, pack_linears
+from dspark.draft.drafter import Drafter
 from dspark.verify.lean import lean_pass
 from dspark.verify.static import static_pass
 
 if TYPE_CHECKING:
-    from dspark.draft.drafter import Drafter
     from dspark.target.target import Target
     from dspark.verify.passes import TargetPass
 
-OTHER_LAYERS = {"sliding_windows", "causal_layers", "layer_type", "attention_k_eq_v", "attention_bias", "hidden_act"}  # FusedLayer has none
+# Fields that FusedLayer does not read.
+OTHER_LAYERS = {"sliding_windows", "causal_layers", "layer_type", "attention_k_eq_v", "attention_bias", "hidden_act"}
 
 
 def pack_target(target: Target) -> Target:
     """Give the target the fastest pass that this machine has for it. Returns the target.
 
-    A family that the lean pass knows runs it, with packed products if this CPU has kernels for them; the model's own modules do not
-    change, and later Targets of this model run it too. Any other bfloat16 model on a CPU has its linear layers packed in place; the
-    model keeps the digest of its plain weights, so another Target of it has the same digest.
+    A family that the lean pass knows runs it, with packed products if this CPU has kernels for them, else compiled; the model's own
+    modules do not change, and later Targets of this model run that pass too. Any other bfloat16 model on a CPU has its linear layers
+    packed in place; the model keeps the digest of its plain weights, so another Target of it has the same digest.
     """
     packs = can_pack(target.head_weight)
     target.verifier = target.model.dspark_pass = _fast_pass(target, packs)
@@ -40,7 +42,14 @@ def pack_target(target: Target) -> Target:
 def _fast_pass(target: Target, packs: bool) -> TargetPass | None:
     if target.device.type == "cuda":
         return static_pass(target)
-    return lean_pass(target, PackedLinear, compute_dtype()) if packs else lean_pass(target)
+    if not packs or not all(can_pack(module.weight) for module in target.decoder.modules() if type(module) is nn.Linear):
+        return lean_pass(target)
+    if compute_dtype() == torch.bfloat16:
+        return lean_pass(target, PackedLinear, torch.bfloat16)
+    from dspark.cpu.compiled import CompiledPass  # here, because numba takes long to import
+
+    fast = lean_pass(target, PackedLinear, torch.float32, CompiledPass)
+    return fast if fast is None or fast.head_dim % LANES == 0 else lean_pass(target, PackedLinear, torch.float32)
 
 
 def _refuse_to_save(*_: object, **__: object) -> None:
@@ -53,11 +62,17 @@ def pack_drafter(drafter: Drafter) -> Drafter:
     Weights used for a block have 8 bits if the CPU has kernels for that: faster, and still exact, since any distribution may propose
     drafts. The weights that are saved do not change.
     """
-    if not can_pack(drafter.head_weight):
+    inside = [module.weight for module in drafter.layers.modules() if type(module) is nn.Linear]
+    if not all(map(can_pack, [drafter.head_weight, drafter.fc.weight, *inside])):
         return drafter
     make = QuantizedLinear if can_quantize(drafter.head_weight) else PackedLinear
+    kind, plain = FusedLayer, type(drafter) is Drafter and not drafter.config.convolution_kernel
+    if compute_dtype() == torch.float32 and plain and drafter.config.head_dim % LANES == 0:
+        from dspark.cpu.compiled import CompiledLayer
+
+        kind = CompiledLayer
     if not drafter.config.unusual().keys() & OTHER_LAYERS:
-        drafter.fused = FusedBackbone(drafter, PackedLinear, make)
+        drafter.fused = FusedBackbone(drafter, PackedLinear, make, kind)
     object.__setattr__(drafter, "head", make(drafter.head_weight))  # borrowed from the target, so no submodule: it is never saved
     if drafter.markov_head is not None:
         pack_linears(drafter.markov_head, partial(make, keep_weight=True))

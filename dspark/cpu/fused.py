@@ -1,6 +1,6 @@
 """The drafter's backbone on a CPU: the arithmetic of :mod:`dspark.draft.backbone` in fewer and cheaper calls.
 
-A block has a handful of rows, so calls and reading weights take its time, not arithmetic. Here projections of the same input are one
+A block has a handful of rows, so its time goes into calls and reading weights, not arithmetic. Here projections of the same input are one
 product, queries and keys are normed and rotated together, and a block may use 8-bit weights: acceptance is exact for whatever
 distribution the drafts were drawn from. Keys and values of the context, which are kept, are computed from 16-bit weights.
 """
@@ -55,11 +55,11 @@ class FusedLayer:
 
 
 class FusedBackbone:
-    """:attr:`dspark.draft.drafter.Drafter.fused`. of_context, of_block: make the products."""
+    """:attr:`dspark.draft.drafter.Drafter.fused`. of_context, of_block: make the products; kind: of the layers."""
 
-    def __init__(self, drafter: Drafter, of_context: MakeProduct, of_block: MakeProduct) -> None:
+    def __init__(self, drafter: Drafter, of_context: MakeProduct, of_block: MakeProduct, kind: type[FusedLayer] = FusedLayer) -> None:
         self.drafter, attentions = drafter, [layer.self_attn for layer in drafter.layers]
-        self.layers = [FusedLayer(layer, of_block) for layer in drafter.layers]
+        self.layers = [kind(layer, of_block) for layer in drafter.layers]
         self.keys_values = joined(of_context, *(p for a in attentions for p in (a.k_proj, a.v_proj)))
         self.key_norms, self.eps = torch.stack([a.k_norm.weight for a in attentions]).float()[:, None, None], attentions[0].k_norm.eps
         self.table = Rope(torch.empty(1, 1, 0, 0), torch.empty(1, 1, 0, 0))

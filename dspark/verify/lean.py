@@ -46,7 +46,7 @@ def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One decoder layer: its products, norms and window."""
 
     qkv: Product  # hidden → (heads + 2 kv_heads) · head_dim
@@ -77,12 +77,12 @@ class LeanPass:
         self.head = make(target.head_weight, None)
         self.table = (torch.empty(0), torch.empty(0))
 
-    def _layer(self, layer: nn.Module, window: int | None, make: MakeProduct) -> _Layer:
+    def _layer(self, layer: nn.Module, window: int | None, make: MakeProduct) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         norms = None
         if hasattr(attention, "q_norm"):
             norms = torch.stack([attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads).detach().to(self.dtype)
-        return _Layer(
+        return Layer(
             joined(make, attention.q_proj, attention.k_proj, attention.v_proj),
             joined(make, attention.o_proj),
             joined(make, mlp.gate_proj, mlp.up_proj),
@@ -111,7 +111,7 @@ class LeanPass:
         starts = [slot.length for slot in slots]
         cache.reserve(max(start + count for start, count in zip(starts, counts, strict=True)))
         ids = torch.tensor([token for row in tokens for token in row], device=self.device)
-        attend = _Attention(self, cache, slots, starts, counts)
+        attend = Attention(self, cache, slots, starts, counts)
         x, tapped = self.decoder(ids, attend, taps)
         for slot, count in zip(slots, counts, strict=True):
             slot.length += count
@@ -121,7 +121,7 @@ class LeanPass:
         logits, back = self.logits(x).split(1 if last_only else counts), sorted(range(len(order)), key=order.__getitem__)
         return [logits[r] for r in back], [joined[r] for r in back]
 
-    def decoder(self, ids: Tensor, attend: _Attention, taps: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def decoder(self, ids: Tensor, attend: Attention, taps: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """All layers. ids: [N] → the residual stream [N, hidden] after the last, and the taps [N, m·hidden], None if none are asked for."""
         x, tapped = F.embedding(ids, self.embedding).to(self.dtype), {}
         if -1 in taps:
@@ -136,7 +136,7 @@ class LeanPass:
         """The residual stream [N, hidden] after the last layer → [N, vocab]."""
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
-    def _decoder_layer(self, layer: _Layer, x: Tensor, index: int, attend: _Attention) -> Tensor:
+    def _decoder_layer(self, layer: Layer, x: Tensor, index: int, attend: Attention) -> Tensor:
         """x: [N, hidden] → [N, hidden], for the N new tokens of all requests; index: of the layer."""
         qkv = layer.qkv(F.rms_norm(x, x.shape[-1:], layer.before_attention, self.eps)).unflatten(-1, (-1, self.head_dim))
         queries_keys, values = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]  # [N, heads, head_dim]
@@ -161,7 +161,7 @@ class LeanPass:
         return table
 
 
-class _Attention:
+class Attention:
     """The attention of one pass: writes new keys and values to the slots, then lets every query see its own request's tokens.
 
     All requests share one call, on a grid [R, n] of new tokens padded to the longest; a single request needs no padding.
@@ -224,9 +224,12 @@ class _Attention:
         return self.masks[window]
 
 
-def lean_pass(target: Target, make: MakeProduct = plain_product, dtype: torch.dtype | None = None) -> LeanPass | None:
+def lean_pass(
+    target: Target, make: MakeProduct = plain_product, dtype: torch.dtype | None = None, kind: type[LeanPass] = LeanPass
+) -> LeanPass | None:
     """The lean pass of this target, or None if its architecture is not in FAMILIES or its modules are not the plain ones.
 
+    kind: a faster one with the same arguments.
     dtype: of hidden states, keys, values and logits between the products; None for the model's own.
     """
     config = target.config
@@ -241,7 +244,7 @@ def lean_pass(target: Target, make: MakeProduct = plain_product, dtype: torch.dt
     fits = fits and target.steady_context >= (getattr(config, "max_position_embeddings", None) or 0)
     if not fits or not all(_is_plain(layer) for layer in target.layers):
         return None
-    return LeanPass(target, make, dtype or target.dtype)
+    return kind(target, make, dtype or target.dtype)
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dspark.rewind import FIRST_CAPACITY, Slot, SlotCache
 from dspark.verify.graphs import SHARE, Buffers, Capture, Graphs, cuda_graphs
-from dspark.verify.lean import FOLDED, LeanPass, _Attention, lean_pass
+from dspark.verify.lean import FOLDED, Attention, LeanPass, lean_pass
 
 if TYPE_CHECKING:
     from dspark.target.target import Target
@@ -84,7 +84,7 @@ class Layout:
         self.first = (ends - counts).clamp(max=shape.tokens - 1)
 
 
-class _StaticAttention(_Attention):
+class _StaticAttention(Attention):
     """The attention of one pass over a bucket: every row of the grid sees its own slot, as far as each query's position."""
 
     def __init__(self, lean: LeanPass, buffers: Buffers, table: tuple[Tensor, Tensor], layout: Layout) -> None:
