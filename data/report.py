@@ -105,7 +105,7 @@ def paragraphs(parts: Iterable[str]) -> str:
 
 
 def speed_table(frame: pd.DataFrame, texts: bool = True) -> str:
-    """One row per arm: speed-up over the run's baseline with its interval in every domain, and τ where something was drafted.
+    """One row per arm: speed-up over the run's baseline with its interval in every domain, τ where something was drafted, tokens/s.
 
     The words before the table also compare the arms with MTP-1 and with transformers' own loop.
     texts: say there how many texts equal the baseline's.
@@ -113,11 +113,11 @@ def speed_table(frame: pd.DataFrame, texts: bool = True) -> str:
     baseline, domains = frame.iloc[0]["baseline"], list(dict.fromkeys(frame["domain"]))
     lines = summarise(frame, baseline).set_index(["arm", "domain"])
     cells = lines.apply(_speedup, axis=1) + [f", τ {tau:.2f}" if tau > 1 else "" for tau in lines["tokens_per_round"]]
-    arms = [arm for arm in dict.fromkeys(frame["arm"]) if arm != baseline]
-    rows = [[f"`{arm}`", *(cells[arm, domain] for domain in (*domains, ALL))] for arm in arms]
-    words = [f"Speed-up over `{baseline}` [95 % interval], τ ({caption(frame)})."]
+    arms, speeds = dict.fromkeys(frame["arm"]), lines["tokens_per_second"].map("{:.0f}".format)
+    rows = [[f"`{arm}`", *(cells[arm, domain] for domain in (*domains, ALL)), speeds[arm, ALL]] for arm in arms if arm != baseline]
+    words = [f"Speed-up over `{baseline}`, which writes {speeds[baseline, ALL]} tokens/s, [95 % interval], τ ({caption(frame)})."]
     words += [over(frame, MTP1), over(frame, GENERATE), same_texts(frame) if texts else ""]
-    return paragraphs([" ".join(filter(None, words)), table(["", *domains, "geometric mean"], rows)])
+    return paragraphs([" ".join(filter(None, words)), table(["", *domains, "geometric mean", "tokens/s"], rows)])
 
 
 def _speedup(line: pd.Series) -> str:
