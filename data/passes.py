@@ -1,8 +1,9 @@
-"""One target pass, three ways, in turn: transformers' modules as they load, the same with packed weights, and the lean pass.
+"""One target pass, three ways, in turn: transformers' modules as they load, the same with our products, and the compiled pass.
 
     python data/passes.py --out data/results/passes.json
 
-After 200 and 1 500 cached tokens, for 1, 2, 6 and 12 tokens; then a drafted block, and the time of a round outside both models. Medians
+After 200 and 1 500 cached tokens, for 1, 2, 6 and 12 tokens; then a drafted block, after a pass and draft after draft, and the time of a
+round outside both models. Medians
 over --repeats turns, in milliseconds. Needs a quiet machine.
 """
 
@@ -33,7 +34,7 @@ def targets(name: str) -> dict[str, Target]:
     """The same weights, run in three ways."""
     stock, packed, lean = (dspark.load_target(name, pack=False), dspark.load_target(name, pack=False), dspark.load_target(name))
     pack_linears(packed.model)
-    return {"transformers": stock, "packed modules": packed, lean.pass_name: lean}
+    return {"transformers": stock, "modules, our products": packed, lean.pass_name: lean}
 
 
 def measure_passes(ways: dict[str, Target], repeats: int) -> list[dict[str, object]]:
@@ -62,12 +63,15 @@ def measure_passes(ways: dict[str, Target], repeats: int) -> list[dict[str, obje
 def measure_round(target: Target, repeats: int) -> dict[str, float]:
     """A drafted block, and the time of a round outside both models, on dev prompts."""
     drafter = dspark.load_drafter("default", target)
-    block = draft_times(target, drafter, context=200, widths=[drafter.block_size], repeats=repeats)[drafter.block_size]
+    block, alone = (
+        draft_times(target, drafter, context=200, widths=[drafter.block_size], repeats=repeats, alone=alone)[drafter.block_size]
+        for alone in (False, True)
+    )
     outside = []
     for item in (item for domain in DOMAINS for item in load_prompts(domain, "dev", 2)):
         out = dspark.generate(target, dspark.ContextLookup(drafter), item.messages, policy=dspark.FixedWindow(), max_new_tokens=48)
         outside += [r.seconds - r.draft_seconds - r.verify_seconds for r in out.rounds[1:]]
-    return {"block_ms": 1e3 * block, "outside_ms": 1e3 * median(outside), "rounds": len(outside)}
+    return {"block_ms": 1e3 * block, "block_alone_ms": 1e3 * alone, "outside_ms": 1e3 * median(outside), "rounds": len(outside)}
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ class GrowingKV:
     def _grow(self, keys: Tensor, values: Tensor, valid: int) -> None:
         capacity = max(FIRST_CAPACITY, 1 << (self.length - 1).bit_length())
         for name, new in (("keys", keys), ("values", values)):
-            bigger = new.new_empty(*new.shape[:2], capacity, new.shape[3])
+            bigger = new.new_zeros(*new.shape[:2], capacity, new.shape[3])  # kernels may read too far, so no NaN
             if valid:
                 bigger[:, :, :valid] = getattr(self, name)[:, :, :valid]
             setattr(self, name, bigger)

@@ -154,7 +154,7 @@ def test_a_target_sees_the_same_after_a_rewind_and_has_the_same_taps(family: str
         (torch.cat([first_taps, some_taps[:, :3], rest_taps], 1), taps),
     ):
         assert found.shape == expected.shape
-        assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()  # states are summed in chunks or token by token
     assert taps.shape == (1, 30, 3 * target.hidden_size)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import DFLASH2, HEADS, tiny_drafter, tiny_target
 from torch import Tensor, nn
 
 import dspark.cpu.fused
-import dspark.cpu.packed
 from dspark.cpu import pack_drafter
-from dspark.cpu.compiled import CompiledLayer
-from dspark.cpu.fused import FusedBackbone, FusedLayer
-from dspark.cpu.packed import PackedLinear, QuantizedLinear, can_pack, can_quantize
+from dspark.cpu.compiled import CompiledBackbone
+from dspark.cpu.fused import FusedBackbone
+from dspark.cpu.packed import PackedLinear, can_pack, pack_linears
 from dspark.draft.drafter import Drafter
 from dspark.draft.eagle import EagleDrafter
 from dspark.draft.source import Draft
@@ -35,24 +36,24 @@ def drafts(drafter: Drafter, target: Target, rng: type[Rng] = Rng) -> list[Draft
 
 
 @pytest.mark.parametrize("first_table", [1024, 2])
-@pytest.mark.parametrize("kind", [FusedLayer, CompiledLayer])
+@pytest.mark.parametrize("kind", [FusedBackbone, CompiledBackbone])
 @pytest.mark.parametrize("shape", [*HEADS, EAGLE], ids=str)
 def test_the_fused_backbone_drafts_as_the_plain_one(
-    shape: dict[str, object], kind: type[FusedLayer], first_table: int, monkeypatch: pytest.MonkeyPatch
+    shape: dict[str, object], kind: type[FusedBackbone], first_table: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same weights in float32, whatever the head, and where the table of rotations has to grow."""
-    if kind is CompiledLayer and "convolution_kernel" in shape:
+    if kind is CompiledBackbone and "convolution_kernel" in shape:
         pytest.skip("has no convolutions")
     monkeypatch.setattr(dspark.cpu.fused, "FIRST_TABLE", first_table)
-    monkeypatch.setattr(dspark.cpu.packed, "has_bfloat16_kernels", lambda: False)
-    target = tiny_target()
+    target = tiny_target(head_dim=16)
     drafter = tiny_drafter(target, **shape).bfloat16().float()  # weights that both kinds hold to the last digit
     generator = torch.Generator().manual_seed(0)
     for norm in (module for module in drafter.modules() if isinstance(module, nn.RMSNorm)):
         norm.weight.data = (0.5 + torch.rand(norm.weight.shape, generator=generator)).bfloat16().float()
     expected = drafts(drafter, target)
-    make = PackedLinear if kind is CompiledLayer else plain_product
-    drafter.fused = FusedBackbone(drafter, make, make, kind)
+    if kind is CompiledBackbone:
+        pack_linears(drafter.bfloat16(), partial(PackedLinear, keep_weight=True))
+    drafter.fused = kind(drafter, PackedLinear if kind is CompiledBackbone else plain_product)
     for ours, theirs in zip(drafts(drafter, target), expected, strict=True):
         assert ours.tokens == theirs.tokens
         assert torch.allclose(ours.probs, theirs.probs, atol=1e-5)
@@ -61,8 +62,7 @@ def test_the_fused_backbone_drafts_as_the_plain_one(
 
 @pytest.mark.parametrize("shape", [{}, DFLASH2 | {"std": 0.1}, EAGLE], ids=["block", "selector", "one by one"])
 def test_a_packed_drafter_reports_the_distribution_that_it_drew_from(shape: dict[str, object]) -> None:
-    """Rounded weights have another distribution than plain ones, a close one; what counts is that it is the reported one."""
-    target = tiny_target(dtype=torch.bfloat16)
+    target = tiny_target(dtype=torch.bfloat16, head_dim=16)
     packed, unpacked = (tiny_drafter(target, **shape) for _ in range(2))
     pack_drafter(packed)
     seen: list[Tensor] = []
@@ -75,12 +75,11 @@ def test_a_packed_drafter_reports_the_distribution_that_it_drew_from(shape: dict
     draft, other = drafts(packed, target, Watching)[0], drafts(unpacked, target)[0]
     assert torch.equal(draft.probs[:, packed.d2t], torch.stack(seen[:4]))
     assert (draft.probs[0] - other.probs[0]).abs().sum() / 2 < 0.05
-    of_block = QuantizedLinear if can_quantize(packed.head_weight) else PackedLinear
-    assert isinstance(packed.fused.layers[0].down, of_block) and isinstance(packed.fused.keys_values, PackedLinear)
+    assert isinstance(packed.fused.layers[0].down, PackedLinear) and isinstance(packed.fused.keys_values, PackedLinear)
 
 
 def test_packing_leaves_the_weights_that_are_saved() -> None:
-    target = tiny_target(dtype=torch.bfloat16)
+    target = tiny_target(dtype=torch.bfloat16, head_dim=16)
     packed, unpacked = (tiny_drafter(target) for _ in range(2))
     pack_drafter(packed)
     assert packed.state_dict().keys() == unpacked.state_dict().keys()
@@ -90,5 +89,5 @@ def test_packing_leaves_the_weights_that_are_saved() -> None:
 def test_only_what_has_kernels_is_packed() -> None:
     """A float32 drafter stays as it is."""
     target = tiny_target()
-    assert not can_pack(target.head_weight) and not can_quantize(target.head_weight)
+    assert not can_pack(target.head_weight)
     assert pack_drafter(tiny_drafter(target)).fused is None

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from tiny import tiny_drafter, tiny_target
 
 import dspark
-import dspark.cpu.packed
 from dspark.cpu import kernels, pack_drafter, pack_target, product
 from dspark.target.target import Target
 from dspark.verify.passes import pass_of
@@ -22,13 +21,12 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture
-def target(monkeypatch: pytest.MonkeyPatch) -> Target:
-    monkeypatch.setattr(dspark.cpu.packed, "has_bfloat16_kernels", lambda: False)
-    return pack_target(tiny_target(dtype=torch.bfloat16, eos_token_id=None))
+def target() -> Target:
+    return pack_target(tiny_target(dtype=torch.bfloat16, eos_token_id=None, head_dim=16))
 
 
 @pytest.mark.parametrize("rows", [*range(1, 9), 12, 13, 40])
-@pytest.mark.parametrize("shape", [(2, 16), (30, 48), (33, 160), (64, 576)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 16), (30, 48), (33, 160), (64, 576), (5, 33)], ids=str)
 def test_a_product_has_the_precision_of_float32_and_each_row_the_bits_that_it_has_alone(rows: int, shape: tuple[int, int]) -> None:
     weight, x = random(*shape).bfloat16(), random(rows, shape[1], seed=1)
     packed = product.words(weight)
@@ -99,12 +97,12 @@ def test_a_product_of_rows_that_are_not_adjacent_is_that_of_a_copy() -> None:
     assert torch.equal(product.multiply(wide[:, :32], weight, 8), product.multiply(wide[:, :32].clone(), weight, 8))
 
 
-@pytest.mark.parametrize("hidden", [48, 32])
-def test_heads_that_no_register_fits_run_the_lean_pass(monkeypatch: pytest.MonkeyPatch, hidden: int) -> None:
-    """Heads of 12 numbers instead of 8."""
-    monkeypatch.setattr(dspark.cpu.packed, "has_bfloat16_kernels", lambda: False)
-    target = pack_target(tiny_target(dtype=torch.bfloat16, hidden_size=hidden))
-    assert target.pass_name == ("lean" if hidden == 48 else "compiled")
+@pytest.mark.parametrize(
+    "shape", [{"head_dim": 12}, {"hidden_size": 40, "head_dim": 16}, {"head_dim": 16, "intermediate_size": 72}, {"head_dim": 16}], ids=str
+)
+def test_sizes_that_no_register_fits_run_the_lean_pass(shape: dict[str, int]) -> None:
+    target = pack_target(tiny_target(dtype=torch.bfloat16, **shape))
+    assert target.pass_name == ("compiled" if shape == {"head_dim": 16} else "lean")
     drafter = pack_drafter(tiny_drafter(target))
     text = dspark.generate(target, dspark.ContextLookup(drafter, 1), [5, 6, 7], max_new_tokens=12).token_ids
     assert text == dspark.generate(target, None, [5, 6, 7], max_new_tokens=12).token_ids

@@ -35,6 +35,7 @@ SHAPE = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 16,
     "max_position_embeddings": 512,
     "initializer_range": 0.3,
     "bos_token_id": 1,
@@ -50,7 +51,7 @@ MODELS = {
         LlamaConfig,
         {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1, "tie_word_embeddings": True},
     ),
-    "llama, wide heads": (LlamaForCausalLM, LlamaConfig, {"head_dim": 16}),
+    "llama, wide heads": (LlamaForCausalLM, LlamaConfig, {"head_dim": 32}),
     "llama3 rotary scaling": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_theta": 10000.0} | LLAMA3}),
     "yarn rotary scaling": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_theta": 10000.0} | YARN}),
     "mistral with a window": (MistralForCausalLM, MistralConfig, {"sliding_window": 8}),
@@ -61,7 +62,7 @@ MODELS = {
         Qwen2Config,
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 32}),
     "qwen3, tied": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
 }
 
@@ -82,8 +83,7 @@ def random_target(name: str) -> Target:
 
 
 @pytest.fixture(params=["lean", "compiled"])
-def make_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Target], LeanPass]:
-    monkeypatch.setattr(dspark.cpu.packed, "has_bfloat16_kernels", lambda: False)
+def make_pass(request: pytest.FixtureRequest) -> Callable[[Target], LeanPass]:
     return lean_pass if request.param == "lean" else lambda target: lean_pass(target, PackedLinear, torch.float32, CompiledPass)
 
 

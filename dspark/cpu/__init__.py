@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dspark.cpu.fused import FusedBackbone, FusedLayer
-from dspark.cpu.packed import LANES, PackedLinear, QuantizedLinear, can_pack, can_quantize, compute_dtype, pack_linears
+from dspark.cpu.fused import FusedBackbone
+from dspark.cpu.packed import PackedLinear, can_pack, pack_linears
 from dspark.draft.drafter import Drafter
 from dspark.verify.lean import lean_pass
 from dspark.verify.static import static_pass
@@ -25,8 +25,8 @@ OTHER_LAYERS = {"sliding_windows", "causal_layers", "layer_type", "attention_k_e
 def pack_target(target: Target) -> Target:
     """Give the target the fastest pass that this machine has for it. Returns the target.
 
-    A family that the lean pass knows runs it, with packed products if this CPU has kernels for them, else compiled; the model's own
-    modules do not change, and later Targets of this model run that pass too. Any other bfloat16 model on a CPU has its linear layers
+    A family that the lean pass knows runs it, compiled if its weights are bfloat16 and this is a CPU; the model's own modules do not
+    change, and later Targets of this model run that pass too. Any other bfloat16 model on a CPU has its linear layers
     packed in place; the model keeps the digest of its plain weights, so another Target of it has the same digest.
     """
     packs = can_pack(target.head_weight)
@@ -44,12 +44,10 @@ def _fast_pass(target: Target, packs: bool) -> TargetPass | None:
         return static_pass(target)
     if not packs or not all(can_pack(module.weight) for module in target.decoder.modules() if type(module) is nn.Linear):
         return lean_pass(target)
-    if compute_dtype() == torch.bfloat16:
-        return lean_pass(target, PackedLinear, torch.bfloat16)
     from dspark.cpu.compiled import CompiledPass  # here, because numba takes long to import
 
     fast = lean_pass(target, PackedLinear, torch.float32, CompiledPass)
-    return fast if fast is None or fast.head_dim % LANES == 0 else lean_pass(target, PackedLinear, torch.float32)
+    return fast if fast is None or fast.fits else lean_pass(target, PackedLinear, torch.float32)
 
 
 def _refuse_to_save(*_: object, **__: object) -> None:
@@ -59,24 +57,20 @@ def _refuse_to_save(*_: object, **__: object) -> None:
 def pack_drafter(drafter: Drafter) -> Drafter:
     """Lay out an attached bfloat16 drafter for fast drafts on a CPU, in place; leave any other alone. Returns the drafter.
 
-    Weights used for a block have 8 bits if the CPU has kernels for that: faster, and still exact, since any distribution may propose
-    drafts. The weights that are saved do not change.
+    The weights that are saved do not change.
     """
     inside = [module.weight for module in drafter.layers.modules() if type(module) is nn.Linear]
     if not all(map(can_pack, [drafter.head_weight, drafter.fc.weight, *inside])):
         return drafter
-    make = QuantizedLinear if can_quantize(drafter.head_weight) else PackedLinear
-    kind, plain = FusedLayer, type(drafter) is Drafter and not drafter.config.convolution_kernel
-    if compute_dtype() == torch.float32 and plain and drafter.config.head_dim % LANES == 0:
-        from dspark.cpu.compiled import CompiledLayer
-
-        kind = CompiledLayer
-    if not drafter.config.unusual().keys() & OTHER_LAYERS:
-        drafter.fused = FusedBackbone(drafter, PackedLinear, make, kind)
-    object.__setattr__(drafter, "head", make(drafter.head_weight))  # borrowed from the target, so no submodule: it is never saved
-    if drafter.markov_head is not None:
-        pack_linears(drafter.markov_head, partial(make, keep_weight=True))
     pack_linears(drafter, partial(PackedLinear, keep_weight=True))
+    object.__setattr__(drafter, "head", PackedLinear(drafter.head_weight))  # borrowed from the target, so no submodule: it is never saved
+    if not drafter.config.unusual().keys() & OTHER_LAYERS:
+        from dspark.cpu.compiled import CompiledBackbone
+
+        usual = type(drafter) is Drafter and not drafter.config.convolution_kernel
+        drafter.fused = CompiledBackbone(drafter, PackedLinear) if usual else None
+        if not usual or not drafter.fused.fits:
+            drafter.fused = FusedBackbone(drafter, PackedLinear)
     return drafter
 
 

@@ -1,14 +1,13 @@
 """The drafter's backbone on a CPU: the arithmetic of :mod:`dspark.draft.backbone` in fewer and cheaper calls.
 
 A block has a handful of rows, so its time goes into calls and reading weights, not arithmetic. Here projections of the same input are one
-product, queries and keys are normed and rotated together, and a block may use 8-bit weights: acceptance is exact for whatever
-distribution the drafts were drawn from. Keys and values of the context, which are kept, are computed from 16-bit weights.
+product, and queries and keys are normed and rotated together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -55,14 +54,14 @@ class FusedLayer:
 
 
 class FusedBackbone:
-    """:attr:`dspark.draft.drafter.Drafter.fused`. of_context, of_block: make the products; kind: of the layers."""
+    """:attr:`dspark.draft.drafter.Drafter.fused`. make: the products."""
 
-    def __init__(self, drafter: Drafter, of_context: MakeProduct, of_block: MakeProduct, kind: type[FusedLayer] = FusedLayer) -> None:
+    def __init__(self, drafter: Drafter, make: MakeProduct) -> None:
         self.drafter, attentions = drafter, [layer.self_attn for layer in drafter.layers]
-        self.layers = [kind(layer, of_block) for layer in drafter.layers]
-        self.keys_values = joined(of_context, *(p for a in attentions for p in (a.k_proj, a.v_proj)))
+        self.layers = [FusedLayer(layer, make) for layer in drafter.layers]
+        self.keys_values = joined(make, *(p for a in attentions for p in (a.k_proj, a.v_proj)))
         self.key_norms, self.eps = torch.stack([a.k_norm.weight for a in attentions]).float()[:, None, None], attentions[0].k_norm.eps
-        self.table = Rope(torch.empty(1, 1, 0, 0), torch.empty(1, 1, 0, 0))
+        self.table = (torch.empty(0), torch.empty(0))  # cos and sin, [positions, head_dim]
 
     def context(self, taps: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """See :meth:`dspark.draft.drafter.Drafter.context`. taps: [1, tokens, m·hidden], positions: [1, tokens]; returns float32."""
@@ -83,8 +82,12 @@ class FusedBackbone:
 
     def rope(self, positions: Tensor) -> Rope:
         """The rotation, from a table: positions [n] → [1, 1, n, head_dim], or [R, n] → [R, 1, n, head_dim]."""
-        needed, table = int(positions.max()) + 1, self.table
-        if table.cos.shape[2] < needed:
+        needed, (cos, sin) = int(positions.max()) + 1, self.table
+        if len(cos) < needed:
             size = max(FIRST_TABLE, 1 << (needed - 1).bit_length())
-            table = self.table = Rope.at(torch.arange(size)[None], self.drafter.config, torch.float32)
-        return Rope(*(part[0, 0][positions].view(-1, 1, positions.shape[-1], part.shape[-1]) for part in table))
+            cos, sin = self.table = tuple(part[0, 0] for part in Rope.at(torch.arange(size)[None], self.drafter.config, torch.float32))
+        return Rope(*(part[positions].view(-1, 1, positions.shape[-1], part.shape[-1]) for part in (cos, sin)))
+
+    def next_logits(self, base: Tensor, hidden: Tensor, k: int, previous: Sequence[int], state: Any) -> tuple[Tensor, Any]:
+        """See :meth:`dspark.draft.drafter.Drafter.next_logits`."""
+        return self.drafter.next_logits(base, hidden, k, previous, state)

@@ -1,13 +1,15 @@
-"""A decoder layer for CPUs without bfloat16 instructions, compiled by numba: one call instead of about thirty small PyTorch kernels."""
+"""A decoder layer on a CPU, compiled by numba: one call instead of about thirty small PyTorch kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import float32, float64, int64, njit, prange, types
+from numba import float32, float64, int64, njit, prange, types, uint16
 
-from dspark.cpu.product import FLOAT_ROWS, WORD_ROWS, compiled, product, tiles
+from dspark.cpu.product import FLOAT_ROWS, OUTPUTS, ROWS, WORD_ROWS, compiled, mixtures, product, tiles
 
 
 @njit(nogil=True, fastmath=True, inline="always")
@@ -20,6 +22,15 @@ def _exp(x: float) -> float:
     for c in (1.3981999e-3, 8.3334519e-3, 4.1665796e-2, 0.16666665, 0.5, 1.0, 1.0):
         p = p * r + np.float32(c)
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(nogil=True, fastmath=True)
+def _largest(x: np.ndarray) -> float:
+    """Of the numbers x [n], compared by their bits as whole numbers, because LLVM vectorizes no maximum of floats."""
+    bits, largest = x.view(np.int32), np.int32(-(2**31))
+    for j in range(len(bits)):
+        largest = max(largest, bits[j] ^ (bits[j] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+    return np.int32(largest ^ (largest >> np.int32(31)) & np.int32(0x7FFFFFFF)).view(np.float32)
 
 
 @njit(nogil=True, fastmath=True)
@@ -37,34 +48,34 @@ def norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 @njit(nogil=True, fastmath=True)
-def _attend(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, mixed: np.ndarray) -> None:
-    """Attention of one token's heads that share keys. queries, mixed: [heads, head_dim]; keys, values: [tokens, head_dim]."""
-    tokens, size = keys.shape
-    even = tokens // 2 * 2
-    scores = np.empty((len(queries), tokens), np.float32)
-    tiles(queries, keys, scores, 0, even)
+def _attend(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, ends: np.ndarray, window: int, low: int) -> None:
+    """Attention of some tokens' heads that share keys, in place of the queries.
+
+    queries: [tokens · heads, head_dim], token by token; keys, values: [seen, head_dim], from position ``low`` on, at least
+    OUTPUTS; ends: [tokens].
+    """
+    seen, size = keys.shape
+    scores, totals = np.empty((len(queries), seen), np.float32), np.empty(len(queries), np.float32)
+    heads, full = len(queries) // len(ends), seen // OUTPUTS * OUTPUTS
+    for rest in range(1 + (full < seen)):  # a tile takes OUTPUTS keys, so the last one takes some of them once more
+        tiles(queries, keys, scores, rest * (seen - OUTPUTS), full + rest * (seen - full))
     for head in range(len(queries)):
-        row, out = scores[head], mixed[head]
-        if even < tokens:  # tiles take keys in pairs
-            row[even] = 0
-            for i in range(size):
-                row[even] += queries[head, i] * keys[even, i]
-        largest, total = row[0], np.float32(0)
-        for j in range(tokens):
-            largest = max(largest, row[j])
-        for j in range(tokens):
+        row, end = scores[head], ends[head // heads]
+        first = max(0, end - window)
+        for j in range(first - low):
+            row[j] = 0
+        for j in range(end - low, seen):
+            row[j] = 0
+        row = row[first - low : end - low]
+        largest, total = _largest(row), np.float32(0)
+        for j in range(len(row)):
             row[j] = _exp((row[j] - largest) * np.float32(size**-0.5))
             total += row[j]
-        out[:] = 0
-        for j in range(0, tokens - 3, 4):  # four values at a time, so that the sums are seldom written
-            a, b, c, d = row[j], row[j + 1], row[j + 2], row[j + 3]
-            for i in range(size):
-                out[i] += a * values[j, i] + b * values[j + 1, i] + c * values[j + 2, i] + d * values[j + 3, i]
-        for j in range(tokens // 4 * 4, tokens):
-            for i in range(size):
-                out[i] += row[j] * values[j, i]
+        totals[head] = np.float32(1) / total
+    mixtures(scores, values, queries)
+    for head in range(len(queries)):
         for i in range(size):
-            out[i] /= total
+            queries[head, i] *= totals[head]
 
 
 @njit(parallel=True, nogil=True, fastmath=True)
@@ -72,16 +83,33 @@ def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, slots: 
     """Returns [n, heads · head_dim].
 
     queries: [n, heads + kv_heads, head_dim]; the last kv_heads are not read.
-    keys, values: [slots, kv_heads, capacity, head_dim].
+    keys, values: [slots, kv_heads, capacity ≥ OUTPUTS, head_dim], finite also where nothing was written.
     slots: [n], each query's row of the buffers. ends: [n], it sees the positions before this one. window: of those the last so many.
     """
     n, size, kv_heads = len(queries), queries.shape[2], keys.shape[1]
     heads = queries.shape[1] - kv_heads
     out, group = np.empty((n, heads, size), np.float32), heads // kv_heads
-    for task in prange(n * kv_heads):
-        kv, t = task // n, task % n
-        slot, first, end, own = slots[t], max(0, ends[t] - window), ends[t], slice(kv * group, (kv + 1) * group)
-        _attend(queries[t, own], keys[slot, kv, first:end], values[slot, kv, first:end], out[t, own])
+    starts, count = np.empty(n + 1, np.int64), 0  # of tokens that read the same keys together
+    for t in range(n):
+        if not count or slots[t] != slots[t - 1] or group * (t + 1 - starts[count - 1]) > ROWS:
+            starts[count] = t
+            count += 1
+    starts[count] = n
+    for task in prange(count * kv_heads):
+        kv, start, stop = task // count, starts[task % count], starts[task % count + 1]
+        low, end, together = ends[start], 0, np.empty(((stop - start) * group, size), np.float32)
+        for t in range(start, stop):
+            low, end = min(low, max(0, ends[t] - window)), max(end, ends[t])
+            for head in range(group):
+                for i in range(size):
+                    together[(t - start) * group + head, i] = queries[t, kv * group + head, i]
+        low = min(low, keys.shape[2] - OUTPUTS)
+        end = max(end, low + OUTPUTS)  # the first few tokens are given more keys than they see
+        _attend(together, keys[slots[start], kv, low:end], values[slots[start], kv, low:end], ends[start:stop], window, low)
+        for t in range(start, stop):
+            for head in range(group):
+                for i in range(size):
+                    out[t, kv * group + head, i] = together[(t - start) * group + head, i]
     return out.reshape(n, -1)
 
 
@@ -116,23 +144,43 @@ class Places(NamedTuple):
 @njit(nogil=True)
 def _linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
     y = product(x, weight)
-    return y + bias if len(bias) else y
+    if len(bias):
+        for t in range(len(y)):
+            for i in range(y.shape[1]):
+                y[t, i] += bias[i]
+    return y
+
+
+@njit(nogil=True)
+def _write(x: np.ndarray, first: int, places: Places, buffer: np.ndarray) -> None:
+    """The keys or values x[:, first : first + kv_heads] to their places in the buffer [slots, kv_heads, capacity, head_dim]."""
+    for t in range(len(x)):
+        for head in range(buffer.shape[1]):
+            for i in range(buffer.shape[3]):
+                buffer[places.slots[t], head, places.positions[t], i] = x[t, first + head, i]
+
+
+@njit(nogil=True)
+def _sum(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    for t in range(len(x)):
+        for i in range(x.shape[1]):
+            y[t, i] += x[t, i]
+    return y
 
 
 @njit(nogil=True, fastmath=True)
-def _normed_and_rotated(qkv: np.ndarray, heads: int, norms: np.ndarray, places: Places, eps: float) -> np.ndarray:
+def _normed_and_rotated(qkv: np.ndarray, heads: int, norms: np.ndarray, cos: np.ndarray, sin: np.ndarray, eps: float) -> np.ndarray:
     """Queries and keys with their norms, if they have some, and rotary embedding. qkv: [n, > heads, head_dim] → [n, heads, head_dim]."""
     n, half = len(qkv), qkv.shape[2] // 2
     out = np.empty((n, heads, 2 * half), np.float32)
     for t in range(n):
-        cos, sin = places.cos[t], places.sin[t]
         for head in range(heads):
             vector, rotated = qkv[t, head], out[t, head]
             if len(norms):
                 vector = norm(qkv[t, head : head + 1], norms[head], eps)[0]
             for i in range(half):
-                rotated[i] = vector[i] * cos[i] - vector[half + i] * sin[half + i]
-                rotated[half + i] = vector[half + i] * cos[half + i] + vector[i] * sin[half + i]
+                rotated[i] = vector[i] * cos[t, i] - vector[half + i] * sin[t, half + i]
+                rotated[half + i] = vector[half + i] * cos[t, half + i] + vector[i] * sin[t, half + i]
     return out
 
 
@@ -161,11 +209,87 @@ def decoder_layer(
     kv_heads, size = keys.shape[1], keys.shape[3]
     qkv = _linear(norm(x, layer.before_attention, eps), layer.qkv, layer.biases[0]).reshape(len(x), -1, size)
     heads = qkv.shape[1] - 2 * kv_heads
-    rotated = _normed_and_rotated(qkv, heads + kv_heads, layer.qk_norms, places, eps)
-    for t in range(len(x)):
-        keys[places.slots[t], :, places.positions[t]] = rotated[t, heads:]
-        values[places.slots[t], :, places.positions[t]] = qkv[t, heads + kv_heads :]
+    rotated = _normed_and_rotated(qkv, heads + kv_heads, layer.qk_norms, places.cos, places.sin, eps)
+    _write(rotated, heads, places, keys)
+    _write(qkv, heads + kv_heads, places, values)
     mixed = attention(rotated, keys, values, places.slots, places.ends, window)
-    x = x + _linear(mixed, layer.out, layer.biases[1])
+    x = _sum(x, _linear(mixed, layer.out, layer.biases[1]))
     gate_up = _linear(norm(x, layer.before_mlp, eps), layer.gate_up, layer.biases[2])
-    return x + _linear(_swiglu(gate_up), layer.down, layer.biases[3])
+    return _sum(x, _linear(_swiglu(gate_up), layer.down, layer.biases[3]))
+
+
+@compiled(float32[:, :, :, :, ::1](FLOAT_ROWS, WORD_ROWS, NUMBERS, WORD_ROWS, float32[:, :, ::1], FLOAT_ROWS, FLOAT_ROWS, float64))
+def draft_context(
+    taps: np.ndarray,
+    fc: np.ndarray,
+    hidden_norm: np.ndarray,
+    keys_values: np.ndarray,
+    key_norms: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    eps: float,
+) -> np.ndarray:
+    """The drafter's keys and values of n context tokens, [2, layers, kv_heads, n, head_dim].
+
+    taps: [n, m·hidden]; fc, keys_values: words, the second of [layers · 2 · kv_heads · head_dim, hidden]; hidden_norm: [hidden];
+    key_norms: [layers, kv_heads, head_dim]; cos, sin: [n, head_dim].
+    """
+    n, (layers, kv_heads, size) = len(taps), key_norms.shape
+    projected = product(norm(product(taps, fc), hidden_norm, eps), keys_values).reshape(n, layers, 2 * kv_heads, size)
+    out = np.empty((2, layers, kv_heads, n, size), np.float32)
+    for layer in range(layers):
+        keys = _normed_and_rotated(projected[:, layer], kv_heads, key_norms[layer], cos, sin, eps)
+        for head in range(kv_heads):
+            for t in range(n):
+                for i in range(size):
+                    out[0, layer, head, t, i] = keys[t, head, i]
+                    out[1, layer, head, t, i] = projected[t, layer, kv_heads + head, i]
+    return out
+
+
+@cache
+def draft_block(layers: int) -> Callable[..., np.ndarray]:
+    """:func:`_draft_block` for as many layers."""
+    tuples = (types.UniTuple(kind, layers) for kind in (LAYER, BUFFER, BUFFER))
+    return compiled(FLOAT_ROWS(FLOAT_ROWS, *tuples, int64, FLOAT_ROWS, FLOAT_ROWS, NUMBERS, float64))(_draft_block)
+
+
+def _draft_block(
+    x: np.ndarray,
+    layers: tuple[LayerWeights, ...],
+    keys: tuple[np.ndarray, ...],
+    values: tuple[np.ndarray, ...],
+    start: int,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    norm_weight: np.ndarray,
+    eps: float,
+) -> np.ndarray:
+    """All layers of the drafter and its norm for one block, all of which sees ``start`` tokens of context and itself.
+
+    x: [n, hidden]; keys, values: of each layer, [1, kv_heads, capacity, head_dim], into which those of the block go.
+    cos, sin: [n, head_dim].
+    """
+    n = len(x)
+    places = Places(np.zeros(n, np.int64), np.arange(start, start + n), np.full(n, start + n, np.int64), cos, sin)
+    for i in range(len(layers)):
+        x = decoder_layer(x, layers[i], places, keys[i], values[i], start + n, eps)
+    return norm(x, norm_weight, eps)
+
+
+@compiled(FLOAT_ROWS(float32[:, :, ::1], int64, uint16[:, ::1], WORD_ROWS, INDICES))
+def markov_logits(base: np.ndarray, k: int, w1: np.ndarray, w2: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    """U_k + W2 · W1[x_{k−1}] of a vanilla Markov head, [R, draft_vocab].
+
+    base: [R, w, draft_vocab]; w1: [vocab, rank], the bits of bfloat16; w2: words; previous: [R], x_{k−1}.
+    """
+    embedded = np.zeros((len(base), 2 * w2.shape[1]), np.float32)
+    for r in range(len(base)):
+        for i in range(w1.shape[1]):
+            embedded[r, i] = np.uint32(np.uint32(w1[previous[r], i]) << np.uint32(16)).view(np.float32)
+    bias = product(embedded, w2)
+    out = np.empty((len(base), base.shape[2]), np.float32)
+    for r in range(len(base)):
+        for i in range(base.shape[2]):
+            out[r, i] = base[r, k, i] + bias[r, i]
+    return out

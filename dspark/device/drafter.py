@@ -71,7 +71,7 @@ class StaticDrafter:
         before = []
         for k in range(width):
             before.append(previous)
-            logits, state = drafter.next_logits(base[:, k], hidden[:, k], previous, state)
+            logits, state = drafter.next_logits(base, hidden, k, previous, state)
             if samplings is None:
                 chosen = logits.argmax(-1)
                 out.probs[:, k] = 1.0

@@ -204,7 +204,7 @@ class Drafter(nn.Module, Together):
         tokens: list[list[int]] = [[] for _ in asks]
         rows: list[list[Tensor | OneHot]] = [[] for _ in asks]
         for k in range(widest):
-            logits, state = self.next_logits(base[:, k], hidden[:, k], previous, state)
+            logits, state = (self.fused or self).next_logits(base, hidden, k, previous, state)
             for r, ask in enumerate(asks):
                 if k < ask.window:
                     rows[r].append(ask.sampling.row(logits[r]))
@@ -212,8 +212,9 @@ class Drafter(nn.Module, Together):
                     tokens[r].append(previous[r])
         return tokens, rows
 
-    def next_logits(self, base: Tensor, hidden: Tensor, previous: Sequence[int] | Tensor, state: Any) -> tuple[Tensor, Any]:
-        """U_k + B_k, [..., draft_vocab], and the Markov head's next state. base: U_k; hidden: h_k; previous: x_{k−1}."""
+    def next_logits(self, base: Tensor, hidden: Tensor, k: int, previous: Sequence[int] | Tensor, state: Any) -> tuple[Tensor, Any]:
+        """U_k + B_k, [R, draft_vocab], and the Markov head's next state. base: U, [R, w, draft_vocab]; hidden: h; previous: x_{k−1}."""
+        base, hidden = base[:, k], hidden[:, k]
         if self.markov_head is None:
             return base, None
         latent, state = self.markov_head.step(hidden, self.markov_head.markov_w1.weight[previous], state)

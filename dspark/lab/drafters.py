@@ -174,12 +174,8 @@ def known_blocks(target: Target, drafter: Drafter, token_ids: Sequence[int], anc
     tokens = torch.full_like(previous, drafter.config.mask_token_id)
     tokens[..., 0] = previous[..., 0]
     hidden = drafter.block_hidden(ids, taps, tokens, previous, positions)
-    # One block, then one latent at a time, as in drafting: an 8-bit layer rounds all rows of its input by one scale.
-    base, head = torch.stack([drafter.head(block).float() for block in hidden[0]]), drafter.markov_head
-    biased = base
-    if head is not None:
-        latents = head.latents(hidden, head.markov_w1(previous)).flatten(0, -2)  # [n·γ, r]
-        biased = torch.stack([head.logits(*each) for each in zip(base.flatten(0, -2), latents, strict=True)]).view_as(base)
+    base, head = drafter.head(hidden[0]).float(), drafter.markov_head
+    biased = base if head is None else head.logits(base, head.latents(hidden, head.markov_w1(previous))[0])
     return biased.softmax(-1), base.softmax(-1), logits[0].float().softmax(-1)[:, drafter.d2t][positions[0]]
 
 

@@ -14,7 +14,6 @@ from accelerate import PartialState
 from dspark.bench.plan import Plan, plan_of
 from dspark.bench.provenance import drafter_digest
 from dspark.cli import add_fields, from_fields, run_main
-from dspark.cpu.packed import has_bfloat16_kernels
 from dspark.draft.backbone import HEAD_TYPES
 from dspark.files import cache_dir
 from dspark.load import load_drafter, load_target
@@ -74,6 +73,11 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--only", default="main", help=f"drafters or groups of them: all, {', '.join(GROUPS)}, dspark-block8, …")
     compare.add_argument("--stages", default="train,decode", help=f"of {', '.join(STAGES)}; time needs a quiet machine")
     return top
+
+
+def has_bfloat16_kernels() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices on this CPU."""
+    return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
 
 
 def usual_dtype(command: str, device: str) -> str:

@@ -240,9 +240,9 @@ def _head_seconds(drafter: Drafter, hidden: Tensor, repeats: int = 5) -> float:
 
     def block(_: object) -> float:
         start, state = now(hidden.device), None
-        logits = torch.zeros(len(drafter.d2t), device=hidden.device)
-        for row in hidden:
-            logits, state = drafter.next_logits(logits, row, 0, state)
+        base = torch.zeros(1, len(hidden), len(drafter.d2t), device=hidden.device)
+        for k in range(len(hidden)):
+            _, state = (drafter.fused or drafter).next_logits(base, hidden[None], k, [0], state)
         return now(hidden.device) - start
 
     return medians(block, [None], repeats)[None]

@@ -118,21 +118,27 @@ def profile_draft(target: Target, drafter: DraftSource, *, context: int = CONTEX
 
 
 def draft_times(
-    target: Target, drafter: DraftSource, *, context: int = CONTEXT, widths: Sequence[int] = (), repeats: int = 9
+    target: Target, drafter: DraftSource, *, context: int = CONTEXT, widths: Sequence[int] = (), repeats: int = 9, alone: bool = False
 ) -> dict[int, float]:
     """Width → median seconds of a greedy draft of that many tokens after ``context`` tokens.
 
-    The times depend on shapes alone, so an untrained drafter will do. widths: default 1, 2, … γ. Raises ValueError for fewer than one
-    repeat.
+    The times depend on shapes alone, so an untrained drafter will do. widths: default 1, 2, … γ. alone: draft after draft, without the
+    target's passes in between, which displace the drafter's weights from the caches. Raises ValueError for fewer than one repeat.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     shapes = [(1, width) for width in widths or range(1, drafter.block_size + 1)]
-    return {width: seconds for (_, width), seconds in _block_times(target, drafter, shapes, context, repeats).items()}
+    return {width: seconds for (_, width), seconds in _block_times(target, drafter, shapes, context, repeats, alone=alone).items()}
 
 
 def _block_times(
-    target: Target, drafter: DraftSource, shapes: Sequence[tuple[int, int]], context: int, repeats: int, patience: float = math.inf
+    target: Target,
+    drafter: DraftSource,
+    shapes: Sequence[tuple[int, int]],
+    context: int,
+    repeats: int,
+    patience: float = math.inf,
+    alone: bool = False,
 ) -> dict[tuple[int, int], float]:
     """(requests, tokens of each) → median seconds of drafting them together, where this target's rounds draft: on the device, or here."""
     static = None if isinstance(drafter, ContextLookup) else static_round(pass_of(target), drafter)
@@ -144,13 +150,16 @@ def _block_times(
     else:
         tokens = torch.randint(target.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
         cache = (run := pass_of(target)).new_cache()
-        _, (taps,) = run([tokens], [cache.open()], cache, drafter.target_layer_ids, last_only=True)
+        _, (taps,) = run([tokens], [slot := cache.open()], cache, drafter.target_layer_ids, last_only=True)
         states = [drafter.new_state(tokens) for _ in range(most)]
         for state in states:
             drafter.extend(state, tokens, taps)
 
     def draft(shape: tuple[int, int]) -> float:
         requests, width = shape
+        if not (static or alone):
+            run([tokens[-1:]], [slot], cache)
+            slot.rewind(context)
         start = now(target.device)
         if static:
             static.draw(slots[:requests], width)
