@@ -128,7 +128,7 @@ def measure_times(target: Target, drafter: Drafter, prompts: Sequence[list[int]]
 def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     target, stock = load_target(), load_target(pack=False)
-    drafter = load_drafter("default", stock)  # a packed one computes in 8 bits
+    drafter = load_drafter("default", stock)
     about = {name: environment(target)[name] for name in ABOUT} | {"drafter_digest": drafter_columns(drafter)["drafter_digest"]}
     about |= {"xllamacpp": package_version(), "split": "dev"}
     units = Plan(split="dev", prompts=-(-options.prompts // 4)).units[: options.prompts]

@@ -50,8 +50,9 @@ do not edit it. What was tried without a result file is in [data/LOG.md](data/LO
 - `mtp1` verifies one draft per round, `fixed:5` the whole block, `prefix` as many as pay off given this machine's step times. `+copy`
   adds copying from the context.
 - Where activations are bfloat16, a block and a single token round differently, so greedy texts part at near ties. In float32 texts are
-  equal, and also with bfloat16 weights on a CPU without bfloat16 kernels, where activations are float32: see the counts.
-- `AMD EPYC (AVX2)` is a Zen 3 without bfloat16 kernels; `AMD EPYC` alone is a processor with AVX-512, measured with an older pass."""
+  equal, and also with bfloat16 weights in our compiled pass, whose activations are float32: see the counts.
+- `Intel(R) Xeon(R) Processor (AVX512)` is an Emerald Rapids without AMX, `AMD EPYC (AVX2)` a Zen 3; `AMD EPYC` alone is a processor with
+  AVX-512. Tables of other machines than the first were measured with older passes."""
 
 
 def results_page(data: Path) -> str:

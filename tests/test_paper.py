@@ -133,13 +133,16 @@ def test_what_is_gone_is_in_no_table_and_not_in_the_text(files):
 
 
 def test_the_text_draws_the_conclusions_that_the_numbers_allow(numbers):
-    assert numbers["MeasuredSampledBlockSpeedup"] < 1 and numbers["MeasuredSampledCopySpeedup"] < 1  # no gain when sampling
+    assert numbers["MeasuredSampledBlockSpeedupLow"] > 1  # a gain when sampling too, to which copying adds nothing
+    assert numbers["MeasuredSampledCopySpeedupLow"] < numbers["MeasuredSampledBlockSpeedup"] < numbers["MeasuredSampledCopySpeedupHigh"]
     low = numbers["QuotedRangeLow"] / 100 + 1
-    assert numbers["MeasuredGreedyBlockOverMtpLow"] < 1 < numbers["MeasuredGreedyBlockOverMtpHigh"] < low  # no better than one token,
-    assert 1 <= numbers["MeasuredGreedyCopyOverMtpLow"] and numbers["MeasuredGreedyCopyOverMtpHigh"] < low  # unless it may copy
-    assert numbers["MeasuredSampledBlockOverMtpHigh"] < 1 and numbers["MeasuredSampledCopyOverMtpHigh"] < 1  # slower when sampling
+    assert 1 < numbers["MeasuredGreedyBlockOverMtpLow"] and numbers["MeasuredGreedyBlockOverMtpHigh"] < 1.2  # a little faster than one token
+    assert numbers["MeasuredGreedyBlockOverMtp"] < numbers["MeasuredGreedyCopyOverMtpLow"]  # clearly so if it may copy
+    assert numbers["MeasuredGreedyCopyOverMtpHigh"] < low
+    for arm in ("Block", "Copy"):  # no faster when sampling
+        assert numbers[f"MeasuredSampled{arm}OverMtpLow"] < 1 < numbers[f"MeasuredSampled{arm}OverMtpHigh"] < low
     assert numbers["MeasuredBlockEqual"] == 100 and numbers["MeasuredStepsBlock"] < 2 * numbers["MeasuredStepsPlain"]
-    assert numbers["MeasuredTimedPrefixHigh"] < 1 and numbers["SimulatedPolicyPrefixLow"] > 97
+    assert numbers["MeasuredTimedPrefixLow"] < 1 < numbers["MeasuredTimedPrefixHigh"] and numbers["SimulatedPolicyPrefixLow"] > 97
     assert numbers["MeasuredConfidenceSampledAfter"] < numbers["MeasuredConfidenceSampledBefore"]
     assert numbers["MeasuredOverDflashLow"] > 0 > numbers["MeasuredOverEagleLow"] and numbers["MeasuredOverEagleHigh"] > 0
 

@@ -80,7 +80,7 @@ def compiled(*signature: Any, **options: Any) -> Callable[[Callable[..., Any]], 
             config.CACHE_DIR = str(folder)
             return njit(*signature, nogil=True, cache=True, **options)(function)
         except (OSError, RuntimeError) as error:
-            log.warning("the compiled kernels cannot be kept in %s (%s): each start will compile them, for ten seconds", folder, error)
+            log.warning("the compiled kernels cannot be kept in %s (%s): each start will compile them, for twenty seconds", folder, error)
             return njit(*signature, nogil=True, **options)(function)
         finally:
             config.CACHE_DIR = before
