@@ -38,8 +38,9 @@ def test_a_product_has_the_precision_of_float32_and_each_row_the_bits_that_it_ha
 @pytest.mark.parametrize(("heads", "shared"), [(1, 1), (4, 2), (7, 1), (8, 1)], ids=str)
 @pytest.mark.parametrize("window", [1, 5, 300, 1000])
 def test_attention_sees_the_tokens_of_its_own_slot_in_the_window(heads: int, shared: int, window: int) -> None:
+    """From the first token of a text to the last for which there is room."""
     size, slots, ends = 64, torch.tensor([0, 0, 0, 0, 2, 1, 1]), torch.tensor([1, 2, 3, 4, 9, 600, 601])
-    queries, keys, values = random(7, heads + shared, size), random(3, shared, 700, size, seed=1), random(3, shared, 700, size, seed=2)
+    queries, keys, values = random(7, heads + shared, size), random(3, shared, 601, size, seed=1), random(3, shared, 601, size, seed=2)
     found = kernels.attention(*(part.numpy() for part in (queries, keys, values, slots, ends)), window)
     for t, (slot, end) in enumerate(zip(slots.tolist(), ends.tolist(), strict=True)):
         seen = [part[slot, :, max(0, end - window) : end].double() for part in (keys, values)]
@@ -50,6 +51,20 @@ def test_attention_sees_the_tokens_of_its_own_slot_in_the_window(heads: int, sha
         for t in range(7)
     ]
     assert np.array_equal(found, np.concatenate(alone))
+
+
+@pytest.mark.parametrize("mean", [-9.0, 0.0, 9.0])
+def test_the_largest_number_is_found_by_its_bits(mean: float) -> None:
+    numbers = (random(37) + mean).numpy()
+    assert kernels._largest(numbers) == numbers.max()
+
+
+@pytest.mark.parametrize("size", [16, 48, 64, 112])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 13])
+def test_mixtures_are_sums_of_weighted_values(rows: int, size: int) -> None:
+    x, values, out = random(rows, 21), random(21, size, seed=1), torch.empty(rows, size)
+    product.mixtures(x.numpy(), values.numpy(), out.numpy())
+    assert torch.allclose(out.double(), x.double() @ values.double(), atol=1e-5)
 
 
 @pytest.mark.parametrize("x", [-1000.0, -87.0, -5.0, 0.0, 0.3, 1.0, 20.0])

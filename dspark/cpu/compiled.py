@@ -27,6 +27,7 @@ def fits(head_dim: int, products: Sequence[PackedLinear]) -> bool:
 
 
 def _numbers(x: Tensor) -> np.ndarray:
+    """As the kernels read it: float32, without gaps."""
     return x.detach().float().contiguous().numpy()
 
 
@@ -63,7 +64,7 @@ class CompiledPass(LeanPass):
 
 
 class CompiledBackbone(FusedBackbone):
-    """A :class:`dspark.cpu.fused.FusedBackbone` of a drafter without convolutions, in one call per layer and request.
+    """A :class:`dspark.cpu.fused.FusedBackbone` of a drafter without convolutions: one call for the context and one for each block.
 
     make: :class:`dspark.cpu.packed.PackedLinear`, and so are all linear layers of the drafter outside its layers.
     """
@@ -112,4 +113,4 @@ class CompiledBackbone(FusedBackbone):
         if self.markov is None:
             return super().next_logits(base, hidden, k, previous, state)
         with product.running():
-            return torch.from_numpy(kernels.markov_logits(base.numpy(), k, *self.markov, np.array(previous))), None
+            return torch.from_numpy(kernels.markov_logits(_numbers(base), k, *self.markov, np.array(previous))), None
