@@ -167,7 +167,7 @@ def _passes(folder: Path) -> str:
         about = (
             f"{found['dtype'].removeprefix('torch.')}, {found['threads']} threads of {found['cpu']}, medians of {found['repeats']} in turns"
         )
-        parts += [f"Milliseconds of one target pass ({about}). {inside} (median of {found['round']['rounds']} rounds)."]
+        parts += [f"Milliseconds of one target pass (`{path.stem}`; {about}). {inside} (median of {found['round']['rounds']} rounds)."]
         parts += [table(["pass, tokens before", *(f"{w} {'token' if w == 1 else 'tokens'}" for w in sorted(widths))], rows)]
     return paragraphs(parts)
 
