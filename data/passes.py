@@ -3,8 +3,7 @@
     python data/passes.py --out data/results/passes.json
 
 After 200 and 1 500 cached tokens, for 1, 2, 6 and 12 tokens; then a drafted block, after a pass and draft after draft, and the time of a
-round outside both models. Medians
-over --repeats turns, in milliseconds. Needs a quiet machine.
+round outside both models. Medians over --repeats turns, in milliseconds. Needs a quiet machine.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def logits(target: Target) -> torch.Tensor:
     return run([ids], [cache.open()], cache)[0][0]
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_target(dtype=torch.bfloat16, head_dim=16), unknown_family], ids=["lean", "modules"])
+@pytest.mark.parametrize("make", [lambda: tiny_target(dtype=torch.bfloat16, head_dim=16), unknown_family], ids=["compiled", "modules"])
 def test_packing_changes_neither_logits_nor_the_digest_of_any_target_of_that_model(make: object) -> None:
     plain, packed = make(), make()
     pack_target(packed)
