@@ -7,7 +7,7 @@ Ten ``dev`` prompts, greedy, bfloat16, whole blocks. Each is decoded by llama.cp
 so our drafter is also asked at the start of each of llama.cpp's rounds, on llama.cpp's text: how many of its drafts would have survived?
 
 ``--times``: llama.cpp's own times of a step over one to six tokens and of drafting a block, and its speed with windows of one to five
-drafts on the first prompts. The times predict the speeds (notebook 09, section 7).
+drafts on the first prompts. The times predict the speeds (as in notebook 09, section 3).
 """
 
 from __future__ import annotations

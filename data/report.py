@@ -45,10 +45,11 @@ do not edit it. What was tried without a result file is in [data/LOG.md](data/LO
   of ratios: do not divide one by another. Two runs of one machine differ on top of that: compare `generate` in two tables.
 - τ is tokens per round: accepted drafts + 1, over all prompts of a domain.
 - `plain` is our loop without a drafter. `generate` is transformers' own loop on weights as transformers loads them; ours are packed
-  for the CPU first. `lookup` and `assisted`, which drafts with the target's first layers, are transformers' own methods on those; without
-  bfloat16 kernels a pass of theirs over several tokens takes nearly as long as one after the other (see "The target's pass").
-- `mtp1` verifies one draft per round, `fixed:5` the whole block, `prefix` as many as pay off given this machine's step times. `+copy`
-  adds copying from the context.
+  for the CPU first. `lookup` (prompt lookup) and `assisted` (the target's first layers draft) are transformers' own, on such weights;
+  without bfloat16 kernels their pass over several tokens takes nearly as long as that many over one (see "The target's pass").
+- `mtp1` verifies one draft per round, `fixed:5` the whole block, `prefix` as many as pay off given this machine's step times; `auto`, the
+  default, first decides which requests draft. `async` plans with older rounds, `adaptive` moves the window, `confidence:0.1` cuts where
+  predicted survival falls below 0.1, `oracle` knows the verdict. `+copy` adds copying from the context.
 - Where activations are bfloat16, a block and a single token round differently, so greedy texts part at near ties. In float32 texts are
   equal, and also with bfloat16 weights in our compiled pass, whose activations are float32: see the counts.
 - `Intel(R) Xeon(R) Processor (AVX512)` is an Emerald Rapids without AMX, `AMD EPYC (AVX2)` a Zen 3; `AMD EPYC` alone is a processor with
@@ -155,7 +156,7 @@ def _steps(frame: pd.DataFrame) -> str:
 
 def _passes(folder: Path) -> str:
     """One target pass in three ways, from ``data/passes.py``."""
-    parts = []
+    parts = ["`compiled` and `lean` are ours, the others transformers' modules, on weights as they load or packed for the CPU."]
     for path in sorted(folder.glob("passes-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         times = {(row["pass"], row["context"], row["tokens"]): row["ms"] for row in found["passes"]}
@@ -180,9 +181,9 @@ def _load(folder: Path) -> str:
     frame = read_load(path)
     grid, about, repeats = closed(frame), frame.iloc[0], frame.groupby(["kind", "level", "arm"]).size().max()
     words = (
-        f"Tokens per second of all users together, prompts included, who each send the next request when the last is answered "
-        f"({about['dtype']}, {about['threads']} threads of {about['machine']}, {about['split']} prompts, {about['tokens']} new tokens in "
-        f"the mean; {f'medians of {repeats} runs' if repeats > 1 else 'one run a cell, so small differences are noise'})."
+        "Generated tokens per second of all users together, prefill included in the time. Each user sends the next request when the last "
+        f"is answered ({about['dtype']}, {about['threads']} threads of {about['machine']}, {about['split']} prompts, {about['tokens']} new "
+        f"tokens on average; {f'medians of {repeats} runs' if repeats > 1 else 'one run a cell, so small differences are noise'})."
     )
     grid.columns = [f"{users:.0f}" for users in grid.columns]
     if far.is_file():
@@ -190,8 +191,8 @@ def _load(folder: Path) -> str:
         both, beyond = rows[rows["measured"].notna()], rows[rows["measured"].isna() & (rows["kind"] == CLOSED)]
         error = (both["tokens_per_second"] / both["measured"] - 1).abs()
         words += (
-            f" In italics **simulated** loads, from recorded traces and steps timed in turns with the loads: on the {len(both)} loads "
-            f"that were measured too, the two differ by {error.median():.0%} in the median and {error.max():.0%} at most."
+            f" Columns in italics are **simulated**, from recorded traces and steps timed in turns with the loads: on the "
+            f"{len(both)} loads that were measured too, the two differ by {error.median():.0%} in the median and {error.max():.0%} at most."
         )
         simulated = beyond.pivot(index="arm", columns="level", values="tokens_per_second")
         grid = grid.join(simulated.rename(columns=lambda users: f"*{users:,.0f}*"))
@@ -294,9 +295,9 @@ def _llamacpp(path: Path) -> str:
     words = (
         f"The shipped drafter, exported to GGUF, on {len(prompts)} {about['split']} prompts (greedy, {about['dtype']}, at most "
         f"{about['max_new_tokens']} new tokens, blocks of {about['block_size']}). Per prompt llama.cpp's tokens per round differ from ours "
-        f"by {difference.mean():+.3f} ± {1.96 * difference.sem():.3f} (95 %). On llama.cpp's own texts, as many of our drafts "
-        f"survive as llama.cpp accepted in {sums['equal_rounds']:,} of {sums['compared_rounds']:,} rounds ({sums['dspark_accepted']:,} and "
-        f"{sums['llamacpp_accepted']:,} drafts in all)."
+        f"by {difference.mean():+.3f} ± {1.96 * difference.sem():.3f} (95 %). Put into each of llama.cpp's rounds but the "
+        f"last of a prompt, our drafter gets as many drafts accepted in {sums['equal_rounds']:,} of {sums['compared_rounds']:,} "
+        f"({sums['dspark_accepted']:,} and {sums['llamacpp_accepted']:,} drafts in all)."
     )
     counts = f"{words}\n\n{table(['', 'tokens', 'rounds', 'τ'], rows)}"
     return paragraphs((counts, _llamacpp_times(found["times"]) if "times" in found else ""))
@@ -315,7 +316,7 @@ def _llamacpp_times(times: dict) -> str:
         f"Does drafting pay there? On {about['threads']} threads of {about['machine']} llama.cpp writes {1 / plain:.0f} tokens/s plainly, "
         f"{times['step_ms'][0]:.1f} ms a step (`data/llamacpp.py --times`; {times['prompts']} {about['split']} prompts, greedy, "
         f"{about['dtype']}, {times['max_new_tokens']} new tokens). A step over more tokens costs it much more, so every window loses, "
-        "as its own times predict: of a step over the window and the anchor, of drafting, and the acceptance by position."
+        "as its own times of steps and drafts and the acceptance by position predict."
     )
     return f"{words}\n\n{table(['window', 'step (ms)', 'draft (ms)', 'τ', 'predicted', 'measured'], rows)}"
 

@@ -43,13 +43,14 @@ def generate(
     several = is_batch(prompt)
     prompts, seed, start = prompt if several else [prompt], options.pop("seed", 0), time.perf_counter()
     engine = Engine(target, drafter, policy, max_requests=len(prompts))
-    requests = [engine.submit(each, **options, seed=seed + i if several else seed) for i, each in enumerate(prompts)]
+    requests = [engine.submit(each, **options, seed=seed + i if i else seed) for i, each in enumerate(prompts)]
     for _ in engine.run():
         pass
     for request in requests:
         if request.error:
             raise request.error
-    outputs = [Output(target.decode(r.token_ids), r.token_ids, r.rounds, time.perf_counter() - start) for r in requests]
+    seconds = time.perf_counter() - start
+    outputs = [Output(target.decode(r.token_ids), r.token_ids, r.rounds, seconds) for r in requests]
     return outputs if several else outputs[0]
 
 

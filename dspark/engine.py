@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -35,7 +36,7 @@ class Engine:
     policy: how many tokens to draft and verify; None to copy and draft where that pays (:func:`dspark.tune.auto.prepared`).
     max_requests: how many are served at once, at least 1; the others wait in order.
     memory: bytes of keys, values and states at most, the drafter's included; None for no limit. A request is admitted when prompt and
-        limit fit beside the others; nobody passes one that waits.
+        limit fit beside the others; nobody passes one that waits. Buffers are powers of two, so they may be larger.
     Raises ValueError for a policy that the drafter cannot serve, or a number out of range.
     """
 
@@ -92,7 +93,7 @@ class Engine:
         temperature, top_p, top_k: see :class:`~dspark.verify.sampling.Sampling`; temperature 0 is greedy.
         seed: of this request's draws.
         stop, stop_ids: strings and token ids that end the text, besides the target's own end-of-text tokens.
-        streamer: ``put`` is called with each round's tokens, ``end`` after the last.
+        streamer: ``put`` is called with each round's tokens, never with the prompt, ``end`` after the last or a failure.
         processors: logit processors of transformers, or your own; see :class:`~dspark.verify.processors.Processors`.
         logprobs: rounds and output carry ``logprobs``, the target's own of each committed token.
         id: any hashable name; None for the next number.
@@ -129,8 +130,7 @@ class Engine:
         if request not in self.waiting and request not in self.active:
             raise ValueError(f"request {request.id!r} is {request.status} here: only a waiting or active one can be cancelled")
         self._leave(request, "cancelled")
-        if request.streamer is not None:
-            request.streamer.end()
+        request.end_stream()
 
     def run(self) -> Iterator[tuple[Request, Round]]:
         """Step until nothing is left to do."""
@@ -172,7 +172,7 @@ class Engine:
     def step(self) -> list[tuple[Request, Round]]:
         """One round for every active request, and the prefill of those that join.
 
-        Returns the finished rounds. A request that fails (its streamer raises, its logits are NaN) ends with the error, and the
+        Returns the finished rounds. A request that fails (its streamer raises, it samples from NaN) ends with the error, and the
         others go on. An interrupt loses the current round only: the next step repeats it.
         """
         going = [request for request in self.active if request.token_ids]
@@ -191,6 +191,8 @@ class Engine:
                 work(request, *parts)
         except Exception as error:
             self._leave(request, "failed", error)
+            with contextlib.suppress(Exception):  # it may be the streamer that failed
+                request.end_stream()
 
     def _prefill(self, request: Request) -> None:
         """Run the prompt and choose the first token."""
@@ -232,9 +234,7 @@ class Engine:
             self._guard(turn.request, self._accept, turn, rows, tapped, draft_seconds, verify_seconds, clock)
 
     def _draft(self, turns: Sequence[Turn]) -> None:
-        """Ask the source for all drafts together."""
-        if self.drafter is None:
-            return
+        """Ask the source for all drafts together; without one all windows are 0."""
         asking = [turn for turn in turns if turn.draft_limit > 0]
         asks = [Ask(turn.request.state, turn.request.anchor, turn.draft_limit, turn.request.sampling, turn.request.rng) for turn in asking]
         for turn, draft in zip(asking, propose(self.drafter, asks) if asks else (), strict=True):

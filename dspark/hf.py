@@ -26,7 +26,6 @@ from dspark.round import Round
 from dspark.schedule import Policy
 from dspark.target.families import checked_layers
 from dspark.target.target import Target
-from dspark.tune.auto import prepared
 from dspark.verify.processors import LAST, Processors
 from dspark.verify.sampling import Rng, Sampling
 
@@ -62,7 +61,6 @@ def dspark_generate(
     ends = [c for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
     target = _Borrowed(model, (token for c in ends for token in c.eos_token_id.tolist()))
     source = ContextLookup(None, target=target) if drafter is None else drafter
-    source, policy = prepared(target, source, policy)
     sampling, processors = _sampling(logits_processor, generation_config.do_sample)
     prompt = input_ids[0].tolist()
     lengths = [c for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]

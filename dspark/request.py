@@ -20,7 +20,7 @@ from dspark.verify.sampling import LazyProbs, Rng, Sampling
 
 
 class Streamer(Protocol):
-    """What transformers calls a streamer: ``put`` receives tokens as they are committed, ``end`` follows the last."""
+    """What transformers calls a streamer: ``put`` receives new tokens as they are committed, never the prompt; ``end`` follows the last."""
 
     def put(self, value: object) -> None: ...
 
@@ -70,15 +70,20 @@ class Request:
     def done(self) -> bool:
         return self.status not in ("waiting", "active")
 
+    def end_stream(self) -> None:
+        """Tell the streamer, if there is one, that no more tokens come."""
+        if self.streamer is not None:
+            self.streamer.end()
+
     @property
     def anchor(self) -> int:
         """x_0, the last committed token."""
         return self.token_ids[-1]
 
-    def p_target(self, logits: Tensor, drafts: Sequence[int] = ()) -> LazyProbs:
-        """The distributions after the text and after each further draft. logits: [1 + drafts, vocab]."""
+    def p_target(self, logits: Tensor, drafts: Sequence[int] = ()) -> Tensor | LazyProbs:
+        """The distributions after the text and after each further draft, [1 + drafts, vocab]. logits: of this shape."""
         if self.processors is None:
-            return LazyProbs(self.sampling, logits)
+            return self.sampling.probs(logits) if self.sampling.temperature else LazyProbs(self.sampling, logits)
         return ProcessedProbs(self.sampling, logits, [*self.prompt, *self.token_ids, *drafts], self.processors)
 
     def logprobs_of(self, logits: Tensor, tokens: Sequence[int]) -> tuple[float, ...]:
@@ -172,8 +177,8 @@ def until_stop(request: Request, committed: Sequence[int], decode: Callable[[lis
     return None
 
 
-def probs_of_drafts(p_target: LazyProbs, drafts: Sequence[int]) -> tuple[float, ...]:
+def probs_of_drafts(p_target: Tensor | LazyProbs, drafts: Sequence[int]) -> tuple[float, ...]:
     """p_t(x_k) of each checked draft; at temperature 1 when decoding is greedy, where p_target is one-hot."""
-    if p_target.sampling.temperature:
+    if not isinstance(p_target, LazyProbs) or p_target.sampling.temperature:
         return tuple(float(p_target[k][token]) for k, token in enumerate(drafts))
     return tuple(p_target.logits[: len(drafts)].softmax(-1, torch.float32)[range(len(drafts)), list(drafts)].tolist())

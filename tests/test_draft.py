@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import HEADS, tiny_drafter, tiny_target
+from tiny import HEADS, dense, tiny_drafter, tiny_target
 from torch import Tensor
 
 from dspark.draft.backbone import Context, DrafterConfig
@@ -106,8 +106,9 @@ def test_a_reduced_draft_vocabulary_proposes_only_its_own_tokens() -> None:
     state, _ = ready(target, drafter, [5, 9, 11])
     draft = drafter.draft(state, 7, 4, Sampling(1.0), Rng(torch.Generator().manual_seed(0)))
     assert set(draft.tokens) <= set(d2t.tolist())
-    assert draft.probs.shape == (4, 100)
-    assert torch.allclose(draft.probs[:, d2t].sum(-1), torch.ones(4), atol=1e-6)
+    rows = dense(draft)
+    assert rows.shape == (4, 100) and torch.allclose(rows[:, d2t].sum(-1), torch.ones(4), atol=1e-6)
+    assert [[float(row[token]) for token in range(100)] for row in draft.probs] == rows.tolist()
 
 
 @pytest.mark.parametrize("window", [0, 5])

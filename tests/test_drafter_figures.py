@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import HEADS, tiny_drafter, tiny_target
+from tiny import HEADS, dense, tiny_drafter, tiny_target
 
 from dspark.bench import published
 from dspark.bench.results import write_results
@@ -55,7 +55,7 @@ def test_a_known_block_is_the_block_that_drafting_makes(head: dict[str, object])
     drafter.extend(state, text[:5], target.forward(torch.tensor([text[:5]]), None, drafter.target_layer_ids)[1])
     draft = drafter.draft(state, text[5], 4, Sampling(1.0), Rng(torch.Generator().manual_seed(0)))
     biased, base, _ = drafters.known_blocks(target, drafter, [*text[:6], *draft.tokens], torch.tensor([5]))
-    assert torch.allclose(draft.probs[:, drafter.d2t], biased[0], atol=1e-5)
+    assert torch.allclose(dense(draft)[:, drafter.d2t], biased[0], atol=1e-5)
     assert not torch.allclose(base, biased, atol=1e-2)
     other = drafters.known_blocks(target, drafter, [*text[:6], 50, 51, 52, 53], torch.tensor([5]))
     assert torch.allclose(base, other[1], atol=1e-6) and not torch.allclose(biased, other[0], atol=1e-2)

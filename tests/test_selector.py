@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_train import corpus
-from tiny import CONVOLUTIONS, DFLASH2, SELECTOR, tiny_drafter, tiny_target
+from tiny import CONVOLUTIONS, DFLASH2, SELECTOR, dense, tiny_drafter, tiny_target
 
 from dspark.draft.backbone import Context, DrafterConfig
 from dspark.draft.convolution import BlockConvolution
@@ -129,20 +129,20 @@ def test_training_judges_the_blocks_that_drafting_draws(shape: dict[str, object]
     """The acceptance of a block in training is Σ min(p_d, p_t) of the rows that drafting it at the same place would draw from."""
     target = tiny_target()
     drafter = tiny_drafter(target, **shape, d2t=torch.arange(2, 100))
-    shard, t2d = FeatureStore(target, corpus(), (0, 2)).shard(0), torch.arange(-2, 98).clamp(min=-1)
+    shard = FeatureStore(target, corpus(), (0, 2)).shard(0)
     blocks = choose_blocks(shard, 2, 4, 3, torch.Generator().manual_seed(3))
-    result, row, which = block_loss(drafter, t2d, shard, blocks), 1, 1
+    result, row, which = block_loss(drafter, shard, blocks), 1, 1
     anchor, ids = int(blocks.positions[row, which, 0]), shard.token_ids[row]
 
     class Following(Watching):
         def choose(self, probs: torch.Tensor) -> int:
             super().choose(probs)
-            return int(t2d[ids[anchor + len(self.rows)]])
+            return int(ids[anchor + len(self.rows)] - 2)
 
     text = ids[: anchor + 1].tolist()
     draft = drafted(target, drafter, Sampling(1.0), Following(), text)
     p_target = target.forward(ids[None], None)[0][0, anchor : anchor + 4].softmax(-1)
-    expected, valid = torch.minimum(draft.probs, p_target).sum(-1), blocks.valid[row, which]
+    expected, valid = torch.minimum(dense(draft), p_target).sum(-1), blocks.valid[row, which]
     assert valid.sum() >= 2 and torch.allclose(result.acceptance[row, which][valid], expected[valid], atol=1e-5)
 
 

@@ -99,7 +99,7 @@ def test_training_and_drafting_see_the_same_distributions() -> None:
     drafter = tiny_drafter(target)
     shard = FeatureStore(target, corpus(), (0, 2)).shard(0)
     blocks = choose_blocks(shard, 1, 4, 3, torch.Generator().manual_seed(3))
-    result = block_loss(drafter, torch.arange(100), shard, blocks)
+    result = block_loss(drafter, shard, blocks)
     anchor = int(blocks.positions[0, 0, 0])
     ids = shard.token_ids[0]
     contexts = [Context(*kv) for kv in drafter.context(shard.taps[:1, :anchor])]
@@ -285,7 +285,7 @@ def test_the_mask_token_is_not_in_the_corpus_and_special_if_possible() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "device", "kernels", "dtype"),
+    ("command", "device", "faster", "dtype"),
     [
         ("drafter", "cpu", True, "bfloat16"),
         ("drafter", "cpu", False, "float32"),
@@ -294,10 +294,10 @@ def test_the_mask_token_is_not_in_the_corpus_and_special_if_possible() -> None:
         ("drafter", "cuda", False, "bfloat16"),
     ],
 )
-def test_training_avoids_bfloat16_on_a_cpu_without_kernels_for_it(
-    command: str, device: str, kernels: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+def test_training_takes_the_dtype_that_is_faster_on_a_cpu(
+    command: str, device: str, faster: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dspark.train.__main__, "has_bfloat16_kernels", lambda: kernels)
+    monkeypatch.setattr(dspark.train.__main__, "bfloat16_is_faster", lambda: faster)
     assert dspark.train.__main__.usual_dtype(command, device) == dtype
 
 

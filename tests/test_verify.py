@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dspark.verify.accept import accept, residual
-from dspark.verify.sampling import OneHot, Rng, Sampling, nucleus
+from dspark.verify.sampling import Narrow, OneHot, Rng, Sampling, nucleus
 
 N = 20_000
 
@@ -65,6 +65,13 @@ def test_rows_without_their_zeros_decide_as_whole_rows_do() -> None:
         ):
             results = [accept(drafts, *rows, Rng(torch.Generator().manual_seed(1))) for rows in (whole, short)]
             assert results[0] == results[1]
+        d2t, t2d = torch.tensor([0, 2, 3]), torch.tensor([0, -1, 1, 2])
+        narrow = [Narrow(p / p.sum(), d2t, t2d) for p in torch.rand(3, 3, generator=generator)]
+        whole = torch.stack([torch.zeros(4).scatter(0, d2t, row.probs) for row in narrow])
+        drafts = [int(d2t[token % 3]) for token in drafts]
+        results = [accept(drafts, rows, p_target, Rng(torch.Generator().manual_seed(1))) for rows in (narrow, whole)]
+        assert results[0] == results[1] and [[row[token] for token in range(4)] for row in narrow] == whole.tolist()
+        drafts = tokens[:3]
         assert accept(drafts, p_target[:3], [*map(OneHot, target)], Rng()) == accept(drafts, p_target[:3], torch.eye(4)[target], Rng())
 
 

@@ -63,6 +63,12 @@ def tiny_drafter(target: Target, *, seed: int = 1, std: float = 0.3, **shape: ob
     return drafter.to(target.dtype).attach(target).eval().requires_grad_(False)
 
 
+def dense(draft: Draft) -> Tensor:
+    """The rows that the draft was drawn from, with their zeros; not for one-hot rows."""
+    rows = draft.probs
+    return rows if isinstance(rows, Tensor) else -torch.stack([torch.zeros(len(row.t2d)) - row for row in rows])
+
+
 def sliding_target(attention: str) -> Target:
     """A random Gemma3 whose layers alternate between a window of 8 tokens and the whole context."""
     config = Gemma3TextConfig(

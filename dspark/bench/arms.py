@@ -36,7 +36,7 @@ def by_early_exit(target: Target, settings: Settings) -> Decoder:
     return by_transformers(target, settings, assistant_early_exit=max(1, target.num_layers // 3))
 
 
-HEADLINE = "plain,generate,mtp1,fixed:5,fixed+copy,prefix+copy"
+HEADLINE = "plain,generate,mtp1,fixed:5,fixed+copy,auto+copy"
 PEERS: dict[str, Callable[[Target, Settings], Decoder]] = {  # other loops than ours, on the stock target
     "generate": by_transformers,
     "lookup": partial(by_transformers, prompt_lookup_num_tokens=10),  # as in transformers' own documentation (Saxena, 2023)

@@ -19,7 +19,7 @@ from dspark.draft.heads import ConfidenceHead
 from dspark.draft.selector import markov_head
 from dspark.draft.source import Ask, Draft, Together
 from dspark.rewind import GrowingKV
-from dspark.verify.sampling import OneHot
+from dspark.verify.sampling import Narrow, OneHot, Rows
 
 Contexts = Sequence[GrowingKV | Context]
 
@@ -73,9 +73,11 @@ class Drafter(nn.Module, Together):
                 raise ValueError(f"the drafter's {name} is {mine}, but {target.name} has {theirs}: it was made for another target")
         target.check_taps(self.config.target_layer_ids)
         self.to(device=target.device)
+        ids = torch.arange(len(self.d2t), device=target.device)
+        self.t2d = ids.new_full((self.config.vocab_size,), -1).scatter_(0, self.d2t, ids)  # the inverse; −1 cannot be drafted
         own, scale = self.config.own_tables, self.config.embedding_scale
-        theirs = target.head_weight[self.d2t.to(target.head_weight.device)].to(self.d2t.device, target.dtype)
-        self.head_weight = self.lm_head.weight.detach() if "lm_head" in own else theirs
+        table = (self.lm_head.weight if "lm_head" in own else target.head_weight).detach()
+        self.head_weight = table if len(table) == len(ids) else table[self.d2t]
         embed = self.embed_tokens if "embed_tokens" in own else target.embedding
         if scale is not None:
             table, factor = embed.weight.detach(), torch.tensor(scale, dtype=target.dtype, device=target.device)
@@ -233,11 +235,10 @@ class Drafter(nn.Module, Together):
             logits = logits / torch.tensor(each, device=logits.device)
         return logits.sigmoid().split(counts)
 
-    def _spread(self, rows: Sequence[Tensor | OneHot], tokens: Sequence[int]) -> Tensor | list[OneHot]:
-        """w rows [draft_vocab] → [w, vocab]; tokens outside the draft vocabulary get probability zero. tokens: drawn from these rows."""
+    def _spread(self, rows: Sequence[Tensor | OneHot], tokens: Sequence[int]) -> Rows:
+        """w rows [draft_vocab] → w rows [vocab]; other tokens have no probability. tokens: drawn from these rows."""
         if isinstance(rows[0], OneHot):
             return [*map(OneHot, tokens)]
-        probs = torch.stack(list(rows))
         if self.config.draft_vocab_size == self.config.vocab_size:
-            return probs
-        return probs.new_zeros(len(probs), self.config.vocab_size).scatter_(1, self.d2t.expand(len(probs), -1), probs)
+            return torch.stack(list(rows))
+        return [Narrow(row, self.d2t, self.t2d) for row in rows]

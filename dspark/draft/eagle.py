@@ -119,14 +119,16 @@ class EagleDrafter(Drafter):
             raise ValueError(f"window {window} must lie in 1..{self.block_size}, the drafter's block size")
         feature, kv = self._absorb(state), state.layers[0]
         entries, previous, tokens, rows, hidden = kv.length, anchor, [], [], []
-        for _ in range(window):
-            position = torch.tensor([[kv.length + 1]], device=feature.device)
-            x = self._inputs(torch.tensor([[previous]], device=feature.device), feature)
-            feature = self._step(x, position, kv)
-            hidden.append(self.norm(feature)[0])  # [1, hidden]
-            probs = sampling.row(self.head(hidden[-1])[0].float())
-            previous = int(self.d2t[rng.choose(probs)])
-            tokens.append(previous)
-            rows.append(probs)
-        kv.rewind(entries)  # entries made from the drafter's own features are dropped, the anchor's too: its next block makes it anew
+        try:
+            for _ in range(window):
+                position = torch.tensor([[kv.length + 1]], device=feature.device)
+                x = self._inputs(torch.tensor([[previous]], device=feature.device), feature)
+                feature = self._step(x, position, kv)
+                hidden.append(self.norm(feature)[0])  # [1, hidden]
+                probs = sampling.row(self.head(hidden[-1])[0].float())
+                previous = int(self.d2t[rng.choose(probs)])
+                tokens.append(previous)
+                rows.append(probs)
+        finally:
+            kv.rewind(entries)  # entries made from the drafter's own features are dropped, the anchor's too: its next block makes it anew
         return Draft(tokens, self._spread(rows, tokens), *self._confidence([(torch.cat(hidden), [anchor, *tokens[:-1]])]))

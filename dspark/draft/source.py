@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dspark.verify.sampling import OneHot, Rng, Sampling
+from dspark.verify.sampling import Rng, Rows, Sampling
 
 COPY = "copy"  # the source of a draft that was copied from the context
 
@@ -29,7 +29,7 @@ class Draft:
     """A proposed block of w tokens."""
 
     tokens: list[int]  # w ids of the target's vocabulary
-    probs: Tensor | Sequence[OneHot]  # [w, vocab] float32 that they were drawn from; without their zeros if greedy or copied
+    probs: Rows  # [w, vocab] float32 that they were drawn from
     confidence: Tensor  # [w] float32, c_k, calibrated if the drafter was calibrated; NaN without a confidence head
     source: str = "drafter"  # who proposed it
 

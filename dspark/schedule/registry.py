@@ -44,7 +44,7 @@ class Parameter:
             number = float(value)
         except (TypeError, ValueError):
             raise ValueError(f"{self.name} must be a number, got {value!r}") from None
-        if self.step == 1 and number != round(number):
+        if self.step == 1 and number % 1 != 0:
             raise ValueError(f"{self.name} must be a whole number, got {value!r}")
         return round(number) if self.step == 1 else number
 

@@ -54,7 +54,7 @@ class Target:
 
     @property
     def pass_name(self) -> str:
-        """Which pass runs: "lean", "compiled", or "transformers" for the model's own modules."""
+        """Which pass runs: "lean", "compiled", on a GPU "graphs", or "transformers" for the model's own modules."""
         return self.verifier.name if self.verifier else "transformers"
 
     @property

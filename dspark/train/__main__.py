@@ -23,6 +23,7 @@ from dspark.train.features import SHARD_ROWS, FeatureStore, all_text
 from dspark.train.loop import Trainer, train_to
 from dspark.train.shards import DEFAULTS, self_play
 from dspark.train.start import BLOCK_SIZE, LAYERS
+from dspark.tune.profile import cpu_name
 from dspark.workers import ENGINES
 
 STAGES = ("train", "decode", "time")
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--target", default="default", help="'default', a hub id, a folder or a .gguf file")
-    common.add_argument("--dtype", help="default bfloat16; float32 to train on a CPU without bfloat16 kernels, where it is faster")
+    common.add_argument("--dtype", help="default bfloat16; float32 to train on a CPU where that is faster")
     common.add_argument("--device", default="cpu")
     common.add_argument("--corpus", type=Path, default=cache_dir() / "selfplay.json", help="self-play text: a manifest, or one file")
 
@@ -75,15 +76,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def has_bfloat16_kernels() -> bool:
-    """Whether oneDNN multiplies bfloat16 matrices on this CPU."""
-    return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+def bfloat16_is_faster() -> bool:
+    """Whether training in bfloat16 is faster on this CPU: if oneDNN has kernels for it, but on Intel's only with AMX (data/LOG.md)."""
+    kernels = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+    return kernels and ("Intel" not in cpu_name() or torch.cpu._is_amx_tile_supported())
 
 
 def usual_dtype(command: str, device: str) -> str:
-    """The fast dtype: training with bfloat16 weights takes eight times as long on a CPU without kernels for them."""
-    slow = device.startswith("cpu") and not has_bfloat16_kernels()
-    return "float32" if slow and command in ("drafter", "compare") else "bfloat16"
+    """The faster dtype for training; bfloat16 for everything else, and on a GPU."""
+    slow = command in ("drafter", "compare") and device.startswith("cpu") and not bfloat16_is_faster()
+    return "float32" if slow else "bfloat16"
 
 
 def make_corpus(args: argparse.Namespace) -> None:

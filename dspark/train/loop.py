@@ -84,8 +84,6 @@ class Trainer:
         decays = [(weight, config.weight_decay if weight.dim() > 1 else 0.0) for weight in self.drafter.parameters()]
         groups = [{"params": [weight], "weight_decay": decay} for weight, decay in decays]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-        self.t2d = torch.full((drafter.config.vocab_size,), -1, device=target.device)
-        self.t2d[drafter.d2t] = torch.arange(len(drafter.d2t), device=target.device)
         self.step, self.checkpoint = 0, folder / "checkpoint.safetensors"
         self._loaded: tuple[int, Shard] | None = None  # the shard of the last batch, and its index
         shape = {"architecture": drafter.architecture} | drafter.config.to_dict()
@@ -144,7 +142,7 @@ class Trainer:
         blocks = choose_blocks(shard, self.config.anchors, config.block_size, config.mask_token_id, generator)
         shard, blocks = (_each(record, lambda x: x[self._share].to(self.target.device)) for record in (shard, blocks))
         with torch.autocast(self.target.device.type, dtype=torch.bfloat16, enabled=self.target.dtype == torch.bfloat16):
-            return block_loss(self.drafter, self.t2d, shard, blocks)
+            return block_loss(self.drafter, shard, blocks)
 
     def _summed(self, share: BlockLoss, gradients: list[Tensor]) -> BlockLoss:
         """The loss of all processes' shares; ``gradients`` become those of all of them. One sum over one vector a step."""

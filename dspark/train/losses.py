@@ -73,8 +73,8 @@ class BlockLoss:
         return {"loss": self.loss.item(), "tau": tau, "acceptance": [round(a, 4) for a in by_position.tolist()]}
 
 
-def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks) -> BlockLoss:
-    """One forward pass over the blocks of a batch, or of some of its rows. t2d: [vocab] int64, each token's draft id, −1 if it has none."""
+def block_loss(drafter: Drafter, shard: Shard, blocks: Blocks) -> BlockLoss:
+    """One forward pass over the blocks of a batch, or of some of its rows."""
     hidden = drafter.block_hidden(shard.token_ids, shard.taps, blocks.tokens, blocks.previous, blocks.positions)  # [rows, anchors, γ, h]
     embedded, latent, w2 = None, hidden.flatten(0, 2)[:, :0], drafter.head_weight[:, :0]  # no Markov head: rank 0
     if drafter.markov_head is not None:
@@ -84,7 +84,7 @@ def block_loss(drafter: Drafter, t2d: Tensor, shard: Shard, blocks: Blocks) -> B
     positions = blocks.positions.clamp(max=shard.token_ids.shape[1] - 1)
     student = hidden.flatten(0, 2), latent, w2, drafter.head_weight
     teacher = pick(shard.final, positions).flatten(0, 2), pick(shard.logsumexp, positions).flatten()
-    labels = t2d[blocks.labels].flatten(), blocks.weight.flatten()
+    labels = drafter.t2d[blocks.labels].flatten(), blocks.weight.flatten()
     loss, acceptance = HeadLoss.apply(*student, *teacher, *labels, drafter.config.num_candidates)
     acceptance = acceptance.view(blocks.positions.shape)
     if drafter.confidence_head is not None:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dspark.verify.sampling import LazyProbs, OneHot, Rng
+from dspark.verify.sampling import LazyProbs, Narrow, OneHot, Rng, Rows
 
 
-def accept(draft_tokens: Sequence[int], p_draft: Tensor | Sequence[OneHot], p_target: Tensor | LazyProbs, rng: Rng) -> tuple[int, int]:
+def accept(draft_tokens: Sequence[int], p_draft: Rows, p_target: Tensor | LazyProbs, rng: Rng) -> tuple[int, int]:
     """Accept the longest prefix of the drafts, then sample one more token.
 
     draft_tokens: ℓ ids; x_k was drawn from ``p_draft[k−1]``.
@@ -27,7 +27,7 @@ def accept(draft_tokens: Sequence[int], p_draft: Tensor | Sequence[OneHot], p_ta
     return len(draft_tokens), rng.choose(p_target[len(draft_tokens)])
 
 
-def residual(p_target: Tensor | OneHot, p_draft: Tensor | OneHot) -> Tensor | OneHot:
+def residual(p_target: Tensor | OneHot, p_draft: Tensor | OneHot | Narrow) -> Tensor | OneHot:
     """norm(max(p_t − p_d, 0)), the distribution of the correction after a rejection. All [vocab] float32.
 
     No epsilon: it would change the distribution. The mass is positive whenever a rejection is possible, since some token has

@@ -57,7 +57,7 @@ class Processors:
         """The distribution after ``text``. logits: [vocab]; returns [vocab] float32. Raises ValueError if every token is forbidden."""
         ids = torch.tensor([list(text)], device=logits.device)
         scores = self.first(ids, logits.to(torch.float32, copy=True)[None])  # some change their argument
-        if sampling.temperature and not scores.isfinite().any():
+        if not scores.isfinite().any():
             raise ValueError(f"the logit processors forbid every token after {len(text)} tokens: loosen them")
         probs = sampling.row(scores[0])
         if self.last and sampling.temperature:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -30,7 +31,7 @@ class Sampling:
                 raise ValueError(f"{name} must be a number, got {value!r}: leave it out for the default")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        if self.top_k < 0 or self.top_k % 1 != 0:
             raise ValueError(f"top_k must be 0 (off) or a positive whole number, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}: 1 keeps every token")
@@ -44,8 +45,9 @@ class Sampling:
             one_hot = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
             return one_hot.scatter_(-1, _argmax(logits.float()), 1.0)
         logits = logits.float()
-        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)  # a smaller one would be 0 in float32
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # ≤ 0, so a tiny temperature cannot overflow to ∞
+        if self.temperature != 1:
+            temperature = max(self.temperature, torch.finfo(torch.float32).tiny)  # a smaller one would be 0 in float32
+            logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)  # ≤ 0, so a tiny temperature cannot overflow to ∞
         if 0 < self.top_k < logits.shape[-1]:
             smallest_kept = logits.topk(int(self.top_k)).values[..., -1:]
             logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
@@ -73,6 +75,24 @@ class OneHot:
         return row
 
 
+@dataclass(frozen=True)
+class Narrow:
+    """A row [vocab] that is zero outside the draft vocabulary, without its zeros."""
+
+    probs: Tensor  # [draft_vocab]
+    d2t: Tensor  # [draft_vocab] int64, their token ids
+    t2d: Tensor  # [vocab] int64, each token's index in these, −1 if it has none
+
+    def __getitem__(self, token: int) -> Tensor | float:
+        return self.probs[index] if (index := int(self.t2d[token])) >= 0 else 0.0
+
+    def __rsub__(self, other: Tensor) -> Tensor:
+        return other.index_add(0, self.d2t, self.probs, alpha=-1)
+
+
+Rows = Tensor | Sequence[OneHot | Narrow]  # [n, vocab] float32, each row sums to 1
+
+
 def _argmax(x: Tensor) -> Tensor:
     """The first index of the largest of each row. [..., n] float32 → [..., 1]. On a CPU NumPy finds it ten times as fast as PyTorch."""
     return torch.from_numpy(x.detach().numpy().argmax(-1, keepdims=True)) if x.device.type == "cpu" else x.argmax(-1, keepdim=True)
@@ -92,7 +112,7 @@ def nucleus(probs: Tensor, top_p: float | Tensor) -> Tensor:
 class LazyProbs(dict):
     """[rows, vocab]: ``sampling.probs(logits)``, each row computed when it is first read.
 
-    Rows after the first rejection are never read, and allocating a float32 row for each token costs more than the arithmetic.
+    Greedy rows after the first rejection are never read, nor are those that processors would have to make.
     """
 
     def __init__(self, sampling: Sampling, logits: Tensor) -> None:
@@ -123,11 +143,11 @@ class Rng:
         if isinstance(probs, OneHot):
             return probs.token
         cumulative = probs.cumsum(-1, dtype=torch.float64)
-        if not cumulative[-1] > 0:
-            raise ValueError(f"cannot sample from probabilities that sum to {cumulative[-1]:g}: the model's weights are damaged")
-        u = self._uniform() * cumulative[-1]
-        # The first index whose cumulative mass exceeds u: never a token of probability zero.
-        return int(torch.searchsorted(cumulative, u, right=True).clamp_(max=probs.shape[-1] - 1))
+        total = float(cumulative[-1])
+        if not total > 0:
+            raise ValueError(f"cannot sample from probabilities that sum to {total:g}: the model's weights are damaged")
+        # The first index whose cumulative mass exceeds the draw: never a token of probability zero.
+        return min(int(torch.searchsorted(cumulative, float(self._uniform()) * total, right=True)), len(probs) - 1)
 
     def accepts(self, p_target: Tensor | float, p_draft: Tensor | float) -> bool:
         """True with probability min(1, p_t / p_d), for two numbers in [0, 1]; p_d > 0, since the token was drawn from it."""

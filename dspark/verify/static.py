@@ -61,7 +61,7 @@ class StaticCache(SlotCache):
     def shape(self, slots: Sequence[Slot], counts: Sequence[int]) -> Shape:
         """The bucket of a pass over so many new tokens per slot, once there is room for it."""
         longest = max(slot.length + count for slot, count in zip(slots, counts, strict=True))
-        self.reserve(longest + 1)
+        self.reserve(max(longest, *(slot.length for slot in self.slots)) + 1)  # padding is written to the last position of any slot
         rows, context = 1 << max(slot.index for slot in slots).bit_length(), 1 << (longest - 1).bit_length()
         return Shape(rows, bucket(sum(counts)), bucket(max(counts)), min(max(context, FIRST_CAPACITY), self.capacity))
 
@@ -124,7 +124,7 @@ class StaticPass:
         """A cache, on the buffers of a finished engine with the same owner if there are any.
         further: empty buffers [0, kv_heads, 0, head_dim] of layers that the owner adds to the target's."""
         with self.lock:
-            buffers = next((each for each in self.free if each.owner == owner), None)
+            buffers = next((each for each in list(self.free) if each.owner == owner), None)
             if buffers is not None:
                 self.free.remove(buffers)
         buffers = buffers or Buffers(owner, [*self.lean.new_cache().layers, *further], self.graphs)

@@ -16,7 +16,7 @@ from math import prod
 
 import numpy as np
 import torch
-from tiny import tiny_drafter, tiny_target
+from tiny import dense, tiny_drafter, tiny_target
 from torch import Tensor
 
 from dspark.draft.drafter import Drafter
@@ -75,7 +75,8 @@ class ExactSource:
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         floats = [ask._replace(sampling=Sampling(ask.sampling.temperature, ask.sampling.top_k, ask.sampling.top_p)) for ask in asks]
-        return [replace(d, probs=exact(d.probs)) if isinstance(d.probs, Tensor) else d for d in propose(self.source, floats)]
+        drafts = propose(self.source, floats)
+        return [d if OneHot in map(type, d.probs) else replace(d, probs=exact(dense(d))) for d in drafts]
 
 
 def steps_per_second(*curve: float) -> SPS:

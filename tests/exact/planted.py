@@ -164,7 +164,7 @@ BUGS = {  # what breaks → how
         "verify.accept.residual", SMALL, lambda real, p_t, p_d: real(p_t, p_d) if (p_t - p_d).clip(0).sum() > 1e-8 else p_t
     ),
     "After a fully accepted block the bonus is drawn from the last draft's own row.": Bug(
-        "verify.sampling.LazyProbs.__init__", PLAIN, given(logits=lambda rows: torch.cat([rows[:-1], rows[-2:][:1]]))
+        "request.Request.p_target", PLAIN, given(logits=lambda rows: torch.cat([rows[:-1], rows[-2:][:1]]))
     ),
     "One uniform number decides on every draft of a block.": Bug("verify.accept.accept", UNIFORM, given(rng=one_coin)),
     "A draft is accepted whenever p_t ≥ p_d, and never otherwise.": Bug(
@@ -174,7 +174,7 @@ BUGS = {  # what breaks → how
         "verify.accept.accept", TOP_P, lambda real, x, p_d, p_t, rng: real(x if x and p_t[0][x[0]] > 0.3 else [], p_d, p_t, rng)
     ),
     "Only the drafter's side applies top-p: tokens come up outside the nucleus.": Bug(
-        "verify.sampling.LazyProbs.__init__", TOP_P, given(sampling=lambda sampling: replace(sampling, top_p=1.0))
+        "request.Request.p_target", TOP_P, given(self=lambda r: changed(r, sampling=replace(r.sampling, top_p=1.0)))
     ),
     "Every row of a block is processed with the text before the block.": Bug(
         "verify.processors.ProcessedProbs.row", PENALTY, lambda real, self, k: real(changed(self, logits=self.logits[[k]]), 0)
