@@ -156,7 +156,8 @@ def _steps(frame: pd.DataFrame) -> str:
 
 def _passes(folder: Path) -> str:
     """One target pass in three ways, from ``data/passes.py``."""
-    parts = ["`compiled` and `lean` are ours, the others transformers' modules, on weights as they load or packed for the CPU."]
+    words = "`compiled` and `lean` are ours, the others transformers' modules, on weights as they load or packed for the CPU."
+    parts = [words] * any(folder.glob("passes-*.json"))
     for path in sorted(folder.glob("passes-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         times = {(row["pass"], row["context"], row["tokens"]): row["ms"] for row in found["passes"]}

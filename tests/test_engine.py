@@ -141,7 +141,7 @@ def test_a_streamer_that_raises_ends_its_own_request_alone() -> None:
     watched = Failing(99)
     other = engine.submit([8, 9], max_new_tokens=10, streamer=watched)
     list(engine.run())
-    assert failing.status == "failed" and isinstance(failing.error, ConnectionError) and not failing.streamer.ended
+    assert failing.status == "failed" and isinstance(failing.error, ConnectionError) and failing.streamer.ended
     assert other.token_ids == greedy_reference(target, [8, 9], 10) and watched.ended
     with pytest.raises(ConnectionError):
         dspark.generate(target, None, [5, 6, 7], max_new_tokens=10, streamer=Failing(0))

@@ -165,7 +165,7 @@ def test_llamacpps_counts_stand_beside_ours_with_their_difference(tmp_path):
     ]
     (tmp_path / "llamacpp.json").write_text(json.dumps({"about": about, "prompts": prompts}), encoding="utf-8")
     words, table = report._llamacpp(tmp_path / "llamacpp.json").split("\n\n")
-    assert "+0.200 ± 0.392 (95 %)" in words and "28 of 30 rounds (30 and 32 drafts" in words
+    assert "+0.200 ± 0.392 (95 %)" in words and "in 28 of 30 (30 and 32 drafts" in words
     assert table.splitlines()[2:] == ["| xllamacpp 1 | 64 | 32 | 2.000 |", "| this repository | 64 | 36 | 1.778 |"]
 
 
