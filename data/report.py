@@ -316,7 +316,7 @@ def _llamacpp_times(times: dict) -> str:
     words = (
         f"Does drafting pay there? On {about['threads']} threads of {about['machine']} llama.cpp writes {1 / plain:.0f} tokens/s plainly, "
         f"{times['step_ms'][0]:.1f} ms a step (`data/llamacpp.py --times`; {times['prompts']} {about['split']} prompts, greedy, "
-        f"{about['dtype']}, {times['max_new_tokens']} new tokens). A step over more tokens costs it much more, so every window loses, "
+        f"{about['dtype']}, {times['max_new_tokens']} new tokens). A step over more tokens costs it much more, so wide windows lose, "
         "as its own times of steps and drafts and the acceptance by position predict."
     )
     return f"{words}\n\n{table(['window', 'step (ms)', 'draft (ms)', 'τ', 'predicted', 'measured'], rows)}"
