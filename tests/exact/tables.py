@@ -54,7 +54,7 @@ class TablePass:
             slot += new
             first = len(slot) if last_only else len(slot) - len(new) + 1
             found = [self.look(tuple(slot[:end])) for end in range(first, len(slot) + 1)]
-            rows.append([row for row, _ in found])
+            rows.append((torch if isinstance(found[0][0], Tensor) else np).stack([row for row, _ in found]))
             tapped.append(torch.cat([each for _, each in found], 1) if taps else None)
         return rows, tapped
 
@@ -106,7 +106,7 @@ def served_together(requests: Sequence[Tables], policy: Policy) -> Proof:
 
     verifier = TablePass(lambda tokens: (row(tokens), None))
     target = SimpleNamespace(device=torch.device("cpu"), verifier=verifier, eos_token_ids=frozenset(), decode=None)
-    sampling = SimpleNamespace(temperature=1.0, row=lambda row: row)
+    sampling = SimpleNamespace(temperature=1.0, row=lambda row: row, probs=lambda rows: rows)
     return enumerated(target, TableSource(requests), policy, sampling, [([r], BLOCK_SIZE + 2) for r in range(len(requests))], row)
 
 
