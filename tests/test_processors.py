@@ -178,9 +178,10 @@ def test_what_reads_more_than_the_text_is_refused_before_anything_runs(target, p
     assert "\n" not in str(error.value)
 
 
-def test_processors_that_forbid_everything_are_named(target):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_processors_that_forbid_everything_are_named(target, temperature):
     with pytest.raises(ValueError, match="forbid every token"):
-        dspark.generate(target, None, PROMPT, temperature=1.0, processors=[SuppressTokensLogitsProcessor(list(range(100)))])
+        dspark.generate(target, None, PROMPT, temperature=temperature, processors=[SuppressTokensLogitsProcessor(list(range(100)))])
 
 
 # ---- log-probabilities

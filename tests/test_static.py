@@ -48,6 +48,17 @@ def test_logits_and_taps_are_those_of_the_lean_pass(name: str) -> None:
     assert not caches[1].buffers.programs  # graphs of the old buffers are gone
 
 
+def test_padding_overwrites_no_key_of_a_slot_that_fills_its_row() -> None:
+    run = static_target().verifier
+    cache = run.new_cache()
+    slots = [cache.open() for _ in range(4)]
+    run([random_prompt(0, 20)] * 3, slots[:3], cache)
+    run([random_prompt(1, 256)], slots[3:], cache)
+    before = [buffer[3, :, :256].clone() for buffer in cache.layers[0]]
+    run([[5, 6], [7, 8], [9]], slots[:3], cache)
+    assert all(torch.equal(old, buffer[3, :, :256]) for old, buffer in zip(before, cache.layers[0], strict=True))
+
+
 def test_buckets_waste_at_most_a_third() -> None:
     assert [bucket(n) for n in range(1, 14)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
     assert all(n <= bucket(n) <= 1.5 * n for n in range(1, 5000))

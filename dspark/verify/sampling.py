@@ -112,7 +112,7 @@ def nucleus(probs: Tensor, top_p: float | Tensor) -> Tensor:
 class LazyProbs(dict):
     """[rows, vocab]: ``sampling.probs(logits)``, each row computed when it is first read.
 
-    Greedy rows after the first rejection are never read, nor are those that processors would have to make.
+    Greedy rows after the first rejection are never read.
     """
 
     def __init__(self, sampling: Sampling, logits: Tensor) -> None:
