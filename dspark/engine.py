@@ -36,7 +36,7 @@ class Engine:
     policy: how many tokens to draft and verify; None to copy and draft where that pays (:func:`dspark.tune.auto.prepared`).
     max_requests: how many are served at once, at least 1; the others wait in order.
     memory: bytes of keys, values and states at most, the drafter's included; None for no limit. A request is admitted when prompt and
-        limit fit beside the others; nobody passes one that waits. Buffers are powers of two, so they may be larger.
+        limit fit beside the others; nobody passes one that waits. Buffers may be larger: each slot has room for the longest text.
     Raises ValueError for a policy that the drafter cannot serve, or a number out of range.
     """
 

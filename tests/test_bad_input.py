@@ -325,8 +325,9 @@ def test_a_training_on_all_text_judges_by_answers_and_goes_on_as_it_began(comman
     training = json.loads((tmp_path / "drafter" / "config.json").read_text())["training"]
     learnt = text.assistant[:-held_out].numel() + int(text.assistant[-held_out:].sum())
     assert (training["learnt_from"], training["response_tokens"]) == ("all", learnt)
-    assert "choose another folder" in command(steps=5, weight_decay=0.1)
-    assert "choose another folder" in command(steps=5, learn_from="all")
+    assert "or another folder" in command(steps=5, weight_decay=0.1)
+    assert "or another folder" in command(steps=5, learn_from="all")
+    assert "dtype = 'float32', not bfloat16" in command(steps=5, learn_from="all", weight_decay=0.1, dtype="bfloat16")
     assert "text = " in command(steps=5, learn_from="all", weight_decay=0.1, skip_rows=2)
     assert command(steps=5, learn_from="all", weight_decay=0.1) == ""
 

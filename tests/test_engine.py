@@ -279,6 +279,26 @@ def test_nothing_is_lost_when_a_pass_fails(fails: str, monkeypatch: pytest.Monke
     assert not engine.cache.slots and two.token_ids == (greedy_reference(target, [8, 9], 8) if fails == "round" else [])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_nan_end_their_request_alone(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = lean_target(eos_token_id=None)
+    engine = Engine(target, tiny_drafter(target), max_requests=2)
+    bad, good = (engine.submit([5, 6, i], max_new_tokens=8, temperature=t) for i, t in ((7, temperature), (8, 0.0)))
+    engine.step()
+    verifier = engine.verifier
+
+    def damaged(*arguments: object, **options: object) -> object:
+        (first, *others), taps = verifier(*arguments, **options)
+        return [torch.full_like(first, torch.nan), *others], taps
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "verifier", damaged)
+        engine.step()
+    list(engine.run())
+    assert bad.status == "failed" and "damaged" in str(bad.error)
+    assert good.token_ids == greedy_reference(target, [5, 6, 8], 8)
+
+
 def test_a_cancelled_request_keeps_what_it_wrote_and_frees_its_place() -> None:
     target = lean_target(eos_token_id=None)
     engine = Engine(target, None, max_requests=1)

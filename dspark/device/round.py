@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dspark.clock import Marks
 from dspark.device.drafter import Drawn, StaticDrafter
-from dspark.device.rules import Block, Samplings, accept_each, accept_greedy
+from dspark.device.rules import Block, Samplings, accept_each, accept_greedy, best_each
 from dspark.draft.backbone import TRAINED_HERE
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
@@ -98,7 +98,7 @@ class _Programs:
         block, samplings = Block(drafts, (counts - 1).clamp(min=0), layout.first), static.read_samplings(mode)
         p_target = logits.softmax(-1, torch.float32)[block.judged_by, drafts]  # at temperature 1: what the records of greedy rounds hold
         if samplings is None:
-            accepted, following = accept_greedy(block, logits.float().argmax(-1))
+            accepted, following = accept_greedy(block, best_each(logits))
         else:
             rows = samplings.at(layout.row).probs(logits)
             p_target = p_target.where(samplings.temperature[:, None] == 0, rows[block.judged_by, drafts])

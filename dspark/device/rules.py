@@ -71,8 +71,15 @@ class Block(NamedTuple):
         return (accepts & checked).long().cumprod(1).sum(1)
 
 
+def best_each(logits: Tensor) -> Tensor:
+    """The arg max of each row; −1 where the row has a NaN, which no maximum is larger than. logits: [N, vocab]. Returns [N] int64."""
+    most, best = logits.float().max(-1)
+    return best.where(~most.isnan(), -1)
+
+
 def accept_greedy(block: Block, best: Tensor) -> tuple[Tensor, Tensor]:
-    """The rule for one-hot rows. best: [N] int64, the target's arg max of every flat row. Returns accepted and next token, two of [R]."""
+    """The rule for one-hot rows. best: [N] int64, see :func:`best_each`, of the target's flat rows. Returns accepted and next token,
+    two of [R]; the token is −1 where its row has a NaN."""
     accepted = block.accepted(best[block.judged_by] == block.tokens)
     return accepted, best[block.first + accepted]
 

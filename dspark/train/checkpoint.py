@@ -39,13 +39,14 @@ def load_checkpoint(path: Path, drafter: Drafter, optimizer: torch.optim.Optimiz
     try:
         about = json.loads(header["about"])
         about["train"] |= {name: wanted["train"][name] for name in MAY_CHANGE}
+        about.setdefault("dtype", wanted.get("dtype"))  # older checkpoints do not say
         if type(about["step"]) is not int or about["step"] < 0:
             raise ValueError(f"step {about['step']!r}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({one_line(error)}): {START_OVER}") from None
     for key, value in wanted.items():
         if about.get(key) != json.loads(json.dumps(value)):
-            raise ValueError(f"{path} was made with {key} = {about.get(key)!r}, not {value}: choose another folder")
+            raise ValueError(f"{path} was made with {key} = {about.get(key)!r}, not {value}: choose the same, or another folder")
     _check(path, tensors, drafter)
     drafter.load_state_dict({n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")})
     parts, count = ("step", "exp_avg", "exp_avg_sq"), len(list(drafter.parameters()))

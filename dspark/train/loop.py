@@ -88,7 +88,8 @@ class Trainer:
         self._loaded: tuple[int, Shard] | None = None  # the shard of the last batch, and its index
         shape = {"architecture": drafter.architecture} | drafter.config.to_dict()
         # A checkpoint resumes only where all that the training depends on is the same.
-        self._about = {"train": asdict(config), "drafter": shape, "target": target.digest, "text": store.text}
+        about = {"train": asdict(config), "drafter": shape, "target": target.digest, "text": store.text}
+        self._about = about | {"dtype": str(target.dtype).removeprefix("torch.")}
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self.step = load_checkpoint(self.checkpoint, self.drafter, self.optimizer, self._about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -94,7 +95,7 @@ Rows = Tensor | Sequence[OneHot | Narrow]  # [n, vocab] float32, each row sums t
 
 
 def _argmax(x: Tensor) -> Tensor:
-    """The first index of the largest of each row. [..., n] float32 → [..., 1]. On a CPU NumPy finds it ten times as fast as PyTorch."""
+    """Each row's first index of the largest, or of a NaN. [..., n] float32 → [..., 1]. On a CPU NumPy is ten times as fast as PyTorch."""
     return torch.from_numpy(x.detach().numpy().argmax(-1, keepdims=True)) if x.device.type == "cpu" else x.argmax(-1, keepdim=True)
 
 
@@ -112,14 +113,17 @@ def nucleus(probs: Tensor, top_p: float | Tensor) -> Tensor:
 class LazyProbs(dict):
     """[rows, vocab]: ``sampling.probs(logits)``, each row computed when it is first read.
 
-    Greedy rows after the first rejection are never read.
+    Greedy rows after the first rejection are never read. Raises ValueError for one with NaN.
     """
 
     def __init__(self, sampling: Sampling, logits: Tensor) -> None:
         self.sampling, self.logits = sampling, logits
 
     def __missing__(self, k: int) -> Tensor | OneHot:
-        return self.setdefault(k, self.row(k))
+        row = self.row(k)
+        if isinstance(row, OneHot) and math.isnan(self.logits[k, row.token]):
+            raise ValueError("cannot choose among logits that are NaN: the model's weights are damaged")
+        return self.setdefault(k, row)
 
     def row(self, k: int) -> Tensor | OneHot:
         """[vocab]."""
