@@ -146,6 +146,14 @@ def test_without_a_policy_the_text_is_the_same_and_times_are_measured_once(tmp_p
     assert isinstance(Engine(target, drafter).drafter, dspark.ContextLookup)
 
 
+@pytest.mark.parametrize("context", [16, 128])
+def test_step_times_of_a_short_context_are_measured_in_it(context: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    target = tiny_target(max_position_embeddings=context)
+    curve = step_times(target, tiny_drafter(target))
+    assert max(curve.widths) == context // 2 and curve.draft_seconds(3) > 0
+
+
 def test_step_times_of_copying_alone_need_no_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
     target = tiny_target()

@@ -178,6 +178,12 @@ def test_the_warm_up_prompt_is_not_measured():
         assert plan.warm_up_prompt().id not in {unit.item.id for unit in plan.units}
 
 
+def test_a_set_of_ones_own_may_come_first(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    plan = small(domains=f"{tmp_path / 'mine.jsonl'},code", prompts=2)
+    assert plan.warm_up_prompt().messages[0]["content"] == "a"
+
+
 def test_rows_carry_their_provenance(models, target, tmp_path):
     frame = measure_speed(small(prompts=1), models, tmp_path / "r.parquet")
     assert len(frame) == 2 * 3

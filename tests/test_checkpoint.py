@@ -521,14 +521,24 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(reference: Path, tar
     [
         ({"hidden_size": 64}, ["hidden_size", 32, 64]),
         ({"vocab_size": 120}, ["vocab_size", 100, 120]),
+        ({"vocab_size": 80}, ["another target", 100, 80]),
         ({"num_hidden_layers": 3}, ["[0, 2]", "3 layers"]),
         ({"seed": 5}, ["tiny"]),
     ],
-    ids=["hidden size", "vocabulary", "taps", "weights"],
+    ids=["hidden size", "vocabulary", "smaller vocabulary", "taps", "weights"],
 )
 def test_a_drafter_of_another_target_is_refused(folder: Path, target: Target, other: dict[str, int], values: list[object]) -> None:
     stranger = tiny_target(**{"dtype": torch.bfloat16, **other})
     refused(folder, stranger, *values, *((target.digest, stranger.digest) if "seed" in other else ()))
+
+
+def test_a_drafter_may_be_taken_for_a_target_with_other_weights(folder: Path) -> None:
+    tuned = tiny_target(seed=5, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="target_digest"):
+        dspark.load_drafter(folder, tuned)
+    drafter = dspark.load_drafter(folder, tuned, ignore_fields=["target_digest"])
+    out = dspark.generate(tuned, drafter, [5, 6, 7], max_new_tokens=8, policy=dspark.FixedWindow())
+    assert out.token_ids == dspark.generate(tuned, None, [5, 6, 7], max_new_tokens=8).token_ids
 
 
 def test_copies_of_another_targets_head_are_noticed(reference: Path, target: Target) -> None:

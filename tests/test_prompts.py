@@ -131,6 +131,14 @@ def test_a_file_of_others_is_read_whatever_column_its_prompts_are_in(tmp_path):
     assert {item.domain for item in items} == {"mine"} and len({item.id for item in items}) == 5
 
 
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    """JSON's strings may hold other characters that Python takes for ends of lines, and an editor may have left a mark before the first."""
+    prompts = ["a\u2028b", "c\u0085d"]
+    text = "\r\n".join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
+    (tmp_path / "mine.jsonl").write_bytes(text.encode("utf-8-sig"))
+    assert [item.messages[0]["content"] for item in load_prompts(str(tmp_path / "mine.jsonl"))] == prompts
+
+
 def test_a_benchmark_by_name_is_the_hubs_own_conversion(tmp_path, monkeypatch):
     pq.write_table(pa.table({"prompt": [["a?", "b?"], ["c?", "d?"]], "reference": [[], []]}), tmp_path / "0000.parquet")
     asked = []

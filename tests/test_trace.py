@@ -214,6 +214,11 @@ def test_a_foreign_or_damaged_file_is_one_clear_error(tmp_path) -> None:
         with pytest.raises(ValueError, match="not a Parquet") as error:
             load_traces(path)
         assert "delete" not in str(error.value)
+    write_results(frame, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + bytes(64) + whole[104:])  # of a compressed page
+    with pytest.raises(ValueError, match=r"trace\.parquet is not a Parquet"):
+        load_traces(path)
     with pytest.raises(ValueError, match="is a folder"):
         load_traces(tmp_path)
     for about in ("", "{}", "[]", None):

@@ -73,8 +73,8 @@ class Plan:
         )
 
     def warm_up_prompt(self) -> PromptItem:
-        """One prompt of the split that is not measured."""
-        return load_prompts(self.units[0].item.domain, "test" if self.split == "dev" else "dev", 1)[0]
+        """One prompt of the split that is not measured, or the first of a set without splits."""
+        return load_prompts(self.domains.split(",")[0].strip(), "test" if self.split == "dev" else "dev", 1)[0]
 
     def check(self, mode: str) -> None:
         """Raises ValueError if this plan cannot be run as "speed", "memory" or "identity"."""

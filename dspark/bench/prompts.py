@@ -61,7 +61,7 @@ def _rows(name: str) -> list[dict]:
     """The rows of a set that is not one of :data:`DOMAINS`."""
     try:
         if name.endswith(".jsonl"):
-            lines = Path(name).expanduser().read_text(encoding="utf-8").splitlines()
+            lines = Path(name).expanduser().read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other ends of lines
             return [json.loads(line) for line in lines if line.strip()]
         repository, colon, part = HUB.get(name, name).partition(":")
         if colon:

@@ -128,7 +128,7 @@ def read_results(path: Path, remedy: str = COMMAND) -> pd.DataFrame:
         return pd.read_parquet(path)
     except FileNotFoundError:
         raise ValueError(f"no results at {path}: make them with {remedy}") from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a Parquet file ({one_line(error)}): pass one that {remedy} has made") from error
 
 

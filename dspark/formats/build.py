@@ -61,6 +61,8 @@ def build(stored: Stored, target: Target) -> Drafter:
         ("sliding_windows", shape.sliding_windows, min(shape.sliding_windows, default=0) >= 0),
         ("sts_temperatures", temperatures, len(temperatures) in (0, shape.num_drafts) and all(map(VALID["float"], temperatures))),
     ):
+        if name == "vocab_size" and not fits:
+            raise ValueError(f"the drafter has {value} tokens, {target.name} {target.vocab_size}: it was made for another target")
         if not fits:
             raise ValueError(f"{name} {value!r} does not fit {target.name}, the weights or the other values: restore config.json")
     d2t = _draft_vocabulary(stored.d2t, shape)
@@ -82,9 +84,10 @@ def build(stored: Stored, target: Target) -> Drafter:
     drafter.sts_temperatures = tuple(map(float, temperatures))
     drafter.attach(target)
     # float16 cannot hold every bfloat16 weight, so its digest is another one.
-    if stored.made_for and stored.made_for[1] != target.digest and target.dtype != torch.float16:
+    if stored.made_for and stored.made_for[1] not in (None, target.digest) and target.dtype != torch.float16:
         theirs, ours = (f"{name!r} (weights {digest!r})" for name, digest in (stored.made_for, (target.name, target.digest)))
-        raise ValueError(f"the drafter was made for {theirs}, not for {ours}: load that target, or train a drafter for this one")
+        other = "or, as any drafts leave the text exact, ignore its field target_digest"
+        raise ValueError(f"the drafter was made for {theirs}, not for {ours}: load that target, train a drafter for this one, {other}")
     return drafter
 
 

@@ -178,8 +178,9 @@ def sps_curve(target: Target) -> SPSCurve:
 
     One file per machine, device, target digest, dtype, weight layout, thread count and torch version, in ``cache_dir()/profiles``.
     """
-    context = min(CONTEXT, target.max_context - WIDTHS[-1])
-    return _kept(target, {"context": context}, SPSCurve, lambda: profile_sps(target, context=context, repeats=5, patience=PATIENCE))
+    widths = [width for width in WIDTHS if 2 * width <= target.max_context]
+    options = {"context": min(CONTEXT, target.max_context - widths[-1]), "widths": widths, "repeats": 5, "patience": PATIENCE}
+    return _kept(target, {"context": options["context"]}, SPSCurve, lambda: profile_sps(target, **options))
 
 
 def step_times(target: Target, drafter: DraftSource) -> SPSCurve:
@@ -200,7 +201,7 @@ def measured_times(target: Target, drafter: DraftSource) -> SPSCurve:
 
 def profile_extra(target: Target, repeats: int = 5) -> Extra:
     """What several requests and longer contexts add to a pass: least squares over the medians of SHAPES, nothing below 0."""
-    longest = target.max_context - 8  # a shorter context than SHAPES asks for is measured where the target takes no more
+    longest = max(1, target.max_context - 8)  # a shorter context than SHAPES asks for is measured where the target takes no more
     shapes = [(requests, tokens, min(context, longest)) for requests, tokens, context in SHAPES]
     times, base, others = pass_times(target, shapes, repeats=repeats, patience=PATIENCE), shapes[0][2], shapes[2:]
     terms = np.array([(r - 1, r * (c - base), n * (c - base)) for r, n, c in others], dtype=float)
@@ -210,7 +211,7 @@ def profile_extra(target: Target, repeats: int = 5) -> Extra:
 
 def profile_drafts(target: Target, drafter: DraftSource, *, requests: Sequence[int] = REQUESTS, repeats: int = 5) -> SPSCurve:
     """Drafts per second by the number of requests that draft a whole block together."""
-    context = min(CONTEXT, target.max_context - drafter.block_size - 1)
+    context = max(1, min(CONTEXT, target.max_context - drafter.block_size - 1))
     times = _block_times(target, drafter, [(n, drafter.block_size) for n in requests], context, repeats, PATIENCE)
     return SPSCurve(tuple(requests), tuple(times.values()))
 
