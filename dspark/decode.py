@@ -10,8 +10,6 @@ from dspark.round import Output, Round
 from dspark.schedule import Policy
 from dspark.target.prompt import Prompt, is_batch, plain
 from dspark.target.target import Target
-from dspark.verify.processors import Processors
-from dspark.verify.sampling import Rng, Sampling
 
 
 def decode(
@@ -28,7 +26,7 @@ def decode(
     Raises ValueError, before anything runs, for an empty or too long prompt, a bad option, or a policy that the drafter cannot serve.
     """
     engine = Engine(target, drafter, policy)
-    return _stream(engine, engine.submit(prompt, **options))
+    return rounds(engine, engine.submit(prompt, **options))
 
 
 def generate(
@@ -54,24 +52,8 @@ def generate(
     return outputs if several else outputs[0]
 
 
-def rounds(
-    target: Target,
-    drafter: DraftSource | None,
-    prompt: list[int],
-    limit: int,
-    policy: Policy | None,
-    sampling: Sampling,
-    rng: Rng,
-    processors: Processors | None = None,
-) -> Iterator[Round]:
-    """As :func:`decode`, for a caller with its own sampling and rng. prompt: token ids. limit: new tokens at most."""
-    engine, ends = Engine(target, drafter, policy), target.eos_token_ids
-    request = Request(id=0, prompt=prompt, limit=limit, sampling=sampling, rng=rng, end_ids=ends, processors=processors)
-    return _stream(engine, engine.enqueue(request))
-
-
-def _stream(engine: Engine, request: Request) -> Iterator[Round]:
-    """The request's rounds as they are finished. Raises the error that ended it, if one did."""
+def rounds(engine: Engine, request: Request) -> Iterator[Round]:
+    """The rounds of an engine's only request as they are finished. Raises the error that ended it, if one did."""
     for _, finished in engine.run():
         yield finished
     if request.error:

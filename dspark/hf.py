@@ -22,6 +22,8 @@ from transformers.generation import (
 from dspark.decode import rounds
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
+from dspark.engine import Engine
+from dspark.request import Request
 from dspark.round import Round
 from dspark.schedule import Policy
 from dspark.target.families import checked_layers
@@ -70,8 +72,10 @@ def dspark_generate(
         raise ValueError(f"{target.name} can be decoded {reach}: ask for {target.steady_context - len(prompt)} new tokens at most")
     criteria = StoppingCriteriaList(c for c in stopping_criteria if c not in ends and c not in lengths)
 
+    engine, ends = Engine(target, source, policy), target.eos_token_ids
+    request = Request(prompt=prompt, limit=limit, sampling=sampling, rng=Rng(), end_ids=ends, processors=processors)
     text = input_ids
-    for r in rounds(target, source, prompt, limit, policy, sampling, Rng(), processors):
+    for r in rounds(engine, engine.enqueue(request)):
         before, longer = text.shape[1], torch.cat([text, torch.tensor([r.committed], device=text.device)], 1)
         end = _end(criteria, longer, before)
         text = longer[:, :end]

@@ -31,7 +31,7 @@ class Streamer(Protocol):
 class Request:
     """One text that an engine is writing.
 
-    id: unique within the engine.
+    id: unique within the engine; None until it is queued, for the next number.
     prompt: token ids.
     limit: new tokens at most: max_new_tokens, or fewer if the context ends before.
     sampling: how its tokens are chosen.
@@ -49,7 +49,7 @@ class Request:
     error: what made it fail.
     """
 
-    id: object
+    id: object = None
     prompt: list[int]
     limit: int
     sampling: Sampling

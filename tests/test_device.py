@@ -14,6 +14,7 @@ import dspark
 from dspark.decode import rounds
 from dspark.device.round import StaticRound, static_round
 from dspark.engine import Engine
+from dspark.request import Request
 from dspark.schedule import POLICIES, Policy, make_policy
 from dspark.tune.profile import profile_drafts
 from dspark.verify import graphs
@@ -105,7 +106,8 @@ def test_given_the_same_stream_a_sampled_text_is_that_of_the_rule_token_by_token
         found = []
         for each, rng in ((target, Blocks(seed, 4)), (static, Rng(torch.Generator().manual_seed(seed)))):
             drafter = tiny_drafter(each, **head, draft_vocab_size=80, std=0.05)
-            found.append(list(rounds(each, drafter, prompt, 30, dspark.FixedWindow(), sampling, rng)))
+            engine = Engine(each, drafter, dspark.FixedWindow())
+            found.append(list(rounds(engine, engine.enqueue(Request(prompt=prompt, limit=30, sampling=sampling, rng=rng)))))
         assert [r.committed for r in found[0][:-1]] == [r.committed for r in found[1][:-1]]  # the last round may draft nothing
         accepted += sum(r.accepted for r in found[0])
     assert accepted > 3

@@ -15,6 +15,8 @@ import dspark
 from dspark.decode import Round, rounds
 from dspark.draft.drafter import Drafter, DraftState
 from dspark.draft.source import Draft
+from dspark.engine import Engine
+from dspark.request import Request
 from dspark.schedule import Policy
 from dspark.verify.sampling import Rng, Sampling
 
@@ -71,7 +73,8 @@ class AcceptsAll(Rng):
 def test_only_the_acceptance_draws_decide_how_many_checked_drafts_stay(policy: Policy) -> None:
     """Cutting a block after the target has seen it would depend on the tokens and bend the distribution."""
     target, rng = tiny_target(eos_token_id=None), AcceptsAll(torch.Generator().manual_seed(0))
-    stream = list(rounds(target, tiny_drafter(target), PROMPT, 20, policy, Sampling(1.0), rng))
+    engine = Engine(target, tiny_drafter(target), policy)
+    stream = list(rounds(engine, engine.enqueue(Request(prompt=PROMPT, limit=20, sampling=Sampling(1.0), rng=rng))))
     assert [r.accepted for r in stream] == [r.verify_length for r in stream]
 
 

@@ -4,7 +4,6 @@ A trace holds the whole block, drafted and checked by the target, at EVERY posit
 these positions, so :mod:`dspark.bench.replay` gives exactly the rounds that the policy would have made.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from dspark.bench.provenance import drafter_digest
 from dspark.decode import rounds
 from dspark.draft.source import COPY, DraftSource
+from dspark.engine import Engine
+from dspark.request import Request
 from dspark.round import Round
 from dspark.schedule import FixedWindow
 from dspark.target.stream import BROKEN
@@ -112,10 +113,10 @@ def record(
     longest = target.max_context - len(prompt_ids)
     limit = min(max_new_tokens, longest)
     # It runs a block beyond the end, so drafts that cross the end of the text are judged as decoding judges them.
-    endless = copy.copy(target)
-    endless.eos_token_ids = frozenset()
     beyond = min(limit + drafter.block_size + 1, longest)
-    stream = rounds(endless, drafter, prompt_ids, beyond, FixedWindow(), Sampling(), _RejectAll(torch.Generator()))
+    engine = Engine(target, drafter, FixedWindow())
+    endless = Request(prompt=prompt_ids, limit=beyond, sampling=Sampling(), rng=_RejectAll(torch.Generator()))
+    stream = rounds(engine, engine.enqueue(endless))
     prefill = next(stream)
     text, found, end = [*prefill.committed], [], 1 if prefill.committed[0] in target.eos_token_ids else limit
     while len(text) < end + drafter.block_size and (r := next(stream, None)) is not None:

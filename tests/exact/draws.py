@@ -17,6 +17,8 @@ from torch import Tensor
 from dspark.decode import rounds
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
+from dspark.engine import Engine
+from dspark.request import Request
 from dspark.schedule import POLICIES, Policy, make_policy
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling
@@ -62,12 +64,11 @@ class Tree:
 def sample(target: Target, tree: Tree, source: DraftSource, policy: Policy, sampling: Sampling, n: int, seed: int) -> Counter[Text]:
     """The first tokens of n texts drawn by the product's engine → how often each came."""
     rng, drawn = Rng(torch.Generator().manual_seed(seed)), Counter()
-    looked_up = SimpleNamespace(
-        device=target.device, eos_token_ids=target.eos_token_ids, verifier=TablePass(tree.look), decode=None, embedding=target.embedding
-    )
+    looked_up = SimpleNamespace(device=target.device, verifier=TablePass(tree.look), decode=None, embedding=target.embedding)
+    asked = {"prompt": tree.prompt, "limit": 64, "sampling": sampling, "rng": rng, "end_ids": target.eos_token_ids}
     for _ in range(n):
-        text: Text = ()
-        for r in rounds(looked_up, source, tree.prompt, 64, policy, sampling, rng):
+        engine, text = Engine(looked_up, source, policy), ()
+        for r in rounds(engine, engine.enqueue(Request(**asked))):
             text += r.committed
             if text not in tree.logits:  # whole, or outside the tree: its cell is decided
                 break
