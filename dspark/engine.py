@@ -179,8 +179,8 @@ class Engine:
         joining = [request for request in self.active if not request.token_ids]  # of a step that was interrupted
         for request in (*joining, *self._admit()):
             self._guard(request, self._prefill)
-        if turns := [Turn(request) for request in going if not request.done]:
-            self._round(turns)
+        if going := [request for request in going if not request.done]:
+            self._round(going)
         finished, self._finished = self._finished, []
         return finished
 
@@ -209,29 +209,27 @@ class Engine:
         about = {"context": len(request.prompt), "logprobs": request.logprobs_of(logits[0], [first])}
         self._commit(request, Round(index=0, committed=(first,), verify_seconds=verify_seconds, seconds=clock.total(), **about))
 
-    def _round(self, turns: Sequence[Turn]) -> None:
+    def _round(self, requests: Sequence[Request]) -> None:
         """One round for these requests. An error or an interrupt leaves them as they were, so the next round repeats it."""
-        clock = Clock(self.target.device)
+        clock, histories = Clock(self.target.device), [request.rounds for request in requests]
+        windows = self.policy.windows(histories, self.drafter.block_size if self.drafter else 0)  # from past rounds alone
+        turns = [Turn(request, window) for request, window in zip(requests, windows, strict=True)]
         for turn in turns:
             turn.request.slot.rewind(turn.start)  # an interrupted round may have left more
-        if self.drafter:  # a window per request, from past rounds alone
-            windows = self.policy.windows([turn.request.rounds for turn in turns], self.drafter.block_size)
-            for turn, window in zip(turns, windows, strict=True):
-                turn.window = window
         if self.static:
-            verdicts, draft_seconds, verify_seconds = self.static(turns, self.policy)
+            verdicts, *seconds = self.static(turns, self.policy)
             for turn, verdict in zip(turns, verdicts, strict=True):
-                self._guard(turn.request, self._settle, turn, verdict, None, draft_seconds, verify_seconds, clock)
+                self._guard(turn.request, self._settle, turn, verdict, None, seconds, clock)
             return
         self._draft(turns)
-        lengths = self.policy.lengths([t.draft.confidence for t in turns], [t.request.rounds for t in turns])  # once, for all requests
+        lengths = self.policy.lengths([turn.draft.confidence for turn in turns], histories)  # once, for all requests
         for turn, length in zip(turns, lengths, strict=True):
             turn.verify_length = min(length, len(turn.draft.tokens))
-        draft_seconds = clock.lap()
-        logits, taps = self.verifier([t.tokens for t in turns], [t.request.slot for t in turns], self.cache, self.layer_ids)
-        verify_seconds = clock.lap()
+        seconds = [clock.lap()]
+        logits, taps = self.verifier([turn.tokens for turn in turns], [r.slot for r in requests], self.cache, self.layer_ids)
+        seconds.append(clock.lap())
         for turn, rows, tapped in zip(turns, logits, taps, strict=True):
-            self._guard(turn.request, self._accept, turn, rows, tapped, draft_seconds, verify_seconds, clock)
+            self._guard(turn.request, self._accept, turn, rows, tapped, seconds, clock)
 
     def _draft(self, turns: Sequence[Turn]) -> None:
         """Ask the source for all drafts together; without one all windows are 0."""
@@ -240,54 +238,50 @@ class Engine:
         for turn, draft in zip(asking, propose(self.drafter, asks) if asks else (), strict=True):
             turn.draft = draft
 
-    def _accept(
-        self, request: Request, turn: Turn, logits: Tensor, taps: Tensor | None, draft_seconds: float, verify_seconds: float, clock: Clock
-    ) -> None:
-        """Accept drafts by the rule. logits: [ℓ+1, vocab]; taps: [1, ℓ+1, m·hidden]."""
+    def _accept(self, request: Request, turn: Turn, logits: Tensor, taps: Tensor | None, seconds: Sequence[float], clock: Clock) -> None:
+        """Accept drafts by the rule. logits: [ℓ+1, vocab]; taps: [1, ℓ+1, m·hidden]; seconds: of drafting and of verifying."""
         checked, draft, p_target = turn.tokens[1:], turn.draft, request.p_target(logits, turn.tokens[1:])
         accepted, next_token = accept(checked, draft.probs, p_target, request.rng)
         draft_probs = tuple(float(draft.probs[k][token]) for k, token in enumerate(draft.tokens))
         logprobs = request.logprobs_of(logits, [*checked[:accepted], next_token])
         verdict = Verdict(accepted, next_token, probs_of_drafts(p_target, checked), draft_probs, logprobs)
-        self._settle(request, turn, verdict, taps, draft_seconds, verify_seconds, clock)
+        self._settle(request, turn, verdict, taps, seconds, clock)
 
-    def _settle(
-        self, request: Request, turn: Turn, verdict: Verdict, taps: Tensor | None, draft_seconds: float, verify_seconds: float, clock: Clock
-    ) -> None:
+    def _settle(self, request: Request, turn: Turn, verdict: Verdict, taps: Tensor | None, seconds: Sequence[float], clock: Clock) -> None:
         """Rewind the slot to what was accepted, and commit the round."""
         if verdict.next_token < 0:
             raise ValueError("cannot sample from probabilities without mass: the model's weights are damaged")
-        (anchor, *checked), draft, accepted = turn.tokens, turn.draft, verdict.accepted
-        committed = until_end([*checked[:accepted], verdict.next_token], request.end_ids)
+        draft, kept = turn.draft, turn.tokens[: 1 + verdict.accepted]  # the anchor and the accepted drafts
+        context = turn.start + len(kept)
+        request.slot.rewind(context)
+        if self.drafter:
+            self.drafter.extend(request.state, kept, None if taps is None else taps[:, : len(kept)])
+        committed = until_end([*kept[1:], verdict.next_token], request.end_ids)
         outcome = Round(
             index=len(request.rounds),
             committed=committed,
-            anchor=anchor,
+            anchor=request.anchor,
             window=turn.window,
             draft_tokens=tuple(draft.tokens),
             confidence=tuple(draft.confidence.tolist()),
-            verify_length=len(checked),
-            accepted=accepted,
+            verify_length=turn.verify_length,
+            accepted=verdict.accepted,
             target_probs_of_drafts=verdict.target_probs,
             draft_probs_of_drafts=verdict.draft_probs,
             logprobs=verdict.logprobs[: len(committed)],
-            context=turn.start + 1 + accepted,
+            context=context,
             source=draft.source,
-            draft_seconds=draft_seconds,
-            verify_seconds=verify_seconds,
+            draft_seconds=seconds[0],
+            verify_seconds=seconds[1],
+            seconds=clock.total(),
         )
-        request.slot.rewind(turn.start + 1 + accepted)  # the cache keeps the anchor and the accepted drafts
-        if self.drafter:
-            kept = None if taps is None else taps[:, : 1 + accepted]
-            self.drafter.extend(request.state, [anchor, *checked[:accepted]], kept)
-        self._commit(request, replace(outcome, seconds=clock.total()))
+        self._commit(request, outcome)
 
     def _commit(self, request: Request, outcome: Round) -> None:
         """Add the round to the request; end the request if its text is complete."""
-        committed = until_stop(request, outcome.committed, self.target.decode)
-        stopped = committed is not None
+        stopped = until_stop(request, outcome.committed, self.target.decode)
         if stopped:
-            outcome = replace(outcome, committed=committed, logprobs=outcome.logprobs[: len(committed)])
+            outcome = replace(outcome, committed=stopped, logprobs=outcome.logprobs[: len(stopped)])
         request.rounds.append(outcome)
         request.token_ids.extend(outcome.committed)
         self._finished.append((request, outcome))

@@ -9,6 +9,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 FIRST_CAPACITY = 256  # tokens; grows by doubling, so extending costs amortised O(1) per token
 
 
+def enlarged(buffer: Tensor, rows: int, tokens: int) -> Tensor:
+    """A copy of [≤ rows, heads, ≤ tokens, head_dim] with room for these and more; zeros follow, since kernels read too far: no NaN."""
+    capacity = max(FIRST_CAPACITY, 1 << (tokens - 1).bit_length())
+    bigger = buffer.new_zeros(rows, buffer.shape[1], capacity, buffer.shape[3])
+    bigger[: len(buffer), :, : buffer.shape[2]] = buffer
+    return bigger
+
+
 class GrowingKV:
     """Keys and values of one attention layer in a preallocated buffer, of which the first ``length`` positions are valid.
 
@@ -28,7 +36,8 @@ class GrowingKV:
         """Write keys and values [batch, heads, new, head_dim] after the valid part; return views [batch, heads, length, head_dim]."""
         start, self.length = self.length, self.length + keys.shape[2]
         if self.length > self.capacity:
-            self._grow(keys, values, start)
+            held = (keys[:, :, :0], values[:, :, :0]) if self.keys is None else (self.keys, self.values)
+            self.keys, self.values = (enlarged(side, len(keys), self.length) for side in held)
         self.keys[:, :, start : self.length] = keys
         self.values[:, :, start : self.length] = values
         return self.view()
@@ -41,14 +50,6 @@ class GrowingKV:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
         self.length = length
-
-    def _grow(self, keys: Tensor, values: Tensor, valid: int) -> None:
-        capacity = max(FIRST_CAPACITY, 1 << (self.length - 1).bit_length())
-        for name, new in (("keys", keys), ("values", values)):
-            bigger = new.new_zeros(*new.shape[:2], capacity, new.shape[3])  # kernels may read too far, so no NaN
-            if valid:
-                bigger[:, :, :valid] = getattr(self, name)[:, :, :valid]
-            setattr(self, name, bigger)
 
 
 class RewindLayer(DynamicLayer):
@@ -140,13 +141,8 @@ class SlotCache:
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` tokens in every slot; buffers grow by doubling."""
         if tokens > self.capacity:
-            self._resize(len(self.layers[-1][0]), max(FIRST_CAPACITY, 1 << (tokens - 1).bit_length()))
+            self._resize(len(self.layers[-1][0]), tokens)
 
-    def _resize(self, slots: int, capacity: int) -> None:
+    def _resize(self, slots: int, tokens: int) -> None:
         for i, buffers in enumerate(self.layers):
-            grown = []
-            for buffer in buffers:
-                bigger = buffer.new_zeros(slots, buffer.shape[1], capacity, buffer.shape[3])  # masked keys are read too: no NaN
-                bigger[: len(buffer), :, : buffer.shape[2]] = buffer
-                grown.append(bigger)
-            self.layers[i] = tuple(grown)
+            self.layers[i] = tuple(enlarged(buffer, slots, tokens) for buffer in buffers)

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 
-from dspark.rewind import RewindCache, RewindLayer
+from dspark.rewind import GrowingKV, RewindCache, RewindLayer
 
 
 class _BothLayer(RewindLayer, LinearAttentionAndFullAttentionLayer):
@@ -50,8 +50,7 @@ class StateCache(RewindCache):
     @torch.inference_mode()
     def rewind(self, length: int) -> None:
         """Keep the first ``length`` tokens. Raises ValueError if fewer are held."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
+        GrowingKV.rewind(self, length)
         if length < self.reached:
             if length < self.saved[0]:
                 self.saved = self.empty
@@ -61,7 +60,6 @@ class StateCache(RewindCache):
                 if hasattr(layer, "kv"):
                     layer.kv.rewind(held)
             self.reached = held
-        self.length = length
 
 
 def _copied(attributes: dict[str, object]) -> dict[str, dict]:

@@ -54,8 +54,8 @@ class StaticCache(SlotCache):
     def layers(self) -> list[tuple[Tensor, ...]]:
         return self.buffers.layers
 
-    def _resize(self, slots: int, capacity: int) -> None:
-        super()._resize(slots, capacity)
+    def _resize(self, slots: int, tokens: int) -> None:
+        super()._resize(slots, tokens)
         self.buffers.programs.clear()  # they read the old buffers
 
     def shape(self, slots: Sequence[Slot], counts: Sequence[int]) -> Shape:

@@ -199,7 +199,7 @@ BUGS = {  # what breaks → how
     ),
     "The cache keeps a sliding window only: a rewind uncovers lost keys.": Bug("rewind.GrowingKV.rewind", WINDOW, given(self=windowed)),
     "When the cache outgrows its buffer, the last token's keys and values are not carried over.": Bug(
-        "rewind.GrowingKV._grow", CACHE, given(valid=lambda valid: max(0, valid - 1))
+        "rewind.enlarged", CACHE, given(buffer=lambda kv: kv[:, :, : kv[0, 0, :, 0].count_nonzero() - 1])
     ),
     "Every pass but the first gives the target positions that are one too low.": Bug(
         "rewind.RewindLayer.get_seq_length", PLAIN, lambda real, self, *arguments: max(0, real(self, *arguments) - 1)
