@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dspark.draft.source import NOTHING, Draft
+from dspark.rewind import Slot
 from dspark.round import Round
 from dspark.target.prompt import plain
 from dspark.target.target import Target
-from dspark.verify.passes import Slot
 from dspark.verify.processors import ProcessedProbs, Processors
 from dspark.verify.sampling import LazyProbs, Rng, Sampling
 

@@ -141,7 +141,7 @@ def test_a_round_waits_for_the_device_once_or_twice(name: str, temperature: floa
     while engine.active:
         waits.clear()
         drafted = any(r.draft_tokens for _, r in engine.step())
-        assert len(waits) == (2 if drafted and (POLICIES[name].needs_confidence or name == "auto") else 1)
+        assert len(waits) == (2 if drafted and policy.reads_confidence else 1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

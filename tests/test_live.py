@@ -34,6 +34,7 @@ from dspark.lab.session import Request, Session
 from dspark.lab.widgets import PolicyControls, family
 from dspark.round import Round
 from dspark.schedule import POLICIES, FixedWindow, Parameter, PolicyRow, make_policy
+from dspark.schedule.policies import NeedsConfidence
 from dspark.target.target import Target
 from dspark.tune.profile import SPSCurve
 
@@ -462,7 +463,7 @@ def test_contradicting_thresholds_are_an_error_in_the_panel_and_nothing_runs(pan
 def test_a_policy_that_needs_more_than_the_drafter_has_is_an_error_in_the_panel(target):
     panel = attached(target, tiny_drafter(target, enable_confidence_head=False), SHORT, policy="fixed", copy=False)
     assert panel.error == ""
-    for kind in [name for name, row in POLICIES.items() if row.needs_confidence]:
+    for kind in [name for name in POLICIES if isinstance(make_policy(name, sps=lambda: float), NeedsConfidence)]:
         panel.controls.kind.value = kind
         assert "needs a drafter with a confidence head" in panel.error
     panel.close()

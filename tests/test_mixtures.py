@@ -93,9 +93,7 @@ def mixture(target: Target, texts: Texts, sources: Sequence[DraftSource], seed: 
         if not sampled:
             expected = cut(target, texts[tuple(request.prompt)], options["max_new_tokens"], options.get("stop"))
             compare(target, request, expected, f"mixture {seed}, {name}")
-        elif not POLICIES[
-            name
-        ].needs_step_times:  # the scheduler cuts blocks by what its neighbours are like: same distribution, other draws
+        elif not hasattr(policy, "sps"):  # a scheduler cuts blocks by what its neighbours are like: same distribution, other draws
             alone = dspark.generate(target, source, request.prompt, policy=policy, **options).token_ids
             assert request.token_ids == alone[: len(request.token_ids)], f"mixture {seed}, {name}, sampled"
     return met

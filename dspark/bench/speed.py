@@ -24,9 +24,10 @@ from dspark.bench.measure import Decoder, Trial, by_transformers, first_divergen
 from dspark.bench.plan import Plan, Unit, rotated
 from dspark.bench.provenance import peaks, utc
 from dspark.bench.results import Ledger, Row
+from dspark.rewind import Slot
 from dspark.target.prompt import Prompt
 from dspark.target.target import Target
-from dspark.verify.passes import Slot, TargetPass, TransformersPass, pass_of
+from dspark.verify.passes import TargetPass, TransformersPass, pass_of
 
 
 def measure_speed(plan: Plan, models: Models, out: Path) -> pd.DataFrame:

@@ -105,13 +105,10 @@ class Context:
 
     keys: Tensor  # [batch, kv_heads, tokens, head_dim]
     values: Tensor  # the same
-    grows: bool = False  # whether what was appended stays
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        both = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
-        if self.grows:
-            self.keys, self.values = both
-        return both
+        self.keys, self.values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        return self.keys, self.values
 
 
 class Rope(NamedTuple):

@@ -72,7 +72,7 @@ class EagleDrafter(Drafter):
         """γ steps of all blocks at once; see :meth:`dspark.draft.drafter.Drafter.block_hidden`. ``tokens`` is not read."""
         features, anchors = self.fc(taps), positions[..., 0]  # [rows, length, hidden], [rows, anchors]
         at = torch.arange(1, token_ids.shape[1], device=taps.device).expand(len(token_ids), -1)
-        entries = Context(*self._keys_values(self._inputs(token_ids[:, 1:], features[:, :-1]), at), grows=True)
+        entries = Context(*self._keys_values(self._inputs(token_ids[:, 1:], features[:, :-1]), at))
         visible = at[:, None] < anchors[..., None]  # [rows, anchors, length − 1]: context strictly before the anchor, …
         own = torch.eye(anchors.shape[1], dtype=torch.bool, device=taps.device).expand(len(anchors), -1, -1)
         before = (anchors - 1).clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -94,22 +95,14 @@ class ContextLookup(Together):
         """Copied tokens and c_k of each; both empty if no suffix has a known continuation."""
         text = [*state.tokens[-self.gram_lengths[0] :], anchor]
         follows = ChainMap(dict.fromkeys(self._suffixes(state.tokens), anchor), state.follows)  # the anchor is not indexed yet
-        tokens, rates, survival = [], [], 1.0
-        while len(tokens) < min(most, self.max_copy) and (found := self._continuation(follows, [*text, *tokens])) is not None:
-            token, rate = found
-            survival *= rate
-            if survival < LEAST_SURVIVAL:
+        tokens, rates = [], []
+        while len(tokens) < min(most, self.max_copy):
+            gram = next((gram for gram in self._suffixes([*text, *tokens]) if gram in follows), None)  # the longest
+            if gram is None or math.prod(rates) * (rate := RATES[min(len(gram), LONGEST)]) < LEAST_SURVIVAL:
                 break
-            tokens.append(token)
+            tokens.append(follows[gram])
             rates.append(rate)
         return tokens, rates
-
-    def _continuation(self, follows: Mapping[Gram, int], text: Sequence[int]) -> tuple[int, float] | None:
-        """The token after the longest suffix with a known continuation, and its c_k; None if there is none."""
-        for gram in self._suffixes(text):
-            if gram in follows:
-                return follows[gram], RATES[min(len(gram), LONGEST)]
-        return None
 
     def _suffixes(self, tokens: Sequence[int]) -> list[Gram]:
         """The n-grams that end these tokens, the longest first."""

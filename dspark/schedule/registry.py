@@ -58,8 +58,6 @@ class PolicyRow:
     colour: hex, in every figure.
     make: (values of the parameters, function that returns measured step times) → the policy.
     parameters: in the order in which the command line gives them.
-    needs_confidence: whether it reads the drafter's confidences.
-    needs_step_times: whether it reads measured step times.
     """
 
     name: str
@@ -67,17 +65,15 @@ class PolicyRow:
     colour: str
     make: Callable[[Values, Callable[[], SPS]], Policy]
     parameters: tuple[Parameter, ...] = ()
-    needs_confidence: bool = False
-    needs_step_times: bool = False
 
 
 _WINDOW = Parameter("window", "window (tokens)", "Tokens drafted per round, or at most that many if the window adapts", None, 1, 16, 1)
 _THRESHOLD = Parameter("threshold", "threshold", "The block is cut before the first token below it", 0.1)
 
 _ROWS = (
-    PolicyRow("auto", "automatic", "#e8397f", lambda v, sps: Auto(sps()), needs_step_times=True),
-    PolicyRow("prefix", "prefix scheduler", "#0072b2", lambda v, sps: PrefixScheduler(sps()), needs_confidence=True, needs_step_times=True),
-    PolicyRow("async", "asynchronous top-K", "#999933", lambda v, sps: AsyncTopK(sps()), needs_confidence=True, needs_step_times=True),
+    PolicyRow("auto", "automatic", "#e8397f", lambda v, sps: Auto(sps())),
+    PolicyRow("prefix", "prefix scheduler", "#0072b2", lambda v, sps: PrefixScheduler(sps())),
+    PolicyRow("async", "asynchronous top-K", "#999933", lambda v, sps: AsyncTopK(sps())),
     PolicyRow("fixed", "fixed window", "#e69f00", lambda v, sps: FixedWindow(v["window"]), (_WINDOW,)),
     PolicyRow("mtp1", "one token (MTP-1)", "#cc79a7", lambda v, sps: MTP1()),
     PolicyRow(
@@ -92,15 +88,8 @@ _ROWS = (
             _WINDOW,
         ),
     ),
-    PolicyRow("confidence", "survival threshold", "#d55e00", lambda v, _: ConfidenceThreshold(**v), (_THRESHOLD,), needs_confidence=True),
-    PolicyRow(
-        "conditional",
-        "confidence threshold",
-        "#56b4e9",
-        lambda v, sps: ConfidenceThreshold(v["threshold"], on="conditional"),
-        (_THRESHOLD,),
-        needs_confidence=True,
-    ),
+    PolicyRow("confidence", "survival threshold", "#d55e00", lambda v, sps: ConfidenceThreshold(**v), (_THRESHOLD,)),
+    PolicyRow("conditional", "confidence threshold", "#56b4e9", lambda v, sps: ConfidenceThreshold(**v, on="conditional"), (_THRESHOLD,)),
     PolicyRow("plain", "plain decoding", "#7f7f7f", lambda v, sps: Autoregressive()),
 )
 POLICIES: dict[str, PolicyRow] = {row.name: row for row in _ROWS}
@@ -120,10 +109,12 @@ def make_policy(name: str, values: Values | None = None, sps: Callable[[], SPS] 
     if unknown := sorted(values.keys() - known.keys()):
         choices = f"choose from {', '.join(known)}" if known else "it has none"
         raise ValueError(f"policy {name!r} has no parameter {unknown[0]!r}{closest(unknown[0], known)}: {choices}")
-    if row.needs_step_times and sps is None:
-        raise ValueError(f"policy {name!r} reads measured step times: pass sps=lambda: step_times(target, drafter) (dspark.tune.profile)")
     read = {key: parameter.read(values.get(key, parameter.default)) for key, parameter in known.items()}
-    return row.make(read, sps)
+
+    def missing() -> SPS:
+        raise ValueError(f"policy {name!r} reads measured step times: pass sps=lambda: step_times(target, drafter) (dspark.tune.profile)")
+
+    return row.make(read, sps or missing)
 
 
 def parse_policy(spec: str, sps: Callable[[], SPS] | None = None) -> Policy:

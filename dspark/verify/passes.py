@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from dspark.rewind import Slot
+
 if TYPE_CHECKING:
     from dspark.target.target import Target
-
-
-class Slot(Protocol):
-    """One request's place in a cache, holding ``length`` tokens; :meth:`rewind` forgets those from a position on."""
-
-    length: int
-
-    def rewind(self, length: int) -> None: ...
 
 
 class TargetPass(Protocol):
@@ -27,7 +21,8 @@ class TargetPass(Protocol):
 
     name: what ``target.pass_name`` shows.
     bytes_per_token: of keys and values, all layers together. A pass may also have ``bytes_per_request``, of states.
-    new_cache: a cache for many requests, with ``open() → slot`` for a new one and ``close(slot)`` after its end.
+    new_cache: a cache for many requests, with ``open() → slot`` for a new one and ``close(slot)`` after its end. A slot is anything
+        with ``length`` and ``rewind(length)``, as :class:`~dspark.rewind.Slot` has them.
     """
 
     name: str

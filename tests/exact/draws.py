@@ -14,11 +14,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from dspark.decode import rounds
+from dspark.decode import Engine, Request, rounds
 from dspark.draft.lookup import ContextLookup
 from dspark.draft.source import DraftSource
-from dspark.engine import Engine
-from dspark.request import Request
 from dspark.schedule import POLICIES, Policy, make_policy
 from dspark.target.target import Target
 from dspark.verify.sampling import Rng, Sampling

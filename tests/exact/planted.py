@@ -268,7 +268,7 @@ BUGS = {  # what breaks → how
         "draft.lookup.ContextLookup.new_state", COPYING, lambda real, s, *p: replace(real(s, *p), follows=vars(s).setdefault("f", {}))
     ),
     "Copies begin with a token that is already there.": Bug(
-        "draft.lookup.ContextLookup._continuation", COPY, given(follows=lambda follows: {gram: gram[-1] for gram in follows})
+        "draft.lookup.ContextLookup.copy", COPY, given(state=lambda s: changed(s, follows={gram: gram[-1] for gram in s.follows}))
     ),
     "A copied token is reported with half its probability.": Bug(
         "draft.lookup.ContextLookup.propose", COPY, lambda real, *a: [replace(d, probs=torch.eye(100)[d.tokens] / 2) for d in real(*a)]
