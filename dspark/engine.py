@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 from dspark.clock import Clock
 from dspark.device.round import static_round
 from dspark.draft.source import Ask, DraftSource, propose
-from dspark.request import Request, Streamer, Turn, Verdict, endings, probs_of_drafts, until_end, until_stop
+from dspark.request import Request, Streamer, Turn, endings, probs_of_drafts, until_end, until_stop
 from dspark.round import Round
 from dspark.schedule import Autoregressive, Policy
 from dspark.target.target import Prompt, Target
@@ -217,9 +217,9 @@ class Engine:
         for turn in turns:
             turn.request.slot.rewind(turn.start)  # an interrupted round may have left more
         if self.static:
-            verdicts, *seconds = self.static(turns, self.policy)
-            for turn, verdict in zip(turns, verdicts, strict=True):
-                self._guard(turn.request, self._settle, turn, verdict, None, seconds, clock)
+            seconds = self.static(turns, self.policy)
+            for turn in turns:
+                self._guard(turn.request, self._settle, turn, None, seconds, clock)
             return
         self._draft(turns)
         lengths = self.policy.lengths([turn.draft.confidence for turn in turns], histories)  # once, for all requests
@@ -241,36 +241,36 @@ class Engine:
     def _accept(self, request: Request, turn: Turn, logits: Tensor, taps: Tensor | None, seconds: Sequence[float], clock: Clock) -> None:
         """Accept drafts by the rule. logits: [ℓ+1, vocab]; taps: [1, ℓ+1, m·hidden]; seconds: of drafting and of verifying."""
         checked, draft, p_target = turn.tokens[1:], turn.draft, request.p_target(logits, turn.tokens[1:])
-        accepted, next_token = accept(checked, draft.probs, p_target, request.rng)
-        draft_probs = tuple(float(draft.probs[k][token]) for k, token in enumerate(draft.tokens))
-        logprobs = request.logprobs_of(logits, [*checked[:accepted], next_token])
-        verdict = Verdict(accepted, next_token, probs_of_drafts(p_target, checked), draft_probs, logprobs)
-        self._settle(request, turn, verdict, taps, seconds, clock)
+        turn.accepted, turn.next_token = accept(checked, draft.probs, p_target, request.rng)
+        turn.target_probs = probs_of_drafts(p_target, checked)
+        turn.draft_probs = tuple(float(draft.probs[k][token]) for k, token in enumerate(draft.tokens))
+        turn.logprobs = request.logprobs_of(logits, [*checked[: turn.accepted], turn.next_token])
+        self._settle(request, turn, taps, seconds, clock)
 
-    def _settle(self, request: Request, turn: Turn, verdict: Verdict, taps: Tensor | None, seconds: Sequence[float], clock: Clock) -> None:
+    def _settle(self, request: Request, turn: Turn, taps: Tensor | None, seconds: Sequence[float], clock: Clock) -> None:
         """Rewind the slot to what was accepted, and commit the round."""
-        if verdict.next_token < 0:
+        if turn.next_token < 0:
             raise ValueError("cannot sample from probabilities without mass: the model's weights are damaged")
-        draft, kept = turn.draft, turn.tokens[: 1 + verdict.accepted]  # the anchor and the accepted drafts
+        kept = turn.tokens[: 1 + turn.accepted]  # the anchor and the accepted drafts
         context = turn.start + len(kept)
         request.slot.rewind(context)
         if self.drafter:
             self.drafter.extend(request.state, kept, None if taps is None else taps[:, : len(kept)])
-        committed = until_end([*kept[1:], verdict.next_token], request.end_ids)
+        committed = until_end([*kept[1:], turn.next_token], request.end_ids)
         outcome = Round(
             index=len(request.rounds),
             committed=committed,
             anchor=request.anchor,
             window=turn.window,
-            draft_tokens=tuple(draft.tokens),
-            confidence=tuple(draft.confidence.tolist()),
+            draft_tokens=tuple(turn.draft.tokens),
+            confidence=tuple(turn.draft.confidence.tolist()),
             verify_length=turn.verify_length,
-            accepted=verdict.accepted,
-            target_probs_of_drafts=verdict.target_probs,
-            draft_probs_of_drafts=verdict.draft_probs,
-            logprobs=verdict.logprobs[: len(committed)],
+            accepted=turn.accepted,
+            target_probs_of_drafts=turn.target_probs,
+            draft_probs_of_drafts=turn.draft_probs,
+            logprobs=turn.logprobs[: len(committed)],
             context=context,
-            source=draft.source,
+            source=turn.draft.source,
             draft_seconds=seconds[0],
             verify_seconds=seconds[1],
             seconds=clock.total(),

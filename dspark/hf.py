@@ -5,7 +5,7 @@ generator) or refused in one sentence. Two arguments never reach a custom loop: 
 instead of ``stop_strings`` pass ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def dspark_generate(
     """
     _check(model, input_ids, generation_config, model_kwargs)
     ends = [c for c in stopping_criteria if isinstance(c, EosTokenCriteria)]
-    target = _Borrowed(model, (token for c in ends for token in c.eos_token_id.tolist()))
+    target = _Borrowed(model)
     source = ContextLookup(None, target=target) if drafter is None else drafter
     sampling, processors = _sampling(logits_processor, generation_config.do_sample)
     prompt = input_ids[0].tolist()
@@ -72,8 +72,8 @@ def dspark_generate(
         raise ValueError(f"{target.name} can be decoded {reach}: ask for {target.steady_context - len(prompt)} new tokens at most")
     criteria = StoppingCriteriaList(c for c in stopping_criteria if c not in ends and c not in lengths)
 
-    engine, ends = Engine(target, source, policy), target.eos_token_ids
-    request = Request(prompt=prompt, limit=limit, sampling=sampling, rng=Rng(), end_ids=ends, processors=processors)
+    engine, end_ids = Engine(target, source, policy), frozenset(token for c in ends for token in c.eos_token_id.tolist())
+    request = Request(prompt=prompt, limit=limit, sampling=sampling, rng=Rng(), end_ids=end_ids, processors=processors)
     text = input_ids
     for r in rounds(engine, engine.enqueue(request)):
         before, longer = text.shape[1], torch.cat([text, torch.tensor([r.committed], device=text.device)], 1)
@@ -87,14 +87,13 @@ def dspark_generate(
 
 
 class _Borrowed(Target):
-    """The caller's model as a target: its ``requires_grad`` flags stay, and the end-of-text tokens are those of the call."""
+    """The caller's model as a target: its ``requires_grad`` flags stay."""
 
-    def __init__(self, model: nn.Module, eos_token_ids: Iterable[int]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
         super().__init__(model, None, type(model).__name__)
         for weight in trainable:
             weight.requires_grad_(True)
-        self.eos_token_ids = frozenset(eos_token_ids)
 
 
 def _end(criteria: StoppingCriteriaList, text: Tensor, before: int) -> int | None:

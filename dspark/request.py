@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Number
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -95,17 +95,27 @@ class Request:
 
 @dataclass
 class Turn:
-    """One request's part of the current round.
+    """One request's part of the current round, filled in as the round goes on.
 
     window: tokens that the policy asked for.
     draft: what was proposed.
     verify_length: ℓ, how many of the drafts are sent to the target.
+    accepted: how many of those stay.
+    next_token: the token after them.
+    target_probs: p_t of each checked draft, as :func:`probs_of_drafts` gives them.
+    draft_probs: p_d of each draft.
+    logprobs: of the accepted drafts and the next token, () unless they are wanted.
     """
 
     request: Request
-    window: int = 0
+    window: int
     draft: Draft = NOTHING
     verify_length: int = 0
+    accepted: int = 0
+    next_token: int = -1
+    target_probs: tuple[float, ...] = ()
+    draft_probs: tuple[float, ...] = ()
+    logprobs: tuple[float, ...] = ()
 
     @property
     def start(self) -> int:
@@ -121,23 +131,6 @@ class Turn:
     def tokens(self) -> list[int]:
         """The anchor and the drafts to check."""
         return [self.request.anchor, *self.draft.tokens[: self.verify_length]]
-
-
-class Verdict(NamedTuple):
-    """What verification decided about one turn.
-
-    accepted: how many of its checked drafts stay.
-    next_token: the token after them.
-    target_probs: p_t of each checked draft, as :func:`probs_of_drafts` gives them.
-    draft_probs: p_d of each draft.
-    logprobs: of the accepted drafts and the next token, () unless they are wanted.
-    """
-
-    accepted: int
-    next_token: int
-    target_probs: tuple[float, ...]
-    draft_probs: tuple[float, ...]
-    logprobs: tuple[float, ...] = ()
 
 
 def endings(target: Target, stop: object, stop_ids: object) -> tuple[frozenset[int], tuple[str, ...]]:
@@ -159,10 +152,8 @@ def endings(target: Target, stop: object, stop_ids: object) -> tuple[frozenset[i
 
 def until_end(tokens: list[int], end_ids: frozenset[int]) -> tuple[int, ...]:
     """Cut after the first token that ends the text."""
-    for i, token in enumerate(tokens):
-        if token in end_ids:
-            return tuple(tokens[: i + 1])
-    return tuple(tokens)
+    end = next((n for n, token in enumerate(tokens, 1) if token in end_ids), None)
+    return tuple(tokens[:end])
 
 
 def until_stop(request: Request, committed: Sequence[int], decode: Callable[[list[int]], str]) -> tuple[int, ...] | None:

@@ -18,8 +18,8 @@ from dspark.device.rules import Block, Samplings, accept_each, accept_greedy, be
 from dspark.draft.backbone import TRAINED_HERE
 from dspark.draft.drafter import Drafter
 from dspark.draft.lookup import ContextLookup
-from dspark.draft.source import COPY, NOTHING, Draft, DraftSource
-from dspark.request import Turn, Verdict
+from dspark.draft.source import Draft, DraftSource
+from dspark.request import Turn
 from dspark.rewind import Slot
 from dspark.schedule import Policy
 from dspark.verify import graphs
@@ -127,7 +127,6 @@ class StaticRound:
         self.copier = source if isinstance(source, ContextLookup) else None
         self.block_size = source.block_size if source else 0
         self.target_layer_ids = source.target_layer_ids if source else ()
-        self.has_confidence = bool(source and source.has_confidence)
         further = []  # layers of the drafter's context, without a slot yet
         if drafter is not None:
             config, like = drafter.config, drafter.fc.weight
@@ -154,15 +153,14 @@ class StaticRound:
             positions = torch.arange(slot.length, device=taps.device)
             self.programs.drafter.absorb(taps[0], torch.full_like(positions, slot.index), positions)
 
-    def __call__(self, turns: Sequence[Turn], policy: Policy) -> tuple[list[Verdict], float, float]:
-        """Draft, schedule, verify: fills each turn's draft and verify length, and lengthens its slot by all that was verified.
-        Returns what was decided about each turn, and the seconds of drafting and of verifying."""
+    def __call__(self, turns: Sequence[Turn], policy: Policy) -> list[float]:
+        """Draft, schedule, verify: fills in each turn, and lengthens its slot by all that was verified.
+        Returns the seconds of drafting and of verifying."""
         marks, mode = Marks(self.verifier.lean.device), _mode(turns)
         slots, limit = [turn.request.slot for turn in turns], self.drafter.block_size if self.drafter is not None else 0
         if self.copier is not None:  # what the text itself proposes, and how likely each token is to be right
             for turn in turns:
-                tokens, rates = self.copier.copy(turn.request.state, turn.request.anchor, turn.draft_limit)
-                turn.draft = Draft(tokens, NONE, torch.tensor(rates), COPY) if tokens else NOTHING
+                turn.draft = self.copier.copy(turn.request.state, turn.request.anchor, turn.draft_limit)
         widths = [len(turn.draft.tokens) or max(min(turn.draft_limit, limit), 0) for turn in turns]
         self.cache.reserve(max(slot.length for slot in self.cache.slots) + self.block_size + 2)
         shape = self.cache.shape(slots, [1 + width for width in widths])
@@ -174,10 +172,7 @@ class StaticRound:
                 turn.verify_length = min(length, width)
 
         reads = policy.reads_confidence and any(widths)
-        if reads:
-            for turn, width in zip(turns, widths, strict=True):
-                turn.verify_length = width
-        else:
+        if not reads:
             schedule([torch.full((width,), math.nan) for width in widths])
         self._send(turns, shape.rows, mode, static)
         drawing = [width for turn, width in zip(turns, widths, strict=True) if width and not turn.draft.tokens]
@@ -193,15 +188,16 @@ class StaticRound:
         table = self.verifier.lean.rope(self.cache.capacity)
         out = run(("verify", shape, mode), partial(self.programs.verify, static, table, shape, mode))
         marks.add()
-        found, most, verdicts = graphs.to_host(out).tolist(), self.programs.block_size, []
+        found, most = graphs.to_host(out).tolist(), self.programs.block_size
         for turn, width in zip(turns, widths, strict=True):
             accepted, following, *rest = found[turn.request.slot.index]
+            turn.accepted, turn.next_token = int(accepted), int(following)
             tokens, p_target, p_draft, confidence = (rest[i * most : (i + 1) * most] for i in range(4))
             if width and not turn.draft.tokens:
                 turn.draft = Draft([int(token) for token in tokens[:width]], NONE, torch.tensor(confidence[:width]))
+            turn.target_probs, turn.draft_probs = tuple(p_target[: turn.verify_length]), tuple(p_draft[:width])
             turn.request.slot.length += 1 + turn.verify_length
-            verdicts.append(Verdict(int(accepted), int(following), tuple(p_target[: turn.verify_length]), tuple(p_draft[:width])))
-        return verdicts, *marks.seconds()
+        return marks.seconds()
 
     @torch.inference_mode()
     def draw(self, slots: Sequence[Slot], width: int, mode: str = GREEDY) -> None:

@@ -81,8 +81,7 @@ class ContextLookup(Together):
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         """Copies for the requests that repeat themselves; the drafter proposes for all others together."""
-        copies = [self.copy(ask.state, ask.anchor, ask.window) for ask in asks]
-        drafts = [Draft(tokens, [*map(OneHot, tokens)], torch.tensor(rates), COPY) if tokens else NOTHING for tokens, rates in copies]
+        drafts = [self.copy(ask.state, ask.anchor, ask.window) for ask in asks]
         others = [i for i, draft in enumerate(drafts) if not draft.tokens]
         if self.drafter is not None and others:
             limit = self.drafter.block_size
@@ -91,8 +90,8 @@ class ContextLookup(Together):
                 drafts[i] = draft
         return drafts
 
-    def copy(self, state: LookupState, anchor: int, most: int) -> tuple[list[int], list[float]]:
-        """Copied tokens and c_k of each; both empty if no suffix has a known continuation."""
+    def copy(self, state: LookupState, anchor: int, most: int) -> Draft:
+        """At most so many copied tokens; NOTHING if no suffix has a known continuation."""
         text = [*state.tokens[-self.gram_lengths[0] :], anchor]
         follows = ChainMap(dict.fromkeys(self._suffixes(state.tokens), anchor), state.follows)  # the anchor is not indexed yet
         tokens, rates = [], []
@@ -102,7 +101,7 @@ class ContextLookup(Together):
                 break
             tokens.append(follows[gram])
             rates.append(rate)
-        return tokens, rates
+        return Draft(tokens, [*map(OneHot, tokens)], torch.tensor(rates), COPY) if tokens else NOTHING
 
     def _suffixes(self, tokens: Sequence[int]) -> list[Gram]:
         """The n-grams that end these tokens, the longest first."""

@@ -38,12 +38,11 @@ class Auto(Policy):
         if outlooks is None:
             return [block_size] * len(histories)
         ranked, sps = sorted(range(len(outlooks)), key=lambda r: -sum(outlooks[r])), after_contexts(self.sps, histories)
-        nobody = [()] * len(ranked)
 
         def throughput(drafting: int) -> float:
             """Expected tokens per second of a round in which so many requests draft."""
             scheduler = PrefixScheduler(sps, draft_seconds(sps, drafting))
-            survival = [*(outlooks[r] for r in ranked[:drafting]), *nobody[drafting:]]
+            survival = [outlooks[r] if place < drafting else () for place, r in enumerate(ranked)]
             return max(step.throughput for step in scheduler.admissions(survival))
 
         counts = [0, *(1 << k for k in range((len(ranked) - 1).bit_length())), len(ranked)]  # 0, 1, 2, 4, … and all

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -181,22 +182,19 @@ class Target:
         return logits.to(ids.device), tapped.joined(new)  # a model may be split over devices
 
 
-class Taps:
+class Taps(ExitStack):
     """A ``with`` block that records what the chosen layers output; :meth:`joined` concatenates it in the order of ``layer_ids``.
 
     It records passes of its own thread only: other threads may run the same model at the same time.
     """
 
     def __init__(self, target: Target, layer_ids: Sequence[int]) -> None:
+        super().__init__()
         self.target, self.layer_ids, self.thread = target, tuple(layer_ids), threading.get_ident()
         self.outputs: dict[int, Tensor] = {}
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> Taps:
         for i in self.layer_ids:
-            module = self.target.embedding if i == -1 else self.target.layers[i]
-            self.handles.append(module.register_forward_hook(lambda _m, _in, out, i=i: self._keep(i, out)))
-        return self
+            module = target.embedding if i == -1 else target.layers[i]
+            self.callback(module.register_forward_hook(lambda _m, _in, out, i=i: self._keep(i, out)).remove)
 
     def _keep(self, layer_id: int, out: Tensor | tuple[Tensor, ...]) -> None:
         if threading.get_ident() != self.thread:
@@ -205,10 +203,6 @@ class Taps:
         if hidden.dim() == 4:  # Gemma 3n carries several streams, one of which is the residual stream
             hidden = hidden[self.target.config.altup_active_idx]
         self.outputs[layer_id] = hidden
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
 
     def joined(self, last: int = 0) -> Tensor | None:
         """[batch, tokens, m·hidden] of the last pass, of its last tokens only if a number is given; None without layers."""

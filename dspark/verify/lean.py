@@ -28,8 +28,6 @@ Product = Callable[[Tensor], Tensor]
 MakeProduct = Callable[[Tensor, Tensor | None], Product]  # weight [out, in], bias [out] → x [..., in] → [..., out]
 FIRST_TABLE = 1024  # positions in the first table of cosines and sines; it grows by doubling
 FOLDED = 64  # tokens of a request up to which the heads that share keys are folded into the queries
-
-
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # models of other types run transformers' own modules
 
 
@@ -258,6 +256,5 @@ def joined(make: MakeProduct, *linears: nn.Linear) -> Product:
     weight = torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
     bias = None
     if any(linear.bias is not None for linear in linears):
-        none = [linear.weight.new_zeros(linear.out_features) for linear in linears]
-        bias = torch.cat([zero if linear.bias is None else linear.bias.detach() for linear, zero in zip(linears, none, strict=True)])
+        bias = torch.cat([x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in linears])
     return make(weight, bias)

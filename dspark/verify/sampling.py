@@ -26,8 +26,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        numbers = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        for name, value in numbers.items():
+        for name, value in vars(self).items():
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise ValueError(f"{name} must be a number, got {value!r}: leave it out for the default")
         if not 0 <= self.temperature < float("inf"):
