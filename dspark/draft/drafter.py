@@ -144,12 +144,15 @@ class Drafter(nn.Module, Together):
         for ask in asks:
             if not 1 <= ask.window <= self.block_size:
                 raise ValueError(f"window {ask.window} must lie in 1..{self.block_size}, the drafter's block size")
-        self._absorb([ask.state for ask in asks])
-        hidden = self._run_backbone(asks)  # [R, γ, hidden]
-        tokens, rows = self._sample(hidden, asks)
-        hidden = hidden[:, -self.block_size :]
+        hidden, tokens, rows = self._drawn(asks)
         seen = [(h[: ask.window], [ask.anchor, *block[:-1]]) for ask, h, block in zip(asks, hidden, tokens, strict=True)]
         return [Draft(*each) for each in zip(tokens, map(self._spread, rows, tokens), self._confidence(seen), strict=True)]
+
+    def _drawn(self, asks: Sequence[Ask]) -> tuple[Sequence[Tensor], Sequence[list[int]], Sequence[list[Tensor | OneHot]]]:
+        """Every request's block: h_1..h_w [≥ w, hidden], its w tokens, and the w rows [draft_vocab] they were drawn from."""
+        self._absorb([ask.state for ask in asks])
+        hidden = self._run_backbone(asks)  # [R, γ, hidden]
+        return hidden[:, -self.block_size :], *self._sample(hidden, asks)
 
     def _absorb(self, states: Sequence[DraftState]) -> None:
         """Turn the pending taps of all requests into keys and values of their contexts, in one pass."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dspark.draft.backbone import Context, DrafterConfig, RMSNorm, Rope
 from dspark.draft.drafter import Drafter, DraftState
-from dspark.draft.source import Ask, Draft
+from dspark.draft.source import Ask
 from dspark.rewind import GrowingKV
-from dspark.verify.sampling import Rng, Sampling
+from dspark.verify.sampling import OneHot
 
 
 @dataclass
@@ -105,30 +105,24 @@ class EagleDrafter(Drafter):
         state.pending, state.tokens = [taps[:, -1:]], state.tokens[-1:]
         return features[:, -1:]
 
-    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
-        """One request after another: each step of a block needs the one before."""
-        return [self.draft(*ask) for ask in asks]
+    def _drawn(self, asks: Sequence[Ask]) -> tuple[Sequence, ...]:
+        """One request after another, and of each block one token after another: every step needs the one before."""
+        return tuple(zip(*map(self._draw, asks), strict=True))
 
-    @torch.inference_mode()
-    def draft(self, state: EagleState, anchor: int, window: int, sampling: Sampling, rng: Rng) -> Draft:
-        """Propose ``window`` tokens after the anchor, whose position is the length of the context, one step each.
-
-        Raises ValueError unless 1 ≤ window ≤ block_size.
-        """
-        if not 1 <= window <= self.block_size:
-            raise ValueError(f"window {window} must lie in 1..{self.block_size}, the drafter's block size")
-        feature, kv = self._absorb(state), state.layers[0]
-        entries, previous, tokens, rows, hidden = kv.length, anchor, [], [], []
+    def _draw(self, ask: Ask) -> tuple[Tensor, list[int], list[Tensor | OneHot]]:
+        """One request's block: h_1..h_w [w, hidden], its w tokens, and the w rows [draft_vocab] they were drawn from."""
+        feature, kv = self._absorb(ask.state), ask.state.layers[0]
+        entries, previous, tokens, rows, hidden = kv.length, ask.anchor, [], [], []
         try:
-            for _ in range(window):
+            for _ in range(ask.window):
                 position = torch.tensor([[kv.length + 1]], device=feature.device)
                 x = self._inputs(torch.tensor([[previous]], device=feature.device), feature)
                 feature = self._step(x, position, kv)
                 hidden.append(self.norm(feature)[0])  # [1, hidden]
-                probs = sampling.row(self.head(hidden[-1])[0].float())
-                previous = int(self.d2t[rng.choose(probs)])
+                probs = ask.sampling.row(self.head(hidden[-1])[0].float())
+                previous = int(self.d2t[ask.rng.choose(probs)])
                 tokens.append(previous)
                 rows.append(probs)
         finally:
             kv.rewind(entries)  # entries made from the drafter's own features are dropped, the anchor's too: its next block makes it anew
-        return Draft(tokens, self._spread(rows, tokens), *self._confidence([(torch.cat(hidden), [anchor, *tokens[:-1]])]))
+        return torch.cat(hidden), tokens, rows

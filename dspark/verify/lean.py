@@ -121,9 +121,8 @@ class LeanPass:
 
     def decoder(self, ids: Tensor, attend: Attention, taps: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """All layers. ids: [N] → the residual stream [N, hidden] after the last, and the taps [N, m·hidden], None if none are asked for."""
-        x, tapped = F.embedding(ids, self.embedding).to(self.dtype), {}
-        if -1 in taps:
-            tapped[-1] = x
+        x = F.embedding(ids, self.embedding).to(self.dtype)
+        tapped = {-1: x}
         for i, layer in enumerate(self.layers):
             x = self._decoder_layer(layer, x, i, attend)
             if i in taps:
@@ -236,13 +235,10 @@ def lean_pass(
         log.warning("%s is split over %s: its own modules run", target.name, ", ".join(sorted(devices)))
         return None
     rope = getattr(config, "rope_parameters", None) or {}
-    fits = (
-        config.model_type in FAMILIES and getattr(config, "hidden_act", "silu") == "silu" and rope.get("partial_rotary_factor", 1.0) == 1.0
-    )
-    fits = fits and target.steady_context >= (getattr(config, "max_position_embeddings", None) or 0)
-    if not fits or not all(_is_plain(layer) for layer in target.layers):
-        return None
-    return kind(target, make, dtype or target.dtype)
+    usual = getattr(config, "hidden_act", "silu") == "silu" and rope.get("partial_rotary_factor", 1.0) == 1.0
+    steady = target.steady_context >= (getattr(config, "max_position_embeddings", None) or 0)
+    fits = config.model_type in FAMILIES and usual and steady and all(map(_is_plain, target.layers))
+    return kind(target, make, dtype or target.dtype) if fits else None
 
 
 def _is_plain(layer: nn.Module) -> bool:

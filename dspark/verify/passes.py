@@ -67,10 +67,8 @@ class TransformersPass:
         self, tokens: Sequence[Sequence[int]], slots: Sequence[Slot], cache: Any, taps: Sequence[int] = (), *, last_only: bool = False
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """See :class:`TargetPass`."""
-        out = []
-        for ids, slot in zip(tokens, slots, strict=True):
-            row = torch.tensor([list(ids)], device=self.target.device)
-            out.append(self.target.forward(row, slot, taps, logits_to_keep=int(last_only)))
+        rows = [torch.tensor([list(ids)], device=self.target.device) for ids in tokens]
+        out = [self.target.forward(row, slot, taps, logits_to_keep=int(last_only)) for row, slot in zip(rows, slots, strict=True)]
         return [logits[0] for logits, _ in out], [tapped for _, tapped in out]
 
 

@@ -283,7 +283,7 @@ BUGS = {  # what breaks → how
         "draft.eagle.EagleDrafter._step", EAGLE, given(position=lambda position: position - 1)
     ),
     "An entry made from the baseline's own feature stays in its cache.": Bug(
-        "draft.eagle.EagleDrafter.draft", EAGLE_PIECES, lambda real, self, state, *ask: lengthened(real(self, state, *ask), state)
+        "draft.eagle.EagleDrafter._draw", EAGLE_PIECES, lambda real, self, ask: lengthened(real(self, ask), ask.state)
     ),
     "Training cuts the steps of a block apart.": Bug("draft.eagle.EagleDrafter._inputs", EAGLE_STEPS, given(features=torch.Tensor.detach)),
     "The fast path rotates new context as if the text began there.": Bug(
