@@ -23,10 +23,9 @@ class GrowingKV:
     keys, values: [batch, heads, capacity, head_dim] in the dtype of what is appended; None before that.
     """
 
-    def __init__(self) -> None:
-        self.length = 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+    length = 0
+    keys: Tensor | None = None
+    values: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -52,23 +51,19 @@ class GrowingKV:
         self.length = length
 
 
-class RewindLayer(DynamicLayer):
+class RewindLayer(GrowingKV, DynamicLayer):
     """One layer as transformers sees it.
 
     It never claims to be a sliding-window layer: all keys and values stay, and the model's own mask applies the window. So a
     rewind never needs keys that were dropped.
     """
 
-    def __init__(self, **states: int) -> None:
-        super().__init__(**states)
-        self.kv = GrowingKV()
-
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         self.is_initialized = True
-        return self.kv.append(key_states, value_states)
+        return self.append(key_states, value_states)
 
     def get_seq_length(self, *_: object) -> int:
-        return self.kv.length
+        return self.length
 
 
 class RewindCache(Cache):
@@ -81,12 +76,12 @@ class RewindCache(Cache):
 
     @property
     def length(self) -> int:
-        return self.layers[0].kv.length
+        return self.layers[0].length
 
     def rewind(self, length: int) -> None:
         """Keep the first ``length`` tokens. Raises ValueError if fewer are held."""
         for layer in self.layers:
-            layer.kv.rewind(length)
+            layer.rewind(length)
 
 
 class Slot:

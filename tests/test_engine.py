@@ -97,7 +97,7 @@ def test_memory_counts_what_target_and_drafter_hold_of_each_token(make: object, 
     if engine.verifier.name == "lean":
         target_bytes = sum(buffer[0, :, : request.slot.length].numel() * buffer.itemsize for kv in engine.cache.layers for buffer in kv)
     else:
-        target_bytes = held(layer.kv for layer in request.slot.layers)
+        target_bytes = held(request.slot.layers)
     assert request.slot.length == state.layers[0].length == len(request.prompt) + len(request.token_ids) - 1
     assert target_bytes + held(state.layers) == engine.bytes_per_token * request.slot.length
 

@@ -14,6 +14,7 @@ from torch import nn
 import dspark
 from dspark.hf import dspark_generate
 from dspark.load import load_target
+from dspark.rewind import GrowingKV
 from dspark.schedule import parse_policy
 from dspark.target.target import Target
 from dspark.train.start import drafter_for
@@ -133,7 +134,7 @@ def test_bytes_of_a_token_are_what_the_cache_holds_of_it(family: str) -> None:
     target = Target(model_of(family), None, family)
     cache = target.new_cache()
     target.forward(torch.tensor([PROMPT]), cache)
-    held = sum(side.nbytes for layer in cache.layers if hasattr(layer, "kv") for side in layer.kv.view())
+    held = sum(side.nbytes for layer in cache.layers if isinstance(layer, GrowingKV) for side in layer.view())
     assert TransformersPass(target).bytes_per_token * len(PROMPT) == held
     assert (TransformersPass(target).bytes_per_request > 0) == (family in STATEFUL)
 

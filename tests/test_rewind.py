@@ -69,10 +69,10 @@ def test_rewinding_moves_no_data() -> None:
     target = tiny_target()
     cache = target.new_cache()
     target.forward(random_ids(50), cache)
-    before = [layer.kv.keys.data_ptr() for layer in cache.layers]
+    before = [layer.keys.data_ptr() for layer in cache.layers]
     cache.rewind(7)
     assert cache.length == cache.get_seq_length() == 7
-    assert before == [layer.kv.keys.data_ptr() for layer in cache.layers]
+    assert before == [layer.keys.data_ptr() for layer in cache.layers]
 
 
 @pytest.mark.parametrize("length", [-1, 11])

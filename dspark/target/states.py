@@ -57,8 +57,8 @@ class StateCache(RewindCache):
             held, copies = self.saved
             for layer, states in zip(self.layers, copies, strict=True):
                 vars(layer).update(_copied(states))
-                if hasattr(layer, "kv"):
-                    layer.kv.rewind(held)
+                if isinstance(layer, GrowingKV):
+                    layer.rewind(held)
             self.reached = held
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark.files import one_line, weights_digest
-from dspark.rewind import RewindCache
+from dspark.rewind import GrowingKV, RewindCache
 from dspark.target import families
 from dspark.target.prompt import Prompt, checked
 from dspark.target.states import StateCache
@@ -98,7 +98,7 @@ class Target:
         """Bytes of a token's keys and values and of a text's states, all layers together: found by a pass over one token."""
         cache = self.new_cache()
         self.forward(torch.zeros(1, 1, dtype=torch.int64, device=self.device), cache)
-        sides = [side for layer in cache.layers if hasattr(layer, "kv") for side in layer.kv.view()]
+        sides = [side for layer in cache.layers if isinstance(layer, GrowingKV) for side in layer.view()]
         kept = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, dict)]
         states = [x for state in kept for x in state.values() if isinstance(x, Tensor)]
         return sum(x.nbytes for x in sides), sum(x.nbytes for x in states)
