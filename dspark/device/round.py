@@ -26,7 +26,6 @@ from dspark.verify import graphs
 from dspark.verify.passes import TargetPass
 from dspark.verify.static import Shape, StaticPass
 
-NONE = torch.empty(0)
 GREEDY, SAMPLED, FILTERED = "greedy", "sampled", "filtered"  # which part of the sampling the rows of a round need
 
 
@@ -194,7 +193,7 @@ class StaticRound:
             turn.accepted, turn.next_token = int(accepted), int(following)
             tokens, p_target, p_draft, confidence = (rest[i * most : (i + 1) * most] for i in range(4))
             if width and not turn.draft.tokens:
-                turn.draft = Draft([int(token) for token in tokens[:width]], NONE, torch.tensor(confidence[:width]))
+                turn.draft = Draft([int(token) for token in tokens[:width]], torch.empty(0), torch.tensor(confidence[:width]))
             turn.target_probs, turn.draft_probs = tuple(p_target[: turn.verify_length]), tuple(p_draft[:width])
             turn.request.slot.length += 1 + turn.verify_length
         return marks.seconds()

@@ -149,9 +149,21 @@ class Drafter(nn.Module, Together):
         return [Draft(*each) for each in zip(tokens, map(self._spread, rows, tokens), self._confidence(seen), strict=True)]
 
     def _drawn(self, asks: Sequence[Ask]) -> tuple[Sequence[Tensor], Sequence[list[int]], Sequence[list[Tensor | OneHot]]]:
-        """Every request's block: h_1..h_w [≥ w, hidden], its w tokens, and the w rows [draft_vocab] they were drawn from."""
-        self._absorb([ask.state for ask in asks])
-        hidden = self._run_backbone(asks)  # [R, γ, hidden]
+        """Every request's block: h_1..h_w [≥ w, hidden], its w tokens, and the w rows [draft_vocab] they were drawn from.
+
+        The parallel pass runs over [anchor, mask × (γ−1)] of each request and leaves the contexts as they were.
+        """
+        states = [ask.state for ask in asks]
+        self._absorb(states)
+        starts = [state.layers[0].length for state in states]
+        tokens = torch.full((len(asks), self.config.block_size), self.config.mask_token_id, device=self.head_weight.device)
+        tokens[:, 0] = torch.tensor([ask.anchor for ask in asks])
+        try:
+            hidden = (self.fused or self).blocks(tokens, states)  # [R, γ, hidden]
+        finally:
+            for state, start in zip(states, starts, strict=True):
+                for kv in state.layers:
+                    kv.rewind(start)  # the block's own keys and values are dropped
         return hidden[:, -self.block_size :], *self._sample(hidden, asks)
 
     def _absorb(self, states: Sequence[DraftState]) -> None:
@@ -168,18 +180,6 @@ class Drafter(nn.Module, Together):
                 state.layers[i].append(keys, values)
         for state in states:
             state.pending.clear()
-
-    def _run_backbone(self, asks: Sequence[Ask]) -> Tensor:
-        """The parallel pass over [anchor, mask × (γ−1)] of each request; returns [R, γ, hidden] and leaves the contexts as they were."""
-        tokens = torch.full((len(asks), self.config.block_size), self.config.mask_token_id, device=self.head_weight.device)
-        tokens[:, 0] = torch.tensor([ask.anchor for ask in asks])
-        states, starts = [ask.state for ask in asks], [ask.state.layers[0].length for ask in asks]
-        try:
-            return (self.fused or self).blocks(tokens, states)
-        finally:
-            for state, start in zip(states, starts, strict=True):
-                for kv in state.layers:
-                    kv.rewind(start)  # the block's own keys and values are dropped
 
     def blocks(self, tokens: Tensor, states: Sequence[DraftState]) -> Tensor:
         """Blocks of several requests, one after another. tokens: [R, γ] → [R, γ, hidden]; their keys and values join the contexts."""

@@ -3,6 +3,8 @@
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, repeat
+from operator import neg
 
 from torch import Tensor
 
@@ -65,10 +67,8 @@ class PrefixScheduler(NeedsConfidence):
         best = self._throughput(expected, budget)
         yield Admission(0, 0, 1.0, expected, budget, best, True)
         # Survival never rises along a request, so the largest remaining candidate is always some request's next token.
-        heap = [(-a[0], r, 1) for r, a in enumerate(survival) if a]
-        heapq.heapify(heap)
-        while heap:
-            negative, r, position = heapq.heappop(heap)
+        requests = [zip(map(neg, each), repeat(r), count(1)) for r, each in enumerate(survival)]
+        for negative, r, position in heapq.merge(*requests):
             expected, budget = expected - negative, budget + 1
             throughput = self._throughput(expected, budget)
             admitted = throughput > best
@@ -76,8 +76,6 @@ class PrefixScheduler(NeedsConfidence):
             if not admitted:
                 break
             best = throughput
-            if position < len(survival[r]):
-                heapq.heappush(heap, (-survival[r][position], r, position + 1))
 
     def _throughput(self, expected: float, budget: int) -> float:
         sps = self.sps(budget)

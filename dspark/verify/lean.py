@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -43,18 +42,22 @@ def plain_product(weight: Tensor, bias: Tensor | None) -> Product:
     return partial(F.linear, weight=weight, bias=bias)
 
 
-@dataclass(frozen=True)
 class Layer:
     """One decoder layer: its products, norms and window."""
 
-    qkv: Product  # hidden → (heads + 2 kv_heads) · head_dim
-    out: Product  # heads · head_dim → hidden
-    gate_up: Product  # hidden → 2 intermediate
-    down: Product  # intermediate → hidden
-    before_attention: Tensor  # [hidden]
-    before_mlp: Tensor  # [hidden]
-    qk_norms: Tensor | None  # [heads + kv_heads, head_dim]
-    window: int | None  # tokens
+    def __init__(self, lean: LeanPass, layer: nn.Module, window: int | None, make: MakeProduct) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = joined(make, attention.q_proj, attention.k_proj, attention.v_proj)  # hidden → (heads + 2 kv_heads) · head_dim
+        self.out = joined(make, attention.o_proj)  # heads · head_dim → hidden
+        self.gate_up = joined(make, mlp.gate_proj, mlp.up_proj)  # hidden → 2 intermediate
+        self.down = joined(make, mlp.down_proj)  # intermediate → hidden
+        self.before_attention = layer.input_layernorm.weight.detach().to(lean.dtype)  # [hidden]
+        self.before_mlp = layer.post_attention_layernorm.weight.detach().to(lean.dtype)  # [hidden]
+        self.window = window  # tokens, None for all
+        self.qk_norms: Tensor | None = None  # [heads + kv_heads, head_dim]
+        if hasattr(attention, "q_norm"):
+            norms = [attention.q_norm.weight] * lean.heads + [attention.k_norm.weight] * lean.kv_heads
+            self.qk_norms = torch.stack(norms).detach().to(lean.dtype)
 
 
 class LeanPass:
@@ -69,27 +72,11 @@ class LeanPass:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.eps, self.scale = config.rms_norm_eps, self.head_dim**-0.5
         seen = windows(config, target.num_layers)
-        self.layers = [self._layer(layer, window, make) for layer, window in zip(target.layers, seen, strict=True)]
+        self.layers = [Layer(self, layer, window, make) for layer, window in zip(target.layers, seen, strict=True)]
         self.norm = decoder.norm.weight.detach().to(dtype)
         self.embedding = target.embedding.weight
         self.head = make(target.head_weight, None)
         self.table = (torch.empty(0), torch.empty(0))
-
-    def _layer(self, layer: nn.Module, window: int | None, make: MakeProduct) -> Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        norms = None
-        if hasattr(attention, "q_norm"):
-            norms = torch.stack([attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads).detach().to(self.dtype)
-        return Layer(
-            joined(make, attention.q_proj, attention.k_proj, attention.v_proj),
-            joined(make, attention.o_proj),
-            joined(make, mlp.gate_proj, mlp.up_proj),
-            joined(make, mlp.down_proj),
-            layer.input_layernorm.weight.detach().to(self.dtype),
-            layer.post_attention_layernorm.weight.detach().to(self.dtype),
-            norms,
-            window,
-        )
 
     @property
     def bytes_per_token(self) -> int:

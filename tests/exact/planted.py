@@ -253,7 +253,7 @@ BUGS = {  # what breaks → how
         "draft.drafter.Drafter._confidence", COOLED, given(self=lambda d: changed(d, sts_temperatures=[1 / t for t in d.sts_temperatures]))
     ),
     "The block's own keys and values stay in the drafter's cache.": Bug(
-        "draft.drafter.Drafter._run_backbone", STATE, lambda real, self, asks: lengthened(real(self, asks), *(ask.state for ask in asks))
+        "draft.drafter.Drafter._drawn", STATE, lambda real, self, asks: lengthened(real(self, asks), *(ask.state for ask in asks))
     ),
     "The block starts one position too late: acceptance fell from 0.8 to 0.22.": Bug(
         "draft.drafter.Drafter.blocks", PARALLEL, given(self=lambda d: changed(d, backbone=lambda x, at, kv: d.backbone(x, at + 1, kv)))
