@@ -164,7 +164,7 @@ class Drafter(nn.Module, Together):
             for state, start in zip(states, starts, strict=True):
                 for kv in state.layers:
                     kv.rewind(start)  # the block's own keys and values are dropped
-        return hidden[:, -self.block_size :], *self._sample(hidden, asks)
+        return self._sample(hidden, asks)
 
     def _absorb(self, states: Sequence[DraftState]) -> None:
         """Turn the pending taps of all requests into keys and values of their contexts, in one pass."""
@@ -193,10 +193,10 @@ class Drafter(nn.Module, Together):
         sees = zip(config.sliding_windows or plain, config.causal_layers or plain, strict=True)
         return [block_mask(anchor, config.block_size, start, *each, config.windows_move) if any(each) else None for each in sees]
 
-    def _sample(self, hidden: Tensor, asks: Sequence[Ask]) -> tuple[list[list[int]], list[list[Tensor | OneHot]]]:
+    def _sample(self, hidden: Tensor, asks: Sequence[Ask]) -> tuple[Tensor, list[list[int]], list[list[Tensor | OneHot]]]:
         """Draw every request's block from left to right. hidden: [R, γ, hidden].
 
-        Returns per request its tokens and the rows [draft_vocab] they were drawn from.
+        Returns the part of it that predicts drafts, [R, num_drafts, hidden], and per request its tokens and the rows [draft_vocab].
         """
         widest = max(ask.window for ask in asks)
         previous, state, cap = [ask.anchor for ask in asks], None, self.config.final_logit_softcapping
@@ -206,8 +206,7 @@ class Drafter(nn.Module, Together):
         base = self.head(hidden[:, :widest]).float()  # U: [R, w, draft_vocab]
         if cap is not None:
             base = cap * torch.tanh(base / cap)
-        tokens: list[list[int]] = [[] for _ in asks]
-        rows: list[list[Tensor | OneHot]] = [[] for _ in asks]
+        tokens, rows = [[] for _ in asks], [[] for _ in asks]
         for k in range(widest):
             logits, state = (self.fused or self).next_logits(base, hidden, k, previous, state)
             for r, ask in enumerate(asks):
@@ -215,7 +214,7 @@ class Drafter(nn.Module, Together):
                     rows[r].append(ask.sampling.row(logits[r]))
                     previous[r] = int(self.d2t[ask.rng.choose(rows[r][k])])
                     tokens[r].append(previous[r])
-        return tokens, rows
+        return hidden, tokens, rows
 
     def next_logits(self, base: Tensor, hidden: Tensor, k: int, previous: Sequence[int] | Tensor, state: Any) -> tuple[Tensor, Any]:
         """U_k + B_k, [R, draft_vocab], and the Markov head's next state. base: U, [R, w, draft_vocab]; hidden: h; previous: x_{k−1}."""

@@ -41,10 +41,9 @@ class Sampling:
 
         Greedy is the one-hot distribution of the arg max, so one acceptance rule serves every temperature.
         """
-        if self.temperature == 0:
-            one_hot = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
-            return one_hot.scatter_(-1, _argmax(logits.float()), 1.0)
         logits = logits.float()
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter_(-1, _argmax(logits), 1.0)
         if self.temperature != 1:
             temperature = max(self.temperature, torch.finfo(torch.float32).tiny)  # a smaller one would be 0 in float32
             logits = (logits - logits.amax(-1, keepdim=True)).div_(temperature)  # ≤ 0, so a tiny temperature cannot overflow to ∞

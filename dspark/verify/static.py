@@ -25,7 +25,6 @@ from dspark.verify.lean import FOLDED, Attention, LeanPass, lean_pass
 if TYPE_CHECKING:
     from dspark.target.target import Target
 
-WIDEST = FOLDED  # tokens of a request; longer ones, such as prompts, run eagerly
 KEPT = 4  # buffers of finished engines that are kept for the next ones
 
 
@@ -138,7 +137,7 @@ class StaticPass:
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """See :class:`dspark.verify.passes.TargetPass`."""
         counts = [len(ids) for ids in tokens]
-        if last_only or max(counts) > WIDEST:
+        if last_only or max(counts) > FOLDED:  # prompts and other long texts run eagerly
             return self.lean(tokens, slots, cache, taps, last_only=last_only)
         shape = cache.shape(slots, counts)
         grid, spans, first = [[0] * (2 + shape.width) for _ in range(shape.rows)], {}, 0
