@@ -11,6 +11,8 @@ from dspark.schedule import Policy
 from dspark.target.prompt import Prompt, is_batch, plain
 from dspark.target.target import Target
 
+AT_ONCE = 64  # requests of one call that share their passes; the others wait
+
 
 def decode(
     target: Target, drafter: DraftSource | None, prompt: Prompt, *, policy: Policy | None = None, **options: object
@@ -35,13 +37,16 @@ def generate(
     """Decode to the end and return the text; for a list of prompts, the texts of all, decoded together.
 
     Takes what :func:`decode` takes. A list of strings, of chats or of token lists is several prompts, and so are the rows of a tensor
-    or of a tokenizer's encoding; one chat or one list of token ids is one. Request i of several is seeded with ``seed + i``.
+    or of a tokenizer's encoding; one chat or one list of token ids is one. Request i of several is seeded with ``seed + i``; at most
+    AT_ONCE are decoded at once. Raises ValueError also for a streamer with several prompts.
     """
     prompt = plain(prompt)
     several = is_batch(prompt)
     prompts, seed, start = prompt if several else [prompt], options.pop("seed", 0), time.perf_counter()
-    engine = Engine(target, drafter, policy, max_requests=len(prompts))
-    requests = [engine.submit(each, **options, seed=seed + i if i else seed) for i, each in enumerate(prompts)]
+    if len(prompts) > 1 and options.get("streamer") is not None:
+        raise ValueError(f"a streamer takes one text, got {len(prompts)} prompts: submit each to an Engine with a streamer of its own")
+    engine = Engine(target, drafter, policy, max_requests=min(len(prompts), AT_ONCE))
+    requests = [engine.submit(each, **options, seed=int(seed) + i if i else seed) for i, each in enumerate(prompts)]
     for _ in engine.run():
         pass
     for request in requests:

@@ -121,6 +121,8 @@ class Engine:
         if self.memory is not None and (needed := self._bytes(request)) > self.memory:
             size = f"{needed} bytes of keys, values and states ({len(request.prompt)} prompt and {request.limit} new tokens)"
             raise ValueError(f"the request needs {size}, but memory is {self.memory}: shorten it, or give the engine more")
+        if hasattr(request.streamer, "next_tokens_are_prompt"):  # one of transformers: it would take the first tokens for the prompt
+            request.streamer.next_tokens_are_prompt = False
         self._known.add(request.id)
         self.waiting.append(request)
         return request
@@ -135,7 +137,9 @@ class Engine:
     def run(self) -> Iterator[tuple[Request, Round]]:
         """Step until nothing is left to do."""
         while self.waiting or self.active or self._finished:
-            yield from self.step()
+            self._finished = self.step()
+            while self._finished:  # one by one: a caller who stops here finds the others in the next step
+                yield self._finished.pop(0)
 
     @property
     def bytes_per_token(self) -> int:

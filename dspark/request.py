@@ -136,9 +136,10 @@ class Turn:
 def endings(target: Target, stop: object, stop_ids: object) -> tuple[frozenset[int], tuple[str, ...]]:
     """Token ids, the target's own included, and strings that end a text. One, several or None of each may be given.
 
+    A string that is a special token ends it as that token's id, since texts are decoded without special tokens.
     Raises ValueError for what is no token of the target or no text, and for strings that cannot be found for want of a tokenizer.
     """
-    strings, ids = ([v] if isinstance(v := plain(each), (str, Number)) else v or () for each in (stop, stop_ids))
+    strings, ids = ([v] if isinstance(v := plain(each), (str, Number)) else list(v or ()) for each in (stop, stop_ids))
     for each in strings:
         if not isinstance(each, str) or not each:
             raise ValueError(f"stop string {each!r} is no text: pass a string or several, or leave it out")
@@ -147,6 +148,8 @@ def endings(target: Target, stop: object, stop_ids: object) -> tuple[frozenset[i
             raise ValueError(f"stop_ids must be token ids, got {each!r}: they are 0..{target.vocab_size - 1}, and text is passed as stop")
     if strings and target.tokenizer is None:
         raise ValueError(f"{target.name} has no tokenizer, so stop strings cannot be found: pass stop_ids")
+    special = getattr(target.tokenizer, "all_special_tokens", ())
+    ids += [target.tokenizer.convert_tokens_to_ids(each) for each in strings if each in special]
     return target.eos_token_ids | {int(each) for each in ids}, tuple(strings)
 
 
@@ -169,7 +172,10 @@ def until_stop(request: Request, committed: Sequence[int], decode: Callable[[lis
 
 
 def probs_of_drafts(p_target: Tensor | LazyProbs, drafts: Sequence[int]) -> tuple[float, ...]:
-    """p_t(x_k) of each checked draft; at temperature 1 when decoding is greedy, where p_target is one-hot."""
-    if not isinstance(p_target, LazyProbs) or p_target.sampling.temperature:
+    """p_t(x_k) of each checked draft; of rows that are computed when they are read, at temperature 1 and before processors instead.
+
+    Greedy rows are one-hot, and processors may not know what follows a draft that they forbid.
+    """
+    if not isinstance(p_target, LazyProbs):
         return tuple(float(p_target[k][token]) for k, token in enumerate(drafts))
     return tuple(p_target.logits[: len(drafts)].softmax(-1, torch.float32)[range(len(drafts)), list(drafts)].tolist())

@@ -20,7 +20,8 @@ class Round:
     confidence: c_1..c_w, probabilities; NaN from a drafter without a confidence head.
     verify_length: ℓ ≤ w, how many drafts the target checked.
     accepted: how many of those it accepted.
-    target_probs_of_drafts: ℓ numbers, p_t(x_k) of the checked drafts (at temperature 1 when decoding is greedy).
+    target_probs_of_drafts: ℓ numbers, p_t(x_k) of the checked drafts; when decoding is greedy or has processors, those of temperature 1
+        before processors.
     draft_probs_of_drafts: w numbers, p_d(x_k), the probabilities with which the drafts were drawn.
     logprobs: one number per committed token, natural log of the target's probability at temperature 1, before logit processors; () unless
         they were asked for.

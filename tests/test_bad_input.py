@@ -208,6 +208,11 @@ def test_a_policy_without_a_drafter_is_named(target: Target, policy: object) -> 
     refused(lambda: dspark.decode(target, None, [1, 2], policy=policy), type(policy).__name__, "drafter")
 
 
+@pytest.mark.parametrize("policy", ["mtp1", MTP1, 3])
+def test_what_is_no_policy_is_named(target: Target, drafter: Drafter, policy: object) -> None:
+    refused(lambda: dspark.decode(target, drafter, [1, 2], policy=policy), policy, "FixedWindow(4)")
+
+
 @pytest.mark.parametrize("policy", [ConfidenceThreshold(), PrefixScheduler(lambda b: 1.0)])
 def test_a_policy_without_a_confidence_head_is_named(target: Target, policy: object) -> None:
     blind = tiny_drafter(target, enable_confidence_head=False)

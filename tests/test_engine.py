@@ -14,6 +14,7 @@ import torch
 from static import static_target
 from test_decode import Oracle, greedy_reference
 from tiny import letter_tokenizer, tiny_drafter, tiny_target
+from transformers import TextStreamer
 
 import dspark
 from dspark.draft.source import DraftSource
@@ -55,6 +56,39 @@ def test_several_prompts_are_several_texts_and_one_chat_is_one() -> None:
     outputs = dspark.generate(target, drafter, [[5, 6, 7], [8, 9]], max_new_tokens=8)
     assert [o.token_ids for o in outputs] == [greedy_reference(target, p, 8) for p in ([5, 6, 7], [8, 9])]
     assert dspark.generate(target, drafter, [5, 6, 7], max_new_tokens=8).token_ids == outputs[0].token_ids
+
+
+def test_many_prompts_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, engines, names = lean_target(), [], dspark.generate.__globals__
+    monkeypatch.setitem(names, "AT_ONCE", 2)
+    monkeypatch.setitem(names, "Engine", lambda *a, **k: engines.append(Engine(*a, **k)) or engines[-1])
+    outputs = dspark.generate(target, None, [[5, 6, i] for i in range(4, 9)], max_new_tokens=8)
+    assert [o.token_ids for o in outputs] == [greedy_reference(target, [5, 6, i], 8) for i in range(4, 9)]
+    assert len(engines[0].cache.layers[0][0]) == 2
+
+
+def test_rounds_that_a_caller_did_not_wait_for_come_later() -> None:
+    target = lean_target(eos_token_id=None)
+    engine = Engine(target, tiny_drafter(target), max_requests=3)
+    requests, seen = [engine.submit([5, 6, i], max_new_tokens=9) for i in range(3)], []
+    while engine.waiting or engine.active:
+        for request, finished in engine.run():
+            seen.append((request, finished))
+            break
+    seen += engine.run()
+    assert [[r for owner, r in seen if owner is request] for request in requests] == [request.rounds for request in requests]
+
+
+@pytest.mark.parametrize("skip_prompt", [False, True])
+def test_a_streamer_of_transformers_prints_the_whole_text(skip_prompt: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tiny_target(eos_token_id=None)
+    target.tokenizer = letter_tokenizer()
+    streamer = TextStreamer(target.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+    for _ in range(2):
+        text = dspark.generate(target, tiny_drafter(target), [5, 6, 7], max_new_tokens=9, streamer=streamer).text
+        assert capsys.readouterr().out.strip() == text.strip() != ""
+    with pytest.raises(ValueError, match="2 prompts"):
+        dspark.generate(target, None, [[5, 6], [7]], streamer=streamer)
 
 
 def room_for(target: Target, drafter: DraftSource | None, tokens: int) -> int:
@@ -316,12 +350,23 @@ def test_a_cancelled_request_keeps_what_it_wrote_and_frees_its_place() -> None:
     assert engine.submit([5], id=first.id).id == first.id, "the id of a request that left is free again"
 
 
-@pytest.mark.parametrize("wrap", [int, lambda i: [i], torch.tensor, lambda i: torch.tensor([i])], ids=["int", "list", "[]", "[1]"])
+@pytest.mark.parametrize("wrap", [int, lambda i: [i], torch.tensor, lambda i: torch.tensor([i]), lambda i: iter([i])])
 def test_one_stop_id_may_come_without_a_list(wrap: Callable[[int], object]) -> None:
     target = tiny_target(eos_token_id=None)
     text = greedy_reference(target, [5, 6, 7], 12)
     expected = text[: text.index(text[6]) + 1]
     assert dspark.generate(target, None, [5, 6, 7], max_new_tokens=12, stop_ids=wrap(text[6])).token_ids == expected
+
+
+def test_a_stop_string_may_be_a_special_token() -> None:
+    """It is not in the text, which is decoded without special tokens."""
+    target = tiny_target(eos_token_id=None)
+    target.tokenizer = letter_tokenizer()
+    with torch.no_grad():
+        target.head_weight[3] = 2 * target.head_weight[greedy_reference(target, [5, 6, 7], 5)[4]]  # <mask> comes fifth at the latest
+    text = greedy_reference(target, [5, 6, 7], 12)
+    out = dspark.generate(target, tiny_drafter(target), [5, 6, 7], max_new_tokens=12, stop=["<mask>", "no such text"])
+    assert out.token_ids == text[: text.index(3) + 1] and "<mask>" not in out.text
 
 
 def test_the_text_ends_with_the_first_stop_string() -> None:

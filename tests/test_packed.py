@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_drafter, tiny_target
 from torch import nn
 
+import dspark
 from dspark.cpu import pack_drafter, pack_target
 from dspark.cpu.packed import PackedLinear, can_pack
 from dspark.target.target import Target
@@ -66,6 +67,21 @@ def test_packing_changes_neither_logits_nor_the_digest_of_any_target_of_that_mod
     expected = logits(Target(make().model.float(), None, "in float32") if rounds_nothing else plain)
     assert (logits(packed) - expected).abs().max() <= expected.abs().max() * (1e-3 if rounds_nothing else 2**-5)
     assert packed.verifier is None or packed.verifier.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_is_refused_once_the_weights_have_changed(dtype: torch.dtype) -> None:
+    """It holds some of them in a layout of its own, so it would mix old and new ones."""
+    target = pack_target(tiny_target(dtype=dtype))
+    dspark.generate(target, None, [5, 6, 7], max_new_tokens=4)
+    target.model.load_state_dict(tiny_target(seed=5, dtype=dtype).model.state_dict())
+    for changed in (target, Target(target.model, None, "tiny")):
+        with pytest.raises(ValueError, match="the weights of tiny changed"):
+            dspark.generate(changed, None, [5, 6, 7], max_new_tokens=4)
+    again = pack_target(Target(target.model, None, "tiny"))
+    expected = pack_target(tiny_target(seed=5, dtype=dtype))
+    assert again.pass_name == expected.pass_name != "transformers"
+    assert len({tuple(dspark.generate(t, None, [5, 6, 7], max_new_tokens=9).token_ids) for t in (again, expected)}) == 1
 
 
 def test_a_model_with_a_lean_pass_is_saved_whole(tmp_path: Path) -> None:

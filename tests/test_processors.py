@@ -12,6 +12,7 @@ from transformers.generation import (
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensLogitsProcessor,
@@ -240,3 +241,20 @@ class Bytes:
     @staticmethod
     def decode(token_ids: list[int]) -> str:
         return bytes(token_ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_processors_never_see_what_follows_a_token_that_they_forbid(temperature: float) -> None:
+    """A grammar knows no state after one: drafts are rejected there, and the rows behind them are not asked for."""
+    target = tiny_target(eos_token_id=None)
+
+    def allowed(_: int, ids: Tensor) -> list[int]:
+        odd = [int(token) % 2 for token in ids[len(PROMPT) :]]
+        assert odd == [k % 2 for k in range(len(odd))], "even and odd tokens take turns"
+        return list(range(4 + len(odd) % 2, 100, 2))
+
+    options = {"max_new_tokens": 30, "temperature": temperature, "processors": [PrefixConstrainedLogitsProcessor(allowed, 1)]}
+    for policy in (dspark.FixedWindow(), dspark.AdaptiveWindow(), None):
+        out = dspark.generate(target, tiny_drafter(target), PROMPT, policy=policy, **options)
+        assert [token % 2 for token in out.token_ids] == [k % 2 for k in range(30)]
+        assert all(0 <= p <= 1 for r in out.rounds for p in r.target_probs_of_drafts)

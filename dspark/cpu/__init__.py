@@ -12,6 +12,7 @@ from dspark.cpu.fused import FusedBackbone
 from dspark.cpu.packed import PackedLinear, can_pack, pack_linears
 from dspark.draft.drafter import Drafter
 from dspark.verify.lean import lean_pass
+from dspark.verify.passes import weights_now
 from dspark.verify.static import static_pass
 
 if TYPE_CHECKING:
@@ -26,11 +27,14 @@ def pack_target(target: Target) -> Target:
     """Give the target the fastest pass that this machine has for it. Returns the target.
 
     A family that the lean pass knows runs it, compiled if its weights are bfloat16 and this is a CPU; the model's own modules do not
-    change, and later Targets of this model run that pass too. Any other bfloat16 model on a CPU has its linear layers packed in place;
-    the model keeps the digest of its plain weights, so another Target of it has the same digest.
+    change, and later Targets of this model run that pass too, until the weights change: then it is refused, and they are packed again.
+    Any other bfloat16 model on a CPU has its linear layers packed in place; the model keeps the digest of its plain weights, so another
+    Target of it has the same digest.
     """
     packs = can_pack(target.head_weight)
     target.verifier = target.model.dspark_pass = _fast_pass(target, packs)
+    if target.verifier is not None:
+        target.verifier.made_of = weights_now(target.model)
     if target.verifier is None and packs:
         target.model.weight_digest = target.digest
         pack_linears(target.model)

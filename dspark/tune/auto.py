@@ -16,6 +16,8 @@ def prepared(target: Target, drafter: DraftSource | None, policy: Policy | None)
     times, which are measured the first time (some seconds).
     Raises ValueError for a policy that the drafter cannot serve, and for a drafter that is attached to another model.
     """
+    if policy is not None and not isinstance(policy, Policy):
+        raise ValueError(f"policy {policy!r} is no policy: pass an object such as dspark.FixedWindow(4), or leave it out")
     if drafter is None:
         if policy is not None and not isinstance(policy, Autoregressive):
             raise ValueError(f"{policy} needs a drafter: pass one, or leave the policy out for plain decoding")

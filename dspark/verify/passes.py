@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspark.rewind import Slot
 
@@ -73,5 +73,15 @@ class TransformersPass:
 
 
 def pass_of(target: Target) -> TargetPass:
-    """The pass that decoding with this target uses: a faster one if it was given one, else its own modules."""
+    """The pass that decoding with this target uses: a faster one if it was given one, else its own modules.
+
+    Raises ValueError if the model's weights have changed since the faster one was made, which may hold them in another layout.
+    """
+    if getattr(target.verifier, "made_of", None) not in (None, weights_now(target.model)):
+        raise ValueError(f"the weights of {target.name} changed after its {target.pass_name} pass was made: pack_target(target) again")
     return target.verifier or TransformersPass(target)
+
+
+def weights_now(model: nn.Module) -> list[tuple[object, ...]]:
+    """Something that changes with the weights: where they lie, their dtypes, and how often they were written."""
+    return [(w.data_ptr(), w.dtype, None if w.is_inference() else w._version) for w in model.parameters()]
