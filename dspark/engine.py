@@ -92,9 +92,10 @@ class Engine:
         max_new_tokens: at least 1; decoding also ends after an end-of-text token and at the context's end.
         temperature, top_p, top_k: see :class:`~dspark.verify.sampling.Sampling`; temperature 0 is greedy.
         seed: of this request's draws.
-        stop, stop_ids: strings and token ids that end the text, besides the target's own end-of-text tokens.
+        stop, stop_ids: strings and token ids that end the text and stay in it, besides the target's own end-of-text tokens.
         streamer: ``put`` is called with each round's tokens, never with the prompt, ``end`` after the last or a failure.
-        processors: logit processors of transformers, or your own; see :class:`~dspark.verify.processors.Processors`.
+        processors: logit processors of transformers, or your own; see :class:`~dspark.verify.processors.Processors`. They and logprobs
+            need rounds on the host, so on CUDA a target loaded with ``pack=False``.
         logprobs: rounds and output carry ``logprobs``, the target's own of each committed token.
         id: any hashable name; None for the next number.
         Raises ValueError for a bad option, a prompt that is empty or too long, an id that is taken, or a request larger than the memory.
