@@ -115,11 +115,11 @@ def test_the_core_stays_small():
     left_out = "schedule/auto schedule/topk draft/gemma4 draft/scaling target/prompt target/states target/stream".split()
     left_out += "draft/selector draft/convolution verify/graphs verify/processors verify/static".split()
     beside = {PACKAGE / f"{name}.py" for name in left_out}
-    assert lines(*(path for path in INSIDE if room(path) in rooms and path not in beside)) <= 2_323
+    assert lines(*(path for path in INSIDE if room(path) in rooms and path not in beside)) <= 2_324
 
 
 def test_the_package_stays_small():
-    assert lines(*FILES) <= 14_175
+    assert lines(*FILES) <= 14_176
 
 
 def test_exactness_stays_small():

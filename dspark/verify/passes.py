@@ -77,7 +77,8 @@ def pass_of(target: Target) -> TargetPass:
 
     Raises ValueError if the model's weights have changed since the faster one was made, which may hold them in another layout.
     """
-    if getattr(target.verifier, "made_of", None) not in (None, weights_now(target.model)):
+    made_of = getattr(target.verifier, "made_of", None)
+    if made_of is not None and made_of != weights_now(target.model):
         raise ValueError(f"the weights of {target.name} changed after its {target.pass_name} pass was made: pack_target(target) again")
     return target.verifier or TransformersPass(target)
 
