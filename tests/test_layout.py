@@ -119,7 +119,7 @@ def test_the_core_stays_small():
 
 
 def test_the_package_stays_small():
-    assert lines(*FILES) <= 14_176
+    assert lines(*FILES) <= 14_182
 
 
 def test_exactness_stays_small():
