@@ -139,8 +139,8 @@ def test_the_text_draws_the_conclusions_that_the_numbers_allow(numbers):
     assert 1 < numbers["MeasuredGreedyBlockOverMtpLow"] and numbers["MeasuredGreedyBlockOverMtpHigh"] < 1.2  # a little faster,
     assert numbers["MeasuredGreedyBlockOverMtp"] < numbers["MeasuredGreedyCopyOverMtpLow"]  # and clearly if it may copy
     assert numbers["MeasuredGreedyCopyOverMtpHigh"] < low
-    for arm in ("Block", "Copy"):  # no faster when sampling
-        assert numbers[f"MeasuredSampled{arm}OverMtpLow"] < 1 < numbers[f"MeasuredSampled{arm}OverMtpHigh"] < low
+    for arm in ("Block", "Copy"):  # hardly when sampling
+        assert numbers[f"MeasuredSampled{arm}OverMtpLow"] <= 1 < numbers[f"MeasuredSampled{arm}OverMtpHigh"] < low
     assert numbers["MeasuredBlockEqual"] == 100 and numbers["MeasuredStepsBlock"] < 2 * numbers["MeasuredStepsPlain"]
     assert numbers["MeasuredTimedPrefixLow"] < 1 < numbers["MeasuredTimedPrefixHigh"] and numbers["SimulatedPolicyPrefixLow"] > 97
     assert numbers["MeasuredConfidenceSampledAfter"] < numbers["MeasuredConfidenceSampledBefore"]
