@@ -52,7 +52,7 @@ def dspark_generate(
     drafter: attached to this very model (``load_drafter(…, Target(model, tokenizer, name))``); None copies from the context, which
         needs no training.
     policy: None to copy and draft where that pays on this machine, which takes some seconds to measure once.
-    on_round: called with every :class:`~dspark.round.Round` when it is finished; ``generate`` keeps its ``streamer`` to itself.
+    on_round: called with every :class:`~dspark.round.Round` when it is finished; ``generate`` does not pass its ``streamer`` on.
     Raises ValueError for what cannot be done exactly: more than one sequence, padding, beams, watermarks, guidance, scores, a filled cache,
     inputs other than token ids, models that keep more than keys and values, texts too long for LongRoPE's short factors.
 

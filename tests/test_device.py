@@ -144,11 +144,11 @@ def test_a_round_waits_for_the_device_once_or_twice(name: str, temperature: floa
         assert len(waits) == (2 if drafted and policy.reads_confidence else 1)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_damaged_logits_end_the_requests_that_they_concern(temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "neighbours"), [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0)])
+def test_damaged_logits_end_the_requests_that_they_concern(temperature: float, neighbours: float) -> None:
     target = static_target(eos_token_id=None)
-    engine = Engine(target, tiny_drafter(target), max_requests=2)
-    bad, good = (engine.submit([5, 6, 7], max_new_tokens=9, temperature=t, seed=1) for t in (temperature, 0.0))
+    engine = Engine(target, tiny_drafter(target), max_requests=3)
+    bad, good, _ = (engine.submit([5, 6, 7], max_new_tokens=9, temperature=t, seed=1) for t in (temperature, 0.0, neighbours))
     engine.step()
     real = engine.static.programs.verifier.lean.logits
     engine.static.programs.verifier.lean.logits = lambda x: real(x).index_fill(0, torch.tensor(0), torch.nan)  # the first row is bad's

@@ -27,7 +27,7 @@ def pack_target(target: Target) -> Target:
     """Give the target the fastest pass that this machine has for it. Returns the target.
 
     A family that the lean pass knows runs it, compiled if its weights are bfloat16 and this is a CPU; the model's own modules do not
-    change, and later Targets of this model run that pass too, until the weights change: then it is refused, and they are packed again.
+    change, and later Targets of this model run that pass too, until the weights change: then it is refused until they are packed again.
     Any other bfloat16 model on a CPU has its linear layers packed in place; the model keeps the digest of its plain weights, so another
     Target of it has the same digest.
     """

@@ -30,8 +30,9 @@ class Samplings(NamedTuple):
     def probs(self, logits: Tensor) -> Tensor:
         """:meth:`dspark.verify.sampling.Sampling.probs`, each row with its own numbers. logits: [N, vocab]; returns float32."""
         logits, greedy = logits.float(), self.temperature[:, None] == 0
-        one_hot = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature[:, None].where(~greedy, 1.0)
+        most, best = logits.max(-1, keepdim=True)
+        one_hot = torch.zeros_like(logits).scatter_(-1, best, (~most.isnan()).float())  # a row with NaN has no mass, so it is refused
+        logits = (logits - most) / self.temperature[:, None].where(~greedy, 1.0)
         if self.filtered:
             k = self.top_k.where((self.top_k > 0) & (self.top_k < logits.shape[-1]), logits.shape[-1])
             smallest_kept = logits.sort(descending=True).values.gather(-1, k[:, None] - 1)

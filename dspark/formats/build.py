@@ -50,8 +50,9 @@ def build(stored: Stored, target: Target) -> Drafter:
     """The drafter, attached to its target. Raises ValueError, naming the value, for anything wrong or made for another target."""
     shape, temperatures = shape_of(stored), stored.values.get("sts_temperatures") or []
     layers = {name.split(".")[1] for name in stored.tensors if name.startswith("layers.")}
+    if shape.vocab_size > target.vocab_size:
+        raise ValueError(f"the drafter has {shape.vocab_size} tokens, {target.name} {target.vocab_size}: it was made for another target")
     for name, value, fits in (  # checked before anything is allocated by such a size
-        ("vocab_size", shape.vocab_size, shape.vocab_size <= target.vocab_size),
         ("block_size", shape.block_size, shape.block_size <= target.max_context),
         ("mask_token_id", shape.mask_token_id, shape.mask_token_id < target.embedding.weight.shape[0]),
         ("num_target_layers", stored.target_layers, stored.target_layers in (None, target.num_layers, len(shape.target_layer_ids))),
@@ -61,8 +62,6 @@ def build(stored: Stored, target: Target) -> Drafter:
         ("sliding_windows", shape.sliding_windows, min(shape.sliding_windows, default=0) >= 0),
         ("sts_temperatures", temperatures, len(temperatures) in (0, shape.num_drafts) and all(map(VALID["float"], temperatures))),
     ):
-        if name == "vocab_size" and not fits:
-            raise ValueError(f"the drafter has {value} tokens, {target.name} {target.vocab_size}: it was made for another target")
         if not fits:
             raise ValueError(f"{name} {value!r} does not fit {target.name}, the weights or the other values: restore config.json")
     d2t = _draft_vocabulary(stored.d2t, shape)
